@@ -1,0 +1,108 @@
+"""The backbones: `get_model(name, ...)` over a registry with one family of networks per file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from backbones import iresnet, mobilefacenet, vit
+from backbones.base import Backbone
+
+__all__ = ["Backbone", "backbone_class", "get_model", "model_names"]
+
+# name -> (class, what makes the network this one). A new family adds its file and a line here.
+_REGISTRY: Mapping[str, tuple[type[Backbone], Mapping[str, Any]]] = {
+    **{name: (iresnet.IResNet, variant) for name, variant in iresnet.VARIANTS.items()},
+    **{name: (mobilefacenet.MobileFaceNet, v) for name, v in mobilefacenet.VARIANTS.items()},
+    **{name: (vit.VisionTransformer, variant) for name, variant in vit.VARIANTS.items()},
+}
+
+_SMALLEST_INPUT = 16  # pixels; four halvings leave one
+
+
+def model_names() -> list[str]:
+    """Every name `get_model` knows, family by family."""
+    return list(_REGISTRY)
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """The class behind a network's name.
+
+    Raises:
+        ValueError: no network has this name.
+    """
+    return _lookup(name)[0]
+
+
+def get_model(
+    name: str,
+    *,
+    num_features: int = 512,
+    dropout: float = 0.0,
+    input_size: int = 112,
+    in_channels: int = 3,
+    gradient_checkpointing: bool = False,
+    **kwargs: Any,
+) -> Backbone:
+    """A freshly initialised backbone, fp32, in training mode, on torch's default device.
+
+    Args:
+        name: one of `model_names()`.
+        num_features: size of the embedding.
+        dropout: probability before the fully connected layer; IResNet only, 0 elsewhere.
+        input_size: height and width of the images, pixels.
+        in_channels: channels of the images.
+        gradient_checkpointing: recompute activations in backward, block by block, in training.
+        kwargs: options of the family, such as `zero_init_residual` (IResNet) or `drop_path_rate`
+            and `mask_ratio` (ViT).
+
+    Raises:
+        ValueError: the name, a size or an option is not allowed; the message says what is.
+    """
+    cls, variant = _lookup(name)
+    _check_options(name, cls, kwargs)
+    for option, value, least in (
+        ("num_features", num_features, 1),
+        ("input_size", input_size, _SMALLEST_INPUT),
+        ("in_channels", in_channels, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{option}={value!r} must be an integer of at least {least}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
+    build: Callable[..., Backbone] = cls
+    return build(
+        **{**variant, **kwargs},
+        num_features=num_features,
+        dropout=dropout,
+        input_size=input_size,
+        in_channels=in_channels,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def _lookup(name: str) -> tuple[type[Backbone], Mapping[str, Any]]:
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(str(name), _REGISTRY, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"there is no backbone {name!r}.{hint} The backbones are: {', '.join(_REGISTRY)}"
+    )
+
+
+def _check_options(name: str, cls: type[Backbone], kwargs: Mapping[str, Any]) -> None:
+    unknown = sorted(set(kwargs) - set(cls.OPTIONS))
+    if not unknown:
+        return
+    allowed = ", ".join(cls.OPTIONS) or "none"
+    hint = (
+        " Precision is the trainer's choice (autocast), not the backbone's: drop fp16."
+        if "fp16" in unknown
+        else ""
+    )
+    raise ValueError(
+        f"backbone {name!r} has no option {', '.join(unknown)}. Beside the arguments of get_model "
+        f"it takes: {allowed}.{hint}"
+    )

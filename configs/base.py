@@ -1,0 +1,301 @@
+"""The schema of a run: every key, its type, default, meaning, unit and scope.
+
+A run (`configs/<name>.py`, or a file of your own) states only how it differs from this.
+`utils/config.py` reads the run and the command line on top of these defaults and calls
+`Config.problems()`, which reports everything that is wrong at once.
+
+The keys of InsightFace's arcface_torch keep their names. Where an old behaviour was a bug,
+the key does what its name says.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+MARGIN_GRADIENTS = ("exact", "straight_through")
+FILTERING_MODES = ("remove", "legacy")
+OPTIMIZERS = ("sgd", "adamw")
+LR_SCHEDULES = ("polynomial", "cosine", "constant")
+
+
+@dataclass
+class Config:
+    """All settings of one training run. Units and scope are in each field's words."""
+
+    # --- data -------------------------------------------------------------------------------
+    rec: str | None = None
+    """Training set: a folder with train.rec and train.idx, a folder with one folder of images
+    per identity, or "synthetic" for generated input. Required."""
+
+    num_classes: int | str = "auto"
+    """Number of identities C, over all ranks; "auto" reads it from `property` or the records.
+    More than the labels need is allowed (padding); fewer is an error."""
+
+    num_image: int | str = "auto"
+    """Number of training images; "auto" counts them. A number is checked against the set
+    and only announced when it differs; with rec="synthetic" it is the size of the set."""
+
+    num_workers: int = 2
+    """Decoding threads per rank; 0 decodes in the training thread."""
+
+    dali: bool = False
+    """Use NVIDIA DALI for decoding. Not available yet: our own reader is used, with a warning;
+    order and flips are the same."""
+
+    dali_aug: bool = False
+    """The stronger augmentation of the published DALI pipeline. Not available yet: an error."""
+
+    # --- model ------------------------------------------------------------------------------
+    network: str = "r50"
+    """Backbone, one of backbones.model_names()."""
+
+    embedding_size: int = 512
+    """Width D of the embedding."""
+
+    input_size: int = 112
+    """Height and width of the input images, in pixels."""
+
+    dropout: float = 0.0
+    """Probability of dropout before the embedding layer (IResNet), in [0, 1)."""
+
+    gradient_checkpointing: bool = False
+    """Recompute the backbone's stages in the backward pass: less memory, about a third slower."""
+
+    init_backbone: str | None = None
+    """Weights to start the backbone from: a model.pt, a run folder or an arcface_torch file.
+    What matched is reported; nothing matching is an error."""
+
+    freeze_batch_norm: bool = False
+    """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""
+
+    # --- head -------------------------------------------------------------------------------
+    margin_list: tuple[float, float, float] = (1.0, 0.5, 0.0)
+    """(m1, m2, m3) of the combined margin cos(m1 theta + m2) - m3; m1 multiplies, m2 is in
+    radians, m3 in units of cosine. ArcFace (1, m, 0), CosFace (1, 0, m), SphereFace (m, 0, 0)."""
+
+    scale: float = 64.0
+    """Factor s on the cosines before the softmax."""
+
+    margin_gradient: str = "exact"
+    """"exact": the derivative of the margin; "straight_through": 1 instead, which is what the
+    published ArcFace weights were trained with."""
+
+    sample_rate: float = 1.0
+    """Share of each rank's class centres used per step, in [0, 1]; the batch's own classes are
+    always in. 0 means the batch's classes only."""
+
+    interclass_filtering_threshold: float = 0.0
+    """Other classes whose cosine exceeds this are taken for label noise; 0 switches it off."""
+
+    interclass_filtering_mode: str = "remove"
+    """"remove" takes filtered classes out of the softmax; "legacy" sets their cosine to 0, as
+    the published code did."""
+
+    # --- optimisation -----------------------------------------------------------------------
+    batch_size: int = 128
+    """Images per rank and micro-step. Global batch = batch_size x world size x gradient_acc."""
+
+    gradient_acc: int = 1
+    """Micro-steps per optimizer step; one step equals the step on the whole global batch."""
+
+    num_epoch: int = 20
+    """Passes over the training set."""
+
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the schedule still spans num_epoch. None: no limit."""
+
+    optimizer: str = "sgd"
+    """"sgd" (with momentum) or "adamw", for backbone and head."""
+
+    lr: float = 0.1
+    """Peak learning rate of backbone and head, per optimizer step."""
+
+    lr_base_batch: int | None = None
+    """If set, the learning rate is lr x global batch / lr_base_batch (linear scaling)."""
+
+    lr_schedule: str = "polynomial"
+    """"polynomial" (power 2, to 0), "cosine" (to 0) or "constant", after the warm-up."""
+
+    warmup_epoch: float = 0.0
+    """Epochs of linear warm-up from zero; 0 or -1: none."""
+
+    momentum: float = 0.9
+    """Momentum of SGD, in [0, 1)."""
+
+    weight_decay: float = 5e-4
+    """Weight decay of backbone and head: coupled for sgd, decoupled for adamw."""
+
+    clip_grad_norm: float = 5.0
+    """The backbone's gradient norm is clipped to this; 0 switches clipping off."""
+
+    max_bad_steps: int = 20
+    """Steps in a row with a non-finite loss (nothing moves in them) after which the run stops
+    with exit code 3. Checked at log steps."""
+
+    # --- numbers and machines ---------------------------------------------------------------
+    precision: str | None = None
+    """"fp32", "bf16", "fp16" (with a loss scaler) or "fp64" (for proofs). None: fp32, or what
+    `fp16` asks for."""
+
+    fp16: bool = False
+    """arcface_torch's switch: fp16 with a loss scaler on CUDA. On a CPU, where half precision
+    is slower, fp32 with one warning. An explicit `precision` wins."""
+
+    device: str = "auto"
+    """"auto" (CUDA if there is one), "cuda" or "cpu"."""
+
+    seed: int = 2048
+    """Seed of initial weights, class sampling, image order and augmentation."""
+
+    # --- verification while training --------------------------------------------------------
+    val_targets: list[str] = field(default_factory=list)
+    """Verification sets (names of .bin files in val_dir) scored while training and at the end.
+    A missing one is an error before training starts."""
+
+    val_dir: str | None = None
+    """Folder of the .bin files. None: the training set's folder."""
+
+    val_batch_size: int = 64
+    """Images per rank embedded at a time in verification."""
+
+    # --- the run ----------------------------------------------------------------------------
+    output: str | None = None
+    """Folder of the run's files. None: work_dirs/<config name>."""
+
+    resume: bool | str = False
+    """Continue a run. Not available yet (checkpoints are next): anything but False is an error."""
+
+    save_all_states: bool = False
+    """arcface_torch's switch for whole checkpoints. Not available yet: announced and ignored."""
+
+    frequent: int = 10
+    """Optimizer steps between two log lines."""
+
+    verbose: int = 2000
+    """Optimizer steps between two verifications; 0: none while training (the last one stays)."""
+
+    notes: str = ""
+    """Free text, kept in config.json."""
+
+    # --- Weights & Biases (optional) --------------------------------------------------------
+    using_wandb: bool = False
+    """Log to Weights & Biases as well; the key comes from the environment (WANDB_API_KEY)."""
+
+    wandb_key: str | None = None
+    """Ignored: a key in a file ends up in logs. Set WANDB_API_KEY or run `wandb login`."""
+
+    wandb_entity: str | None = None
+    """Entity (team or user) of the run."""
+
+    wandb_project: str | None = None
+    """Project of the run."""
+
+    wandb_resume: bool = False
+    """Let wandb continue the run of the same id."""
+
+    wandb_log_all: bool = True
+    """Every rank logs, in one group; otherwise rank 0 only."""
+
+    suffix_run_name: str | None = None
+    """Text put behind the run's name."""
+
+    save_artifacts: bool = False
+    """Upload model.pt as an artifact at the end."""
+
+    def problems(self) -> list[str]:
+        """Everything wrong with the values and their combination, one sentence each.
+
+        Types are checked before, in utils/config.py. What needs files, networks or devices
+        (does the set exist, is there a GPU) is checked by training/build.py.
+        """
+        found: list[str] = []
+
+        def require(ok: bool, sentence: str) -> None:
+            if not ok:
+                found.append(sentence)
+
+        def one_of(key: str, allowed: tuple[str, ...]) -> None:
+            value = getattr(self, key)
+            require(value in allowed, f"{key}={value!r}: allowed are {', '.join(allowed)}")
+
+        def at_least(key: str, low: int) -> None:
+            value = getattr(self, key)
+            require(value >= low, f"{key}={value!r}: at least {low}")
+
+        one_of("margin_gradient", MARGIN_GRADIENTS)
+        one_of("interclass_filtering_mode", FILTERING_MODES)
+        one_of("optimizer", OPTIMIZERS)
+        one_of("lr_schedule", LR_SCHEDULES)
+        one_of("device", ("auto", "cuda", "cpu"))
+        if self.precision is not None:
+            one_of("precision", PRECISIONS)
+        for key, low in (
+            ("batch_size", 1), ("gradient_acc", 1), ("num_epoch", 1), ("frequent", 1),
+            ("embedding_size", 1), ("input_size", 16), ("num_workers", 0), ("verbose", 0),
+            ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0),
+        ):  # fmt: skip
+            at_least(key, low)
+
+        for key, value in vars(self).items():
+            for number in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    found.append(f"{key}={value!r}: a finite number is needed")
+
+        require(
+            self.rec is not None and self.rec != "",
+            'rec is not set: the folder of train.rec, a folder of class folders, or "synthetic"',
+        )
+        for key in ("num_classes", "num_image"):
+            value = getattr(self, key)
+            require(
+                value == "auto" or (isinstance(value, int) and value >= 1),
+                f'{key}={value!r}: a whole number of at least 1, or "auto"',
+            )
+            if self.rec == "synthetic":
+                require(value != "auto", f'{key}="auto": rec="synthetic" needs a number')
+        require(0.0 <= self.sample_rate <= 1.0, f"sample_rate={self.sample_rate!r}: in [0, 1]")
+        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout!r}: in [0, 1)")
+        require(0.0 <= self.momentum < 1.0, f"momentum={self.momentum!r}: in [0, 1)")
+        require(self.weight_decay >= 0.0, f"weight_decay={self.weight_decay!r}: at least 0")
+        require(self.lr >= 0.0, f"lr={self.lr!r}: at least 0")
+        require(self.clip_grad_norm >= 0.0, f"clip_grad_norm={self.clip_grad_norm!r}: at least 0")
+        require(self.scale > 0.0, f"scale={self.scale!r}: above 0")
+        require(
+            -1.0 <= self.interclass_filtering_threshold <= 1.0,
+            f"interclass_filtering_threshold={self.interclass_filtering_threshold!r}: a cosine, "
+            "0 for off",
+        )
+        require(
+            self.lr_base_batch is None or self.lr_base_batch >= 1,
+            f"lr_base_batch={self.lr_base_batch!r}: at least 1, or None",
+        )
+        require(
+            self.max_steps is None or self.max_steps >= 0,
+            f"max_steps={self.max_steps!r}: at least 0, or None",
+        )
+        require(
+            self.warmup_epoch == -1 or 0 <= self.warmup_epoch <= self.num_epoch,
+            f"warmup_epoch={self.warmup_epoch!r}: in [0, num_epoch={self.num_epoch}], or -1",
+        )
+        m1, m2, m3 = self.margin_list
+        require(m1 > 0, f"margin_list m1={m1!r}: above 0")
+        require(0 <= m2 < math.pi, f"margin_list m2={m2!r}: radians in [0, pi)")
+        require(0 <= m3 <= 2, f"margin_list m3={m3!r}: in [0, 2]")
+        require(
+            self.resume is False,
+            f"resume={self.resume!r}: resuming is not available in this version; set resume=False "
+            "(init_backbone=RUN starts from a run's weights)",
+        )
+        require(
+            not self.dali_aug,
+            "dali_aug=True: this augmentation is not available in this version; set dali_aug=False",
+        )
+        if self.val_targets and self.rec == "synthetic":
+            require(
+                self.val_dir is not None,
+                f'val_targets={self.val_targets!r} with rec="synthetic": set val_dir, or '
+                "val_targets=[]",
+            )
+        return found

@@ -1,0 +1,15 @@
+"""Published: MS1MV3, mbf, ArcFace, 8 GPUs, global batch 1,024."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    rec="/train_tmp/ms1m-retinaface-t1",
+    num_classes=93_431,
+    num_image=5_179_510,
+    network="mbf",
+    margin_gradient="straight_through",
+    weight_decay=0.0001,
+    num_epoch=40,
+    fp16=True,
+    val_targets=["lfw", "cfp_fp", "agedb_30"],
+)

@@ -1,0 +1,13 @@
+"""Published: MS1MV3, r50, ArcFace, 1 GPU, global batch 128."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    rec="/train_tmp/ms1m-retinaface-t1",
+    num_classes=93_431,
+    num_image=5_179_510,
+    margin_gradient="straight_through",
+    lr=0.02,
+    fp16=True,
+    val_targets=["lfw", "cfp_fp", "agedb_30"],
+)

@@ -1,0 +1,12 @@
+"""Published: WF12M-Conflict, r50, CosFace, 8 GPUs, global batch 1,024."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    rec="/train_tmp/WebFace12M_Conflict",
+    num_classes=1_017_970,
+    num_image=12_720_066,
+    margin_list=(1.0, 0.0, 0.4),
+    warmup_epoch=2,
+    fp16=True,
+)

@@ -1,0 +1,15 @@
+"""Published: WF12M-Flip40, r50, CosFace, 10 % of classes, filter, 8 GPUs, global batch 1,024."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    rec="/train_tmp/WebFace12M_FLIP40",
+    num_classes=617_970,
+    num_image=12_720_066,
+    margin_list=(1.0, 0.0, 0.4),
+    sample_rate=0.1,
+    interclass_filtering_threshold=0.4,
+    interclass_filtering_mode="legacy",
+    warmup_epoch=2,
+    fp16=True,
+)

@@ -1,0 +1,12 @@
+"""Published: WF12M-Flip40, r50, CosFace, 8 GPUs, global batch 1,024."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    rec="/train_tmp/WebFace12M_FLIP40",
+    num_classes=617_970,
+    num_image=12_720_066,
+    margin_list=(1.0, 0.0, 0.4),
+    warmup_epoch=2,
+    fp16=True,
+)

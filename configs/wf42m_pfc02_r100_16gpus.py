@@ -1,0 +1,17 @@
+"""Published: WebFace42M, r100, CosFace, 20 % of classes, 16 GPUs, global batch 2,048."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    rec="/train_tmp/WebFace42M",
+    num_classes=2_059_906,
+    num_image=42_474_557,
+    network="r100",
+    margin_list=(1.0, 0.0, 0.4),
+    sample_rate=0.2,
+    lr=0.2,
+    warmup_epoch=2,
+    fp16=True,
+    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    verbose=10000,
+)

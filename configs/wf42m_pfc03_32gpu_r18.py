@@ -1,0 +1,16 @@
+"""Published: WebFace42M, r18, CosFace, 30 % of classes, 32 GPUs, global batch 4,096."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    rec="/train_tmp/WebFace42M",
+    num_classes=2_059_906,
+    num_image=42_474_557,
+    network="r18",
+    margin_list=(1.0, 0.0, 0.4),
+    sample_rate=0.3,
+    lr=0.4,
+    warmup_epoch=2,
+    fp16=True,
+    val_targets=["lfw", "cfp_fp", "agedb_30"],
+)

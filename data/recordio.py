@@ -1,0 +1,369 @@
+"""RecordIO as MXNet writes it: the framing of records, their header, a reader and a writer.
+
+The format. A file is a row of parts, each starting at a multiple of 4 bytes:
+
+    u32 magic 0xced7230a | u32 (continue flag << 29 | length) | payload | zeros up to 4 bytes
+
+Continue flag 0 is a whole record. A record whose payload contains the magic at a multiple of 4
+bytes is cut there into parts with the flags 1 (first), 2 (middle), 3 (last), and the magic itself
+is left out: joining the parts puts it back. So the magic never appears at a multiple of 4 bytes
+except at the start of a part, and whatever follows a whole record is the start of another one or
+the end of the file. The reader insists on that: it is how a damaged length is noticed.
+
+A record's payload is the struct `<IfQQ` (flag, label, id, id2), then, if flag > 0, flag float32
+labels that replace the scalar one, then the bytes of the image.
+
+Sources: dmlc-core `recordio.h`, `recordio.cc`; MXNet 1.9.1 `python/mxnet/recordio.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
+MAX_PART_LENGTH = (1 << 29) - 1
+PART_HEADER = struct.Struct("<II")
+RECORD_HEADER = struct.Struct("<IfQQ")
+# One pread of this size covers nearly every 112 x 112 face together with the header that follows.
+_WINDOW_BYTES = 16 * 1024
+
+
+class RecordError(ValueError):
+    """A record or index file that does not hold what the format says; names file and place."""
+
+
+class RecordHeader(NamedTuple):
+    """flag: number of labels that follow the struct (0: none); labels: float32 [max(flag, 1)]."""
+
+    flag: int
+    labels: np.ndarray
+    id: int
+    id2: int
+
+
+class RecordPlace(NamedTuple):
+    """Where a scan found a record, in bytes: its first part, its joined payload, what follows."""
+
+    offset: int
+    payload_length: int
+    end: int
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to a multiple of 4 bytes."""
+    return (length + 3) & ~3
+
+
+def pack_record(
+    image: bytes, label: float | Sequence[float], record_id: int = 0, record_id2: int = 0
+) -> bytes:
+    """The payload of a record. A sequence of labels is written after the struct (flag > 0).
+
+    Labels become float32, exact for integers up to 2**24: the caller refuses larger ones.
+    """
+    if isinstance(label, (int, float)):
+        return RECORD_HEADER.pack(0, label, record_id, record_id2) + image
+    labels = np.asarray(label, dtype="<f4")
+    if not labels.size:
+        raise RecordError("a record needs at least one label; got an empty sequence")
+    return RECORD_HEADER.pack(labels.size, 0.0, record_id, record_id2) + labels.tobytes() + image
+
+
+def unpack_record(payload: bytes, where: str = "record") -> tuple[RecordHeader, memoryview]:
+    """Split a payload into its header and the bytes of its image (a view, nothing is copied).
+
+    Raises RecordError, beginning with `where`, when the payload is shorter than its header says.
+    """
+    header = unpack_header(payload, len(payload), where)
+    return header, memoryview(payload)[RECORD_HEADER.size + 4 * header.flag :]
+
+
+def unpack_header(head: bytes, payload_length: int, where: str = "record") -> RecordHeader:
+    """The header from the first bytes of a payload of `payload_length` bytes.
+
+    `head` may stop after the first label; `labels` then holds those that are there.
+    """
+    if len(head) < RECORD_HEADER.size:
+        raise RecordError(
+            f"{where}: its payload has {len(head)} bytes, but a record header alone takes "
+            f"{RECORD_HEADER.size}. The file is damaged or is not a set of images; copy it again."
+        )
+    flag, label, record_id, record_id2 = RECORD_HEADER.unpack_from(head)
+    room = payload_length - RECORD_HEADER.size
+    if 4 * flag > room:
+        raise RecordError(
+            f"{where}: its header announces {flag} labels ({4 * flag} bytes), but only {room} "
+            "bytes follow. The file is damaged; copy it again or pack it anew."
+        )
+    if flag == 0:
+        return RecordHeader(0, np.array([label], dtype=np.float32), record_id, record_id2)
+    present = min(flag, (len(head) - RECORD_HEADER.size) // 4)
+    labels = np.frombuffer(head, dtype="<f4", count=present, offset=RECORD_HEADER.size)
+    return RecordHeader(flag, labels, record_id, record_id2)
+
+
+def frame_record(payload: bytes) -> bytes:
+    """The bytes of a record in the file: one part, or several where the payload has the magic."""
+    parts: list[bytes] = []
+    begin = 0
+    last_word = len(payload) & ~3
+    at = payload.find(MAGIC_BYTES)
+    while 0 <= at < last_word:
+        if at % 4:
+            at = payload.find(MAGIC_BYTES, at + 1)
+            continue
+        parts.append(_frame_part(FIRST if not parts else MIDDLE, payload[begin:at]))
+        begin = at + 4
+        at = payload.find(MAGIC_BYTES, begin)
+    parts.append(_frame_part(LAST if parts else WHOLE, payload[begin:]))
+    return b"".join(parts)
+
+
+def _frame_part(continue_flag: int, data: bytes) -> bytes:
+    if len(data) > MAX_PART_LENGTH:
+        raise RecordError(
+            f"a record of {len(data)} bytes does not fit the format, which allows "
+            f"{MAX_PART_LENGTH}; store smaller images"
+        )
+    header = PART_HEADER.pack(MAGIC, continue_flag << 29 | len(data))
+    return header + data + bytes(padded(len(data)) - len(data))
+
+
+class RecordReader:
+    """Reads records by byte offset. Threads may share one reader: it has no position and no lock.
+
+    Every length is compared with the size of the file before anything of that length exists.
+    """
+
+    def __init__(self, path_rec: str | os.PathLike[str]) -> None:
+        self.path = Path(path_rec)
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._closer = weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
+        """Close the file; reading afterwards raises OSError. Also happens when nobody needs it."""
+        self._descriptor = -1  # the number may soon belong to another file
+        self._closer()
+
+    def where(self, offset: int, key: int | None = None) -> str:
+        """How errors name a record: file, key where there is one, byte offset."""
+        name = "record" if key is None else f"record with key {key}"
+        return f"{self.path}: {name} at byte {offset}"
+
+    def read_at(self, offset: int, key: int | None = None, end: int | None = None) -> bytes:
+        """The joined payload of the record that starts at byte `offset`.
+
+        `key` is for messages only. `end`, where known, is the offset of the next record that the
+        index lists: this record may not reach past it. Raises RecordError.
+        """
+        return self._read(offset, key, self.size if end is None else end)[0]
+
+    def read_header(self, offset: int, key: int | None = None) -> RecordHeader:
+        """Flag, first label and ids of a record, reading a few dozen bytes of it.
+
+        Labels beyond the first are left out where the record has them. Raises RecordError.
+        """
+        where = self.where(offset, key)
+        first_bytes = RECORD_HEADER.size + 4
+        window = self._pread(offset, PART_HEADER.size + first_bytes) if offset >= 0 else b""
+        flag, length = self._part(window, offset, where)
+        if flag != WHOLE and length < first_bytes:  # the magic sits inside the header itself
+            payload = self.read_at(offset, key)
+            return unpack_header(payload, len(payload), where)
+        if offset + PART_HEADER.size + length > self.size:
+            raise self._truncated(where, length, offset)
+        head = window[PART_HEADER.size : PART_HEADER.size + min(length, first_bytes)]
+        return unpack_header(head, length, where)
+
+    def scan(self) -> Iterator[RecordPlace]:
+        """Every record from the start of the file on, for files without an index.
+
+        Raises RecordError at the first place where no record starts.
+        """
+        offset = 0
+        while offset < self.size:
+            payload, end = self._read(offset, None, self.size)
+            yield RecordPlace(offset, len(payload), end)
+            offset = end
+
+    def _read(self, offset: int, key: int | None, limit: int) -> tuple[bytes, int]:
+        """Payload and end of a record. One system call when it fits the window, else a few."""
+        where = self.where(offset, key)
+        limit = min(limit, self.size)
+        if offset < 0 or offset % 4 or offset + PART_HEADER.size > limit:
+            raise RecordError(
+                f"{where}: no record can start there; offsets are multiples of 4 and the file has "
+                f"{self.size} bytes. The index belongs to another file, or the file was cut."
+            )
+        window = self._pread(offset, _WINDOW_BYTES)
+
+        def take(start: int, length: int) -> bytes:
+            skip = start - offset
+            if skip + length <= len(window):
+                return window[skip : skip + length]
+            return self._pread(start, length)
+
+        parts: list[bytes] = []
+        at = offset
+        while True:
+            flag, length = self._part(take(at, PART_HEADER.size), at, where)
+            if flag not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
+                raise RecordError(
+                    f"{where}: the part at byte {at} has continue flag {flag}, allowed here: "
+                    f"{'2 or 3' if parts else '0 or 1'}. The file is damaged, or the index points "
+                    "into the middle of a record."
+                )
+            begin = at + PART_HEADER.size
+            at = begin + padded(length)
+            if at > limit:
+                raise self._truncated(where, length, begin - PART_HEADER.size, limit)
+            part = take(begin, length)
+            if len(part) != length:
+                raise RecordError(f"{where}: the file became shorter while it was read")
+            parts.append(part)
+            if flag in (WHOLE, LAST):
+                break
+        if at < self.size:
+            follows = take(at, PART_HEADER.size)
+            flag, _ = self._part(follows, at, f"{where}: what follows it")
+            if flag not in (WHOLE, FIRST):
+                raise RecordError(
+                    f"{where}: what follows at byte {at} has continue flag {flag}, but a record "
+                    "starts with 0 or 1. The file is damaged; copy it again or pack it anew."
+                )
+        return (parts[0] if len(parts) == 1 else MAGIC_BYTES.join(parts)), at
+
+    def _part(self, header: bytes, at: int, where: str) -> tuple[int, int]:
+        """Continue flag and length of the part whose first bytes are `header`."""
+        if len(header) < PART_HEADER.size:
+            raise RecordError(
+                f"{where}: byte {at} starts a part, but the file ends at byte {self.size}. "
+                "It was cut off; copy it again."
+            )
+        magic, word = PART_HEADER.unpack_from(header)
+        if magic != MAGIC:
+            raise RecordError(
+                f"{where}: expected the magic {MAGIC:#010x} at byte {at}, found {magic:#010x}. "
+                "The file is damaged or the index belongs to another file."
+            )
+        return word >> 29, word & MAX_PART_LENGTH
+
+    def _truncated(self, where: str, length: int, at: int, limit: int | None = None) -> RecordError:
+        if limit is not None and limit < self.size:
+            return RecordError(
+                f"{where}: a length of {length} bytes at byte {at} reaches past byte {limit}, "
+                "where the index starts the next record. One of the two files is damaged."
+            )
+        return RecordError(
+            f"{where}: a length of {length} bytes at byte {at} reaches past the end of the file "
+            f"({self.size} bytes). The file was cut off or is damaged; copy it again."
+        )
+
+    def _pread(self, offset: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, offset)
+
+
+class RecordWriter:
+    """Writes a `.rec` and its `.idx` as MXNet does. Both appear at `close`, or not at all.
+
+    Until then they are temporary files beside the targets; `abort`, or an exception inside the
+    `with` block, removes them. Existing targets are replaced at `close`.
+    """
+
+    def __init__(self, path_rec: str | os.PathLike[str], path_idx: str | os.PathLike[str]) -> None:
+        self.path_rec, self.path_idx = Path(path_rec), Path(path_idx)
+        self._temporaries: list[Path] = []
+        self._offset = 0
+        self._first_size = 0
+        self._open = True
+        self._last_key = -1
+        try:
+            self._rec = self._temporary(self.path_rec)
+            self._idx = self._temporary(self.path_idx)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _temporary(self, target: Path) -> BinaryIO:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        self._temporaries.append(Path(name))
+        os.fchmod(descriptor, 0o644)  # mkstemp gives 0600; a data set is meant to be shared
+        return open(descriptor, "wb")
+
+    def write(self, key: int, payload: bytes) -> int:
+        """Append a record; keys must increase from record to record. Returns its byte offset."""
+        if key <= self._last_key:
+            raise RecordError(
+                f"{self.path_rec}: key {key} after key {self._last_key}; keys start at 0 or above "
+                "and increase, so that none is used twice"
+            )
+        self._last_key = key
+        offset = self._offset
+        self._offset += self._rec.write(frame_record(payload))
+        self._first_size = self._first_size or self._offset
+        self._idx.write(b"%d\t%d\n" % (key, offset))
+        return offset
+
+    def rewrite_first(self, payload: bytes) -> None:
+        """Replace the record at byte 0 by one of the same framed size (a header record whose
+        counts are known only at the end)."""
+        framed = frame_record(payload)
+        if len(framed) != self._first_size:
+            raise RecordError(
+                f"{self.path_rec}: the first record has {self._first_size} bytes in the file and "
+                f"cannot become one of {len(framed)}"
+            )
+        self._rec.seek(0)
+        self._rec.write(framed)
+        self._rec.seek(self._offset)
+
+    def close(self) -> None:
+        """Put both files in place."""
+        if not self._open:
+            return
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        # A kill between the two renames must not leave an old index beside new records.
+        self.path_idx.unlink(missing_ok=True)
+        os.replace(self._temporaries[0], self.path_rec)
+        os.replace(self._temporaries[1], self.path_idx)
+        self._open = False
+
+    def abort(self) -> None:
+        """Remove the temporary files; whatever was at the targets stays as it was."""
+        if not self._open:
+            return
+        self._open = False
+        for file in (getattr(self, "_rec", None), getattr(self, "_idx", None)):
+            if file is not None:
+                file.close()
+        for path in self._temporaries:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()

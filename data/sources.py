@@ -1,0 +1,295 @@
+"""Where images come from: records, class folders, a generator. Each gives (image, label) by index.
+
+A source is shared by threads: after construction it only reads. It never resizes, relabels or
+skips; what does not fit is an error that names the file, the record and the way out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from data.decode import decode_image
+from data.index import Property, image_lines, read_index, read_property
+from data.order import derive_key, hash_indices
+from data.recordio import RecordHeader, RecordReader, unpack_record
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+MAX_EXACT_LABEL = 2**24  # float32, which records keep labels in, is exact up to here
+_OF_IMAGE, _OF_CLASS = derive_key(1), derive_key(2)
+_PROGRESS_FROM = 200_000  # records from which counting labels takes long enough to show a bar
+
+
+class DataError(ValueError):
+    """A data set that cannot be trained on as it is; says what to change."""
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """A file or folder of a data set is not there."""
+
+
+class ImageSource(Protocol):
+    """What the loader needs of a source."""
+
+    num_classes: int
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """Image `index` as RGB uint8 [H, W, 3] and its label in [0, num_classes)."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """Where image `index` comes from, as errors name it."""
+        ...
+
+
+class RecordSource:
+    """Images of `train.rec` with `train.idx` and, where there is one, `property`.
+
+    root: the folder that holds them, or the path of a `.rec` file with its `.idx` beside it.
+    num_classes: what labels are checked against, record by record; None takes it from `property`,
+    or, without one, from the largest label (reading every record's header).
+    The class of a record with several labels is its first.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        num_classes: int | None = None,
+        input_size: int = 112,
+    ) -> None:
+        path = Path(root)
+        self.path_rec = path if path.suffix == ".rec" else path / "train.rec"
+        self.path_idx = self.path_rec.with_suffix(".idx")
+        self.input_size = input_size
+        for wanted in (self.path_rec, self.path_idx):
+            if not wanted.is_file():
+                raise MissingDataError(
+                    f"{wanted} does not exist. A record set is {self.path_rec.name} and "
+                    f"{self.path_idx.name} in one folder; check the path (`rec` in the config), or "
+                    "make them from class folders: python scripts/pack.py FOLDER OUT"
+                )
+        self.reader = RecordReader(self.path_rec)
+        index = read_index(self.path_idx, self.reader.size)
+        # Reading the last record now finds a file that was cut off before training starts.
+        last = int(index.offsets.argmax())
+        self.reader.read_at(int(index.offsets[last]), int(index.keys[last]))
+        lines = image_lines(index, self.reader)
+        self.keys, self.offsets = index.keys[lines], index.offsets[lines]
+        if not len(self.keys):
+            raise DataError(f"{self.path_rec}: holds no image. Pack the set anew.")
+        self._sorted = bool((np.diff(self.offsets) > 0).all())
+        self.num_classes = self._resolve_num_classes(num_classes)
+
+    def _resolve_num_classes(self, wanted: int | None) -> int:
+        path_property = self.path_rec.with_name("property")
+        stated: Property | None = None
+        if path_property.is_file():
+            stated = read_property(path_property)
+        if wanted is None:
+            return stated.num_classes if stated else self._count_classes()
+        if stated:
+            check_num_classes(wanted, stated.num_classes, str(path_property))
+        return wanted
+
+    def _count_classes(self) -> int:
+        largest = -1
+        quick = len(self) < _PROGRESS_FROM
+        for index in tqdm(range(len(self)), "counting classes", unit=" records", disable=quick):
+            header = self.reader.read_header(int(self.offsets[index]), int(self.keys[index]))
+            largest = max(largest, self._label(header, index, None))
+        return largest + 1
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def describe(self, index: int) -> str:
+        """File, key and byte offset of image `index`."""
+        return self.reader.where(int(self.offsets[index]), int(self.keys[index]))
+
+    def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
+        """The encoded bytes of image `index` and its checked label."""
+        end = None
+        if self._sorted and index + 1 < len(self.offsets):
+            end = int(self.offsets[index + 1])
+        offset, key = int(self.offsets[index]), int(self.keys[index])
+        payload = self.reader.read_at(offset, key, end)
+        header, encoded = unpack_record(payload, self.reader.where(offset, key))
+        return encoded, self._label(header, index, self.num_classes)
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """See ImageSource. Raises RecordError, ImageError, DataError."""
+        encoded, label = self.read_encoded(index)
+        where = self.describe(index)
+        return check_size(decode_image(encoded, where), self.input_size, where), label
+
+    def _label(self, header: RecordHeader, index: int, num_classes: int | None) -> int:
+        label = float(header.labels[0])
+        return check_label(label, num_classes, lambda: self.describe(index))
+
+
+class FolderSource:
+    """Images of `root/<class>/<image>`: the class folders in sorted order get the labels 0, 1, ...
+
+    Hidden files are passed over; files that are no images are counted in a warning.
+    `class_names[label]` is the folder's name. Meant for up to some millions of images; pack
+    larger sets (scripts/pack.py).
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        num_classes: int | None = None,
+        input_size: int = 112,
+    ) -> None:
+        self.root = Path(root)
+        self.input_size = input_size
+        self.class_names, self.files, self.labels = list_class_folders(self.root)
+        found = len(self.class_names)
+        if num_classes is not None:
+            check_num_classes(num_classes, found, str(self.root))
+        self.num_classes = found if num_classes is None else num_classes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def describe(self, index: int) -> str:
+        """Path of image `index`."""
+        return str(self.path(index))
+
+    def path(self, index: int) -> Path:
+        """Path of image `index`."""
+        return self.root / self.class_names[self.labels[index]] / self.files[index]
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """See ImageSource. Raises ImageError, DataError, OSError."""
+        path = self.path(index)
+        image = decode_image(path.read_bytes(), str(path))
+        return check_size(image, self.input_size, str(path)), int(self.labels[index])
+
+
+class SyntheticSource:
+    """Images made of noise, for benchmarks and smoke runs: image and label depend on index only.
+
+    Half of each image is its class's own pattern, so that a network can learn it.
+    """
+
+    def __init__(self, num_classes: int, num_images: int, input_size: int = 112) -> None:
+        self.num_classes, self.num_images, self.input_size = num_classes, num_images, input_size
+        self._pixels = input_size * input_size * 3
+        # One block of noise; every image is a mixture of two places in it.
+        self._places = 1 << 18
+        rng = np.random.default_rng(0)
+        self._noise = rng.integers(0, 256, self._places + self._pixels, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def describe(self, index: int) -> str:
+        """Its number: there is no file."""
+        return f"synthetic image {index}"
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """See ImageSource."""
+        draws = hash_indices(np.array([index]), _OF_IMAGE)
+        label = int(draws[0] % np.uint64(self.num_classes))
+        of_class = hash_indices(np.array([label]), _OF_CLASS)
+        image = self._slice(int(draws[0] >> np.uint64(40)))
+        pattern = self._slice(int(of_class[0] >> np.uint64(40)))
+        mixed = (image >> 1) + (pattern >> 1)
+        return mixed.reshape(self.input_size, self.input_size, 3), label
+
+    def _slice(self, place: int) -> np.ndarray:
+        place %= self._places
+        return self._noise[place : place + self._pixels]
+
+
+def list_class_folders(
+    root: Path, include: tuple[str, ...] = ("*",)
+) -> tuple[list[str], list[str], np.ndarray]:
+    """Class folders matching a pattern, and their images, both in sorted order.
+
+    Returns the names of the classes, the file name of every image, and the label of every image
+    (int64). Raises MissingDataError, DataError.
+    """
+    if not root.is_dir():
+        raise MissingDataError(
+            f"{root} is not a folder. Expected FOLDER/<class>/<image>, one folder per identity, or "
+            "a folder that holds train.rec and train.idx; check the path (`rec` in the config)"
+        )
+    names = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir()
+        and not entry.name.startswith(".")
+        and any(fnmatchcase(entry.name, pattern) for pattern in include)
+    )
+    if not names:
+        raise DataError(
+            f"{root}: no class folder in it. Expected FOLDER/<class>/<image>, one folder per "
+            "identity, or train.rec and train.idx"
+        )
+    files: list[str] = []
+    counts: list[int] = []
+    ignored = 0
+    for name in names:
+        listing = sorted(e.name for e in os.scandir(root / name) if not e.name.startswith("."))
+        images = [file for file in listing if Path(file).suffix.lower() in IMAGE_SUFFIXES]
+        ignored += len(listing) - len(images)
+        if not images:
+            raise DataError(
+                f"{root / name}: no image in this class folder (looked for "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}; subfolders are not searched). Remove the "
+                "folder or put its images directly into it."
+            )
+        files += images
+        counts.append(len(images))
+    if ignored:
+        log.warning("%s: %d entries in class folders are no images and are left out", root, ignored)
+    return names, files, np.repeat(np.arange(len(names), dtype=np.int64), counts)
+
+
+def check_label(label: float, num_classes: int | None, describe: Callable[[], str]) -> int:
+    """A record's label as an int in [0, num_classes). `describe()` names the record in errors."""
+    limit = MAX_EXACT_LABEL + 1 if num_classes is None else num_classes
+    if label.is_integer() and 0 <= label < limit and label <= MAX_EXACT_LABEL:
+        return int(label)
+    if label.is_integer() and label > MAX_EXACT_LABEL:
+        allowed = f"float32 labels are exact only up to {MAX_EXACT_LABEL}"
+        remedy = "the set has to be split"
+    else:
+        allowed = f"allowed are whole numbers from 0 to {limit - 1}"
+        remedy = "set num_classes to more than the largest label, or pack the set anew"
+    raise DataError(f"{describe()}: label {label:g}; {allowed}. To go on: {remedy}.")
+
+
+def check_num_classes(wanted: int, needed: int, where: str) -> None:
+    """Refuse fewer classes than a set has. More are allowed: people pad to a round number."""
+    if wanted < needed:
+        raise DataError(
+            f"num_classes={wanted}, but {where} has {needed} classes. Set num_classes={needed} "
+            "(or more), or num_classes='auto'."
+        )
+
+
+def check_size(image: np.ndarray, input_size: int, where: str) -> np.ndarray:
+    """The image, if it is input_size x input_size. Raises DataError."""
+    if image.shape[:2] != (input_size, input_size):
+        raise DataError(
+            f"{where}: an image of {image.shape[1]} x {image.shape[0]} pixels; the network takes "
+            f"{input_size} x {input_size}. Resize the set once with: "
+            f"python scripts/pack.py FOLDER OUT --size {input_size}"
+        )
+    return image

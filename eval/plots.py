@@ -1,0 +1,138 @@
+"""Pictures of a run: the training curve from metrics.jsonl, and ROC curves on a log-FAR axis.
+
+matplotlib is imported when a picture is drawn, not before, and used without its global state:
+drawing changes nothing in the process and needs no display.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_DOTS_PER_INCH = 120
+
+
+def plot_training_curve(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
+    """Loss, learning rate and, where there are any, verification accuracies over the steps.
+
+    `metrics_jsonl`: one JSON object per line; lines with `loss` are logged steps, lines with
+    `eval` evaluations {target: {accuracy_flip, ...}}. Values that are NaN leave a gap. A torn
+    last line (the run was killed while writing) is left out; any other bad line and a file
+    without a logged step are a ValueError that names file and line.
+    """
+    from matplotlib.figure import Figure
+
+    source = Path(metrics_jsonl)
+    lines = _read_lines(source)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval" in line]
+    if not steps:
+        raise ValueError(f"{source}: no line has a loss; there is nothing to draw yet")
+
+    rows = 3 if evaluations else 2
+    figure = Figure(figsize=(8, 1.2 + 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, height_ratios=[2, 1, 1.5][:rows])
+    x = [line["step"] for line in steps]
+    axes[0].plot(x, [_number(line["loss"]) for line in steps], color="tab:blue", linewidth=1.2)
+    axes[0].set_ylabel("loss")
+    rates = [_number(line.get("learning_rate")) for line in steps]
+    axes[1].plot(x, rates, color="tab:orange", linewidth=1.2)
+    axes[1].set_ylabel("learning rate")
+    axes[1].set_ylim(bottom=0)
+    if evaluations:
+        _draw_accuracies(axes[2], evaluations)
+    axes[-1].set_xlabel("optimizer step")
+    for one in axes:
+        one.grid(alpha=0.3)
+    figure.suptitle(f"Training curve: {source.resolve().parent.name}")
+    return _save(figure, out_png)
+
+
+def plot_roc(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], out_png: str | Path, title: str
+) -> Path:
+    """One ROC per name, as steps, on a logarithmic FAR axis.
+
+    `curves`: {name: (far, tar)}, both [P] and rising, as `eval.metrics.roc_curve` gives them. The
+    axis begins at the smallest FAR a set can show (one false accept). A curve of NaN is named in
+    the legend as undefined. The format follows the suffix of `out_png` (.png, .pdf).
+    """
+    from matplotlib.figure import Figure
+
+    if not curves:
+        raise ValueError("no ROC curve was given; give at least one (far, tar)")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    smallest = []
+    for name, (far, tar) in curves.items():
+        x, y = np.asarray(far, dtype=float), np.asarray(tar, dtype=float)
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            axes.plot([], [], label=f"{name} (undefined)")
+            continue
+        smallest.append(x[x > 0].min(initial=1.0))
+        # A threshold exists only at the points, so between them the curve is a step. Zero has no
+        # place on a log axis: the part before the first false accept runs in from the left edge.
+        axes.step(np.maximum(x, 1e-12), y, where="post", label=name, linewidth=1.5)
+    left = 10.0 ** math.floor(math.log10(min(smallest, default=1e-4)))
+    axes.set_xscale("log")
+    axes.set_xlim(min(left, 0.1), 1.0)
+    axes.set_ylim(0.0, 1.01)
+    axes.set_xlabel("false accept rate (log scale)")
+    axes.set_ylabel("true accept rate")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="lower right")
+    return _save(figure, out_png)
+
+
+def _draw_accuracies(axes: Any, evaluations: list[dict[str, Any]]) -> None:
+    targets = sorted({target for line in evaluations for target in line["eval"]})
+    for target in targets:
+        at = [line for line in evaluations if target in line["eval"]]
+        axes.plot(
+            [line["step"] for line in at],
+            [_number(line["eval"][target].get("accuracy_flip")) for line in at],
+            marker="o",
+            markersize=3.5,
+            linewidth=1.2,
+            label=target,
+        )
+    axes.set_ylabel("accuracy, flip")
+    axes.legend(loc="lower right", fontsize="small", ncols=min(len(targets), 4))
+
+
+def _read_lines(source: Path) -> list[dict[str, Any]]:
+    lines = source.read_text(encoding="utf-8").split("\n")
+    read = []
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline followed: it was being written
+                break
+            raise ValueError(f"{source}, line {number}: not a JSON object ({error})") from error
+        if not isinstance(value, dict) or "step" not in value:
+            raise ValueError(f"{source}, line {number}: not a JSON object with a step")
+        read.append(value)
+    return read
+
+
+def _number(value: Any) -> float:
+    """A float to draw; None (how strict JSON spells NaN) and missing values leave a gap."""
+    return math.nan if value is None else float(value)
+
+
+def _save(figure: Any, out: str | Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=_DOTS_PER_INCH)
+    return path

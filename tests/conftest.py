@@ -1,0 +1,128 @@
+"""A pool of gloo ranks started once per session, and where the shared test data lies."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MAX_RANKS = 4
+ANSWER_WITHIN_SECONDS = 120
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    """One rank of the pool: run what comes, in a default gloo group of the size asked for."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    current: str | None = None
+    while True:
+        order = connection.recv()
+        if order is None:
+            break
+        store, world_size, function, arguments = order
+        try:
+            if current != store:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                if world_size > 1:
+                    dist.init_process_group(
+                        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+                    )
+                current = store
+            connection.send((True, function(rank, world_size, *arguments)))
+        except Exception as error:
+            connection.send((False, (error, traceback.format_exc())))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class RankFailure(AssertionError):
+    """A function failed on a rank of the pool; `errors` holds the exception of each that did."""
+
+    def __init__(self, errors: dict[int, Exception], text: str) -> None:
+        super().__init__(text)
+        self.errors = errors
+
+
+class Ranks:
+    """`run(n, function, *args)` calls function(rank, n, *args) on n ranks and collects."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stores: dict[int, str] = {}
+        self._groups_made = 0
+        self._last_size = 0
+        self._pool: list[tuple[Any, Connection]] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        for rank in range(MAX_RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self._pool.append((process, ours))
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Results in rank order; RankFailure with all ranks' tracebacks if one raises."""
+        assert 1 <= world_size <= MAX_RANKS
+        if not self._pool:
+            self._start()
+        if world_size != self._last_size:
+            self._groups_made += 1
+            self._stores[world_size] = str(self._folder / f"store{self._groups_made}")
+            self._last_size = world_size
+        members = self._pool[:world_size]
+        for _, connection in members:
+            connection.send((self._stores[world_size], world_size, function, arguments))
+        results, errors, texts = [], {}, []
+        for rank, (_, connection) in enumerate(members):
+            if not connection.poll(ANSWER_WITHIN_SECONDS):
+                self.stop(kill=True)
+                raise TimeoutError(f"rank {rank} did not answer in {ANSWER_WITHIN_SECONDS} s")
+            ok, value = connection.recv()
+            results.append(value)
+            if not ok:
+                errors[rank] = value[0]
+                texts.append(f"rank {rank}:\n{value[1]}")
+        if errors:
+            self._last_size = 0  # a group whose collectives were interrupted is not used again
+            raise RankFailure(errors, "\n".join(texts))
+        return results
+
+    def stop(self, kill: bool = False) -> None:
+        """End the pool."""
+        for process, connection in self._pool:
+            if kill:
+                process.kill()
+            else:
+                connection.send(None)
+        for process, _ in self._pool:
+            process.join(10)
+        self._pool, self._last_size = [], 0
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    pool = Ranks(Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp())))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real test data: TEST_DATA_DIR, or ../shared beside the repository."""
+    default = Path(__file__).resolve().parent.parent.parent / "shared"
+    folder = Path(os.environ.get("TEST_DATA_DIR", default))
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no shared test data at {folder} (set TEST_DATA_DIR)")
+    return folder

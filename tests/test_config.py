@@ -1,0 +1,216 @@
+"""A config is a typed value that explains and defends itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.base import Config
+from utils.config import ConfigError, describe_fields, load_config, save_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SHIPPED = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(body: str, name: str = "mine.py") -> Path:
+        path = tmp_path / name
+        path.write_text(body)
+        return path
+
+    return write
+
+
+SMALL = "from easydict import EasyDict as edict\nconfig = edict(rec='/some/where')\n"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads(name):
+    overrides = ["rec=/somewhere"] if name in ("demo", "lfw_nano") else []
+    config = load_config(f"configs/{name}", overrides)
+    assert config.output == f"work_dirs/{name}"
+
+
+def recipe_rows(shared_dir: Path) -> list[dict[str, str]]:
+    with (shared_dir / "facts/recipes.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_published_runs_have_their_published_settings(shared_dir):
+    defaults = Config()
+    rows = recipe_rows(shared_dir)
+    assert len(rows) == 42
+    for row in rows:
+        config = load_config(f"configs/{row.pop('config')}")
+        for key, text in row.items():
+            if key == "output":
+                continue
+            value = getattr(config, key)
+            if text == "":
+                assert value == getattr(defaults, key), (config.output, key)
+            elif key == "margin_list":
+                assert value == tuple(float(x) for x in text.strip("()").split(","))
+            elif key == "val_targets":
+                assert value == [x.strip(" '") for x in text.strip("[]").split(",") if x]
+            elif isinstance(value, str):
+                assert value == text
+            elif isinstance(value, bool):
+                assert value == (text == "True")
+            else:
+                assert value == float(text), (config.output, key)
+
+
+def test_shipped_configs_state_only_their_differences():
+    defaults = vars(Config())
+    for name in SHIPPED:
+        namespace: dict = {}
+        exec((CONFIGS / f"{name}.py").read_text(), namespace)
+        same = [k for k, v in namespace["config"].items() if defaults[k] == v]
+        assert not same, f"configs/{name}.py repeats the default of {same}"
+
+
+def test_defaults_then_module_then_command_line(write_config):
+    path = write_config(SMALL + "config.lr = 0.5\nconfig.batch_size = 7\n")
+    config = load_config(path, ["lr=0.25"])
+    assert (config.lr, config.batch_size, config.momentum) == (0.25, 7, 0.9)
+
+
+def test_command_line_words_take_the_fields_type(write_config):
+    words = ["lr=1", "val_targets=[lfw,'agedb_30']", "margin_list=(1.0,0.5,0.0)", "fp16=true",
+             "num_classes=auto", "seed=1e3", "output=None", "notes=a=b", "max_steps=5",
+             "val_dir='/a b'"]  # fmt: skip
+    config = load_config(write_config(SMALL), words)
+    assert config.lr == 1.0
+    assert isinstance(config.lr, float)
+    assert config.val_targets == ["lfw", "agedb_30"]
+    assert config.margin_list == (1.0, 0.5, 0.0)
+    assert config.fp16 is True
+    assert config.num_classes == "auto"
+    assert config.seed == 1000
+    assert config.output == "work_dirs/mine"
+    assert config.notes == "a=b"
+    assert config.max_steps == 5
+    assert config.val_dir == "/a b"
+
+
+def test_all_problems_are_reported_at_once(write_config):
+    path = write_config(SMALL + "config.lrr = 1\nconfig.batch_size = 'x'\nconfig.momentum = 2.0\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["sample_rate=1.5", "nonsense", "frequent=0", "optimizer=adam"])
+    text = str(error.value)
+    for words in ("7 problems", "unknown key 'lrr'", "nearest known: lr", "batch_size='x'",
+                  "momentum=2.0", "sample_rate=1.5", "'nonsense'", "frequent=0",
+                  "optimizer='adam': allowed are sgd, adamw"):  # fmt: skip
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("lr=fast", "float needed"),
+        ("lr=nan", "finite"),
+        ("batch_size=1.5", "int needed"),
+        ("batch_size=0", "at least 1"),
+        ("fp16=1", "bool needed"),
+        ("margin_list=(1.0,0.5)", "list given"),
+        ("margin_list=(0.0,0.5,0.0)", "m1=0.0"),
+        ("margin_list=(1.0,4.0,0.0)", "m2=4.0"),
+        ("precision=int8", "allowed are fp32, bf16, fp16, fp64"),
+        ("warmup_epoch=50", "num_epoch"),
+        ("resume=True", "not available"),
+        ("rec=synthetic", 'num_classes="auto"'),
+        ("num_classes=many", "whole number"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(write_config, word, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(write_config(SMALL), [word])
+    assert words in str(error.value)
+    assert word.split("=")[0] in str(error.value)
+
+
+def test_the_file_is_found_with_and_without_py_and_anywhere(write_config, monkeypatch, tmp_path):
+    path = write_config(SMALL)
+    assert load_config(path) == load_config(path.with_suffix(""))
+    monkeypatch.chdir(tmp_path)
+    assert load_config("mine").output == "work_dirs/mine"
+    assert load_config("configs/ms1mv3_r50").network == "r50"  # from the repository
+    with pytest.raises(ConfigError, match="did you mean configs/ms1mv3_r50"):
+        load_config("configs/ms1mv3_r5")
+
+
+def test_a_module_that_fails_or_defines_nothing_is_named(write_config):
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        load_config(write_config("config = 1 / 0\n"))
+    with pytest.raises(ConfigError, match="no `config` found"):
+        load_config(write_config("x = 1\n"))
+
+
+def test_an_unmodified_arcface_torch_config_loads(write_config):
+    body = """
+from easydict import EasyDict as edict
+
+# make training faster
+# our RAM is 256G
+# mount -t tmpfs -o size=140G  tmpfs /train_tmp
+
+config = edict()
+config.margin_list = (1.0, 0.0, 0.4)
+config.network = "r50"
+config.resume = False
+config.save_all_states = False
+config.output = None
+config.embedding_size = 512
+config.sample_rate = 0.2
+config.interclass_filtering_threshold = 0
+config.fp16 = True
+config.momentum = 0.9
+config.weight_decay = 5e-4
+config.batch_size = 128
+config.optimizer = "sgd"
+config.lr = 0.1
+config.verbose = 2000
+config.frequent = 10
+config.dali = False
+config.dali_aug = False
+config.gradient_acc = 1
+config.seed = 2048
+config.num_workers = 2
+config.using_wandb = False
+config.wandb_key = "XXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXX"
+config.suffix_run_name = None
+config.wandb_entity = "entity"
+config.wandb_project = "project"
+config.wandb_log_all = True
+config.save_artifacts = False
+config.wandb_resume = False
+config.notes = ""
+config.rec = "/train_tmp/WebFace42M"
+config.num_classes = 2059906
+config.num_image = 42474557
+config.num_epoch = 20
+config.warmup_epoch = config.num_epoch // 10
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+"""
+    config = load_config(write_config(body))
+    assert config.num_classes == 2059906
+    assert config.warmup_epoch == 2.0
+
+
+def test_secrets_are_not_saved(write_config, tmp_path):
+    config = load_config(write_config(SMALL), ["wandb_key=verysecret"])
+    save_config(config, tmp_path / "config.json", world_size=2)
+    text = (tmp_path / "config.json").read_text()
+    assert "verysecret" not in text
+    assert json.loads(text)["resolved"]["world_size"] == 2
+
+
+def test_every_field_has_a_docstring():
+    described = describe_fields().splitlines()
+    names = {line.split(" = ")[0] for line in described[::2]}
+    assert names == set(vars(Config()))
+    assert all(line.strip() for line in described[1::2])

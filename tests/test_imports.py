@@ -1,0 +1,113 @@
+"""The house stays as drawn: who imports whom, and nothing happens at import."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("backbones", "benchmarks", "configs", "data", "eval", "head", "parallel", "scripts",
+         "tests", "training", "utils")  # fmt: skip
+DOORS = ("dataset", "losses", "partial_fc", "torch2onnx", "train_v2")
+
+# importer -> what of ours it may import (prefixes of module names; its own folder is free)
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "configs.base": (),
+    "configs": ("configs.base",),
+    "utils.config": ("configs.base",),
+    "utils": (),
+    "losses": (),
+    "backbones": (),
+    "eval.metrics": (),
+    "data": (),
+    "head": ("utils.distributed",),
+    "parallel": ("utils.distributed",),
+    "partial_fc": ("head", "losses"),
+    "dataset": ("data",),
+    "eval": ("utils.distributed", "backbones", "data", "eval"),
+    "training": (
+        "configs.base", "losses", "partial_fc", "dataset", "data", "head", "eval", "backbones",
+        "utils",
+    ),
+    "torch2onnx": ("backbones", "eval"),
+    "train_v2": (
+        "backbones", "configs.base", "dataset", "eval", "training", "utils",
+    ),
+}  # fmt: skip
+NEVER_IMPORTED = ("train_v2", "torch2onnx", "scripts", "benchmarks")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def our_files() -> list[Path]:
+    files = [ROOT / f"{door}.py" for door in DOORS]
+    files += [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    return sorted(path for path in files if path.exists())
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return {name for name in found if name.split(".")[0] in (*ROOMS, *DOORS)}
+
+
+def rule_for(module: str) -> tuple[str, ...] | None:
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        rule = ALLOWED.get(".".join(parts[:length]))
+        if rule is not None:
+            return rule
+    return None
+
+
+@pytest.mark.parametrize("path", our_files(), ids=module_name)
+def test_imports_flow_one_way(path):
+    module = module_name(path)
+    room = module.split(".")[0]
+    for imported in imports_of(path):
+        if room != "tests":
+            assert imported.split(".")[0] != "tests", f"{module} imports {imported}" if (
+                room != "benchmarks"
+            ) else ""
+        if room in ("scripts", "benchmarks", "tests"):
+            if room == "scripts":
+                assert not imported.startswith(("train_v2", "benchmarks"))
+            continue
+        assert not imported.startswith(NEVER_IMPORTED), f"{module} imports {imported}"
+        allowed = rule_for(module)
+        assert allowed is not None, f"{module} has no rule in ALLOWED"
+        own_room = imported.startswith(room) and module not in ("configs.base", "eval.metrics")
+        fits = any(imported == a or imported.startswith(a + ".") for a in allowed)
+        assert fits or (own_room and module not in ALLOWED), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", our_files(), ids=module_name)
+def test_nothing_happens_at_import(path):
+    """Module level holds definitions, constants and docstrings: no loop, no bare call."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.If):  # `if TYPE_CHECKING` and the command-line guard
+            text = ast.unparse(node.test)
+            assert "__name__" in text or "TYPE_CHECKING" in text, f"{path}:{node.lineno}"
+        else:
+            assert not isinstance(node, (ast.For, ast.While, ast.With)), f"{path}:{node.lineno}"
+            is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            assert not is_call, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", our_files(), ids=module_name)
+def test_mxnet_is_never_imported(path):
+    if module_name(path).split(".")[0] == "tests":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            assert not any(name.split(".")[0] == "mxnet" for name in names)

@@ -1,0 +1,448 @@
+"""Verification sets are read without running them, and every number of ranks gives one answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from torch import Tensor, nn
+
+from eval.embedder import Embedder
+from eval.verification import (
+    VerificationSet,
+    VerificationSetError,
+    embed_set,
+    find_verification_sets,
+    load_verification_set,
+    main,
+    share_of_batches,
+    verify,
+)
+from tests.conftest import RankFailure
+
+SIZE = 16  # pixels; small, because only arithmetic is at stake
+
+
+def _pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def _set(pairs: int = 13, name: str = "made_up") -> VerificationSet:
+    images = [simplejpeg.encode_jpeg(image, 95) for image in _pixels(2 * pairs)]
+    return VerificationSet(name, list(images), np.arange(pairs) % 2 == 0)
+
+
+def _write(path: Path, content: Any, protocol: int = 4) -> Path:
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(1176, 8)
+    )
+
+
+# --- finding sets ---
+
+
+def test_targets_are_found_with_and_without_suffix(tmp_path: Path) -> None:
+    for name in ("lfw", "cfp_fp"):
+        (tmp_path / f"{name}.bin").touch()
+    found = find_verification_sets(tmp_path, ["cfp_fp.bin", "lfw"])
+    assert found == [tmp_path / "cfp_fp.bin", tmp_path / "lfw.bin"]
+
+
+def test_a_missing_target_names_itself_the_folder_and_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "lfw.bin").touch()
+    with pytest.raises(VerificationSetError, match=r"not found: agedb_30 .*sets there: lfw") as e:
+        find_verification_sets(tmp_path, ["lfw", "agedb_30"])
+    assert str(tmp_path) in str(e.value)
+    with pytest.raises(VerificationSetError, match="no such directory"):
+        find_verification_sets(tmp_path / "nowhere", ["lfw"])
+    with pytest.raises(VerificationSetError, match="named twice: lfw"):
+        find_verification_sets(tmp_path, ["lfw", "lfw.bin"])
+
+
+# --- pickles that are sets ---
+
+
+@pytest.mark.parametrize("protocol", range(1, 6))
+@pytest.mark.parametrize("kind", ["bytes", "bytearrays", "encoded arrays", "pixel arrays"])
+@pytest.mark.parametrize("labels", ["list", "array", "scalars", "integers"])
+def test_every_way_python_3_writes_a_set_is_read(
+    tmp_path: Path, protocol: int, kind: str, labels: str
+) -> None:
+    expected, issame = _pixels(20), np.arange(10) % 3 == 0
+    encoded = [simplejpeg.encode_jpeg(image, 95) for image in expected]
+    images = {
+        "bytes": encoded,
+        "bytearrays": [bytearray(one) for one in encoded],
+        "encoded arrays": [np.frombuffer(one, np.uint8) for one in encoded],
+        "pixel arrays": list(expected),
+    }[kind]
+    written = {
+        "list": issame.tolist(),
+        "array": issame,
+        "scalars": list(issame),
+        "integers": issame.astype(int).tolist(),
+    }[labels]
+    one = load_verification_set(_write(tmp_path / "a.bin", (images, written), protocol))
+    assert one.name == "a"
+    assert one.issame.dtype == np.bool_
+    np.testing.assert_array_equal(one.issame, issame)
+    for image, pixels, file in zip(one.images, expected, encoded, strict=True):
+        if kind == "pixel arrays":
+            np.testing.assert_array_equal(image, pixels)
+        else:
+            assert bytes(image) == file
+
+
+def test_all_images_in_one_array_and_fortran_order_are_read(tmp_path: Path) -> None:
+    expected = _pixels(20)
+    path = _write(tmp_path / "a.bin", [np.asfortranarray(expected), [True] * 10])
+    np.testing.assert_array_equal(np.stack(load_verification_set(path).images), expected)
+
+
+def _python_2_string(data: bytes) -> bytes:
+    return b"T" + struct.pack("<i", len(data)) + data  # BINSTRING
+
+
+def _python_2_array(pixels: np.ndarray) -> bytes:
+    """What cPickle of Python 2 wrote for a uint8 array, protocol 2."""
+    shape = b"".join(b"K" + bytes([length]) for length in pixels.shape)
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff" + (
+        b"J\xff\xff\xff\xffK\x00tb"
+    )
+    return b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01(" + (
+        shape + b"t" + dtype + b"\x89" + _python_2_string(pixels.tobytes()) + b"tb"
+    )
+
+
+@pytest.mark.parametrize("write", [_python_2_string, _python_2_array])
+def test_python_2_pickles_are_read(tmp_path: Path, write: Any) -> None:
+    expected = _pixels(20)
+    images = [e.tobytes() for e in expected] if write is _python_2_string else list(expected)
+    labels = b"](" + b"\x88\x89" * 5 + b"e"
+    path = tmp_path / "lfw.bin"
+    path.write_bytes(b"\x80\x02](" + b"".join(map(write, images)) + b"e" + labels + b"\x86.")
+    one = load_verification_set(path)
+    assert one.issame.tolist() == [True, False] * 5
+    assert all(np.array_equal(a, b) for a, b in zip(one.images, images, strict=True))
+
+
+def test_the_real_set_is_held_encoded(shared_dir: Path) -> None:
+    path = shared_dir / "data" / "lfw112" / "lfw_part.bin"
+    one = load_verification_set(path)
+    assert (one.name, one.num_pairs, int(one.issame.sum())) == ("lfw_part", 800, 400)
+    assert sum(len(image) for image in one.images) < path.stat().st_size
+
+
+# --- pickles that are not ---
+
+
+class _Call:
+    """Pickles as a call of `function(*arguments)`."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
+    trace = tmp_path / "trace"
+    path = _write(tmp_path / "lfw.bin", _Call(os.system, f"touch {trace}"), protocol)
+    with pytest.raises(VerificationSetError, match=r"lfw\.bin: refused, .*system"):
+        load_verification_set(path)
+    assert not trace.exists()
+
+
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+_RECONSTRUCT = _global("numpy.core.multiarray", "_reconstruct") + _global("numpy", "ndarray")
+_ENCODE = _global("_codecs", "encode")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (_RECONSTRUCT + b"J\xff\xff\xff\x7f\x85U\x01b\x87R.", "not rebuilt from an empty"),
+        (_RECONSTRUCT + b"K\x00\x85U\x01b\x87R(K\x01M\xff\xffM\xff\xff\x86NN\x89t b.", "pickle"),
+        (_global("numpy", "ndarray") + b"J\xff\xff\xff\x7f\x85R.", "not a readable pickle"),
+        (_global("builtins", "bytes") + b"J\xff\xff\xff\x7f\x85R.", "bytes are allowed from bytes"),
+        (_global("builtins", "eval") + b"U\x011\x85R.", r"refused, .*builtins\.eval"),
+        (_global("numpy", "load") + b"U\x01a\x85R.", r"refused, .*numpy\.load"),
+        (_global("numpy.core.multiarray", "fromfile") + b".", "refused"),
+        (_global("numpy", "dtype") + b"U\x02O8\x85R.", "not a plain integer"),
+        (_global("numpy", "dtype") + b"U\x08V9999999\x85R.", "not a plain integer"),
+        (_ENCODE + b"X\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.", "latin1 text only"),
+        (_ENCODE + b"}X\x01\x00\x00\x00ab.", "opcode EMPTY_DICT"),
+        (_ENCODE + b"N(X\x08\x00\x00\x00__call__K\x01t\x86b.", "cannot be given a state"),
+        (b"r\xff\xff\xff\x7f.", "memo slot"),
+        (b"}.", "opcode EMPTY_DICT"),
+        (b"(ios\nsystem\n.", "opcode INST"),
+        (b"\x82\x01.", "opcode EXT1"),
+        (b"B\xff\xff\xff\x7fabc", "not a readable pickle"),
+        (b"\x96\xff\xff\xff\xff\xff\x00\x00\x00abc", "not a readable pickle"),
+        (b"]" * 1000, "not a readable pickle"),
+        (b"", "not a readable pickle"),
+    ],
+)
+def test_hostile_pickles_are_refused_by_name(tmp_path: Path, body: bytes, words: str) -> None:
+    path = tmp_path / "hostile.bin"
+    path.write_bytes(b"\x80\x02" + body)
+    with pytest.raises(VerificationSetError, match=rf"(?s)hostile\.bin.*{words}"):
+        load_verification_set(path)
+
+
+def test_a_short_file_cannot_multiply_one_text_into_much_memory(tmp_path: Path) -> None:
+    text = b"X" + struct.pack("<I", 10_000) + b"a" * 10_000 + b"q\x010"
+    one = _ENCODE + b"h\x01X\x06\x00\x00\x00latin1\x86R"
+    path = tmp_path / "bomb.bin"
+    path.write_bytes(b"\x80\x02" + text + b"](" + one * 100 + b"e.")
+    with pytest.raises(VerificationSetError, match="more bytes than the file has"):
+        load_verification_set(path)
+
+
+def test_an_array_without_bytes_cannot_have_a_trillion_rows(tmp_path: Path) -> None:
+    buffer = _global("numpy.core.numeric", "_frombuffer")
+    dtype = _global("numpy", "dtype") + b"U\x02u1\x85R"
+    shape = b"(\x8a\x06\x00\x00\x00\x00\x00\x01K\x00K\x01K\x03t"  # (2**40, 0, 1, 3)
+    path = tmp_path / "endless.bin"
+    path.write_bytes(b"\x80\x02" + buffer + b"(U\x00" + dtype + shape + b"U\x01Ct" + b"R](e\x86.")
+    with pytest.raises(VerificationSetError, match="lengths that fit its data"):
+        load_verification_set(path)
+
+
+def test_a_list_that_multiplies_itself_is_refused_without_being_written_out(tmp_path: Path) -> None:
+    doubled = b"N\x85" + b"2\x86" * 60  # ((..., ...), (..., ...)): 2**60 leaves
+    path = tmp_path / "laughs.bin"
+    path.write_bytes(b"\x80\x02" + _global("numpy", "dtype") + doubled + b"\x85R.")
+    with pytest.raises(VerificationSetError, match="not a plain integer"):
+        load_verification_set(path)
+    path.write_bytes(b"\x80\x02" + doubled + b".")
+    with pytest.raises(VerificationSetError, match="label 0 is a tuple of length 2"):
+        load_verification_set(path)
+
+
+@pytest.mark.parametrize("cut", [1, 100, 5000])
+def test_a_truncated_set_is_an_error_that_names_the_file(tmp_path: Path, cut: int) -> None:
+    path = _write(tmp_path / "cut.bin", (_set().images, [True] * 13))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(VerificationSetError, match=r"cut\.bin: not a readable pickle"):
+        load_verification_set(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([b"a"] * 20, "a list of length 20; a set is a pair"),
+        (([b"a"] * 21, [True] * 10), "21 images for 10 labels"),
+        (([b"a"] * 18, [True] * 9), "9 pairs; the 10-fold protocol needs at least 10"),
+        (([b"a"] * 19 + [""], [True] * 10), "image 19 is a str"),
+        (([b"a"] * 19 + [b""], [True] * 10), "image 19 is a bytes of length 0"),
+        (([b"a"] * 20, [True] * 9 + [2]), "label 9 is the integer 2"),
+        (([b"a"] * 20, [True] * 9 + [None]), "label 9 is a NoneType"),
+        ((b"a" * 20, [True] * 10), "images are a bytes"),
+        (([b"a"] * 20, b"\1" * 10), "labels are a bytes"),
+        (([np.zeros((4, 4), np.uint8)] * 20, [True] * 10), r"image 0 is an array \[4, 4\]"),
+        (([np.zeros((4, 4, 3), np.int64)] * 20, [True] * 10), "image 0 is an array .* of int64"),
+        ((np.zeros(0, np.uint8), [True] * 10), "shape is not up to 4 lengths"),
+        ((np.zeros(7, np.uint8), [True] * 10), r"images are an array \[7\]"),
+        (([b"a"] * 20, np.full(10, 2)), r"labels are an array \[10\]"),
+        (([np.zeros(3, np.float32)] * 20, [True] * 10), "not a plain integer or bool"),
+    ],
+)
+def test_another_structure_is_an_error_that_says_what_is_wrong(
+    tmp_path: Path, content: Any, words: str
+) -> None:
+    with pytest.raises(VerificationSetError, match=words):
+        load_verification_set(_write(tmp_path / "a.bin", content))
+
+
+# --- sharing and embedding ---
+
+
+def test_shares_are_whole_batches_that_cover_every_image_once() -> None:
+    for images in (1, 20, 64, 65, 1000):
+        for batch in (1, 7, 64, 2000):
+            for world in (1, 2, 3, 5, 64):
+                shares = [share_of_batches(images, batch, rank, world) for rank in range(world)]
+                assert [s for s, _ in shares] == [0] + [e for _, e in shares[:-1]]
+                assert shares[-1][1] == images
+                assert all(start % batch == 0 or start == images for start, _ in shares)
+                batches = [-(-(end - start) // batch) for start, end in shares]
+                assert max(batches) - min(batches) <= 1
+
+
+def test_both_sides_are_embedded_in_order_and_the_mirror_image_is_mirrored() -> None:
+    pixels = _pixels(26)
+    one = VerificationSet("arrays", list(pixels), np.arange(13) % 2 == 0)
+
+    def embed(images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        return images.flatten(1).double()
+
+    plain, flipped = embed_set(embed, one, batch_size=7, input_size=SIZE)
+    channels_first = pixels.transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(plain, channels_first.reshape(26, -1))
+    np.testing.assert_array_equal(flipped, channels_first[..., ::-1].reshape(26, -1))
+    assert plain.dtype == np.float64
+
+
+def _verify_on_a_rank(rank: int, world_size: int, batch_size: int) -> dict[str, dict[str, float]]:
+    embed = Embedder(_network())
+    sets = [_set(13, "thirteen"), _set(10, "ten")]
+    return verify(
+        embed, sets, rank=rank, world_size=world_size, batch_size=batch_size, input_size=SIZE
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])  # 64: some ranks have no image
+def test_one_two_three_ranks_give_identical_numbers(ranks: Any, batch_size: int) -> None:
+    (alone,) = ranks.run(1, _verify_on_a_rank, batch_size)
+    assert not any(math.isnan(v) for values in alone.values() for v in values.values())
+    for world_size in (2, 3):
+        for result in ranks.run(world_size, _verify_on_a_rank, batch_size):
+            assert result == alone
+
+
+def _verify_with_a_bad_rank(rank: int, world_size: int) -> None:
+    def embed(images: Tensor) -> Tensor:
+        if rank == 1:
+            raise ZeroDivisionError("broken")
+        return images.flatten(1).float()
+
+    verify(embed, [_set()], rank=rank, world_size=world_size, batch_size=4, input_size=SIZE)
+
+
+def test_an_error_on_one_rank_reaches_all_and_nobody_waits(ranks: Any) -> None:
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(3, _verify_with_a_bad_rank)
+    errors = failure.value.errors
+    assert isinstance(errors[1], ZeroDivisionError)
+    for rank in (0, 2):
+        assert "failed on rank 1" in str(errors[rank])
+
+
+def test_collapsed_embeddings_give_nan_and_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        values = verify(lambda x: torch.ones(len(x), 4), [_set()], input_size=SIZE)["made_up"]
+    assert math.isnan(values["accuracy"])
+    assert values["xnorm"] == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "accuracy_flip" in caplog.text
+
+
+def test_an_image_of_another_size_is_named() -> None:
+    with pytest.raises(ValueError, match=r"set made_up, image 0: shape is \[16, 16, 3\]"):
+        verify(lambda x: x.flatten(1).float(), [_set()], input_size=112)
+
+
+def test_another_size_is_found_while_loading_from_the_headers(tmp_path: Path) -> None:
+    path = _write(tmp_path / "small.bin", (_set().images, [True] * 13))
+    assert load_verification_set(path, input_size=SIZE).num_pairs == 13
+    with pytest.raises(VerificationSetError, match=r"small\.bin, image 0: 16 x 16 pixels; the"):
+        load_verification_set(path, input_size=112)
+
+
+def test_a_damaged_image_is_named() -> None:
+    one = _set()
+    one.images[3] = bytes(one.images[3])[:200]
+    with pytest.raises(ValueError, match="set made_up, image 3"):
+        verify(lambda x: x.flatten(1).float(), [one], input_size=SIZE)
+
+
+def test_bad_arguments_are_errors() -> None:
+    def embed(images: Tensor) -> Tensor:
+        return torch.zeros(1, 4)
+
+    with pytest.raises(ValueError, match="share a name"):
+        verify(embed, [_set(), _set()])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        verify(embed, [_set()], batch_size=0)
+    with pytest.raises(ValueError, match="rank is 2"):
+        verify(embed, [_set()], rank=2, world_size=2)
+    with pytest.raises(ValueError, match=r"embed gave shape \[1, 4\] for 26 images"):
+        verify(embed, [_set()], input_size=SIZE)
+
+
+# --- the embedder ---
+
+
+def test_the_embedder_normalises_evaluates_and_gives_every_module_its_mode_back() -> None:
+    network = _network().train()
+    network.get_submodule("1").eval()  # a frozen batch norm stays frozen
+    before = [module.training for module in network.modules()]
+    images = torch.from_numpy(_pixels(4).transpose(0, 3, 1, 2).copy())
+    embeddings = Embedder(network, mean=127.5, std=[127.5] * 3)(images)
+    assert [module.training for module in network.modules()] == before
+    assert not embeddings.requires_grad
+    expected = network.eval()((images.float() - 127.5) / 127.5)
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=0)
+
+
+def test_the_embedder_restores_modes_after_an_error_and_keeps_float64() -> None:
+    network = _network().double().train()
+    embedder = Embedder(network)
+    with pytest.raises(RuntimeError):
+        embedder(torch.zeros(2, 3, 5, 5, dtype=torch.uint8))
+    assert all(module.training for module in network.modules())
+    assert embedder(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).dtype == torch.float64
+    with pytest.raises(ValueError, match="uint8"):
+        embedder(torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="std has 2 values"):
+        Embedder(network, std=[1.0, 2.0])
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from backbones import get_model
+    from backbones.weights import ModelMetadata, save_model
+
+    path = tmp_path_factory.mktemp("run") / "model.pt"
+    backbone = get_model("mbf", num_features=32)
+    return save_model(path, backbone, ModelMetadata("mbf", num_features=32))
+
+
+def test_the_command_prints_a_table_and_writes_json_and_a_figure(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 112, 112, 3), dtype=np.uint8)
+    _write(tmp_path / "small.bin", (list(pixels), [True, False] * 5))
+    out, figure = tmp_path / "out.json", tmp_path / "roc.png"
+    arguments = ["--model", str(model), "--data", str(tmp_path), "--device", "cpu"]
+    assert main([*arguments, "--json", str(out), "--plot", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    values = json.loads(out.read_text())["small"]
+    assert f"{values['accuracy_flip']:.5f}" in printed
+    assert values["num_pairs"] == 10
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_2(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(model), "--data", str(tmp_path)]) == 2
+    assert "no .bin set in this folder" in capsys.readouterr().err
+    assert main(["--model", str(tmp_path / "none.pt"), "--data", str(model)]) == 2
+    assert "none.pt" in capsys.readouterr().err

@@ -1,0 +1,302 @@
+"""From trained weights to an ONNX file that has been compared with PyTorch.
+
+    python torch2onnx.py work_dirs/ms1mv3_r50
+    python torch2onnx.py model.pt --network r50 --output face.onnx --simplify
+
+The file appears only if its outputs agree with PyTorch's; docs/export.md has the details. Exit code
+0: written; 1: the ONNX model disagrees or is not valid; 2: the input cannot be exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from backbones import Backbone, model_names
+from backbones.weights import ModelMetadata, WeightsError, load_model
+
+INPUT_NAME, OUTPUT_NAME = "data", "embedding"
+LOWEST_OPSET = 18  # torch's exporter is written for it; it writes no lower one
+DEFAULT_OPSET = LOWEST_OPSET  # so that the most runtimes read the file
+CHECKED_BATCHES = (1, 3, 32)
+TOLERANCE = 1e-4  # of the largest output
+LARGEST_FILE = (
+    2 * 1024**3 - 16 * 1024**2
+)  # bytes of weights; protobuf ends at 2 GiB, with the graph
+
+
+class ExportRefusedError(ValueError):
+    """What was asked for cannot be exported; the message says why and what can."""
+
+
+class ParityError(RuntimeError):
+    """The ONNX model does not compute what the PyTorch model computes; no file was left."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` wrote.
+
+    Attributes:
+        path: the file.
+        size_bytes: its size.
+        opset: of the default ONNX domain.
+        nodes: operators in the graph.
+        differences: batch size -> largest |ONNX - PyTorch| over the largest |PyTorch|.
+    """
+
+    path: Path
+    size_bytes: int
+    opset: int
+    nodes: int
+    differences: dict[int, float]
+
+    @property
+    def max_relative_difference(self) -> float:
+        """The worst of all checked batches."""
+        return max(self.differences.values())
+
+
+def export_onnx(
+    backbone: Backbone,
+    metadata: ModelMetadata,
+    output: str | os.PathLike[str],
+    *,
+    opset: int = DEFAULT_OPSET,
+    simplify: bool = False,
+) -> ExportReport:
+    """Write `backbone` in eval mode as one ONNX file, whole and checked, or not at all.
+
+    Input `data` [batch, in_channels, input_size, input_size] float32, output `embedding`
+    [batch, num_features] float32, not normalised; batch is symbolic. The backbone itself, its mode
+    and its device stay as they are.
+
+    Args:
+        backbone: of any network; exported in fp32.
+        metadata: goes into the file; its sizes must be the backbone's.
+        output: the file to write; its folder is made if it is not there.
+        opset: 18 or more.
+        simplify: fold constants and fuse norms into convolutions first.
+
+    Raises:
+        ExportRefusedError: a size, the opset or the weights do not allow the export.
+        ParityError: the ONNX model disagrees with PyTorch on a batch of 1, 3 or 32 images.
+    """
+    _check_request(backbone, metadata, opset)
+    backbone = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
+    model = _translate(backbone, opset, simplify)
+    _describe(model, metadata)
+
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(str(temporary), full_check=True)
+        differences = _compare(backbone, temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already unless something failed
+    return ExportReport(
+        path=output,
+        size_bytes=output.stat().st_size,
+        opset=opset,
+        nodes=len(model.graph.node),
+        differences=differences,
+    )
+
+
+def _check_request(backbone: Backbone, metadata: ModelMetadata, opset: int) -> None:
+    highest = onnx.defs.onnx_opset_version()
+    if not LOWEST_OPSET <= opset <= highest:
+        raise ExportRefusedError(f"opset {opset} is not possible: {LOWEST_OPSET} to {highest} are")
+    for name in ("num_features", "input_size", "in_channels"):
+        said, has = getattr(metadata, name), getattr(backbone, name)
+        if said != has:
+            raise ExportRefusedError(
+                f"the metadata says {name}={said}, the backbone has {has}: make them agree"
+            )
+    size = sum(4 * tensor.numel() for tensor in backbone.state_dict().values())
+    if size > LARGEST_FILE:
+        raise ExportRefusedError(
+            f"{metadata.network} has {size / 1024**3:.1f} GiB of weights, but one ONNX file holds "
+            "less than 2 GiB and we write no side files: export a smaller network, or serve this "
+            "one with PyTorch"
+        )
+
+
+def _translate(backbone: Backbone, opset: int, simplify: bool) -> onnx.ModelProto:
+    """The ONNX form of the backbone, with a symbolic batch from the start, not relabelled later."""
+    side = backbone.input_size
+    # Two images, because torch.export takes a size of 1 for a constant.
+    example = torch.zeros(2, backbone.in_channels, side, side)
+    with _quiet():
+        program = torch.onnx.export(
+            backbone,
+            (example,),
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            opset_version=opset,
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            optimize=simplify,
+            verbose=False,
+        )
+    assert program is not None  # it is None only for the old exporter
+    model = program.model_proto
+    written = next(entry.version for entry in model.opset_import if not entry.domain)
+    if written != opset:
+        raise ExportRefusedError(
+            f"opset {opset} was asked for, but torch {torch.__version__} wrote {written}: "
+            f"use --opset {written}"
+        )
+    return model
+
+
+def _describe(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
+    """Put our metadata in, and take the exporter's notes out: they hold paths of this machine."""
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+    facts = asdict(metadata)
+    facts["embedding_size"] = facts.pop("num_features")
+    facts["options"] = json.dumps(facts["options"]) if facts["options"] else None
+    facts["exported_with"] = f"torch {torch.__version__}, onnx {onnx.__version__}"
+    onnx.helper.set_model_props(
+        model, {key: str(value) for key, value in facts.items() if value is not None}
+    )
+
+
+def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
+    """Batch size -> relative difference between the file in onnxruntime and the backbone.
+
+    Raises:
+        ParityError: one of them is above TOLERANCE, or not a number, or the file does not load.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = _open(path, options)
+    random = np.random.default_rng(0)
+    shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
+    differences = {}
+    for batch in CHECKED_BATCHES:
+        images = random.uniform(-1, 1, (batch, *shape)).astype(np.float32)
+        with torch.no_grad():
+            expected = backbone(torch.from_numpy(images)).numpy()
+        found = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: images})[0])
+        if found.shape != expected.shape:
+            raise ParityError(
+                f"for {batch} images the ONNX model gives {found.shape}, PyTorch {expected.shape}"
+            )
+        difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+        if not difference <= TOLERANCE:  # also catches NaN
+            raise ParityError(
+                f"for {batch} images the ONNX model differs from PyTorch by {difference:.1e} of "
+                f"the largest output, more than {TOLERANCE:.0e}. Look for NaN or huge values in "
+                "the weights; try another --opset, or without --simplify"
+            )
+        differences[batch] = difference
+    return differences
+
+
+def _open(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        raise ParityError(
+            f"onnxruntime {onnxruntime.__version__} does not load the ONNX model ({error}). "
+            f"Try a lower --opset: {LOWEST_OPSET} is the safest"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks about packages it does not need and its own old calls."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    output = args.output or _default_output(args.model)
+    try:
+        backbone, metadata = load_model(args.model, network=args.network)
+        print(
+            f"{args.model}: {metadata.network}, {metadata.in_channels} x {metadata.input_size} x "
+            f"{metadata.input_size} -> {metadata.num_features}"
+        )
+        report = export_onnx(backbone, metadata, output, opset=args.opset, simplify=args.simplify)
+    except (WeightsError, ValueError, OSError) as error:
+        print(f"torch2onnx: {error}", file=sys.stderr)
+        return 2
+    except (ParityError, onnx.checker.ValidationError) as error:
+        print(f"torch2onnx: {error}\nNo file was written.", file=sys.stderr)
+        return 1
+    batches = ", ".join(map(str, report.differences))
+    print(
+        f"{report.path}: {report.size_bytes / 1024**2:.1f} MiB, opset {report.opset}, "
+        f"{report.nodes} nodes{', simplified' if args.simplify else ''}\n"
+        f"agrees with PyTorch on batches of {batches}: largest relative difference "
+        f"{report.max_relative_difference:.1e}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torch2onnx.py", description="Export a trained backbone to a checked ONNX file."
+    )
+    parser.add_argument("model", type=Path, help="the output folder of a run, or a file of weights")
+    parser.add_argument("--output", type=Path, help="file to write (default: model.onnx beside it)")
+    parser.add_argument(
+        "--network",
+        help=f"needed for weights that do not say it themselves: {', '.join(model_names())}",
+    )
+    parser.add_argument(
+        "--opset", type=int, default=DEFAULT_OPSET, help="ONNX opset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--simplify", action="store_true", help="fold constants, fuse norms into convolutions"
+    )
+    return parser
+
+
+def _default_output(model: Path) -> Path:
+    if model.is_dir():
+        return model / "model.onnx"
+    while model.suffix in (".tar", ".pth", ".pt"):
+        model = model.with_suffix("")
+    return model.with_name(f"{model.name}.onnx")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Running statistics of all batch norms as one flat tensor.
+
+Every buffer becomes a view of it, so that keeping, putting back and averaging the statistics
+of a whole network are one operation each instead of hundreds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.precision import batch_norms
+
+STATISTICS = ("running_mean", "running_var")
+
+
+class BatchNormStatistics:
+    """Keeps, restores and averages the running statistics of a model's batch norms."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = batch_norms(model)
+        self.statistics = _flatten(layers, STATISTICS)
+        self.counts = _flatten(layers, ("num_batches_tracked",))
+        self._kept = [tensor.clone() for tensor in (self.statistics, self.counts)]
+
+    def keep(self) -> None:
+        """Remember the present statistics."""
+        for kept, tensor in zip(self._kept, (self.statistics, self.counts), strict=True):
+            kept.copy_(tensor)
+
+    def restore_if(self, bad: Tensor) -> None:
+        """Put back what `keep` saw where the boolean scalar `bad` is true, on the device."""
+        for kept, tensor in zip(self._kept, (self.statistics, self.counts), strict=True):
+            tensor.copy_(torch.where(bad, kept, tensor))
+
+    def average(self, world_size: int) -> None:
+        """Make every rank's statistics the mean over ranks, for evaluation and saving.
+
+        Each rank has seen other images; training itself never reads these statistics.
+        """
+        if world_size > 1 and self.statistics.numel():
+            dist.all_reduce(self.statistics)
+            self.statistics /= world_size
+
+
+def _flatten(layers: list[nn.Module], names: tuple[str, ...]) -> Tensor:
+    """One tensor that the named buffers of all layers become views of."""
+    buffers = [(layer, name, getattr(layer, name)) for layer in layers for name in names]
+    if not buffers:
+        return torch.empty(0)
+    flat = torch.cat([buffer.reshape(-1) for _, _, buffer in buffers])
+    start = 0
+    for layer, name, buffer in buffers:
+        end = start + buffer.numel()
+        layer._buffers[name] = flat[start:end].view(buffer.shape)
+        start = end
+    return flat

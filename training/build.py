@@ -1,0 +1,266 @@
+"""From the config to the parts of a run, cheap checks first: nothing starts that cannot end.
+
+This is the only place where the config is taken apart; every part gets plain arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones import get_model
+from backbones.base import Backbone
+from backbones.weights import ModelMetadata, load_matching
+from configs.base import Config
+from dataset import DataLoader, get_dataloader
+from eval.embedder import Embedder
+from eval.verification import VerificationSet, find_verification_sets, load_verification_set
+from head.row_update import AdamWRows, RowUpdate, SGDRows
+from losses import CombinedMargin
+from partial_fc import PartialFC
+from training.batch_norm import BatchNormStatistics
+from training.precision import TrainedBackbone, choose_precision
+from training.schedule import Schedule
+from training.step import TrainStep, distribute
+from utils.distributed import World
+
+logger = logging.getLogger("train")
+
+VERSION = "ArcShard 0.1.0"
+
+
+class SetupError(ValueError):
+    """The run cannot start; the message says what to change."""
+
+
+@dataclass
+class Parts:
+    """Everything the loop needs, built and on its device."""
+
+    loader: DataLoader
+    backbone: Backbone
+    head: PartialFC
+    step: TrainStep
+    schedule: Schedule
+    batch_norm: BatchNormStatistics
+    embedder: Embedder
+    metadata: ModelMetadata
+    steps_per_epoch: int
+    global_batch: int
+    verification_sets: list[VerificationSet] = field(default_factory=list)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.schedule.total_steps
+
+
+def check_output(output: str | Path) -> Path:
+    """The run's folder, made if need be and tried out by writing a file.
+
+    Raises:
+        SetupError: it cannot be written.
+    """
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SetupError(
+            f"output={str(output)!r} cannot be written ({error.strerror or error}); choose a "
+            "folder with output=..."
+        ) from error
+    return folder
+
+
+def build(cfg: Config, world: World) -> Parts:
+    """All parts of the run, with every check that needs files, networks or devices.
+
+    Raises:
+        SetupError, and the errors of the parts (data, weights, verification sets).
+    """
+    precision, warning = choose_precision(cfg.precision, cfg.fp16, world.device)
+    if warning:
+        logger.warning(warning)
+    if cfg.dali:
+        logger.warning(
+            "dali=True: DALI is not available in this version; our own reader gives the same "
+            "images in the same order"
+        )
+    if cfg.save_all_states:
+        logger.warning("save_all_states=True: checkpoints are not available in this version")
+    if cfg.wandb_key:
+        logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
+
+    torch.manual_seed(cfg.seed)  # the same initial backbone on every rank
+    backbone = _make_backbone(cfg)
+    verification_sets = _load_verification_sets(cfg)
+    loader = _make_loader(cfg, world)
+    num_classes = loader.num_classes if cfg.num_classes == "auto" else int(cfg.num_classes)
+
+    global_batch = cfg.batch_size * world.world_size * cfg.gradient_acc
+    steps_per_epoch = len(loader) // cfg.gradient_acc
+    if steps_per_epoch == 0:
+        raise SetupError(
+            f"the set has {loader.num_images} images, less than one global batch of "
+            f"{global_batch} (batch_size {cfg.batch_size} x {world.world_size} ranks x "
+            f"gradient_acc {cfg.gradient_acc}): lower batch_size or gradient_acc"
+        )
+
+    model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm)
+    model.to(world.device)
+    batch_norm = BatchNormStatistics(model)
+    head = PartialFC(
+        make_margin(cfg),
+        cfg.embedding_size,
+        num_classes,
+        cfg.sample_rate,
+        update=_make_row_update(cfg),
+        batch_size_per_rank=cfg.batch_size,
+        seed=cfg.seed,
+        device=world.device,
+        dtype=precision.dtype,
+    )
+    optimizer = _make_optimizer(cfg, model)
+    step = TrainStep(
+        distribute(model, world.world_size, world.device),
+        head,
+        optimizer,
+        batch_norm,
+        clip_grad_norm=cfg.clip_grad_norm,
+        scaler=_make_scaler(world.device) if precision.needs_scaler else None,
+    )
+    torch.manual_seed(cfg.seed + 1 + world.rank)  # from here on ranks draw their own (dropout)
+    parts = Parts(
+        loader=loader,
+        backbone=backbone,
+        head=head,
+        step=step,
+        schedule=_make_schedule(cfg, global_batch, steps_per_epoch),
+        batch_norm=batch_norm,
+        embedder=Embedder(backbone, device=world.device),
+        metadata=ModelMetadata(
+            network=cfg.network,
+            num_features=cfg.embedding_size,
+            input_size=cfg.input_size,
+            config=Path(cfg.output or "").name,
+            trained_with=VERSION,
+        ),
+        steps_per_epoch=steps_per_epoch,
+        global_batch=global_batch,
+        verification_sets=verification_sets,
+    )
+    _announce(cfg, world, parts, precision.name)
+    return parts
+
+
+def make_margin(cfg: Config) -> CombinedMargin:
+    """The margin the config names."""
+    m1, m2, m3 = cfg.margin_list
+    return CombinedMargin(
+        m1, m2, m3, cfg.scale,
+        gradient=cfg.margin_gradient,  # type: ignore[arg-type]
+        interclass_filtering_threshold=cfg.interclass_filtering_threshold,
+        interclass_filtering_mode=cfg.interclass_filtering_mode,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _make_backbone(cfg: Config) -> Backbone:
+    backbone = get_model(
+        cfg.network,
+        num_features=cfg.embedding_size,
+        dropout=cfg.dropout,
+        input_size=cfg.input_size,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+    )
+    if cfg.init_backbone is not None:
+        logger.info("init_backbone %s: %s", cfg.init_backbone,
+                    load_matching(backbone, cfg.init_backbone))  # fmt: skip
+    return backbone
+
+
+def _make_loader(cfg: Config, world: World) -> DataLoader:
+    assert cfg.rec is not None
+    return get_dataloader(
+        cfg.rec,
+        cfg.batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=cfg.seed,
+        num_workers=cfg.num_workers,
+        input_size=cfg.input_size,
+        num_classes=None if cfg.num_classes == "auto" else int(cfg.num_classes),
+        num_images=None if cfg.num_image == "auto" else int(cfg.num_image),
+    )
+
+
+def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
+    if not cfg.val_targets:
+        return []
+    assert cfg.rec is not None
+    folder = Path(cfg.val_dir or cfg.rec)
+    if folder.suffix == ".rec":
+        folder = folder.parent
+    return [load_verification_set(path) for path in find_verification_sets(folder, cfg.val_targets)]
+
+
+def _make_optimizer(cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": True}
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(trained, momentum=cfg.momentum, **options)
+    return torch.optim.AdamW(trained, **options)
+
+
+def _make_row_update(cfg: Config) -> RowUpdate:
+    if cfg.optimizer == "sgd":
+        return SGDRows(cfg.momentum, cfg.weight_decay)
+    return AdamWRows(weight_decay=cfg.weight_decay)
+
+
+def _make_scaler(device: torch.device) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device.type, growth_interval=100)  # as published
+
+
+def _make_schedule(cfg: Config, global_batch: int, steps_per_epoch: int) -> Schedule:
+    peak = cfg.lr
+    if cfg.lr_base_batch is not None:
+        peak = cfg.lr * global_batch / cfg.lr_base_batch
+        logger.info(
+            "learning rate %g x %d / %d = %g", cfg.lr, global_batch, cfg.lr_base_batch, peak
+        )
+    total = cfg.num_epoch * steps_per_epoch
+    return Schedule(
+        peak, total, round(max(cfg.warmup_epoch, 0) * steps_per_epoch), cfg.lr_schedule
+    )
+
+
+def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
+    loader, head = parts.loader, parts.head
+    logger.info(
+        "%d images of %d classes in %s; %d dropped per epoch; head of %d classes, %d here%s",
+        loader.num_images, loader.num_classes, cfg.rec,
+        loader.num_images - parts.steps_per_epoch * parts.global_batch,
+        head.num_classes, head.num_classes_local,
+        " (more than the labels need)" if head.num_classes > loader.num_classes else "",
+    )  # fmt: skip
+    logger.info(
+        "%s, %.1f M parameters, embedding %d, %s on %d x %s; margin: %s; sample rate %g",
+        cfg.network, sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
+        cfg.embedding_size, precision, world.world_size, world.device.type,
+        head.margin.describe(), cfg.sample_rate,
+    )  # fmt: skip
+    logger.info(
+        "global batch %d = %d per rank x %d ranks x %d micro-steps; %d steps per epoch, %d in all",
+        parts.global_batch, cfg.batch_size, world.world_size, cfg.gradient_acc,
+        parts.steps_per_epoch, parts.total_steps,
+    )  # fmt: skip
+    if world.device.type == "cpu" and world.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        logger.warning("several CPU ranks without OMP_NUM_THREADS compete for cores")

@@ -1,0 +1,141 @@
+"""What a run says of itself: log lines, metrics.jsonl, TensorBoard, and wandb when asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from training.watch import WatchReport
+from utils.meter import Rates
+
+logger = logging.getLogger("train")
+
+
+class Reporter:
+    """Writes on rank 0 and does nothing on the others.
+
+    Args:
+        folder: the run's output folder.
+        is_main: True on rank 0.
+        wandb_run: from `start_wandb`, or None.
+    """
+
+    def __init__(self, folder: Path, is_main: bool, wandb_run: Any = None) -> None:
+        self._metrics = self._board = None
+        self._wandb = wandb_run
+        if is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def step(
+        self, step: int, epoch: int, learning_rate: float, report: WatchReport, rates: Rates
+    ) -> None:
+        """One log line and one object in metrics.jsonl, for the steps since the last."""
+        logger.info(
+            "Speed %.2f samples/sec   Loss %.4f   LearningRate %.6f   Epoch: %d   "
+            "Global Step: %d   Fp16 Grad Scale: %2.f   Required: %.1f hours   "
+            "GradNorm: %.3f   DataWait: %.1f%%   Memory: %.2f GiB",
+            rates.samples_per_second, report.loss, learning_rate, epoch, step, report.loss_scale,
+            rates.hours_left, report.grad_norm, 100 * rates.data_wait_share, rates.peak_memory_gib,
+        )  # fmt: skip
+        if report.bad_steps:
+            logger.warning(
+                "%d bad steps since the last line (non-finite loss or gradient; nothing moved), "
+                "at most %d in a row",
+                report.bad_steps, report.longest_streak,
+            )  # fmt: skip
+        self._write(
+            step,
+            {
+                "step": step,
+                "epoch": epoch,
+                "loss": report.loss,
+                "learning_rate": learning_rate,
+                "samples_per_second": rates.samples_per_second,
+                "grad_norm": report.grad_norm,
+                "loss_scale": report.loss_scale,
+                "bad_steps": report.bad_steps,
+                "data_wait_share": rates.data_wait_share,
+                "peak_memory_gib": rates.peak_memory_gib,
+                "hours_left": rates.hours_left,
+            },
+        )
+
+    def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, float]]) -> None:
+        """One line per target in the log, one object in metrics.jsonl."""
+        for target, metrics in results.items():
+            logger.info("[%s][%d]XNorm: %f", target, step, metrics["xnorm"])
+            logger.info(
+                "[%s][%d]Accuracy: %1.5f+-%1.5f",
+                target, step, metrics["accuracy"], metrics["accuracy_std"],
+            )  # fmt: skip
+            logger.info(
+                "[%s][%d]Accuracy-Flip: %1.5f+-%1.5f   TAR@FAR=1e-3: %1.5f",
+                target, step, metrics["accuracy_flip"], metrics["accuracy_flip_std"],
+                metrics["tar_at_far_1e-3"],
+            )  # fmt: skip
+        self._write(step, {"step": step, "epoch": epoch, "eval": results})
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(_without_nan(record)) + "\n")
+        scalars = dict(_scalars(record))
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{key}/")
+        elif key != "step" and isinstance(value, (int, float)):
+            found.append((prefix + key, value))
+    return found
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinities as null: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def start_wandb(
+    *, name: str, entity: str | None, project: str | None, resume: bool, notes: str,
+    group: str | None, settings: dict[str, Any], folder: Path,
+) -> Any:  # fmt: skip
+    """A wandb run. The key comes from WANDB_API_KEY or `wandb login`, never from a config.
+
+    Raises:
+        RuntimeError: wandb is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise RuntimeError(
+            "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
+        ) from error
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        name=name, entity=entity, project=project, resume="allow" if resume else None,
+        notes=notes, group=group, config=settings, dir=str(folder),
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""One optimizer step: forward, head, backward, clip, update; nothing waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataset import Batch
+from partial_fc import PartialFC
+from training.batch_norm import BatchNormStatistics
+
+
+class StepOutcome(NamedTuple):
+    """What a step did, as scalars on the device.
+
+    loss: mean over the global batch. grad_norm: of the backbone, before clipping.
+    bad: the loss or the gradient was not finite and nothing moved on any rank.
+    loss_scale: of fp16, 1 otherwise.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    bad: Tensor
+    loss_scale: Tensor
+
+
+class TrainStep:
+    """Holds what a step needs; calling it does one.
+
+    Args:
+        model: uint8 images -> embeddings; wrapped by `distribute` where there are more ranks.
+        head: with an update rule.
+        optimizer: of the backbone, fused (it can skip a step without asking the host).
+        batch_norm: of the backbone, to put back after a bad step.
+        clip_grad_norm: largest norm of the backbone's gradient; 0 leaves it alone.
+        scaler: for fp16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: PartialFC,
+        optimizer: torch.optim.Optimizer,
+        batch_norm: BatchNormStatistics,
+        *,
+        clip_grad_norm: float,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.model, self.head, self.optimizer = model, head, optimizer
+        self.batch_norm, self.clip_grad_norm, self.scaler = batch_norm, clip_grad_norm, scaler
+        self.device = head.weight.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._one = torch.ones((), device=self.device)
+
+    def __call__(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
+        """Step on the mean over all micro-batches, as if they were one batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.batch_norm.keep()
+        if len(micro_batches) > 1:
+            self.head.prepare([batch.labels for batch in micro_batches])
+        scale = self.scaler.scale(self._one) if self.scaler else self._one
+
+        loss = torch.zeros((), dtype=self.head.weight.dtype, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            with nullcontext() if number == len(micro_batches) else self._without_all_reduce():
+                images = batch.images.to(self.device, non_blocking=True)
+                labels = batch.labels.to(self.device, non_blocking=True)
+                embeddings = self.model(images)  # [b, D]
+                part = self.head(embeddings, labels) / len(micro_batches)
+                (part * scale).backward()
+                loss += part.detach()
+
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        grad_norm = self._clip()
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._step_backbone_unless(bad)
+        self.head.step(learning_rate, bad, scale if self.scaler else None)
+        self.batch_norm.restore_if(bad)
+        return StepOutcome(loss, grad_norm.detach(), bad, scale)
+
+    def _without_all_reduce(self) -> Any:
+        model = self.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def _clip(self) -> Tensor:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
+        if self.clip_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, grad_norm)
+        return grad_norm
+
+    def _step_backbone_unless(self, bad: Tensor) -> None:
+        if self.scaler:  # it looked for infinities in unscale_, and skips by the same means
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return
+        # Fused optimizers leave parameters and state alone where found_inf is 1.
+        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
+    """`model` with gradients summed over ranks; the model itself for one rank.
+
+    The head's loss is already the mean over the global batch, so gradients must be added, not
+    averaged: a communication hook replaces DDP's division.
+    """
+    if world_size == 1:
+        return model
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # running statistics are averaged when they are needed
+        gradient_as_bucket_view=True,
+    )
+    wrapped.register_comm_hook(None, _sum_over_ranks)
+    return wrapped
+
+
+def _sum_over_ranks(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])

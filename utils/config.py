@@ -1,0 +1,206 @@
+"""From a config file and `key=value` words to one checked `Config`.
+
+Order: the schema's defaults (configs/base.py), then the module's `config`, then the command
+line. All problems are collected and raised together in one ConfigError.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import itertools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.base import Config
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NEVER_SAVED = ("wandb_key",)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message lists every problem."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the config module at `path` and the `key=value` words after it.
+
+    Args:
+        path: a Python file that defines `config` (EasyDict or any mapping), with or without
+            `.py`; relative to the current folder, else to this repository.
+        overrides: words such as `lr=0.02`, `val_targets=[lfw]`, `margin_list=(1.0,0.5,0.0)`.
+
+    Raises:
+        ConfigError: with all problems at once.
+    """
+    file = find_config_file(path)
+    values = _read_module(file)
+    problems = [_unknown_key(key) for key in values if key not in _FIELD_TYPES]
+    values = {key: value for key, value in values.items() if key in _FIELD_TYPES}
+
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            problems.append(f"{word!r}: after the config come key=value words, such as lr=0.02")
+        elif key not in _FIELD_TYPES:
+            problems.append(_unknown_key(key))
+        else:
+            try:
+                values[key] = _parse(text, _FIELD_TYPES[key])
+            except ValueError as error:
+                problems.append(f"{word!r}: {error}")
+
+    for key, value in list(values.items()):
+        try:
+            values[key] = _coerce(value, _FIELD_TYPES[key])
+        except TypeError as error:
+            problems.append(f"{key}={value!r}: {error}")
+            del values[key]
+
+    config = Config(**values)
+    if config.output is None:
+        config.output = str(Path("work_dirs") / file.stem)
+    broken = {problem.split("=")[0] for problem in problems}
+    problems += [text for text in config.problems() if text.split("=")[0] not in broken]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{file}: {count}\n{listed}")
+    return config
+
+
+def find_config_file(path: str | Path) -> Path:
+    """The config file a user means by `path`: as given or with .py, from here or the repository."""
+    given = Path(path)
+    names = [given] if given.suffix == ".py" else [given.with_name(given.name + ".py"), given]
+    for folder in (Path.cwd(), REPOSITORY):
+        for name in names:
+            candidate = folder / name
+            if candidate.is_file():
+                return candidate
+    shipped = sorted(p.stem for p in (REPOSITORY / "configs").glob("*.py"))
+    near = difflib.get_close_matches(given.stem, shipped, n=3)
+    hint = f"; did you mean {' or '.join('configs/' + n for n in near)}?" if near else ""
+    raise ConfigError(f"no config file at {given} (tried with and without .py){hint}")
+
+
+def save_config(config: Config, path: str | Path, **resolved: object) -> None:
+    """Write the resolved config as JSON; secrets are left out. `resolved` adds what the run
+    found out itself (world size, number of classes, ...)."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in NEVER_SAVED}
+    text = json.dumps({**values, "resolved": resolved}, indent=2, sort_keys=True) + "\n"
+    Path(path).write_text(text)
+
+
+def describe_fields() -> str:
+    """Every key with its default and docstring, as text for --help and the docs."""
+    source = (REPOSITORY / "configs" / "base.py").read_text()
+    body = next(
+        node.body
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+    )
+    lines = []
+    for statement, following in itertools.pairwise(body):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = re.sub(r"\s+", " ", str(following.value.value)).strip()
+        default = ast.unparse(statement.value) if statement.value is not None else ""
+        default = "[]" if default == "field(default_factory=list)" else default
+        lines.append(f"{statement.target.id} = {default}\n    {text}")
+    return "\n".join(lines)
+
+
+_FIELD_TYPES: dict[str, Any] = typing.get_type_hints(Config)
+
+
+def _read_module(file: Path) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location(f"arcshard_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{file}: running it failed: {type(error).__name__}: {error}") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"{file}: no `config` found; define config = EasyDict(...) (any mapping will do)"
+        )
+    return dict(config)
+
+
+def _unknown_key(key: str) -> str:
+    near = difflib.get_close_matches(key, _FIELD_TYPES, n=3, cutoff=0.5)
+    hint = f"; nearest known: {', '.join(near)}" if near else ""
+    return f"unknown key {key!r}{hint} (train_v2.py --help lists all keys)"
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _type_name(kind: Any) -> str:
+    names = ["None" if a is type(None) else getattr(a, "__name__", str(a)) if not
+             typing.get_args(a) else str(a) for a in _alternatives(kind)]  # fmt: skip
+    return " or ".join(names)
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    """`value` as the field's type; a list serves as a tuple, a whole number as a float."""
+    for alternative in _alternatives(kind):
+        origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
+        if alternative is type(None) and value is None:
+            return None
+        if alternative is bool and isinstance(value, bool):
+            return value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if alternative is int and is_number and math.isfinite(value) and int(value) == value:
+            return int(value)
+        if alternative is float and is_number:
+            return float(value)
+        if alternative is str and isinstance(value, (str, Path)):
+            return str(value)
+        if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
+            return tuple(_coerce(v, a) for v, a in zip(value, arguments, strict=True))
+        if origin is list and isinstance(value, (list, tuple)):
+            return [_coerce(v, arguments[0]) for v in value]
+    raise TypeError(f"{type(value).__name__} given, {_type_name(kind)} needed")
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """A command-line word as the field's type. Quotes around names inside lists are optional."""
+    alternatives = _alternatives(kind)
+    if text in ("None", "none", "null") and type(None) in alternatives:
+        return None
+    if bool in alternatives and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for alternative in alternatives:
+        origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
+        if origin in (list, tuple):
+            inner = text.strip().removeprefix("[").removeprefix("(")
+            inner = inner.removesuffix("]").removesuffix(")")
+            words = [word.strip() for word in inner.split(",") if word.strip()]
+            return [_parse(word, arguments[0]) for word in words]
+        if alternative in (int, float):
+            try:
+                return alternative(text)
+            except ValueError:
+                if alternative is int and re.fullmatch(r"[+-]?\d+(\.0*)?e\+?\d+", text.lower()):
+                    return float(text)  # 1e5 for a whole number
+                continue
+    if str in alternatives:
+        return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
+    raise ValueError(f"{_type_name(kind)} needed")
