@@ -283,15 +283,6 @@ class Config:
         require(m1 > 0, f"margin_list m1={m1!r}: above 0")
         require(0 <= m2 < math.pi, f"margin_list m2={m2!r}: radians in [0, pi)")
         require(0 <= m3 <= 2, f"margin_list m3={m3!r}: in [0, 2]")
-        require(
-            self.resume is False,
-            f"resume={self.resume!r}: resuming is not available in this version; set resume=False "
-            "(init_backbone=RUN starts from a run's weights)",
-        )
-        require(
-            not self.dali_aug,
-            "dali_aug=True: this augmentation is not available in this version; set dali_aug=False",
-        )
         if self.val_targets and self.rec == "synthetic":
             require(
                 self.val_dir is not None,

@@ -453,23 +453,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         results, curves = _evaluate(options)
+        print(format_results(results))
+        if options.json:
+            _write_json(results, options.json)
+        if options.plot:
+            from eval.plots import plot_roc  # matplotlib takes a second to import
+
+            plot_roc(curves, options.plot, "Verification ROC, flip embeddings")
     except (OSError, ValueError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(format_results(results))
-    if options.json:
-        plain = {
-            name: {key: None if math.isnan(value) else value for key, value in values.items()}
-            for name, values in results.items()
-        }
-        unfinished = options.json.with_name(options.json.name + ".part")
-        unfinished.write_text(json.dumps(plain, indent=2) + "\n")
-        unfinished.replace(options.json)
-    if options.plot:
-        from eval.plots import plot_roc  # matplotlib takes a second to import
-
-        plot_roc(curves, options.plot, "Verification ROC, flip embeddings")
     return 0
+
+
+def _write_json(results: dict[str, VerificationResult], path: Path) -> None:
+    """Whole or not at all; NaN, which JSON does not have, as null."""
+    plain = {
+        name: {key: None if math.isnan(value) else value for key, value in values.items()}
+        for name, values in results.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(plain, indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def _evaluate(
@@ -497,6 +503,8 @@ def _evaluate(
         )
         results[one.name] = score_set(one, plain, flipped)
         scores = -pair_distances(plain.astype(np.float64) + flipped)
+        if math.isnan(results[one.name]["auc"]):  # a curve of rounding errors is no curve
+            scores[:] = np.nan
         far, tar, _ = roc_curve(scores, one.issame)
         curves[one.name] = (far, tar)
     return results, curves

@@ -29,13 +29,14 @@ from data.recordio import RecordError
 from data.sources import DataError
 from scripts.pack import RecordSetWriter, encode_jpeg, write_verification_set
 
-# How hard the set is. IDENTITY scales how much people differ, the others how much images of one
-# person do; 1 is the demo's difficulty, 0 switches the variation off.
-IDENTITY = 1.0
-POSE = 1.0
-LIGHT = 1.0
+# How hard the set is: IDENTITY scales how much people differ, the others how much images of one
+# person do; 0 switches a variation off. These are the demo's: raw pixels verify 0.61 of the pairs
+# and an untrained r_nano 0.70.
+IDENTITY = 1.15
+POSE = 0.8
+LIGHT = 0.7
 EXPRESSION = 1.0
-QUALITY = 1.0  # blur and noise
+QUALITY = 0.8  # blur and noise
 
 JPEG_QUALITY = 92
 FOLDS = 10

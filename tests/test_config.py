@@ -121,7 +121,6 @@ def test_all_problems_are_reported_at_once(write_config):
         ("margin_list=(1.0,4.0,0.0)", "m2=4.0"),
         ("precision=int8", "allowed are fp32, bf16, fp16, fp64"),
         ("warmup_epoch=50", "num_epoch"),
-        ("resume=True", "not available"),
         ("rec=synthetic", 'num_classes="auto"'),
         ("num_classes=many", "whole number"),
     ],

@@ -1,9 +1,10 @@
-"""An exported file computes what PyTorch does for any batch and says what it is, or is not there."""
+"""An exported file computes what PyTorch does for any batch and says what it is, or is absent."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ FAMILIES: list[tuple[Recipe, bool]] = [
     (("vit_t", 64, 48, {"embed_dim": 64, "depth": 2}), False),
 ]
 TOO_LARGE = ("r2060", "vit_h")  # for one file below 2 GiB
+# Differ from vit_t, vit_s and vit_b in training only.
+SAME_GRAPH = ("vit_t_dp005_mask0", "vit_s_dp005_mask_0", "vit_b_dp005_mask_005")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are small: on a shared machine threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def trained(name: str, num_features: int, size: int, options: dict[str, Any]) -> Backbone:
@@ -226,7 +238,9 @@ def test_a_network_beyond_two_gib_is_refused_before_any_work(name: str, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in model_names() if name not in TOO_LARGE])
+@pytest.mark.parametrize(
+    "name", [name for name in model_names() if name not in (*TOO_LARGE, *SAME_GRAPH)]
+)
 def test_every_network_agrees(name: str, tmp_path: Path):
     report = export_onnx(
         trained(name, 512, 112, {}), ModelMetadata(name), tmp_path / "m.onnx", simplify=True

@@ -446,3 +446,32 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(
     assert "no .bin set in this folder" in capsys.readouterr().err
     assert main(["--model", str(tmp_path / "none.pt"), "--data", str(model)]) == 2
     assert "none.pt" in capsys.readouterr().err
+
+
+# --- pictures ---
+
+
+def test_pictures_are_drawn_from_torn_and_nan_records_and_bad_ones_are_named(
+    tmp_path: Path,
+) -> None:
+    from eval.plots import plot_roc, plot_training_curve
+
+    log = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"step": 10, "epoch": 0, "loss": 3.5, "learning_rate": 0.1}',
+        '{"step": 20, "epoch": 0, "loss": NaN, "learning_rate": 0.1}',
+        '{"step": 20, "epoch": 0, "eval": {"lfw": {"accuracy_flip": null}}}',
+    ]
+    log.write_text("\n".join([*lines, '{"step": 30, "lo']))
+    assert plot_training_curve(log, tmp_path / "curve.png").stat().st_size > 1000
+    log.write_text("\n".join([lines[0], "{", lines[1]]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON object"):
+        plot_training_curve(log, tmp_path / "curve.png")
+    log.write_text(lines[2])
+    with pytest.raises(ValueError, match="nothing to draw yet"):
+        plot_training_curve(log, tmp_path / "curve.png")
+
+    curves = {"a": ([0.0, 0.5, 1.0], [0.2, 0.9, 1.0]), "collapsed": ([np.nan], [np.nan])}
+    assert plot_roc(curves, tmp_path / "roc.pdf", "made up").read_bytes()[:4] == b"%PDF"
+    with pytest.raises(ValueError, match="no ROC curve"):
+        plot_roc({}, tmp_path / "roc.png", "none")

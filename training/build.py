@@ -86,19 +86,10 @@ def build(cfg: Config, world: World) -> Parts:
     Raises:
         SetupError, and the errors of the parts (data, weights, verification sets).
     """
+    _refuse_what_is_not_there_yet(cfg)
     precision, warning = choose_precision(cfg.precision, cfg.fp16, world.device)
     if warning:
         logger.warning(warning)
-    if cfg.dali:
-        logger.warning(
-            "dali=True: DALI is not available in this version; our own reader gives the same "
-            "images in the same order"
-        )
-    if cfg.save_all_states:
-        logger.warning("save_all_states=True: checkpoints are not available in this version")
-    if cfg.wandb_key:
-        logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
-
     torch.manual_seed(cfg.seed)  # the same initial backbone on every rank
     backbone = _make_backbone(cfg)
     verification_sets = _load_verification_sets(cfg)
@@ -161,6 +152,29 @@ def build(cfg: Config, world: World) -> Parts:
     return parts
 
 
+def _refuse_what_is_not_there_yet(cfg: Config) -> None:
+    """Keys of published configs whose subject this version does not have; never in silence."""
+    if cfg.resume is not False:
+        raise SetupError(
+            f"resume={cfg.resume!r}: resuming is not available in this version; set resume=False "
+            "(init_backbone=RUN starts from a run's weights)"
+        )
+    if cfg.dali_aug:
+        raise SetupError(
+            "dali_aug=True: this augmentation is not available in this version; dali_aug=False "
+            "trains without it"
+        )
+    if cfg.dali:
+        logger.warning(
+            "dali=True: DALI is not available in this version; our own reader gives the same "
+            "images in the same order"
+        )
+    if cfg.save_all_states:
+        logger.warning("save_all_states=True: checkpoints are not available in this version")
+    if cfg.wandb_key:
+        logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
+
+
 def make_margin(cfg: Config) -> CombinedMargin:
     """The margin the config names."""
     m1, m2, m3 = cfg.margin_list
@@ -173,16 +187,19 @@ def make_margin(cfg: Config) -> CombinedMargin:
 
 
 def _make_backbone(cfg: Config) -> Backbone:
-    backbone = get_model(
-        cfg.network,
-        num_features=cfg.embedding_size,
-        dropout=cfg.dropout,
-        input_size=cfg.input_size,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-    )
-    if cfg.init_backbone is not None:
-        logger.info("init_backbone %s: %s", cfg.init_backbone,
-                    load_matching(backbone, cfg.init_backbone))  # fmt: skip
+    try:
+        backbone = get_model(
+            cfg.network,
+            num_features=cfg.embedding_size,
+            dropout=cfg.dropout,
+            input_size=cfg.input_size,
+            gradient_checkpointing=cfg.gradient_checkpointing,
+        )
+        if cfg.init_backbone is not None:
+            report = load_matching(backbone, cfg.init_backbone)
+            logger.info("init_backbone %s: %s", cfg.init_backbone, report)
+    except (ValueError, FileNotFoundError) as error:
+        raise SetupError(str(error)) from error
     return backbone
 
 
@@ -208,7 +225,10 @@ def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
     folder = Path(cfg.val_dir or cfg.rec)
     if folder.suffix == ".rec":
         folder = folder.parent
-    return [load_verification_set(path) for path in find_verification_sets(folder, cfg.val_targets)]
+    return [
+        load_verification_set(path, input_size=cfg.input_size)
+        for path in find_verification_sets(folder, cfg.val_targets)
+    ]
 
 
 def _make_optimizer(cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:

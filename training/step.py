@@ -1,7 +1,5 @@
 """One optimizer step: forward, head, backward, clip, update; nothing waits for the device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -127,6 +125,7 @@ def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Mo
     return wrapped
 
 
+# (This file has real annotations, not strings: DDP looks at the hook's.)
 def _sum_over_ranks(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])

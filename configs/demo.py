@@ -1,0 +1,15 @@
+"""The demo: procedurally drawn faces (scripts/make_synthetic.py), two ranks, a few minutes."""
+
+from easydict import EasyDict
+
+config = EasyDict(
+    network="r_nano",
+    embedding_size=128,
+    margin_list=(1.0, 0.0, 0.2),
+    scale=32.0,
+    batch_size=32,
+    num_epoch=2,
+    warmup_epoch=0.2,
+    verbose=100,
+    val_targets=["synthetic"],
+)

@@ -1,0 +1,120 @@
+"""`make demo`: the main job on an embedded default, in about five minutes on 2 cores.
+
+Draws a set of faces, trains configs/demo on 2 ranks (or on the GPUs that are there), verifies
+on people who are not in training, exports to ONNX and compares, draws the curves, and ends
+with one line of results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from backbones import get_model
+from backbones.weights import load_model
+from eval.embedder import Embedder
+from eval.metrics import pair_distances, roc_curve
+from eval.plots import plot_roc, plot_training_curve
+from eval.verification import VerificationSet, embed_set, load_verification_set, verify
+from scripts.make_synthetic import make_synthetic
+from utils.config import load_config
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns 0 when the whole job succeeded."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("demo_data"))
+    parser.add_argument("--output", type=Path, default=Path("work_dirs/demo"))
+    parser.add_argument("--identities", type=int, default=300)
+    parser.add_argument("--images-per-identity", type=int, default=14)
+    parser.add_argument("--verification-pairs", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("overrides", nargs="*", help="key=value for the training")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+
+    make_synthetic(
+        options.data,
+        identities=options.identities,
+        images_per_identity=options.images_per_identity,
+        verification_pairs=options.verification_pairs,
+        seed=options.seed,
+    )
+    words = [f"rec={options.data}", f"output={options.output}", *options.overrides]
+    train(words)
+    faces = load_verification_set(options.data / "synthetic.bin")
+    untrained_accuracy, untrained_roc = score_untrained(words, faces)
+    trained, _ = load_model(options.output)
+    trained_accuracy = last_accuracy(options.output / "metrics.jsonl")
+    run_module("torch2onnx", str(options.output))
+    curve = plot_training_curve(
+        options.output / "metrics.jsonl", options.output / "training_curve.png"
+    )
+    roc = plot_roc(
+        {"trained": roc_of(Embedder(trained), faces), "untrained": untrained_roc},
+        options.output / "roc.png",
+        title="Drawn faces, people not in training",
+    )
+    print(
+        f"demo: accuracy {trained_accuracy:.4f} on unseen identities (untrained network "
+        f"{untrained_accuracy:.4f}) in {time.monotonic() - start:.0f} s; everything is in "
+        f"{options.output}: model.pt, model.onnx, {curve.name}, {roc.name}, training.log, "
+        f"metrics.jsonl; the drawn faces are in {options.data}"
+    )
+    return 0
+
+
+def train(words: Sequence[str]) -> None:
+    """train_v2.py on 2 CPU ranks, or on all GPUs."""
+    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    run_module("torch.distributed.run", f"--nproc_per_node={ranks}", "train_v2.py",
+               "configs/demo", *words)  # fmt: skip
+
+
+def run_module(module: str, *arguments: str) -> None:
+    """A Python module as a process from the repository; its failure is ours."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    subprocess.run(
+        [sys.executable, "-m", module, *arguments], check=True, cwd=REPOSITORY, env=environment
+    )
+
+
+def score_untrained(
+    words: Sequence[str], faces: VerificationSet
+) -> tuple[float, tuple[list[float], list[float]]]:
+    """Flip accuracy and ROC of the network the training started from."""
+    cfg = load_config(REPOSITORY / "configs/demo", words)
+    torch.manual_seed(cfg.seed)
+    embedder = Embedder(get_model(cfg.network, num_features=cfg.embedding_size))
+    accuracy = verify(embedder, [faces])[faces.name]["accuracy_flip"]
+    return accuracy, roc_of(embedder, faces)
+
+
+def roc_of(embedder: Embedder, faces: VerificationSet) -> tuple[list[float], list[float]]:
+    """(FAR, TAR) of the flip embeddings' scores."""
+    plain, flipped = embed_set(embedder, faces)
+    curve = roc_curve(-pair_distances(plain + flipped), faces.issame)
+    return list(curve.far), list(curve.tar)
+
+
+def last_accuracy(metrics: Path) -> float:
+    """The flip accuracy of the last verification in a run's metrics.jsonl."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    last = [record["eval"] for record in records if "eval" in record][-1]
+    return next(iter(last.values()))["accuracy_flip"]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""Records and indexes read as MXNet wrote them, and damage is named, never passed on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.index import image_lines, read_index, read_property
+from data.recordio import (
+    FIRST,
+    MAGIC_BYTES,
+    PART_HEADER,
+    WHOLE,
+    RecordError,
+    RecordReader,
+    RecordWriter,
+    frame_record,
+    pack_record,
+    unpack_record,
+)
+from data.sources import RecordSource
+
+GOLDEN = (
+    "insightface_style",
+    "im2rec_scalar_label",
+    "im2rec_vector_label",
+    "im2rec_first_key_1",
+    "magic_inside",
+)
+# Pieces from which payloads are made that contain the magic, whole and in parts, at any place.
+PAYLOADS = st.lists(
+    st.one_of(st.binary(max_size=9), st.just(MAGIC_BYTES), st.just(MAGIC_BYTES[:3])), max_size=12
+).map(b"".join)
+
+
+def write_records(folder: Path, payloads: list[bytes], name: str = "train") -> Path:
+    path = folder / f"{name}.rec"
+    with RecordWriter(path, path.with_suffix(".idx")) as writer:
+        for key, payload in enumerate(payloads):
+            writer.write(key, payload)
+    return path
+
+
+def image_records(count: int) -> list[bytes]:
+    """Payloads of `count` records with the bytes `image <i>` and label i."""
+    return [pack_record(b"image %d" % i, i, i) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_records_read_as_the_manifest_says(name: str, shared_dir: Path) -> None:
+    folder = shared_dir / "golden" / "recordio"
+    manifest = json.loads((folder / "manifest.json").read_text())["files"][name]
+    source = RecordSource(folder / f"{name}.rec")
+    found = []
+    for i in range(len(source)):
+        encoded, label = source.read_encoded(i)
+        found.append([int(source.keys[i]), label, hashlib.sha1(encoded).hexdigest()])
+    assert found == manifest
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_writing_golden_records_again_gives_the_same_files(
+    name: str, shared_dir: Path, tmp_path: Path
+) -> None:
+    golden = shared_dir / "golden" / "recordio" / f"{name}.rec"
+    reader = RecordReader(golden)
+    index = read_index(golden.with_suffix(".idx"), reader.size)
+    ours = tmp_path / "ours.rec"
+    with RecordWriter(ours, ours.with_suffix(".idx")) as writer:
+        for key, offset in zip(*index, strict=True):
+            writer.write(int(key), reader.read_at(int(offset), int(key)))
+    assert ours.read_bytes() == golden.read_bytes()
+    assert ours.with_suffix(".idx").read_bytes() == golden.with_suffix(".idx").read_bytes()
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_scan_finds_what_the_index_lists(name: str, shared_dir: Path) -> None:
+    golden = shared_dir / "golden" / "recordio" / f"{name}.rec"
+    reader = RecordReader(golden)
+    offsets = read_index(golden.with_suffix(".idx"), reader.size).offsets
+    assert [place.offset for place in reader.scan()] == offsets.tolist()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(payloads=st.lists(PAYLOADS, min_size=1, max_size=5))
+def test_any_payload_survives_writing_and_reading(
+    payloads: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = write_records(tmp_path_factory.mktemp("any"), payloads)
+    reader = RecordReader(path)
+    index = read_index(path.with_suffix(".idx"), reader.size)
+    assert index.keys.tolist() == list(range(len(payloads)))
+    assert [reader.read_at(int(offset)) for offset in index.offsets] == payloads
+    assert [place.payload_length for place in reader.scan()] == [len(p) for p in payloads]
+
+
+def test_records_larger_than_one_read_survive(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(100_000)
+    payloads = [noise, noise[:50_000] + MAGIC_BYTES + noise[50_000:], b""]
+    reader = RecordReader(write_records(tmp_path, payloads))
+    assert [reader.read_at(place.offset) for place in reader.scan()] == payloads
+
+
+@pytest.mark.parametrize("label", [0.0, 7, (3.0, 4.0), (1,), tuple(range(10))])
+def test_labels_and_ids_survive_packing(label: float | tuple[float, ...]) -> None:
+    header, image = unpack_record(pack_record(b"bytes", label, 5, 2**63))
+    assert header.labels.tolist() == list(np.atleast_1d(label))
+    assert (header.id, header.id2, bytes(image)) == (5, 2**63, b"bytes")
+
+
+def test_reading_only_the_header_gives_the_first_label(tmp_path: Path) -> None:
+    magic_as_id = pack_record(b"", 4, int.from_bytes(MAGIC_BYTES, "little"))  # header in two parts
+    reader = RecordReader(
+        write_records(tmp_path, [pack_record(b"x" * 50, 3), pack_record(b"", (9, 8)), magic_as_id])
+    )
+    headers = [reader.read_header(place.offset) for place in reader.scan()]
+    assert [float(header.labels[0]) for header in headers] == [3, 9, 4]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_damaged_byte_of_the_framing_is_refused_or_harmless(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    payloads = [*image_records(3), pack_record(MAGIC_BYTES * 2, 3)]
+    path = write_records(tmp_path_factory.mktemp("flip"), payloads)
+    original = path.read_bytes()
+    offsets = read_index(path.with_suffix(".idx"), len(original)).offsets.tolist()
+    record = data.draw(st.integers(0, len(offsets) - 1))
+    at = offsets[record] + data.draw(st.integers(0, PART_HEADER.size - 1))
+    damaged = bytearray(original)
+    damaged[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged)
+    reader = RecordReader(path)
+    for offset, end, payload in zip(offsets, [*offsets[1:], None], payloads, strict=True):
+        try:
+            read = reader.read_at(offset, end=end)
+        except RecordError:
+            continue
+        # Padding cannot be told from payload: a length may grow into it.
+        assert read.rstrip(b"\0") == payload.rstrip(b"\0")
+
+
+def test_every_truncation_is_an_error_that_names_the_offset(tmp_path: Path) -> None:
+    path = write_records(tmp_path, [pack_record(b"only one image here", 0)])
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(RecordError, match=r"train\.rec: record with key 7 at byte 0"):
+            RecordReader(path).read_at(0, key=7)
+
+
+def test_a_hostile_length_is_refused_without_allocating_it(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.rec"
+    path.write_bytes(PART_HEADER.pack(0xCED7230A, (1 << 29) - 1) + b"short")
+    tracemalloc.start()
+    with pytest.raises(RecordError, match="536870911 bytes at byte 0 reaches past the end"):
+        RecordReader(path).read_at(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_hostile_label_count_is_refused(tmp_path: Path) -> None:
+    payload = struct.pack("<IfQQ", 0xFFFFFFFF, 0, 0, 0) + b"image"
+    with pytest.raises(RecordError, match="4294967295 labels"):
+        unpack_record(payload, "a.rec")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (frame_record(b"abcd")[1:] + b"\0", "expected the magic"),
+        (PART_HEADER.pack(0xCED7230A, FIRST << 29 | 4) + b"abcd", "file ends at byte 12"),
+        (PART_HEADER.pack(0xCED7230A, 2 << 29 | 4) + b"abcd", "continue flag 2"),
+        (PART_HEADER.pack(0xCED7230A, 7 << 29 | 4) + b"abcd", "continue flag 7"),
+        (frame_record(b"abcd") + b"junkjunk", "what follows it: expected the magic"),
+        (PART_HEADER.pack(0xCED7230A, WHOLE << 29 | 0), None),
+    ],
+)
+def test_framing_that_makes_no_sense_is_refused(
+    content: bytes, message: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.rec"
+    path.write_bytes(content)
+    if message is None:
+        assert RecordReader(path).read_at(0) == b""
+        return
+    with pytest.raises(RecordError, match=message):
+        RecordReader(path).read_at(0)
+
+
+def test_a_record_may_not_reach_into_the_next_one_of_the_index(tmp_path: Path) -> None:
+    path = write_records(tmp_path, [b"a" * 32, b"b" * 32])
+    content = bytearray(path.read_bytes())
+    content[4] = 72  # 32 + 8 + 32: the first record now ends exactly where the second does
+    path.write_bytes(content)
+    assert len(RecordReader(path).read_at(0)) == 72  # without the index nothing looks wrong
+    with pytest.raises(RecordError, match="past byte 40, where the index starts the next record"):
+        RecordReader(path).read_at(0, end=40)
+
+
+@pytest.mark.parametrize("offset", [-4, 2, 40, 4096])
+def test_an_offset_where_no_record_can_start_is_refused(offset: int, tmp_path: Path) -> None:
+    reader = RecordReader(write_records(tmp_path, [b"a" * 32]))
+    with pytest.raises(RecordError, match=f"at byte {offset}: no record can start there"):
+        reader.read_at(offset)
+
+
+def test_an_aborted_writer_leaves_nothing_and_spares_what_was_there(tmp_path: Path) -> None:
+    path = write_records(tmp_path, [b"old"])
+    before = path.read_bytes()
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        RecordWriter(path, path.with_suffix(".idx")) as writer,
+    ):
+        writer.write(0, b"new")
+        raise RuntimeError("stop")
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.idx", "train.rec"]
+
+
+def test_keys_must_increase(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "a.rec", tmp_path / "a.idx") as writer:
+        writer.write(3, b"")
+        with pytest.raises(RecordError, match="key 3 after key 3"):
+            writer.write(3, b"")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("0\t0\n1\tx\n", 2),
+        ("0\t0\n1\n", 2),
+        ("0\t0\n1\t8\t9\n2\n", 2),
+        ("0 0\n\n1 8\n", 2),
+        ("0\t0\n-1\t8\n", 2),
+        ("0\t0\n1\t99999999999999999999\n", 2),
+        ("0\t0\n1\t8\n1\t16\n", 3),
+        ("0\t0\n1\t6\n", 2),
+        ("0\t0\n1\t4096\n", 2),
+        ("\x80\x00 binary", 1),
+    ],
+)
+def test_a_malformed_index_is_an_error_that_names_the_line(
+    text: str, line: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "train.idx"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecordError, match=rf"train\.idx, line {line}: "):
+        read_index(path, rec_size=100)
+
+
+@pytest.mark.parametrize("text", ["0\t0\n1\t8\n", "0\t0\r\n1\t8\r\n", "0 0\n1 8", "0\t0\n1\t8\n\n"])
+def test_line_ends_and_blanks_do_not_matter(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.idx"
+    path.write_bytes(text.encode())
+    keys, offsets = read_index(path, rec_size=100)
+    assert (keys.tolist(), offsets.tolist()) == ([0, 1], [0, 8])
+
+
+def test_an_empty_index_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train.idx").write_bytes(b"")
+    with pytest.raises(RecordError, match="the index is empty"):
+        read_index(tmp_path / "train.idx", 100)
+
+
+def test_an_index_read_in_several_chunks_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "train.idx"
+    path.write_text("".join(f"{i}\t{8 * i}\n" for i in range(1000)))
+    monkeypatch.setattr("data.index._CHUNK_BYTES", 64)
+    keys, offsets = read_index(path, rec_size=8000)
+    assert keys.tolist() == list(range(1000))
+    assert offsets.tolist() == list(range(0, 8000, 8))
+
+
+def insightface_records(last_image: int, stated: int) -> list[bytes]:
+    header = pack_record(b"", (stated, stated + 1))
+    images = [pack_record(b"image", 0, key) for key in range(1, last_image + 1)]
+    return [header, *images, pack_record(b"", (1, last_image + 1))]
+
+
+def test_header_and_identity_records_are_no_images(tmp_path: Path) -> None:
+    reader = RecordReader(write_records(tmp_path, insightface_records(5, stated=6)))
+    index = read_index(tmp_path / "train.idx", reader.size)
+    assert index.keys[image_lines(index, reader)].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_an_index_that_lacks_promised_images_is_an_error(tmp_path: Path) -> None:
+    path = write_records(tmp_path, insightface_records(5, stated=9))
+    with pytest.raises(RecordError, match="promises the images 1 to 8, but the index lists 6"):
+        RecordSource(path)
+
+
+def test_two_labels_per_image_are_not_mistaken_for_a_header_record(tmp_path: Path) -> None:
+    path = write_records(tmp_path, [pack_record(b"image", (2, 3)) for _ in range(4)])
+    assert len(RecordSource(path)) == 4
+
+
+@pytest.mark.parametrize("text", ["", "10,112", "a,112,112", "0,112,112", "-1,2,3", "9" * 300])
+def test_a_malformed_property_file_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "property").write_text(text)
+    with pytest.raises(RecordError, match="num_classes,height,width"):
+        read_property(tmp_path / "property")

@@ -1,0 +1,363 @@
+"""The loop: the same run on any number of ranks, accumulation, bad steps, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backbones.weights import load_model
+from configs.base import Config
+from eval.verification import VerificationSet
+from tests.conftest import Ranks
+from train_v2 import main, train
+from training.build import build
+from training.precision import batch_norms
+from utils.distributed import World
+
+TINY = {
+    "rec": "synthetic", "num_classes": 23, "num_image": 240, "network": "r_nano",
+    "embedding_size": 16, "input_size": 32, "batch_size": 12, "num_epoch": 4, "lr": 0.05,
+    "frequent": 1, "verbose": 0, "num_workers": 1, "scale": 16.0, "margin_list": (1.0, 0.0, 0.2),
+    "device": "cpu",
+}  # fmt: skip
+
+
+def run_training(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> list[float]:
+    """A whole run in this process; returns the losses of all steps."""
+    cfg = Config(**{**TINY, "output": folder, **changes})
+    assert not cfg.problems()
+    world = World(rank, rank, world_size, torch.device("cpu"))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    parts = build(cfg, world)
+    train(cfg, world, parts, Path(folder))
+    if rank:
+        return []
+    return [record["loss"] for record in read_metrics(folder) if "loss" in record]
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_on(ranks: Ranks, world_size: int, folder: Path, **changes: Any) -> np.ndarray:
+    changes = {"batch_size": 12 // world_size, **changes}
+    out = str(folder / f"{world_size}_{len(list(folder.iterdir()))}")
+    return np.array(ranks.run(world_size, run_training, out, changes)[0])
+
+
+def test_losses_do_not_depend_on_the_number_of_ranks_in_float64(ranks, tmp_path):
+    exact = {"precision": "fp64", "freeze_batch_norm": True, "max_steps": 30}
+    alone = losses_on(ranks, 1, tmp_path, **exact)
+    assert len(alone) == 30
+    assert alone[-1] != alone[0]
+    for world_size in (2, 3):
+        np.testing.assert_allclose(
+            losses_on(ranks, world_size, tmp_path, **exact), alone, rtol=0, atol=1e-8
+        )
+
+
+def test_first_losses_do_not_depend_on_the_number_of_ranks_in_float32(ranks, tmp_path):
+    changes = {"freeze_batch_norm": True, "max_steps": 5, "warmup_epoch": 1.0}
+    alone = losses_on(ranks, 1, tmp_path, **changes)
+    for world_size in (2, 3):
+        losses = losses_on(ranks, world_size, tmp_path, **changes)
+        np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+def test_the_same_run_twice_is_bit_identical(ranks, tmp_path):
+    first = losses_on(ranks, 2, tmp_path, max_steps=6, sample_rate=0.5)
+    assert np.array_equal(first, losses_on(ranks, 2, tmp_path, max_steps=6, sample_rate=0.5))
+
+
+def weights_after_one_step(
+    rank: int, world_size: int, folder: str, changes: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
+    """Backbone and head after one optimizer step, and how often gradients were all-reduced."""
+    cfg = Config(**{**TINY, "output": folder, "freeze_batch_norm": True, **changes})
+    parts = build(cfg, World(rank, rank, world_size, torch.device("cpu")))
+    batches = list(parts.loader)[: cfg.gradient_acc]
+    parts.step.model.train()
+    with torch.profiler.profile() as profile:
+        parts.step(batches, 0.1)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    weights = {k: v.clone() for k, v in parts.backbone.state_dict().items()}
+    return weights, parts.head.weight.detach().clone(), calls.get("c10d::allreduce_", 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, world_size):
+    share = 12 // world_size
+    options = {"optimizer": optimizer, "precision": "fp64"}
+    big = ranks.run(
+        world_size, weights_after_one_step, str(tmp_path), {**options, "batch_size": share}
+    )
+    small = ranks.run(
+        world_size, weights_after_one_step, str(tmp_path),
+        {**options, "batch_size": share // 3, "gradient_acc": 3},
+    )  # fmt: skip
+    for (weights, head, calls), (expected, expected_head, expected_calls) in zip(
+        small, big, strict=True
+    ):
+        for key, value in weights.items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(head, expected_head, rtol=0, atol=1e-6)
+        assert calls == expected_calls  # none on the inner micro-steps
+
+
+def everything(parts: Any) -> list[torch.Tensor]:
+    """Copies of all weights, buffers and optimizer states of a run."""
+    tensors = list(parts.backbone.state_dict().values()) + [parts.head.weight.detach()]
+    tensors += list(parts.head.update.state(parts.head.weight).values())
+    for state in parts.step.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+def test_nothing_moves_in_a_bad_step(tmp_path, optimizer, sample_rate):
+    cfg = Config(**{**TINY, "output": str(tmp_path), "optimizer": optimizer,
+                    "sample_rate": sample_rate})  # fmt: skip
+    parts = build(cfg, World(0, 0, 1, torch.device("cpu")))
+    batches = iter(parts.loader)
+    parts.step.model.train()
+    assert not parts.step([next(batches)], 0.1).bad
+
+    before = everything(parts)
+    first_layer = next(m for m in parts.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    poison = first_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.nan,))
+    assert parts.step([next(batches)], 0.1).bad
+    poison.remove()
+    for tensor, kept in zip(everything(parts), before, strict=True):
+        assert torch.equal(tensor, kept)
+
+    outcome = parts.step([next(batches)], 0.1)
+    assert not outcome.bad
+    assert torch.isfinite(outcome.loss)
+    assert not all(
+        torch.equal(a, b) for a, b in zip(everything(parts), before, strict=True)
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_with_float32_weights_and_embeddings(tmp_path, precision):
+    losses = run_training(
+        0, 1, str(tmp_path), {"precision": precision, "max_steps": 3, "batch_size": 4}
+    )
+    assert np.isfinite(losses).all()
+    backbone, _ = load_model(tmp_path)
+    assert all(p.dtype == torch.float32 for p in backbone.parameters())
+
+
+def test_frozen_batch_norm_keeps_its_statistics(tmp_path):
+    run_training(0, 1, str(tmp_path), {"freeze_batch_norm": True, "max_steps": 2})
+    backbone, _ = load_model(tmp_path)
+    for layer in batch_norms(backbone):
+        assert bool((layer.running_mean == 0).all())
+        assert int(layer.num_batches_tracked) == 0
+
+
+def test_a_run_leaves_its_files_and_metrics(ranks, tmp_path):
+    ranks.run(2, run_training, str(tmp_path), {"batch_size": 6, "num_epoch": 1, "frequent": 5})
+    assert (tmp_path / "model.pt").is_file()
+    assert list((tmp_path / "tensorboard").iterdir())
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [5, 10, 15, 20]
+    for key in ("epoch", "loss", "learning_rate", "samples_per_second", "grad_norm",
+                "data_wait_share"):  # fmt: skip
+        assert key in records[0]
+    backbone, metadata = load_model(tmp_path)
+    assert (metadata.network, metadata.num_features, metadata.step) == ("r_nano", 16, 20)
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert set(state) == set(backbone.state_dict())
+
+
+def verified_training(rank: int, world_size: int, folder: str, data: str) -> list[dict[str, Any]]:
+    changes = {
+        "batch_size": 12 // world_size, "max_steps": 4, "verbose": 2, "val_targets": ["pairs"],
+        "val_dir": data, "val_batch_size": 8,
+    }  # fmt: skip
+    run_training(rank, world_size, folder, changes)
+    return read_metrics(folder) if rank == 0 else []
+
+
+def write_pairs(folder: Path, size: int = 32) -> VerificationSet:
+    import pickle
+
+    import simplejpeg
+
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(40):
+        small = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        image = np.ascontiguousarray(np.kron(small, np.ones((size // 4, size // 4, 1), np.uint8)))
+        images.append(simplejpeg.encode_jpeg(image, quality=95))
+    issame = [bool(k % 2) for k in range(20)]
+    with (folder / "pairs.bin").open("wb") as file:
+        pickle.dump((images, issame), file)
+    return VerificationSet("pairs", images, np.array(issame))
+
+
+def test_verification_runs_every_so_often_and_at_the_end_on_all_ranks(ranks, tmp_path):
+    write_pairs(tmp_path)
+    records = ranks.run(2, verified_training, str(tmp_path / "run"), str(tmp_path))[0]
+    evaluations = [record for record in records if "eval" in record]
+    assert [record["step"] for record in evaluations] == [2, 4]
+    metrics = evaluations[0]["eval"]["pairs"]
+    assert {"accuracy", "accuracy_flip", "tar_at_far_1e-3", "xnorm"} <= set(metrics)
+    assert (tmp_path / "run" / "model_best.pt").is_file()
+
+
+# --- wrong inputs: message and exit code ----------------------------------------------------
+
+
+@pytest.fixture
+def run_main(tmp_path, capsys, monkeypatch):
+    """main() with the tiny config and changes; returns (exit code, stderr and log)."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config = tmp_path / "tiny.py"
+    config.write_text(f"config = {({**TINY, 'output': str(tmp_path / 'run')})!r}\n")
+
+    def run(*words: str) -> tuple[int, str]:
+        code = main([str(config), *words])
+        return code, capsys.readouterr().err
+
+    yield run
+    logging.getLogger().handlers.clear()
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A small set of records of 3 classes, 32 x 32, and its folder."""
+    import cv2
+
+    from scripts.pack import main as pack
+
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        folder = tmp_path / "images" / f"person{label}"
+        folder.mkdir(parents=True)
+        for number in range(8):
+            image = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"{number}.jpg"), image)
+    assert pack([str(tmp_path / "images"), str(tmp_path / "set"), "--size", "32"]) == 0
+    return tmp_path / "set"
+
+
+def on(records: Path) -> list[str]:
+    return [f"rec={records}", "num_classes=auto", "num_image=auto", "batch_size=8", "max_steps=2"]
+
+
+def test_a_good_run_exits_with_0(run_main, records):
+    code, text = run_main(*on(records))
+    assert code == 0
+    assert "Loss" in text
+    assert "Global Step: 2" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["learning_rat=0.1"], "unknown key 'learning_rat'"),
+        (["lr=fast"], "float needed"),
+        (["sample_rate=1.5"], "sample_rate=1.5: in [0, 1]"),
+        (["rec=/not/there"], "/not/there"),
+        (["network=r51"], "r50"),
+        (["output=/proc/nowhere"], "cannot be written"),
+        (["batch_size=1000"], "1000"),
+        (["val_targets=[lfw]", "val_dir=/not/there"], "lfw"),
+        (["init_backbone=/not/there.pt"], "/not/there.pt"),
+        (["resume=True"], "resume=True"),
+        (["dali_aug=True"], "dali_aug"),
+    ],
+)
+def test_wrong_words_are_explained_and_exit_with_2(run_main, words, message):
+    code, text = run_main(*words)
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_where_there_is_none_exits_with_2(run_main):
+    code, text = run_main("device=cuda")
+    assert code == 2
+    assert "device=cpu" in text
+
+
+def test_a_missing_index_exits_with_2(run_main, records):
+    (records / "train.idx").unlink()
+    code, text = run_main(*on(records))
+    assert code == 2
+    assert "train.idx" in text
+
+
+def test_a_truncated_record_file_exits_with_2(run_main, records):
+    path = records / "train.rec"
+    path.write_bytes(path.read_bytes()[:-3000])
+    code, text = run_main(*on(records), "max_steps=3")
+    assert code == 2
+    assert ".rec was cut off" in text
+    assert str(records) in text
+
+
+def test_a_corrupt_image_exits_with_2_and_names_its_record(run_main, records):
+    path = records / "train.rec"
+    data = bytearray(path.read_bytes())
+    start = data.find(b"\xff\xd8\xff", len(data) // 2)
+    data[start + 20 : start + 400] = bytes(380)
+    path.write_bytes(bytes(data))
+    code, text = run_main(*on(records), "max_steps=3")
+    assert code == 2
+    assert "train.rec" in text
+    assert "key" in text
+
+
+def test_fewer_classes_than_the_labels_need_exit_with_2(run_main, records):
+    code, text = run_main(*on(records), "num_classes=2")
+    assert code == 2
+    assert "num_classes" in text
+
+
+def test_a_label_outside_the_range_exits_with_2_and_names_its_record(run_main, records):
+    (records / "property").unlink()
+    code, text = run_main(*on(records), "num_classes=2", "max_steps=3")
+    assert code == 2
+    assert "label" in text
+    assert "2" in text
+
+
+class _Boom:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("kind", ["bin", "pt"])
+def test_hostile_pickles_are_refused_unread_and_exit_with_2(run_main, tmp_path, capsys, kind):
+    import pickle
+
+    path = tmp_path / f"hostile.{kind}"
+    if kind == "bin":
+        path.write_bytes(pickle.dumps(([_Boom()], [True])))
+        code, text = run_main("val_targets=[hostile]", f"val_dir={tmp_path}")
+    else:
+        torch.save({"conv1.weight": _Boom()}, path)
+        code, text = run_main(f"init_backbone={path}")
+    assert code == 2
+    assert f"hostile.{kind}" in text
+    assert "executed" not in text + capsys.readouterr().out
+
+
+def test_divergence_exits_with_3_and_a_report(run_main):
+    code, text = run_main("lr=1e38", "max_bad_steps=3", "max_steps=20")
+    assert code == 3
+    for word in ("diverged", "step", "learning rate", "scale", "gradient norm"):
+        assert word in text
