@@ -103,7 +103,9 @@ class CombinedMargin:
         Returns:
             (phi, derivative), each of the shape and dtype of `cosine`.
         """
-        cosine = cosine.detach().clamp(-1.0, 1.0)
+        dtype = cosine.dtype
+        # 1 - 1e-6 is 1 in half precision, so angles are taken in fp32 at least.
+        cosine = cosine.detach().to(torch.promote_types(dtype, torch.float32)).clamp(-1.0, 1.0)
         if self.m1 == 1.0 and self.m2 == 0.0:
             phi, derivative = cosine - self.m3, torch.ones_like(cosine)
         else:
@@ -119,7 +121,7 @@ class CombinedMargin:
             derivative = sign * self.m1 * torch.sin(angle) / torch.sin(theta)
         if self.gradient == "straight_through":
             derivative = torch.ones_like(cosine)
-        return phi, derivative
+        return phi.to(dtype), derivative.to(dtype)
 
     def logits(self, cosines: Tensor, target_column: Tensor) -> Tensor:
         """Scaled logits of one shard, differentiable with respect to `cosines`.

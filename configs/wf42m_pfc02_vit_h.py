@@ -7,6 +7,7 @@ config = EasyDict(
     num_classes=2_059_906,
     num_image=42_474_557,
     network="vit_h",
+    gradient_checkpointing=True,  # as the published model always does
     margin_list=(1.0, 0.0, 0.4),
     sample_rate=0.5,
     optimizer="adamw",

@@ -166,7 +166,8 @@ class RecordReader:
         """The joined payload of the record that starts at byte `offset`.
 
         `key` is for messages only. `end`, where known, is the offset of the next record that the
-        index lists: this record may not reach past it. Raises RecordError.
+        index lists: this record may not reach past it, and if it ends before, something that is
+        a record has to follow. Raises RecordError.
         """
         return self._read(offset, key, self.size if end is None else end)[0]
 
@@ -235,7 +236,7 @@ class RecordReader:
             parts.append(part)
             if flag in (WHOLE, LAST):
                 break
-        if at < self.size:
+        if at < limit:  # else the index or the end of the file confirms where the record ends
             follows = take(at, PART_HEADER.size)
             flag, _ = self._part(follows, at, f"{where}: what follows it")
             if flag not in (WHOLE, FIRST):

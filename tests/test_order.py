@@ -122,7 +122,7 @@ def test_a_full_global_batch_gives_every_rank_the_same_number_of_rows() -> None:
 
 @pytest.mark.parametrize(("positions", "n"), [([5], 5), ([-1], 5), ([0], 0)])
 def test_positions_outside_the_set_are_refused(positions: list[int], n: int) -> None:
-    with pytest.raises(ValueError, match="positions|num_images"):
+    with pytest.raises(ValueError, match=r"positions|num_images"):
         shuffled_indices(np.array(positions), n, 0, 0)
 
 

@@ -218,12 +218,14 @@ def test_an_offset_where_no_record_can_start_is_refused(offset: int, tmp_path: P
 def test_an_aborted_writer_leaves_nothing_and_spares_what_was_there(tmp_path: Path) -> None:
     path = write_records(tmp_path, [b"old"])
     before = path.read_bytes()
-    with (
-        pytest.raises(RuntimeError, match="stop"),
-        RecordWriter(path, path.with_suffix(".idx")) as writer,
-    ):
-        writer.write(0, b"new")
-        raise RuntimeError("stop")
+
+    def fail_halfway() -> None:
+        with RecordWriter(path, path.with_suffix(".idx")) as writer:
+            writer.write(0, b"new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_halfway()
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.idx", "train.rec"]
 

@@ -106,7 +106,9 @@ def build(cfg: Config, world: World) -> Parts:
         )
 
     model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm)
-    model.to(world.device)
+    # Images arrive in channels_last; weights in the same layout spare a conversion per layer
+    # (a third of the step of r_nano on a CPU).
+    model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model)
     head = PartialFC(
         make_margin(cfg),

@@ -1,0 +1,98 @@
+"""`make gpu-check`: what a GPU must get right; says so and exits 0 where there is none.
+
+    1. the head on the GPU equals the head on the CPU: loss and both gradients;
+    2. a step waits for the device nowhere (CUDA's sync debug mode raises);
+    3. fp32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from configs.base import Config
+from losses import ArcFace
+from partial_fc import PartialFC
+from training.build import build
+from utils.distributed import World
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "rec": "synthetic", "num_classes": 5000, "num_image": 6400, "network": "r_nano",
+    "embedding_size": 64, "batch_size": 64, "num_epoch": 1, "lr": 0.05, "verbose": 0,
+    "frequent": 10, "warmup_epoch": 0.2,
+}  # fmt: skip
+
+
+def head_equals_cpu() -> None:
+    """Loss and gradients of one head on both devices, fp32."""
+    results = []
+    for device in ("cpu", "cuda"):
+        head = PartialFC(ArcFace(), 64, 5001, device=device)
+        generator = torch.Generator().manual_seed(0)
+        embeddings = torch.randn(32, 64, generator=generator).to(device).requires_grad_(True)
+        labels = torch.randint(5001, (32,), generator=generator).to(device)
+        loss = head(embeddings, labels)
+        loss.backward()
+        assert embeddings.grad is not None
+        assert head.weight.grad is not None
+        results.append([t.detach().cpu() for t in (loss, embeddings.grad, head.weight.grad)])
+    for cpu, gpu in zip(*results, strict=True):
+        error = float((cpu - gpu).abs().max() / cpu.abs().max())
+        assert error < 1e-4, f"GPU and CPU differ by {error:.2e} of the largest value"
+
+
+def step_does_not_wait(sample_rate: float) -> None:
+    """One step under CUDA's sync debug mode, after a warm-up step."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = Config(**{**SETTINGS, "output": folder, "sample_rate": sample_rate})  # type: ignore[arg-type]
+        parts = build(cfg, World(0, 0, 1, torch.device("cuda", 0)))
+    batches = iter(parts.loader)
+    parts.step.model.train()
+    for _ in range(3):
+        parts.step([next(batches)], 0.01)
+    batch = next(batches)
+    on_device = type(batch)(batch.images.cuda(), batch.labels.cuda())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts.step([on_device], 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def run_trains(precision: str) -> None:
+    """train_v2.py as a process; the loss is finite and falls."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "gpu_check.py"
+        config.write_text(f"config = {SETTINGS!r}\n")
+        words = [f"output={folder}/run", f"precision={precision}", "device=cuda"]
+        subprocess.run(
+            [sys.executable, "train_v2.py", str(config), *words], check=True, cwd=REPOSITORY
+        )
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < losses[0], f"{precision}: loss went from {losses[0]} to {losses[-1]}"
+
+
+def main() -> int:
+    """Run all checks; 0 when they pass or there is no GPU."""
+    if not torch.cuda.is_available():
+        print("gpu-check: this PyTorch sees no GPU; nothing was checked")
+        return 0
+    head_equals_cpu()
+    for sample_rate in (1.0, 0.1):
+        step_does_not_wait(sample_rate)
+    for precision in ("fp32", "bf16", "fp16"):
+        run_trains(precision)
+    print(f"gpu-check: all passed on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

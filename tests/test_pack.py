@@ -1,0 +1,266 @@
+"""What pack.py and make_synthetic.py write is what went in, readable by old tools, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+
+from data.decode import decode_image
+from data.index import read_index
+from data.recordio import RecordReader, unpack_record
+from data.sources import DataError, RecordSource
+from scripts import make_synthetic as synthetic
+from scripts import pack
+
+SIZE = 24
+
+
+def picture(number: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    rng = np.random.default_rng(number)
+    return cv2.resize(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), (width, height))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three people with 2, 3 and 4 JPEGs of the right size."""
+    root = tmp_path / "faces"
+    for label, name in enumerate(("0_ann", "0_bob", "1_cy")):
+        (root / name).mkdir(parents=True)
+        for i in range(1, label + 3):
+            content = simplejpeg.encode_jpeg(picture(label * 10 + i))
+            (root / name / f"{name}_{i:04d}.jpg").write_bytes(content)
+    return root
+
+
+def run(*arguments: object) -> int:
+    return pack.main([str(a) for a in arguments])
+
+
+def files_below(root: Path) -> list[str]:
+    return sorted(p.name for p in root.rglob("*") if p.is_file()) if root.exists() else []
+
+
+def test_jpegs_of_the_right_size_are_packed_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path / "out", "--size", SIZE) == 0
+    source = RecordSource(tmp_path / "out", input_size=SIZE)
+    packed = [(bytes(encoded), label) for encoded, label in map(source.read_encoded, range(9))]
+    expected = [
+        (path.read_bytes(), label)
+        for label, name in enumerate(("0_ann", "0_bob", "1_cy"))
+        for path in sorted((folder / name).iterdir())
+    ]
+    assert packed == expected
+    assert (tmp_path / "out" / "property").read_text() == "3,24,24\n"
+    label_map = (tmp_path / "out" / "label_map.txt").read_text()
+    assert label_map == "0\t0_ann\n1\t0_bob\n2\t1_cy\n"
+
+
+def test_records_are_insightface_style(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path / "out", "--size", SIZE) == 0
+    reader = RecordReader(tmp_path / "out" / "train.rec")
+    index = read_index(tmp_path / "out" / "train.idx", reader.size)
+    assert index.keys.tolist() == list(range(13))
+    headers = [unpack_record(reader.read_at(int(offset)))[0] for offset in index.offsets]
+    assert (headers[0].flag, headers[0].labels.tolist()) == (2, [10, 13])
+    assert [h.labels.tolist() for h in headers[10:]] == [[1, 3], [3, 6], [6, 10]]
+    assert [h.id for h in headers] == list(range(13))
+
+
+def test_other_sizes_and_formats_are_cropped_resized_and_encoded(
+    folder: Path, tmp_path: Path
+) -> None:
+    wide = picture(77, height=60, width=100)
+    cv2.imwrite(str(folder / "0_ann" / "z.png"), wide[:, :, ::-1])
+    assert run(folder, tmp_path / "out", "--size", SIZE) == 0
+    image, label = RecordSource(tmp_path / "out", input_size=SIZE).read(2)
+    expected = cv2.resize(wide[:, 20:80], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    assert label == 0
+    assert abs(image.astype(int) - expected).mean() < 3
+
+
+def test_a_quality_encodes_every_image_anew(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path / "out", "--size", SIZE, "--quality", 30) == 0
+    source = RecordSource(tmp_path / "out", input_size=SIZE)
+    first = sorted((folder / "0_ann").iterdir())[0].read_bytes()
+    assert bytes(source.read_encoded(0)[0]) != first
+
+
+def test_include_takes_only_matching_class_folders(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path / "out", "--size", SIZE, "--include", "0_*") == 0
+    source = RecordSource(tmp_path / "out", input_size=SIZE)
+    assert (len(source), source.num_classes) == (5, 2)
+
+
+def test_unreadable_images_are_listed_and_nothing_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "0_ann" / "bad.jpg").write_bytes(b"no image")
+    (folder / "1_cy" / "cut.jpg").write_bytes(simplejpeg.encode_jpeg(picture(1))[:300])
+    assert run(folder, tmp_path / "out", "--size", SIZE) == 2
+    message = capsys.readouterr().err
+    assert "2 of 11 images cannot be used; nothing was written" in message
+    assert "bad.jpg: no image we can decode" in message
+    assert "cut.jpg: " in message
+    assert files_below(tmp_path / "out") == []
+
+
+def test_skip_bad_counts_and_lists_what_it_leaves_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "0_ann" / "0_bad.jpg").write_bytes(b"no image")
+    assert run(folder, tmp_path / "out", "--size", SIZE, "--skip-bad") == 0
+    text = capsys.readouterr().out
+    assert "9 images of 3 classes, 0 encoded anew, 1 left out" in text
+    assert "0_bad.jpg" in text
+    assert len(RecordSource(tmp_path / "out", input_size=SIZE)) == 9
+
+
+def test_existing_records_are_replaced_only_by_force(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(folder, out, "--size", SIZE) == 0
+    before = hashlib.sha1((out / "train.rec").read_bytes()).digest()
+    assert run(folder, out, "--size", SIZE, "--include", "1_*") == 2
+    assert "already holds train.rec and train.idx" in capsys.readouterr().err
+    assert hashlib.sha1((out / "train.rec").read_bytes()).digest() == before
+    assert run(folder, out, "--size", SIZE, "--include", "1_*", "--force") == 0
+    assert len(RecordSource(out, input_size=SIZE)) == 4
+    assert files_below(out) == ["label_map.txt", "property", "train.idx", "train.rec"]
+
+
+@pytest.mark.parametrize("options", [["--size", "0"], ["--quality", "101"], ["--num-thread", "0"]])
+def test_impossible_options_end_with_exit_code_2(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, tmp_path / "out", *options)
+    assert stop.value.code == 2
+
+
+def test_a_missing_folder_ends_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+LFW_LAYOUT = "1\t2\n0_ann\t1\t2\n1_cy\t4\t1\n0_ann\t1\t0_bob\t3\n0_bob\t1\t1_cy\t2\n"
+FIVE_COLUMNS = "0_ann 1 0_ann 2 1\n1_cy 4 1_cy 1 1\n0_ann 1 0_bob 3 0\n0_bob 1 1_cy 2 0\n"
+
+
+@pytest.mark.parametrize("text", [LFW_LAYOUT, FIVE_COLUMNS])
+def test_both_pairs_layouts_give_the_same_verification_set(
+    text: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.txt").write_text(text)
+    out = tmp_path / "set.bin"
+    assert run("--pairs", tmp_path / "pairs.txt", folder, out, "--size", SIZE) == 0
+    images, same = pickle.loads(out.read_bytes())
+    assert same == [True, True, False, False]
+    assert all(type(answer) is bool for answer in same)
+    names = ["0_ann 1", "0_ann 2", "1_cy 4", "1_cy 1", "0_ann 1", "0_bob 3", "0_bob 1", "1_cy 2"]
+    paths = [folder / n / f"{n}_{int(i):04d}.jpg" for n, i in (name.split() for name in names)]
+    assert images == [path.read_bytes() for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0_ann 1 2\n0_ann 1 9\n", r"pairs\.txt, line 2: .*0_ann_0009\.jpg does not exist"),
+        ("0_ann 1\n", r"line 1: expected 'name n1 n2'"),
+        ("0_ann x 2\n", "line 1: expected"),
+        ("0_ann 1 0_bob 2 yes\n", "line 1: expected"),
+        (".. 1 2\n", "line 1: '..' is no folder name"),
+        ("10 300\n", "holds no pairs"),
+    ],
+)
+def test_a_bad_pairs_file_is_an_error_that_names_the_line(
+    text: str, message: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        pack.pack_pairs(tmp_path / "pairs.txt", folder, tmp_path / "set.bin", size=SIZE)
+    assert not (tmp_path / "set.bin").exists()
+
+
+def test_a_verification_set_is_replaced_only_by_force(tmp_path: Path) -> None:
+    pack.write_verification_set(tmp_path / "a.bin", [b"1", b"2"], [True])
+    with pytest.raises(DataError, match="already exists"):
+        pack.write_verification_set(tmp_path / "a.bin", [b"3", b"4"], [True])
+    pack.write_verification_set(tmp_path / "a.bin", [b"3", b"4"], [True], force=True)
+
+
+def test_real_faces_are_packed_untouched(shared_dir: Path, tmp_path: Path) -> None:
+    train = shared_dir / "data" / "lfw112" / "train"
+    report = pack.pack_folder(train, tmp_path, include=("Ab*", "Al*"))
+    source = RecordSource(tmp_path)
+    assert (report.num_classes, report.num_images) == (source.num_classes, len(source))
+    assert report.num_classes >= 2
+    assert report.num_reencoded == 0
+    names = [line.split("\t")[1] for line in (tmp_path / "label_map.txt").read_text().splitlines()]
+    packed = {(names[label], bytes(e)) for e, label in map(source.read_encoded, range(len(source)))}
+    on_disk = {(name, path.read_bytes()) for name in names for path in (train / name).iterdir()}
+    assert packed == on_disk
+
+
+def test_the_shared_pairs_file_parses(shared_dir: Path) -> None:
+    pairs = pack.read_pairs(shared_dir / "data" / "lfw112" / "lfw_part_pairs.txt")
+    assert len(pairs) == 800
+    assert sum(pair.same for pair in pairs) == 400
+    assert all((pair.first[0] == pair.second[0]) == pair.same for pair in pairs)
+
+
+# ---------------------------------------------------------------- synthetic faces
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synthetic")
+    synthetic.make_synthetic(
+        out, identities=6, images_per_identity=4, verification_pairs=40, size=64, num_processes=1
+    )
+    return out
+
+
+def test_synthetic_faces_are_a_record_set_and_balanced_folds(faces: Path) -> None:
+    source = RecordSource(faces, input_size=64)
+    assert (len(source), source.num_classes) == (24, 6)
+    assert [source.read(i)[1] for i in range(24)] == [i // 4 for i in range(24)]
+    images, same = pickle.loads((faces / "synthetic.bin").read_bytes())
+    assert len(images) == 80
+    assert same == [True, True, False, False] * 10
+    assert len(set(images)) == 80
+    assert decode_image(images[0], "face").shape == (64, 64, 3)
+
+
+def test_verification_people_keep_to_their_fold_and_pairs_are_what_they_say() -> None:
+    faces, same = synthetic.verification_plan(200, seed=3)
+    pairs = list(zip(faces[0::2], faces[1::2], strict=True))
+    assert all((a[0] == b[0]) == answer for (a, b), answer in zip(pairs, same, strict=True))
+    assert len(set(faces)) == 400
+    folds = [{f[0] for f in faces[i : i + 40]} for i in range(0, 400, 40)]
+    assert all(not a & b for i, a in enumerate(folds) for b in folds[:i])
+
+
+def test_synthetic_faces_depend_on_the_seed_only(faces: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        synthetic.make_synthetic(
+            tmp_path / str(seed), identities=6, images_per_identity=4, verification_pairs=40,
+            size=64, seed=seed, num_processes=2 if seed == 0 else 1,
+        )  # fmt: skip
+    for name in ("train.rec", "train.idx", "synthetic.bin"):
+        assert (tmp_path / "0" / name).read_bytes() == (faces / name).read_bytes()
+    assert (tmp_path / "1" / "train.rec").read_bytes() != (faces / "train.rec").read_bytes()
+
+
+def test_numbers_that_do_not_fit_end_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert synthetic.main([str(tmp_path), "--verification-pairs", "30"]) == 2
+    assert "need a multiple of 20" in capsys.readouterr().err
+    assert files_below(tmp_path) == []
