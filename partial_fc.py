@@ -43,7 +43,7 @@ class PartialFC(nn.Module):
         num_classes: C over all ranks; more than the labels need is allowed.
         sample_rate: share r of each rank's classes per step, in [0, 1]; the batch's own
             classes are always in, 0 means those only.
-        update: rule for the class centres (head.row_update), applied by `step`. None leaves
+        row_update: rule for the class centres (head/row_update.py), applied by `step`. None leaves
             an ordinary `weight.grad` for a torch.optim of yours, which is refused for r < 1:
             it would move rows that were not sampled.
         batch_size_per_rank: the largest batch any rank will bring. Smaller ones are padded,
@@ -69,7 +69,7 @@ class PartialFC(nn.Module):
         num_classes: int,
         sample_rate: float = 1.0,
         *,
-        update: RowUpdate | None = None,
+        row_update: RowUpdate | None = None,
         batch_size_per_rank: int | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -97,7 +97,7 @@ class PartialFC(nn.Module):
         self.embedding_size = embedding_size
         self.num_classes = num_classes
         self.sample_rate = float(sample_rate)
-        self.update = update
+        self.row_update = row_update
         self.batch_size_per_rank = batch_size_per_rank
         self.seed = seed
         self.class_range = class_range(num_classes, self.rank, self.world_size)
@@ -185,9 +185,9 @@ class PartialFC(nn.Module):
         Raises:
             RuntimeError: no update rule was given, or there is no gradient.
         """
-        if self.update is None:
+        if self.row_update is None:
             raise RuntimeError(
-                "this PartialFC has no update rule: pass update=SGDRows(...) or AdamWRows(...) "
+                "this PartialFC has no update rule: pass row_update=SGDRows(...) or AdamWRows(...) "
                 "(head.row_update), or step weight.grad with an optimizer of yours"
             )
         gradient = self.weight.grad
@@ -198,7 +198,7 @@ class PartialFC(nn.Module):
             gradient = gradient[rows]
         if gradient_scale is not None:
             gradient = gradient / gradient_scale
-        self.update.update_rows(self.weight, gradient, rows, learning_rate, bad)
+        self.row_update.update_rows(self.weight, gradient, rows, learning_rate, bad)
         self.weight.grad = None
         self._sample, self._sample_is_prepared = None, False
 
@@ -312,6 +312,6 @@ def _refuse_sampled_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs:
             if getattr(parameter, "sampled_by_partial_fc", False):
                 raise RuntimeError(
                     f"{type(optimizer).__name__} would move class centres that were not sampled "
-                    "(weight decay, momentum): for sample_rate < 1 pass update=SGDRows(...) or "
+                    "(weight decay, momentum): for sample_rate < 1 pass row_update=SGDRows(...) or "
                     "AdamWRows(...) to PartialFC and call head.step(learning_rate)"
                 )

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.recordio import PART_HEADER, RecordError, RecordHeader, RecordReader
+from data.recordio import PART_HEADER, RecordError, RecordHeader, RecordReader, unpack_record
 
 _CHUNK_BYTES = 16 * 1024 * 1024
 _MAX_DIGITS = 18  # 10**18 fits int64 with room to spare
+_EXACT_FLOAT32 = 2**24
 _TAB, _NEWLINE, _ZERO, _NINE = 9, 10, 48, 57
 
 
@@ -128,10 +129,9 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     if header.flag != 2:
         return slice(0, len(keys))
     payload = reader.read_at(offset, 0)
-    labels = np.frombuffer(payload, "<f4", 2, offset=24)
     if not is_header_record(header, len(payload)):
         return slice(0, len(keys))
-    first, last = float(labels[0]), float(labels[1])
+    first, last = unpack_record(payload)[0].labels.tolist()
     if not (1 <= first <= last < 2**40 and first.is_integer()):
         raise RecordError(
             f"{reader.where(offset, 0)}: a header record with labels ({first:g}, {last:g}); "
@@ -154,12 +154,12 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
 def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:
     """The first key that is no image. `stated` comes from a float32: beyond 2**24 it may be off by
     one or two (Glint360K has 17,091,657 images), so the records around it decide."""
-    if stated <= 2**24:
+    if stated <= _EXACT_FLOAT32:
         return stated
-    by_key = {int(k): int(o) for k, o in zip(*index, strict=True) if abs(int(k) - stated) <= 4}
-    for key in sorted(by_key):
-        payload = reader.read_at(by_key[key], key)
-        if is_header_record(reader.read_header(by_key[key], key), len(payload)):
+    near = np.flatnonzero((np.abs(index.keys - stated) <= 4) & (index.keys > 0))
+    for line in near[np.argsort(index.keys[near])]:
+        key, offset = int(index.keys[line]), int(index.offsets[line])
+        if is_header_record(reader.read_header(offset, key), len(reader.read_at(offset, key))):
             return key
     return stated
 

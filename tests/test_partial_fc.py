@@ -43,7 +43,7 @@ def loss_and_gradients(
     sample_rate: float, width: int,
 ) -> dict[str, Any]:  # fmt: skip
     head = PartialFC(
-        margin, width, num_classes, sample_rate, update=SGDRows(), dtype=torch.float64, seed=3
+        margin, width, num_classes, sample_rate, row_update=SGDRows(), dtype=torch.float64, seed=3
     )
     embeddings, labels, _, _ = batch_for(rank, sizes, num_classes, width)
     loss = head(embeddings, labels)
@@ -146,7 +146,7 @@ def steps_of_head(
     """Weight, state and sample after each of some steps on changing batches."""
     update = SGDRows(0.9, 1e-2) if rule == "sgd" else AdamWRows(weight_decay=1e-2)
     head = PartialFC(
-        CosFace(0.2, 8.0), 8, 41, sample_rate, update=update, dtype=torch.float64, seed=1
+        CosFace(0.2, 8.0), 8, 41, sample_rate, row_update=update, dtype=torch.float64, seed=1
     )
     history = []
     for step in range(steps):
@@ -159,7 +159,7 @@ def steps_of_head(
         history.append(
             {"before": before, "after": head.weight.detach().clone(), "rows": rows,
              "gradient": gradient,
-             **{k: v.clone() for k, v in head.update.state(head.weight).items()}}
+             **{k: v.clone() for k, v in head.row_update.state(head.weight).items()}}
         )  # fmt: skip
     return history
 
@@ -212,14 +212,14 @@ def test_a_plain_torch_optim_serves_the_full_head():
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_bad_step_moves_no_row_and_no_state(bad):
-    head = PartialFC(CosFace(), 8, 41, 0.3, update=AdamWRows(weight_decay=1e-2))
+    head = PartialFC(CosFace(), 8, 41, 0.3, row_update=AdamWRows(weight_decay=1e-2))
     embeddings, labels, _, _ = batch_for(0, [4], 41, 8)
     loss = head(embeddings.float() * (math.nan if bad else 1.0), labels)
     loss.backward()
     before = head.weight.detach().clone()
     head.step(0.1, bad=~torch.isfinite(loss))
     assert torch.equal(before, head.weight) == bad
-    assert bool((head.update.state(head.weight)["step"] == 0).all()) == bad
+    assert bool((head.row_update.state(head.weight)["step"] == 0).all()) == bad
 
 
 def initial_centres(rank: int, world_size: int) -> torch.Tensor:
@@ -234,7 +234,7 @@ def test_initial_centres_do_not_depend_on_the_number_of_ranks(ranks):
 
 
 def count_collectives(rank: int, world_size: int, sample_rate: float) -> dict[str, int]:
-    head = PartialFC(CosFace(), 8, 41, sample_rate, update=SGDRows(), batch_size_per_rank=4)
+    head = PartialFC(CosFace(), 8, 41, sample_rate, row_update=SGDRows(), batch_size_per_rank=4)
     embeddings, labels, _, _ = batch_for(rank, [4] * world_size, 41, 8)
     with torch.profiler.profile() as profile:
         head(embeddings.float(), labels).backward()
@@ -293,7 +293,7 @@ def test_every_rank_raises_for_a_bad_batch_on_any_rank(ranks, what, words, capac
 
 def accumulated(rank: int, world_size: int, sample_rate: float, micro_steps: int):
     head = PartialFC(
-        ArcFace(0.3, 8.0), 8, 41, sample_rate, update=SGDRows(), dtype=torch.float64, seed=5
+        ArcFace(0.3, 8.0), 8, 41, sample_rate, row_update=SGDRows(), dtype=torch.float64, seed=5
     )
     _, _, embeddings, labels = batch_for(0, [12 * world_size], 41, 8)
     gradients = []
@@ -321,7 +321,7 @@ def test_accumulated_micro_batches_equal_the_big_batch(ranks, sample_rate):
 
 
 def test_a_second_forward_without_prepare_is_refused():
-    head = PartialFC(CosFace(), 8, 41, 0.3, update=SGDRows())
+    head = PartialFC(CosFace(), 8, 41, 0.3, row_update=SGDRows())
     head(torch.randn(4, 8), torch.arange(4)).backward()
     with pytest.raises(RuntimeError, match=r"head\.prepare"):
         head(torch.randn(4, 8), torch.arange(4))

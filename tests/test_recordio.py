@@ -298,6 +298,16 @@ def test_header_and_identity_records_are_no_images(tmp_path: Path) -> None:
     assert index.keys[image_lines(index, reader)].tolist() == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("stated", [4, 5, 6, 7, 8])
+def test_a_count_rounded_by_float32_is_put_right(
+    stated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.index._EXACT_FLOAT32", 3)
+    reader = RecordReader(write_records(tmp_path, insightface_records(5, stated)))
+    index = read_index(tmp_path / "train.idx", reader.size)
+    assert index.keys[image_lines(index, reader)].tolist() == [1, 2, 3, 4, 5]
+
+
 def test_an_index_that_lacks_promised_images_is_an_error(tmp_path: Path) -> None:
     path = write_records(tmp_path, insightface_records(5, stated=9))
     with pytest.raises(RecordError, match="promises the images 1 to 8, but the index lists 6"):

@@ -114,7 +114,7 @@ def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, world
 def everything(parts: Any) -> list[torch.Tensor]:
     """Copies of all weights, buffers and optimizer states of a run."""
     tensors = list(parts.backbone.state_dict().values()) + [parts.head.weight.detach()]
-    tensors += list(parts.head.update.state(parts.head.weight).values())
+    tensors += list(parts.head.row_update.state(parts.head.weight).values())
     for state in parts.step.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return [tensor.detach().clone() for tensor in tensors]

@@ -115,7 +115,7 @@ def build(cfg: Config, world: World) -> Parts:
         cfg.embedding_size,
         num_classes,
         cfg.sample_rate,
-        update=_make_row_update(cfg),
+        row_update=_make_row_update(cfg),
         batch_size_per_rank=cfg.batch_size,
         seed=cfg.seed,
         device=world.device,
