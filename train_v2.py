@@ -27,6 +27,7 @@ from training.watch import Diverged, Watch, stop_if_diverged
 from utils.config import ConfigError, describe_fields, load_config, save_config
 from utils.distributed import DeviceError, World, barrier, join_world, leave_world
 from utils.log import init_logging
+from utils.memory import keep_freed_memory
 from utils.meter import SpeedMeter
 
 BAD_INPUT = (
@@ -119,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cfg = load_config(words[0], words[1:])
         world = join_world(cfg.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         folder = check_output(cfg.output or "")
         init_logging(world.is_main, folder)
         parts = build(cfg, world)
