@@ -116,7 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Keys of a config, with defaults:\n")
         print(describe_fields())
         return 0 if words else EXIT_BAD_INPUT
-    world: World | None = None
+    try:
+        return run(words)
+    finally:
+        leave_world()
+
+
+def run(words: Sequence[str]) -> int:
+    """Set up and train; returns the exit code. Nothing of the run outlives this call."""
     try:
         cfg = load_config(words[0], words[1:])
         world = join_world(cfg.device)
@@ -133,13 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )  # fmt: skip
         barrier(world)  # everyone has passed its checks
         train(cfg, world, parts, folder)
+        barrier(world)  # leave together: rank 0 still writes while the others are done
     except BAD_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except Diverged as error:
         logger.error("%s", error)
         return EXIT_DIVERGED
-    leave_world()
     return 0
 
 

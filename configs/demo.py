@@ -8,8 +8,8 @@ config = EasyDict(
     margin_list=(1.0, 0.0, 0.2),
     scale=32.0,
     batch_size=32,
-    num_epoch=2,
-    warmup_epoch=0.2,
+    num_epoch=5,
+    warmup_epoch=0.3,
     verbose=100,
     val_targets=["synthetic"],
 )

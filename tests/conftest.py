@@ -23,6 +23,8 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from utils.distributed import leave_world
+
     torch.set_num_threads(1)
     current: str | None = None
     while True:
@@ -32,8 +34,7 @@ def _serve(rank: int, connection: Connection) -> None:
         store, world_size, function, arguments = order
         try:
             if current != store:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                leave_world()
                 if world_size > 1:
                     dist.init_process_group(
                         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
@@ -42,8 +43,7 @@ def _serve(rank: int, connection: Connection) -> None:
             connection.send((True, function(rank, world_size, *arguments)))
         except Exception as error:
             connection.send((False, (error, traceback.format_exc())))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_world()
 
 
 class RankFailure(AssertionError):

@@ -1,11 +1,11 @@
 """One optimizer step: forward, head, backward, clip, update; nothing waits for the device."""
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,6 +70,10 @@ class TrainStep:
                 images = batch.images.to(self.device, non_blocking=True)
                 labels = batch.labels.to(self.device, non_blocking=True)
                 embeddings = self.model(images)  # [b, D]
+                if self.head.world_size > 1:
+                    # The loss is the mean over the global batch already: gradients must be
+                    # added over ranks, but DDP averages them.
+                    embeddings = _TimesInBackward.apply(embeddings, self.head.world_size)
                 part = self.head(embeddings, labels) / len(micro_batches)
                 (part * scale).backward()
                 loss += part.detach()
@@ -108,24 +112,26 @@ class TrainStep:
 
 
 def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
-    """`model` with gradients summed over ranks; the model itself for one rank.
-
-    The head's loss is already the mean over the global batch, so gradients must be added, not
-    averaged: a communication hook replaces DDP's division.
-    """
+    """`model` under DDP; the model itself for one rank."""
     if world_size == 1:
         return model
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # running statistics are averaged when they are needed
-        gradient_as_bucket_view=True,
-    )
-    wrapped.register_comm_hook(None, _sum_over_ranks)
-    return wrapped
+    # Running statistics are averaged when they are needed, not broadcast in every forward.
+    # PyTorch 2.13 renamed the switch.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, **options)
 
 
-# (This file has real annotations, not strings: DDP looks at the hook's.)
-def _sum_over_ranks(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+class _TimesInBackward(torch.autograd.Function):
+    """The identity, with the gradient multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
