@@ -13,7 +13,7 @@ $(READY): requirement.txt requirement-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and by its exact version, so that nothing else chooses another build
-	$(PY) -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install --quiet $$(grep '^torch==' constraints.txt) -c constraints.txt
 	$(PY) -m pip install --quiet -r requirement.txt -r requirement-dev.txt -c constraints.txt
 	@touch $@
 
@@ -38,5 +38,5 @@ gpu-check: $(READY)  ## the checks that need a GPU; says so where there is none
 bench: $(READY)  ## quick benchmarks
 	$(PY) -m benchmarks.bench_head --quick
 
-clean:  ## remove what the demo and the tools made, keep .venv
-	rm -rf work_dirs demo_data .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove what the demo and the tools made; runs of yours and .venv stay
+	rm -rf work_dirs/demo demo_data .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -56,8 +56,7 @@ class Batch(NamedTuple):
 class DataLoader:
     """Iterates one rank's batches of one epoch; `set_epoch` chooses which, and where to begin.
 
-    `len(loader)` is the number of steps in a whole epoch, the same on every rank. After or during
-    an epoch `wait_seconds` says how long its consumer has waited for data.
+    `len(loader)` is the number of steps in a whole epoch, the same on every rank.
     """
 
     def __init__(
@@ -72,6 +71,7 @@ class DataLoader:
         flip: bool = True,
         shuffle: bool = True,
         drop_last: bool = True,
+        pin_memory: bool = False,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size or num_workers < 0:
             raise DataError(
@@ -79,9 +79,15 @@ class DataLoader:
                 f"num_workers={num_workers}: allowed are batch_size of 1 or more, rank from 0 to "
                 "world_size - 1, num_workers of 0 or more"
             )
+        if pin_memory and not torch.cuda.is_available():
+            raise DataError(
+                "pin_memory=True is for copies to a CUDA device, and PyTorch sees none here: "
+                "set pin_memory=False"
+            )
         self.source, self.batch_size = source, batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.num_workers, self.flip, self.shuffle = num_workers, flip, shuffle
+        self.pin_memory = pin_memory
         self.num_images, self.num_classes = len(source), source.num_classes
         global_batch = batch_size * world_size
         self._steps = steps_per_epoch(self.num_images, global_batch, drop_last)
@@ -93,7 +99,6 @@ class DataLoader:
             )
         self.num_images_dropped_per_epoch = self.num_images % global_batch if drop_last else 0
         self._epoch, self._start_step = 0, 0
-        self._running: OrderedPrefetch[Batch] | None = None
 
     def __len__(self) -> int:
         return self._steps
@@ -107,18 +112,12 @@ class DataLoader:
             )
         self._epoch, self._start_step = epoch, start_step
 
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds the consumer of the latest iteration has waited for batches."""
-        return self._running.wait_seconds if self._running else 0.0
-
     def __iter__(self) -> Iterator[Batch]:
         if self.num_workers:
             cv2.setNumThreads(0)  # ours already are one per core; OpenCV's own would compete
         epoch = self._epoch
         steps = range(self._start_step, self._steps)
         running = OrderedPrefetch(lambda step: self.load(epoch, step), steps, self.num_workers)
-        self._running = running
         try:
             yield from running
         finally:  # also when the consumer stops early or fails
@@ -149,7 +148,10 @@ class DataLoader:
                 images[row] = image
         if images is None:  # a last batch with fewer images than ranks
             images = np.empty((0, *self.source.read(0)[0].shape), np.uint8)
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+        pixels, classes = torch.from_numpy(images), torch.from_numpy(labels)  # [b, H, W, 3], [b]
+        if self.pin_memory:  # before permuting: pinning need not keep strides
+            pixels, classes = pixels.pin_memory(), classes.pin_memory()
+        return Batch(pixels.permute(0, 3, 1, 2), classes)
 
 
 def get_dataloader(
@@ -166,6 +168,7 @@ def get_dataloader(
     flip: bool = True,
     shuffle: bool = True,
     drop_last: bool = True,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """The batches of one rank.
 
@@ -178,6 +181,8 @@ def get_dataloader(
     num_images: "synthetic" only; for a set on disk a different number is logged, not obeyed.
     drop_last: leave out what does not fill a global batch (a different tail in each epoch);
         False makes it a smaller last batch.
+    pin_memory: batches lie in page-locked memory, so that `.to(device, non_blocking=True)` does not
+        wait; the workers do it. Needs CUDA.
 
     Raises DataError, RecordError or ImageError (together DATA_ERRORS); MissingDataError is a
     FileNotFoundError too.
@@ -193,6 +198,7 @@ def get_dataloader(
         flip=flip,
         shuffle=shuffle,
         drop_last=drop_last,
+        pin_memory=pin_memory,
     )
     if num_images is not None and num_images != loader.num_images:
         log.warning(

@@ -3,8 +3,9 @@
     python torch2onnx.py work_dirs/ms1mv3_r50
     python torch2onnx.py model.pt --network r50 --output face.onnx --simplify
 
-The file appears only if its outputs agree with PyTorch's; docs/export.md has the details. Exit code
-0: written; 1: the ONNX model disagrees or is not valid; 2: the input cannot be exported.
+The file appears only if its outputs agree with PyTorch's; docs/export.md has the details. Weights
+beyond 2 GiB lie in a second file beside it. Exit code 0: written; 1: the ONNX model disagrees or is
+not valid; 2: the input cannot be exported.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,9 +36,9 @@ LOWEST_OPSET = 18  # torch's exporter is written for it; it writes no lower one
 DEFAULT_OPSET = LOWEST_OPSET  # so that the most runtimes read the file
 CHECKED_BATCHES = (1, 3, 32)
 TOLERANCE = 1e-4  # of the largest output
-LARGEST_FILE = (
-    2 * 1024**3 - 16 * 1024**2
-)  # bytes of weights; protobuf ends at 2 GiB, with the graph
+# Bytes of weights that fit into the .onnx: protobuf ends at 2 GiB, and the graph is in there too.
+LARGEST_SINGLE_FILE = 2 * 1024**3 - 16 * 1024**2
+SMALLEST_OUTSIDE = 1024  # bytes of a tensor that then goes to the second file
 
 
 class ExportRefusedError(ValueError):
@@ -52,14 +54,16 @@ class ExportReport:
     """What `export_onnx` wrote.
 
     Attributes:
-        path: the file.
-        size_bytes: its size.
+        path: the .onnx file.
+        data_path: the file of weights it refers to, where they do not fit into it.
+        size_bytes: of both.
         opset: of the default ONNX domain.
         nodes: operators in the graph.
         differences: batch size -> largest |ONNX - PyTorch| over the largest |PyTorch|.
     """
 
     path: Path
+    data_path: Path | None
     size_bytes: int
     opset: int
     nodes: int
@@ -79,11 +83,12 @@ def export_onnx(
     opset: int = DEFAULT_OPSET,
     simplify: bool = False,
 ) -> ExportReport:
-    """Write `backbone` in eval mode as one ONNX file, whole and checked, or not at all.
+    """Write `backbone` in eval mode as an ONNX file, whole and checked, or not at all.
 
     Input `data` [batch, in_channels, input_size, input_size] float32, output `embedding`
     [batch, num_features] float32, not normalised; batch is symbolic. The backbone itself, its mode
-    and its device stay as they are.
+    and its device stay as they are. Weights that do not fit into a file of 2 GiB go to
+    `<output>.data` beside it.
 
     Args:
         backbone: of any network; exported in fp32.
@@ -96,31 +101,40 @@ def export_onnx(
         ExportRefusedError: a size, the opset or the weights do not allow the export.
         ParityError: the ONNX model disagrees with PyTorch on a batch of 1, 3 or 32 images.
     """
-    _check_request(backbone, metadata, opset)
-    backbone = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
-    model = _translate(backbone, opset, simplify)
-    _describe(model, metadata)
-
     output = Path(output)
+    _check_request(backbone, metadata, opset, output)
+    backbone = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
+    weight_bytes = sum(4 * tensor.numel() for tensor in backbone.state_dict().values())
+    data = output.with_name(f"{output.name}.data") if weight_bytes > LARGEST_SINGLE_FILE else None
+
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(str(temporary), full_check=True)
-        differences = _compare(backbone, temporary)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already unless something failed
+    # A folder, because the model names its file of weights, which must have its final name in it.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        unchecked = Path(folder) / output.name
+        model = _translate(backbone, opset, simplify)
+        _describe(model, metadata)
+        if data:
+            for tensor in model.graph.initializer:
+                if len(tensor.raw_data) >= SMALLEST_OUTSIDE:
+                    onnx.external_data_helper.set_external_data(tensor, data.name)
+        onnx.save_model(model, unchecked, format="protobuf")
+        onnx.checker.check_model(str(unchecked), full_check=True)
+        differences = _compare(backbone, unchecked)
+        if data:
+            output.unlink(missing_ok=True)  # a kill here must not leave old graph, new weights
+            os.replace(unchecked.with_name(data.name), data)
+        os.replace(unchecked, output)
     return ExportReport(
         path=output,
-        size_bytes=output.stat().st_size,
+        data_path=data,
+        size_bytes=sum(file.stat().st_size for file in (output, data) if file),
         opset=opset,
         nodes=len(model.graph.node),
         differences=differences,
     )
 
 
-def _check_request(backbone: Backbone, metadata: ModelMetadata, opset: int) -> None:
+def _check_request(backbone: Backbone, metadata: ModelMetadata, opset: int, output: Path) -> None:
     highest = onnx.defs.onnx_opset_version()
     if not LOWEST_OPSET <= opset <= highest:
         raise ExportRefusedError(f"opset {opset} is not possible: {LOWEST_OPSET} to {highest} are")
@@ -130,13 +144,8 @@ def _check_request(backbone: Backbone, metadata: ModelMetadata, opset: int) -> N
             raise ExportRefusedError(
                 f"the metadata says {name}={said}, the backbone has {has}: make them agree"
             )
-    size = sum(4 * tensor.numel() for tensor in backbone.state_dict().values())
-    if size > LARGEST_FILE:
-        raise ExportRefusedError(
-            f"{metadata.network} has {size / 1024**3:.1f} GiB of weights, but one ONNX file holds "
-            "less than 2 GiB and we write no side files: export a smaller network, or serve this "
-            "one with PyTorch"
-        )
+    if output.is_dir():
+        raise ExportRefusedError(f"{output} is a folder: give the name of a file to write")
 
 
 def _translate(backbone: Backbone, opset: int, simplify: bool) -> onnx.ModelProto:
@@ -193,7 +202,13 @@ def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = _open(path, options)
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        raise ParityError(
+            f"onnxruntime {onnxruntime.__version__} does not load the ONNX model ({error}). "
+            f"Try a lower --opset: {LOWEST_OPSET} is the safest"
+        ) from error
     random = np.random.default_rng(0)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
     differences = {}
@@ -222,31 +237,17 @@ def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
     return differences
 
 
-def _open(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base class
-        raise ParityError(
-            f"onnxruntime {onnxruntime.__version__} does not load the ONNX model ({error}). "
-            f"Try a lower --opset: {LOWEST_OPSET} is the safest"
-        ) from error
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks about packages it does not need and its own old calls."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     batches = ", ".join(map(str, report.differences))
     print(
-        f"{report.path}: {report.size_bytes / 1024**2:.1f} MiB, opset {report.opset}, "
+        f"{report.path}{f' and {report.data_path.name}' if report.data_path else ''}: "
+        f"{report.size_bytes / 1024**2:.1f} MiB, opset {report.opset}, "
         f"{report.nodes} nodes{', simplified' if args.simplify else ''}\n"
         f"agrees with PyTorch on batches of {batches}: largest relative difference "
         f"{report.max_relative_difference:.1e}"

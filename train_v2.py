@@ -20,7 +20,7 @@ from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS, Batch, DataLoader
 from eval.verification import VerificationSetError
-from training.build import Parts, SetupError, build, check_output
+from training.build import Parts, SetupError, build, check_output, set_aside_earlier_run
 from training.report import Reporter, start_wandb
 from training.validation import Validation
 from training.watch import Diverged, Watch, stop_if_diverged
@@ -31,7 +31,7 @@ from utils.memory import keep_freed_memory
 from utils.meter import SpeedMeter
 
 BAD_INPUT = (
-    ConfigError, DeviceError, SetupError, WeightsError, VerificationSetError, *DATA_ERRORS,
+    ConfigError, DeviceError, SetupError, WeightsError, VerificationSetError, *DATA_ERRORS, OSError,
 )  # fmt: skip
 EXIT_BAD_INPUT, EXIT_DIVERGED = 2, 3
 
@@ -40,9 +40,8 @@ logger = logging.getLogger("train")
 
 def train(cfg: Config, world: World, parts: Parts, folder: Path) -> None:
     """The loop: data, step, and every so often a log line, a verification, a saved model."""
-    last_step = min(parts.total_steps, cfg.max_steps or parts.total_steps)
-    if cfg.max_steps == 0:
-        last_step = 0
+    limit = parts.total_steps if cfg.max_steps is None else cfg.max_steps
+    last_step = min(parts.total_steps, limit)
     reporter = Reporter(folder, world.is_main, _wandb(cfg, world, folder))
     validation = Validation(parts, world, folder, cfg.val_batch_size, cfg.input_size)
     watch = Watch(world.device)
@@ -71,12 +70,14 @@ def train(cfg: Config, world: World, parts: Parts, folder: Path) -> None:
                 verify_now(step, epoch)
             if step == last_step:
                 break
-        if step % parts.steps_per_epoch == 0:
+        if step % parts.steps_per_epoch == 0 and step < last_step:
             validation.save("model.pt", step, epoch + 1)
             meter.restart(step)
 
     verify_now(step, epoch)
     validation.save("model.pt", step, step // parts.steps_per_epoch)
+    if cfg.save_artifacts and world.is_main:
+        reporter.upload(folder / "model.pt")
     reporter.close()
     logger.info("done after %d steps; the model is %s", step, folder / "model.pt")
 
@@ -133,6 +134,7 @@ def run(words: Sequence[str]) -> int:
         init_logging(world.is_main, folder)
         parts = build(cfg, world)
         if world.is_main:
+            set_aside_earlier_run(folder)
             save_config(
                 cfg, folder / "config.json", world_size=world.world_size,
                 num_classes=parts.head.num_classes, num_images=parts.loader.num_images,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +28,7 @@ _FORMAT = 1
 _NESTED = ("state_dict", "state_dict_backbone")
 _PREFIXES = ("module.", "backbone.")  # DDP's, and that of models that hold backbone and head
 _SHOWN = 4  # keys named in an error
+_SAVE_WEIGHTS = "the weights alone saved, as torch.save(net.state_dict(), path)"
 
 
 class WeightsError(RuntimeError):
@@ -157,7 +159,9 @@ def read_state_dict(
     file = _find_file(path)
     with open(file, "rb") as stream:
         try:
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is no file of weights; refused below
+                content = torch.load(stream, map_location="cpu", weights_only=True)
         except Exception as error:  # a crafted or broken file can raise anything at all
             raise _refusal(file, error) from error
     if isinstance(content, Mapping):
@@ -269,14 +273,17 @@ def _refusal(file: Path, error: Exception) -> WeightsError:
     if asked:
         return WeightsError(
             f"{file} is refused: unpickling it would call {asked[1]}, and code in a file of "
-            "weights may do anything. Have the weights alone saved, as "
-            "torch.save(net.state_dict(), path)"
+            f"weights may do anything. Have {_SAVE_WEIGHTS}"
         )
-    # torch's own text advises weights_only=False, so only its first words are passed on
-    reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    # None of torch's own text, which advises weights_only=False, is passed on.
+    if "TorchScript" in str(error):
+        return WeightsError(
+            f"{file} is refused: it is a TorchScript program, and a program may do anything. "
+            f"Have {_SAVE_WEIGHTS}"
+        )
     return WeightsError(
-        f"{file} is refused: it is no file of torch.save, or it is damaged ({reason}). "
-        "Copy it again, or save it again with torch.save(net.state_dict(), path)"
+        f"{file} is refused: it is no file of torch.save, or it is damaged "
+        f"({type(error).__name__}). Copy it again, or have {_SAVE_WEIGHTS}"
     )
 
 

@@ -45,7 +45,8 @@ class Config:
     order and flips are the same."""
 
     dali_aug: bool = False
-    """The stronger augmentation of the published DALI pipeline. Not available yet: an error."""
+    """The stronger augmentation of the published DALI pipeline. Not available yet: an error
+    together with dali=True; without dali it has no effect, as there."""
 
     # --- model ------------------------------------------------------------------------------
     network: str = "r50"
@@ -255,6 +256,11 @@ class Config:
             )
             if self.rec == "synthetic":
                 require(value != "auto", f'{key}="auto": rec="synthetic" needs a number')
+        require(self.seed < 2**63, f"seed={self.seed!r}: below 2**63")
+        require(
+            self.batch_size > 1 or self.freeze_batch_norm,
+            "batch_size=1: batch norm needs two images or more per rank, or freeze_batch_norm=True",
+        )
         require(0.0 <= self.sample_rate <= 1.0, f"sample_rate={self.sample_rate!r}: in [0, 1]")
         require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout!r}: in [0, 1)")
         require(0.0 <= self.momentum < 1.0, f"momentum={self.momentum!r}: in [0, 1)")

@@ -8,6 +8,7 @@ config = EasyDict(
     margin_list=(1.0, 0.0, 0.2),
     scale=32.0,
     batch_size=32,
+    lr_base_batch=64,
     num_epoch=5,
     warmup_epoch=0.3,
     verbose=100,

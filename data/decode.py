@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,7 +15,18 @@ _FORMATS = "JPEG, PNG, BMP or WebP"
 
 
 class ImageError(ValueError):
-    """Bytes that are not an image we decode; the message begins with where they came from."""
+    """A file or bytes that are no image we decode; the message begins with where they came from."""
+
+
+def read_image_file(path: Path, where: str | None = None) -> bytes:
+    """The bytes of an image file. Raises ImageError beginning with `where`, or with the path."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(
+            f"{where or path}: cannot be read ({error.strerror or error}). Make it readable or "
+            "remove it."
+        ) from error
 
 
 def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: str) -> np.ndarray:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.recordio import PART_HEADER, RecordError, RecordHeader, RecordReader, unpack_record
+from data.recordio import (
+    PART_HEADER,
+    RecordError,
+    RecordHeader,
+    RecordReader,
+    unpack_record,
+    unreadable,
+)
 
 _CHUNK_BYTES = 16 * 1024 * 1024
 _MAX_DIGITS = 18  # 10**18 fits int64 with room to spare
@@ -38,23 +45,10 @@ def read_index(path_idx: str | os.PathLike[str], rec_size: int) -> RecordIndex:
     sorted. Raises RecordError naming the line.
     """
     path = Path(path_idx)
-    pairs: list[np.ndarray] = []
-    lines_read = 0
-    rest = b""
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            text, newline, rest = (rest + chunk).rpartition(b"\n")
-            if not newline and len(rest) > _CHUNK_BYTES:
-                raise RecordError(
-                    f"{path}, line {lines_read + 1}: longer than {_CHUNK_BYTES} bytes; expected "
-                    "'key<tab>offset'. This is not an index; give the .idx that belongs to the .rec"
-                )
-            if text:
-                pairs.append(_parse_lines(text + newline, path, lines_read))
-                lines_read += len(pairs[-1])
-    if rest.strip():
-        pairs.append(_parse_lines(rest + b"\n", path, lines_read))
-    table = np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+    try:
+        table = _read_lines(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
     if not len(table):
         raise RecordError(f"{path}: the index is empty. Copy it again, or pack the set anew.")
     keys, offsets = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
@@ -76,6 +70,27 @@ def read_index(path_idx: str | os.PathLike[str], rec_size: int) -> RecordIndex:
                 "distinct. Pack the set anew."
             )
     return RecordIndex(keys, offsets)
+
+
+def _read_lines(path: Path) -> np.ndarray:
+    """int64 [lines, 2], a chunk of the file at a time. Raises RecordError, OSError."""
+    pairs: list[np.ndarray] = []
+    lines_read = 0
+    rest = b""
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            text, newline, rest = (rest + chunk).rpartition(b"\n")
+            if not newline and len(rest) > _CHUNK_BYTES:
+                raise RecordError(
+                    f"{path}, line {lines_read + 1}: longer than {_CHUNK_BYTES} bytes; expected "
+                    "'key<tab>offset'. This is not an index; give the .idx that belongs to the .rec"
+                )
+            if text:
+                pairs.append(_parse_lines(text + newline, path, lines_read))
+                lines_read += len(pairs[-1])
+    if rest.strip():
+        pairs.append(_parse_lines(rest + b"\n", path, lines_read))
+    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
 
 
 def _parse_lines(text: bytes, path: Path, lines_before: int) -> np.ndarray:
@@ -166,8 +181,11 @@ def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:
 
 def read_property(path: str | os.PathLike[str]) -> Property:
     """Parse a `property` file, one line `num_classes,height,width`. Raises RecordError."""
-    with open(path, "rb") as file:
-        line = file.read(200).split(b"\n")[0].strip()
+    try:
+        with open(path, "rb") as file:
+            line = file.read(200).split(b"\n")[0].strip()
+    except OSError as error:
+        raise unreadable(Path(path), error) from error
     fields = [field.strip() for field in line.split(b",")]
     valid = len(fields) == 3 and all(f.isdigit() and 0 < len(f) <= 12 for f in fields)
     if not valid or int(fields[0]) < 1:

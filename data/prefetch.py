@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ class OrderedPrefetch(Generic[T]):
     One task is one whole batch: JPEG decoding releases the GIL for too short a time to be worth
     handing over image by image. At most `num_workers + ahead` results exist or are being made.
     With num_workers=0 `load` runs in the consumer. An exception in `load(i)` is raised where
-    result i was due, and ends the iteration. `wait_seconds` adds up how long the consumer waited.
+    result i was due, and ends the iteration.
     """
 
     def __init__(
@@ -28,20 +27,16 @@ class OrderedPrefetch(Generic[T]):
         self._depth = num_workers + ahead
         self._futures: deque[Future[T]] = deque()
         self._pool = ThreadPoolExecutor(num_workers, "data") if num_workers else None
-        self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        begin = time.perf_counter()
         try:
             return self._next()
         except BaseException:
             self.close()
             raise
-        finally:
-            self.wait_seconds += time.perf_counter() - begin
 
     def _next(self) -> T:
         if self._pool is None:

@@ -60,6 +60,14 @@ class RecordPlace(NamedTuple):
     end: int
 
 
+def unreadable(path: Path, error: OSError) -> RecordError:
+    """What to raise when the system does not let a file be read."""
+    return RecordError(
+        f"{path}: cannot be read ({error.strerror or error}). Check its permissions and its disk, "
+        "or give another path."
+    )
+
+
 def padded(length: int) -> int:
     """`length` rounded up to a multiple of 4 bytes."""
     return (length + 3) & ~3
@@ -148,12 +156,15 @@ class RecordReader:
 
     def __init__(self, path_rec: str | os.PathLike[str]) -> None:
         self.path = Path(path_rec)
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         self._closer = weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
 
     def close(self) -> None:
-        """Close the file; reading afterwards raises OSError. Also happens when nobody needs it."""
+        """Close the file; reading afterwards is an error. Also happens when nobody needs it."""
         self._descriptor = -1  # the number may soon belong to another file
         self._closer()
 
@@ -273,7 +284,10 @@ class RecordReader:
         )
 
     def _pread(self, offset: int, length: int) -> bytes:
-        return os.pread(self._descriptor, length, offset)
+        try:
+            return os.pread(self._descriptor, length, offset)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
 
 class RecordWriter:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from data.decode import decode_image
+from data.decode import decode_image, read_image_file
 from data.index import Property, image_lines, read_index, read_property
 from data.order import derive_key, hash_indices
 from data.recordio import RecordHeader, RecordReader, unpack_record
@@ -59,6 +59,7 @@ class RecordSource:
     """Images of `train.rec` with `train.idx` and, where there is one, `property`.
 
     root: the folder that holds them, or the path of a `.rec` file with its `.idx` beside it.
+    input_size: height and width that every image, and `property`, must have.
     num_classes: what labels are checked against, record by record; None takes it from `property`,
     or, without one, from the largest label (reading every record's header).
     The class of a record with several labels is its first.
@@ -98,11 +99,25 @@ class RecordSource:
         stated: Property | None = None
         if path_property.is_file():
             stated = read_property(path_property)
+            self._check_stated_size(stated, path_property)
         if wanted is None:
             return stated.num_classes if stated else self._count_classes()
         if stated:
             check_num_classes(wanted, stated.num_classes, str(path_property))
         return wanted
+
+    def _check_stated_size(self, stated: Property, path: Path) -> None:
+        if (stated.height, stated.width) == (self.input_size, self.input_size):
+            return
+        if stated.height == stated.width:
+            remedy = f"Set input_size={stated.height}, or pack"
+        else:
+            remedy = "Pack"
+        raise DataError(
+            f"{path}: says its images are {stated.height} x {stated.width} pixels; the network "
+            f"takes {self.input_size} x {self.input_size}. {remedy} the set again: "
+            f"python scripts/pack.py FOLDER OUT --size {self.input_size}"
+        )
 
     def _count_classes(self) -> int:
         largest = -1
@@ -143,7 +158,7 @@ class RecordSource:
 class FolderSource:
     """Images of `root/<class>/<image>`: the class folders in sorted order get the labels 0, 1, ...
 
-    Hidden files are passed over; files that are no images are counted in a warning.
+    Hidden files are passed over; what else is no image is counted in a warning.
     `class_names[label]` is the folder's name. Meant for up to some millions of images; pack
     larger sets (scripts/pack.py).
     """
@@ -174,9 +189,9 @@ class FolderSource:
         return self.root / self.class_names[self.labels[index]] / self.files[index]
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        """See ImageSource. Raises ImageError, DataError, OSError."""
+        """See ImageSource. Raises ImageError, DataError."""
         path = self.path(index)
-        image = decode_image(path.read_bytes(), str(path))
+        image = decode_image(read_image_file(path), str(path))
         return check_size(image, self.input_size, str(path)), int(self.labels[index])
 
 
@@ -231,10 +246,8 @@ def list_class_folders(
         )
     names = sorted(
         entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir()
-        and not entry.name.startswith(".")
-        and any(fnmatchcase(entry.name, pattern) for pattern in include)
+        for entry in _visible_entries(root)
+        if entry.is_dir() and any(fnmatchcase(entry.name, pattern) for pattern in include)
     )
     if not names:
         raise DataError(
@@ -245,9 +258,9 @@ def list_class_folders(
     counts: list[int] = []
     ignored = 0
     for name in names:
-        listing = sorted(e.name for e in os.scandir(root / name) if not e.name.startswith("."))
-        images = [file for file in listing if Path(file).suffix.lower() in IMAGE_SUFFIXES]
-        ignored += len(listing) - len(images)
+        entries = _visible_entries(root / name)
+        images = sorted(entry.name for entry in entries if _is_image(entry))
+        ignored += len(entries) - len(images)
         if not images:
             raise DataError(
                 f"{root / name}: no image in this class folder (looked for "
@@ -259,6 +272,28 @@ def list_class_folders(
     if ignored:
         log.warning("%s: %d entries in class folders are no images and are left out", root, ignored)
     return names, files, np.repeat(np.arange(len(names), dtype=np.int64), counts)
+
+
+def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be listed ({error.strerror or error}). Make the folder readable or "
+            "remove it."
+        ) from error
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """By its name, unless it is a folder, a pipe, ... What cannot be looked at stays an image: to
+    read it is the error that says why."""
+    if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+        return False
+    try:
+        return entry.is_file() or not os.path.exists(entry.path)
+    except OSError:
+        return True
 
 
 def check_label(label: float, num_classes: int | None, describe: Callable[[], str]) -> int:

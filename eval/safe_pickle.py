@@ -31,7 +31,7 @@ _MAX_DIMENSIONS = 4
 
 
 class PickleRefused(ValueError):
-    """A pickle that is damaged or holds what it must not; nothing of it was executed."""
+    """A pickle that is unreadable, damaged or holds what it must not; nothing was executed."""
 
 
 def read_plain_pickle(path: Path) -> Any:
@@ -43,7 +43,13 @@ def read_plain_pickle(path: Path) -> Any:
 
     Raises PickleRefused naming the file, and the global or opcode that was refused.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PickleRefused(
+            f"{path}: cannot be read ({error.strerror or error}). Make it readable, or give "
+            "another file"
+        ) from error
     stand_ins = _stand_ins(len(content))
     try:
         # Reading from memory bounds every declared length by the file's own.

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backbones.weights import WeightsError, load_model
-from data.decode import decode_image, image_size
+from data.decode import ImageError, decode_image, image_size
 from eval.embedder import Embedder
 from eval.metrics import pair_distances, roc_curve, verification_metrics
 from eval.safe_pickle import PickledArray, PickleRefused, read_plain_pickle
@@ -35,6 +36,8 @@ VerificationResult = dict[str, float]
 
 MIN_PAIRS = 10
 """The 10-fold protocol needs a pair per fold."""
+
+_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 class VerificationSetError(ValueError):
@@ -134,7 +137,10 @@ def _check_sizes(path: Path, images: list[bytes | NDArray[np.uint8]], input_size
     for index, image in enumerate(images):
         where = f"{path}, image {index}"
         if isinstance(image, bytes) or image.ndim == 1:
-            height, width = image_size(memoryview(image), where)
+            try:
+                height, width = image_size(memoryview(image), where)
+            except ImageError as error:
+                raise VerificationSetError(str(error)) from error
         else:
             height, width = image.shape[:2]
         if (height, width) != (input_size, input_size):
@@ -449,9 +455,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--json", type=Path, help="write the metrics there (NaN as null)")
-    parser.add_argument("--plot", type=Path, help="write the ROC curves there (PNG or PDF)")
+    parser.add_argument("--plot", type=Path, help="write the ROC curves there (.png, .pdf, .svg)")
     options = parser.parse_args(arguments)
     try:
+        _check_outputs(options.json, options.plot)
         results, curves = _evaluate(options)
         print(format_results(results))
         if options.json:
@@ -466,22 +473,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+    """Make their folders and see that both can be written, before the work they are to hold."""
+    if plot_file and plot_file.suffix not in _PLOT_SUFFIXES:
+        raise ValueError(f"--plot {plot_file}: the name must end in {', '.join(_PLOT_SUFFIXES)}")
+    for option, file in (("--json", json_file), ("--plot", plot_file)):
+        if file is None:
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise ValueError(f"{option} {file} is a folder; give the name of a file to write")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ValueError(f"{option} {file} is not writable; give another name, or allow it")
+
+
+def _choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+        usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"--device {name}: PyTorch cannot use such a device here; give one of "
+            f"{', '.join(usable)}, or leave it out"
+        ) from error
+    return torch.device(name)
+
+
 def _write_json(results: dict[str, VerificationResult], path: Path) -> None:
     """Whole or not at all; NaN, which JSON does not have, as null."""
     plain = {
         name: {key: None if math.isnan(value) else value for key, value in values.items()}
         for name, values in results.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(plain, indent=2) + "\n")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(plain, indent=2) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # gone already unless something failed
 
 
 def _evaluate(
     options: argparse.Namespace,
 ) -> tuple[dict[str, VerificationResult], dict[str, tuple[NDArray, NDArray]]]:
     """(metrics, (FAR, TAR) curve) of every set the options name."""
+    device = _choose_device(options.device)
     paths = [path for given in options.data for path in _bin_files(Path(given))]
     backbone, metadata = load_model(options.model, network=options.network)
     if metadata.color != "RGB" or metadata.in_channels != 3:
@@ -489,9 +526,6 @@ def _evaluate(
             f"{options.model} takes {metadata.in_channels} {metadata.color} channels; "
             "only RGB models can be verified here"
         )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
     embed = Embedder(backbone.to(device), metadata.mean, metadata.std)
     results, curves = {}, {}
     for path in paths:

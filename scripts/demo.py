@@ -76,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(words: Sequence[str]) -> None:
-    """train_v2.py on 2 CPU ranks, or on all GPUs."""
-    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
-    run_module("torch.distributed.run", f"--nproc_per_node={ranks}", "train_v2.py",
-               "configs/demo", *words)  # fmt: skip
+    """train_v2.py on 2 CPU ranks, or on one or two GPUs where there are any."""
+    ranks = min(torch.cuda.device_count(), 2) if torch.cuda.is_available() else 2
+    run_module("torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+               "train_v2.py", "configs/demo", *words)  # fmt: skip
 
 
 def run_module(module: str, *arguments: str) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.decode import ImageError, decode_image
+from data.decode import ImageError, decode_image, read_image_file
 from data.prefetch import OrderedPrefetch
 from data.recordio import RecordError, RecordWriter, pack_record
 from data.sources import MAX_EXACT_LABEL, DataError, MissingDataError, list_class_folders
@@ -138,7 +138,7 @@ def pack_folder(
         for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(files))):
             path = folder / names[labels[i]] / files[i]
             try:
-                results.append(fit_image(path.read_bytes(), str(path), size, quality))
+                results.append(fit_image(read_image_file(path), str(path), size, quality))
             except ImageError as error:
                 results.append(error)
         return results
@@ -275,7 +275,7 @@ def pack_pairs(
                 raise DataError(f"{path_pairs}, line {pair.line}: {name!r} is no folder name")
             if not path.is_file():
                 raise MissingDataError(f"{where} does not exist; images lie at FOLDER/name/")
-            images.append(fit_image(path.read_bytes(), where, size, quality)[0])
+            images.append(fit_image(read_image_file(path, where), where, size, quality)[0])
     write_verification_set(out, images, [pair.same for pair in pairs], force=force)
     return len(pairs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +67,54 @@ def dense_loss(
         target = margin.scale * dense_target(margin, cosines[int(label)])
         losses.append(torch.logsumexp(torch.stack(logits), dim=0) - target)
     return torch.stack(losses).mean()
+
+
+class _InPlaceCrossEntropy(torch.autograd.Function):
+    """Softmax cross-entropy with the passes over the logits the published head makes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
+        logits.div_(logits.sum(dim=1, keepdim=True))
+        ctx.save_for_backward(logits, labels)
+        return logits.gather(1, labels[:, None]).clamp_min(1e-30).log().mean().neg()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        probabilities, labels = ctx.saved_tensors
+        one_hot = torch.zeros_like(probabilities)
+        one_hot.scatter_(1, labels[:, None], 1)
+        return probabilities.sub_(one_hot).div_(len(labels)).mul_(gradients[0]), None
+
+
+class DenseHead:
+    """What users run today, for benchmarks: every step of the head is a pass over B x C.
+
+    Logits, clamp, arccos, margin, cos, scale, softmax, one-hot, dense gradient, torch.optim.SGD.
+    One rank, ArcFace (1, 0.5, 0), straight-through gradient.
+
+    Args:
+        weight: [C, D] class centres; a sampled head is one with fewer of them.
+    """
+
+    def __init__(self, weight: Tensor, learning_rate: float = 0.1) -> None:
+        self.weight = torch.nn.Parameter(weight)
+        self.optimizer = torch.optim.SGD(
+            [self.weight], learning_rate, momentum=0.9, weight_decay=5e-4
+        )
+
+    def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Forward, backward and update; the embeddings' gradient is left in `.grad`."""
+        cosines = torch.nn.functional.linear(
+            torch.nn.functional.normalize(embeddings), torch.nn.functional.normalize(self.weight)
+        ).clamp(-1, 1)
+        rows = torch.arange(len(labels), device=labels.device)
+        with torch.no_grad():
+            cosines.arccos_()
+            cosines[rows, labels] += 0.5
+            cosines.cos_()
+        loss = _InPlaceCrossEntropy.apply(cosines * 64.0, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()

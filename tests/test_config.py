@@ -208,6 +208,18 @@ def test_secrets_are_not_saved(write_config, tmp_path):
     assert json.loads(text)["resolved"]["world_size"] == 2
 
 
+def test_secrets_are_not_shown_in_errors(write_config):
+    with pytest.raises(ConfigError) as error:
+        load_config(write_config(SMALL + "config.wandb_key = 123456789\n"))
+    assert "123456789" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [".", "", "/"])
+def test_a_folder_is_no_config(path):
+    with pytest.raises(ConfigError, match="config file"):
+        load_config(path)
+
+
 def test_every_field_has_a_docstring():
     described = describe_fields().splitlines()
     names = {line.split(" = ")[0] for line in described[::2]}

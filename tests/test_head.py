@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -19,7 +21,7 @@ def test_shards_cover_all_classes_once_in_order_and_evenly(num_classes, world_si
     ranges = [class_range(num_classes, rank, world_size) for rank in range(world_size)]
     assert ranges[0].start == 0
     assert ranges[-1].stop == num_classes
-    assert all(a.stop == b.start for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(ranges))
     lengths = [len(r) for r in ranges]
     assert max(lengths) - min(lengths) <= 1
     assert lengths == sorted(lengths, reverse=True)

@@ -153,13 +153,14 @@ def steps_of_head(
         embeddings, labels, _, _ = batch_for(rank, [3] * world_size, 41, 8, seed=step)
         before = head.weight.detach().clone()
         head(embeddings, labels).backward()
+        assert head.weight.grad is not None
         rows = head._sample.classes if head._sample else torch.arange(head.num_classes_local)
         gradient = head.weight.grad.clone()
         head.step(0.1)
         history.append(
             {"before": before, "after": head.weight.detach().clone(), "rows": rows,
              "gradient": gradient,
-             **{k: v.clone() for k, v in head.row_update.state(head.weight).items()}}
+             **{k: v.clone() for k, v in update.state(head.weight).items()}}
         )  # fmt: skip
     return history
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from backbones.weights import load_model
+from backbones import get_model
+from backbones.weights import ModelMetadata, load_model, save_model
 from configs.base import Config
 from eval.verification import VerificationSet
 from tests.conftest import Ranks
@@ -63,8 +64,9 @@ def test_losses_do_not_depend_on_the_number_of_ranks_in_float64(ranks, tmp_path)
 
 
 def test_first_losses_do_not_depend_on_the_number_of_ranks_in_float32(ranks, tmp_path):
-    changes = {"freeze_batch_norm": True, "max_steps": 5, "warmup_epoch": 1.0}
+    changes = {"freeze_batch_norm": True, "max_steps": 5, "warmup_epoch": 0.5}
     alone = losses_on(ranks, 1, tmp_path, **changes)
+    assert abs(alone[4] - alone[0]) > 1e-3  # it moves
     for world_size in (2, 3):
         losses = losses_on(ranks, world_size, tmp_path, **changes)
         np.testing.assert_allclose(losses, alone, rtol=1e-5)
@@ -113,7 +115,7 @@ def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, world
 
 def everything(parts: Any) -> list[torch.Tensor]:
     """Copies of all weights, buffers and optimizer states of a run."""
-    tensors = list(parts.backbone.state_dict().values()) + [parts.head.weight.detach()]
+    tensors = [*parts.backbone.state_dict().values(), parts.head.weight.detach()]
     tensors += list(parts.head.row_update.state(parts.head.weight).values())
     for state in parts.step.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
@@ -146,22 +148,82 @@ def test_nothing_moves_in_a_bad_step(tmp_path, optimizer, sample_rate):
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_bad_first_step_leaves_no_trace(tmp_path, optimizer, precision, monkeypatch):
+    """Optimizer state that the first step creates must not be what lay in memory before."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    settings = {"output": str(tmp_path), "optimizer": optimizer, "precision": precision}
+    parts = build(Config(**{**TINY, **settings}), World(0, 0, 1, torch.device("cpu")))
+    parts.step.model.train()
+    batches = iter(parts.loader)
+    weights = [p.detach().clone() for p in parts.backbone.parameters()]
+    first_layer = next(m for m in parts.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    poison = first_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.nan,))
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        assert parts.step([next(batches)], 0.1).bad
+    finally:
+        torch.use_deterministic_algorithms(False)
+    poison.remove()
+    for parameter, kept in zip(parts.backbone.parameters(), weights, strict=True):
+        assert torch.equal(parameter, kept)
+    for _ in range(12):  # fp16: the loss scale may still have to come down
+        outcome = parts.step([next(batches)], 0.01)
+        assert torch.isfinite(outcome.loss)
+    assert not outcome.bad
+    assert all(torch.isfinite(p).all() for p in parts.backbone.parameters())
+
+
+def test_a_non_finite_loss_moves_nothing_under_the_loss_scaler_either(tmp_path):
+    settings = {"output": str(tmp_path), "precision": "fp16"}
+    parts = build(Config(**{**TINY, **settings}), World(0, 0, 1, torch.device("cpu")))
+    parts.step.model.train()
+    batches = list(parts.loader)
+    for batch in batches[:10]:
+        parts.step([batch], 0.01)
+    before = everything(parts)
+    parts.head.register_forward_hook(lambda *arguments: arguments[2] + torch.nan)
+    assert parts.step([batches[10]], 0.01).bad  # the gradients themselves are finite
+    for tensor, kept in zip(everything(parts), before, strict=True):
+        assert torch.equal(tensor, kept)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_with_float32_weights_and_embeddings(tmp_path, precision):
     losses = run_training(
-        0, 1, str(tmp_path), {"precision": precision, "max_steps": 3, "batch_size": 4}
+        0, 1, str(tmp_path), {"precision": precision, "max_steps": 12, "batch_size": 4}
     )
     assert np.isfinite(losses).all()
     backbone, _ = load_model(tmp_path)
     assert all(p.dtype == torch.float32 for p in backbone.parameters())
 
 
-def test_frozen_batch_norm_keeps_its_statistics(tmp_path):
-    run_training(0, 1, str(tmp_path), {"freeze_batch_norm": True, "max_steps": 2})
-    backbone, _ = load_model(tmp_path)
+def test_frozen_batch_norm_keeps_its_statistics_to_the_bit_on_3_ranks(ranks, tmp_path):
+    torch.manual_seed(0)
+    backbone = get_model("r_nano", num_features=16, input_size=32)
     for layer in batch_norms(backbone):
-        assert bool((layer.running_mean == 0).all())
-        assert int(layer.num_batches_tracked) == 0
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 1.5)
+    metadata = ModelMetadata("r_nano", num_features=16, input_size=32)
+    save_model(tmp_path / "start.pt", backbone, metadata)
+    changes = {"freeze_batch_norm": True, "max_steps": 2, "batch_size": 4}
+    changes["init_backbone"] = str(tmp_path / "start.pt")
+    ranks.run(3, run_training, str(tmp_path / "run"), changes)
+    trained, _ = load_model(tmp_path / "run")
+    for before, after in zip(batch_norms(backbone), batch_norms(trained), strict=True):
+        assert torch.equal(before.running_mean, after.running_mean)
+        assert torch.equal(before.running_var, after.running_var)
+        assert int(after.num_batches_tracked) == 0
+
+
+def test_a_second_run_in_the_same_folder_loses_nothing_of_the_first(run_main, tmp_path):
+    assert run_main("max_steps=2")[0] == 0
+    first = (tmp_path / "run/model.pt").read_bytes()
+    assert run_main("max_steps=3")[0] == 0
+    assert (tmp_path / "run/previous_1/model.pt").read_bytes() == first
+    assert len(read_metrics(tmp_path / "run")) == 3
+    assert len(read_metrics(tmp_path / "run/previous_1")) == 2
 
 
 def test_a_run_leaves_its_files_and_metrics(ranks, tmp_path):
@@ -276,7 +338,10 @@ def test_a_good_run_exits_with_0(run_main, records):
         (["val_targets=[lfw]", "val_dir=/not/there"], "lfw"),
         (["init_backbone=/not/there.pt"], "/not/there.pt"),
         (["resume=True"], "resume=True"),
-        (["dali_aug=True"], "dali_aug"),
+        (["dali=True", "dali_aug=True"], "dali_aug"),
+        (["using_wandb=True"], "pip install wandb"),
+        (["batch_size=1"], "batch norm"),
+        (["seed=99999999999999999999999"], "2**63"),
     ],
 )
 def test_wrong_words_are_explained_and_exit_with_2(run_main, words, message):

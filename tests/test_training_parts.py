@@ -36,7 +36,7 @@ def test_without_warm_up_the_first_step_has_the_peak():
 
 @pytest.mark.parametrize("arguments", [(1.0, 10, 11), (1.0, 10, -1), (1.0, 10, 1, "linear")])
 def test_an_impossible_schedule_is_refused(arguments):
-    with pytest.raises(ValueError, match="warmup_steps|kind"):
+    with pytest.raises(ValueError, match=r"warmup_steps|kind"):
         Schedule(*arguments)
 
 

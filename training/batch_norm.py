@@ -16,16 +16,23 @@ STATISTICS = ("running_mean", "running_var")
 
 
 class BatchNormStatistics:
-    """Keeps, restores and averages the running statistics of a model's batch norms."""
+    """Keeps, restores and averages the running statistics of a model's batch norms.
 
-    def __init__(self, model: nn.Module) -> None:
-        layers = batch_norms(model)
+    Args:
+        model: its batch norms' buffers become views of one tensor.
+        frozen: the statistics never change; nothing here does anything then.
+    """
+
+    def __init__(self, model: nn.Module, frozen: bool = False) -> None:
+        layers = [] if frozen else batch_norms(model)
+        self._is_averaged = False
         self.statistics = _flatten(layers, STATISTICS)
         self.counts = _flatten(layers, ("num_batches_tracked",))
         self._kept = [tensor.clone() for tensor in (self.statistics, self.counts)]
 
     def keep(self) -> None:
-        """Remember the present statistics."""
+        """Remember the present statistics; to be called before each step."""
+        self._is_averaged = False
         for kept, tensor in zip(self._kept, (self.statistics, self.counts), strict=True):
             kept.copy_(tensor)
 
@@ -37,11 +44,13 @@ class BatchNormStatistics:
     def average(self, world_size: int) -> None:
         """Make every rank's statistics the mean over ranks, for evaluation and saving.
 
-        Each rank has seen other images; training itself never reads these statistics.
+        Each rank has seen other images; training itself never reads these statistics unless
+        they are frozen. A second call before the next step changes nothing.
         """
-        if world_size > 1 and self.statistics.numel():
+        if world_size > 1 and self.statistics.numel() and not self._is_averaged:
             dist.all_reduce(self.statistics)
             self.statistics /= world_size
+        self._is_averaged = True
 
 
 def _flatten(layers: list[nn.Module], names: tuple[str, ...]) -> Tensor:

@@ -5,6 +5,8 @@ This is the only place where the config is taken apart; every part gets plain ar
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import logging
 import os
 import tempfile
@@ -33,6 +35,9 @@ from utils.distributed import World
 logger = logging.getLogger("train")
 
 VERSION = "ArcShard 0.1.0"
+RUN_FILES = (
+    "model.pt", "model_best.pt", "model.onnx", "config.json", "metrics.jsonl", "tensorboard",
+)  # fmt: skip
 
 
 class SetupError(ValueError):
@@ -80,6 +85,20 @@ def check_output(output: str | Path) -> Path:
     return folder
 
 
+def set_aside_earlier_run(folder: Path) -> None:
+    """Move what an earlier run left in the folder into previous_<k>/: nothing is overwritten,
+    and files of two runs are not mixed."""
+    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if not earlier:
+        return
+    numbers = itertools.count(1)
+    target = next(p for k in numbers if not (p := folder / f"previous_{k}").exists())
+    target.mkdir()
+    for path in earlier:
+        path.rename(target / path.name)
+    logger.info("an earlier run's files are now in %s", target)
+
+
 def build(cfg: Config, world: World) -> Parts:
     """All parts of the run, with every check that needs files, networks or devices.
 
@@ -90,10 +109,10 @@ def build(cfg: Config, world: World) -> Parts:
     precision, warning = choose_precision(cfg.precision, cfg.fp16, world.device)
     if warning:
         logger.warning(warning)
-    torch.manual_seed(cfg.seed)  # the same initial backbone on every rank
-    backbone = _make_backbone(cfg)
     verification_sets = _load_verification_sets(cfg)
     loader = _make_loader(cfg, world)
+    torch.manual_seed(cfg.seed)  # the same initial backbone on every rank
+    backbone = _make_backbone(cfg)
     num_classes = loader.num_classes if cfg.num_classes == "auto" else int(cfg.num_classes)
 
     global_batch = cfg.batch_size * world.world_size * cfg.gradient_acc
@@ -109,18 +128,8 @@ def build(cfg: Config, world: World) -> Parts:
     # Images arrive in channels_last; weights in the same layout spare a conversion per layer
     # (a third of the step of r_nano on a CPU).
     model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch_norm = BatchNormStatistics(model)
-    head = PartialFC(
-        make_margin(cfg),
-        cfg.embedding_size,
-        num_classes,
-        cfg.sample_rate,
-        row_update=_make_row_update(cfg),
-        batch_size_per_rank=cfg.batch_size,
-        seed=cfg.seed,
-        device=world.device,
-        dtype=precision.dtype,
-    )
+    batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
+    head = _make_head(cfg, world, num_classes, precision.dtype)
     optimizer = _make_optimizer(cfg, model)
     step = TrainStep(
         distribute(model, world.world_size, world.device),
@@ -161,7 +170,7 @@ def _refuse_what_is_not_there_yet(cfg: Config) -> None:
             f"resume={cfg.resume!r}: resuming is not available in this version; set resume=False "
             "(init_backbone=RUN starts from a run's weights)"
         )
-    if cfg.dali_aug:
+    if cfg.dali and cfg.dali_aug:
         raise SetupError(
             "dali_aug=True: this augmentation is not available in this version; dali_aug=False "
             "trains without it"
@@ -173,6 +182,10 @@ def _refuse_what_is_not_there_yet(cfg: Config) -> None:
         )
     if cfg.save_all_states:
         logger.warning("save_all_states=True: checkpoints are not available in this version")
+    if cfg.using_wandb and importlib.util.find_spec("wandb") is None:
+        raise SetupError(
+            "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
+        )
     if cfg.wandb_key:
         logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
 
@@ -217,6 +230,7 @@ def _make_loader(cfg: Config, world: World) -> DataLoader:
         input_size=cfg.input_size,
         num_classes=None if cfg.num_classes == "auto" else int(cfg.num_classes),
         num_images=None if cfg.num_image == "auto" else int(cfg.num_image),
+        pin_memory=world.device.type == "cuda",
     )
 
 
@@ -233,12 +247,39 @@ def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
     ]
 
 
+def _make_head(cfg: Config, world: World, num_classes: int, dtype: torch.dtype) -> PartialFC:
+    try:
+        return PartialFC(
+            make_margin(cfg),
+            cfg.embedding_size,
+            num_classes,
+            cfg.sample_rate,
+            row_update=_make_row_update(cfg),
+            batch_size_per_rank=cfg.batch_size,
+            seed=cfg.seed,
+            device=world.device,
+            dtype=dtype,
+        )
+    except RuntimeError as error:  # the allocator has no other way to say that it is too much
+        size = num_classes * cfg.embedding_size * dtype.itemsize / world.world_size / 2**30
+        raise SetupError(
+            f"the class centres of num_classes={num_classes} need {size:,.1f} GiB per rank, which "
+            f"cannot be had: more ranks, fewer classes or a smaller embedding_size ({error})"
+        ) from error
+
+
 def _make_optimizer(cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     options: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": True}
-    if cfg.optimizer == "sgd":
-        return torch.optim.SGD(trained, momentum=cfg.momentum, **options)
-    return torch.optim.AdamW(trained, **options)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **options)
+    optimizer = torch.optim.SGD(trained, momentum=cfg.momentum, **options)
+    if cfg.momentum:
+        # The fused kernel makes these buffers at the first step without filling them, and
+        # leaves them so if that step is bad. Zeros give the same first step (no dampening).
+        for parameter in trained:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _make_row_update(cfg: Config) -> RowUpdate:

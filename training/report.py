@@ -82,6 +82,11 @@ class Reporter:
             )  # fmt: skip
         self._write(step, {"step": step, "epoch": epoch, "eval": results})
 
+    def upload(self, model: Path) -> None:
+        """Give model.pt to wandb as an artifact, where there is a wandb run."""
+        if self._wandb is not None:
+            self._wandb.log_artifact(str(model), name=model.parent.name, type="model")
+
     def close(self) -> None:
         """Flush and close everything."""
         if self._metrics is not None:
@@ -124,16 +129,9 @@ def start_wandb(
     group: str | None, settings: dict[str, Any], folder: Path,
 ) -> Any:  # fmt: skip
     """A wandb run. The key comes from WANDB_API_KEY or `wandb login`, never from a config.
-
-    Raises:
-        RuntimeError: wandb is not installed.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise RuntimeError(
-            "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
-        ) from error
+    import wandb
+
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
         name=name, entity=entity, project=project, resume="allow" if resume else None,

@@ -60,6 +60,10 @@ class TrainStep:
         """Step on the mean over all micro-batches, as if they were one batch."""
         self.optimizer.zero_grad(set_to_none=True)
         self.batch_norm.keep()
+        micro_batches = [
+            Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+            for batch in micro_batches
+        ]
         if len(micro_batches) > 1:
             self.head.prepare([batch.labels for batch in micro_batches])
         scale = self.scaler.scale(self._one) if self.scaler else self._one
@@ -67,14 +71,12 @@ class TrainStep:
         loss = torch.zeros((), dtype=self.head.weight.dtype, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             with nullcontext() if number == len(micro_batches) else self._without_all_reduce():
-                images = batch.images.to(self.device, non_blocking=True)
-                labels = batch.labels.to(self.device, non_blocking=True)
-                embeddings = self.model(images)  # [b, D]
+                embeddings = self.model(batch.images)  # [b, D]
                 if self.head.world_size > 1:
                     # The loss is the mean over the global batch already: gradients must be
                     # added over ranks, but DDP averages them.
                     embeddings = _TimesInBackward.apply(embeddings, self.head.world_size)
-                part = self.head(embeddings, labels) / len(micro_batches)
+                part = self.head(embeddings, batch.labels) / len(micro_batches)
                 (part * scale).backward()
                 loss += part.detach()
 
@@ -84,9 +86,14 @@ class TrainStep:
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._step_backbone_unless(bad)
+        # Fused optimizers leave parameters and state alone where found_inf is 1.
+        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.head.step(learning_rate, bad, scale if self.scaler else None)
         self.batch_norm.restore_if(bad)
+        if self.scaler:
+            self.scaler.update()  # by what unscale_ found
         return StepOutcome(loss, grad_norm.detach(), bad, scale)
 
     def _without_all_reduce(self) -> Any:
@@ -99,16 +106,6 @@ class TrainStep:
         if self.clip_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, grad_norm)
         return grad_norm
-
-    def _step_backbone_unless(self, bad: Tensor) -> None:
-        if self.scaler:  # it looked for infinities in unscale_, and skips by the same means
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            return
-        # Fused optimizers leave parameters and state alone where found_inf is 1.
-        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
-        self.optimizer.step()
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Module:

@@ -56,13 +56,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             try:
                 values[key] = _parse(text, _FIELD_TYPES[key])
             except ValueError as error:
-                problems.append(f"{word!r}: {error}")
+                shown = f"{key}=***" if key in NEVER_SAVED else word
+                problems.append(f"{shown!r}: {error}")
 
     for key, value in list(values.items()):
         try:
             values[key] = _coerce(value, _FIELD_TYPES[key])
         except TypeError as error:
-            problems.append(f"{key}={value!r}: {error}")
+            shown = "***" if key in NEVER_SAVED else repr(value)
+            problems.append(f"{key}={shown}: {error}")
             del values[key]
 
     config = Config(**values)
@@ -80,6 +82,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def find_config_file(path: str | Path) -> Path:
     """The config file a user means by `path`: as given or with .py, from here or the repository."""
     given = Path(path)
+    if not given.name:
+        raise ConfigError(f"{str(path)!r} is no config file: name one, such as configs/ms1mv3_r50")
     names = [given] if given.suffix == ".py" else [given.with_name(given.name + ".py"), given]
     for folder in (Path.cwd(), REPOSITORY):
         for name in names:
@@ -138,7 +142,7 @@ def _read_module(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file}: no `config` found; define config = EasyDict(...) (any mapping will do)"
         )
-    return dict(config)
+    return {str(key): value for key, value in config.items()}
 
 
 def _unknown_key(key: str) -> str:
