@@ -27,18 +27,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx.shape_inference import InferenceError
 
 from backbones import Backbone, model_names
 from backbones.weights import ModelMetadata, WeightsError, load_model
 
 INPUT_NAME, OUTPUT_NAME = "data", "embedding"
-LOWEST_OPSET = 18  # torch's exporter is written for it; it writes no lower one
-DEFAULT_OPSET = LOWEST_OPSET  # so that the most runtimes read the file
+LOWEST_OPSET = DEFAULT_OPSET = 18  # torch writes no lower one, and the most runtimes read it
 CHECKED_BATCHES = (1, 3, 32)
 TOLERANCE = 1e-4  # of the largest output
 # Bytes of weights that fit into the .onnx: protobuf ends at 2 GiB, and the graph is in there too.
 LARGEST_SINGLE_FILE = 2 * 1024**3 - 16 * 1024**2
-SMALLEST_OUTSIDE = 1024  # bytes of a tensor that then goes to the second file
 
 
 class ExportRefusedError(ValueError):
@@ -54,16 +53,14 @@ class ExportReport:
     """What `export_onnx` wrote.
 
     Attributes:
-        path: the .onnx file.
-        data_path: the file of weights it refers to, where they do not fit into it.
-        size_bytes: of both.
+        files: the .onnx, and the .data with its weights where they do not fit into it.
+        size_bytes: of all files.
         opset: of the default ONNX domain.
         nodes: operators in the graph.
         differences: batch size -> largest |ONNX - PyTorch| over the largest |PyTorch|.
     """
 
-    path: Path
-    data_path: Path | None
+    files: tuple[Path, ...]
     size_bytes: int
     opset: int
     nodes: int
@@ -105,7 +102,7 @@ def export_onnx(
     _check_request(backbone, metadata, opset, output)
     backbone = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
     weight_bytes = sum(4 * tensor.numel() for tensor in backbone.state_dict().values())
-    data = output.with_name(f"{output.name}.data") if weight_bytes > LARGEST_SINGLE_FILE else None
+    data, outside = output.with_name(f"{output.name}.data"), weight_bytes > LARGEST_SINGLE_FILE
 
     output.parent.mkdir(parents=True, exist_ok=True)
     # A folder, because the model names its file of weights, which must have its final name in it.
@@ -113,21 +110,24 @@ def export_onnx(
         unchecked = Path(folder) / output.name
         model = _translate(backbone, opset, simplify)
         _describe(model, metadata)
-        if data:
-            for tensor in model.graph.initializer:
-                if len(tensor.raw_data) >= SMALLEST_OUTSIDE:
-                    onnx.external_data_helper.set_external_data(tensor, data.name)
+        for tensor in model.graph.initializer:
+            if outside and len(tensor.raw_data) > 1024:  # shapes, which are small, stay inside
+                onnx.external_data_helper.set_external_data(tensor, data.name)
         onnx.save_model(model, unchecked, format="protobuf")
         onnx.checker.check_model(str(unchecked), full_check=True)
         differences = _compare(backbone, unchecked)
-        if data:
-            output.unlink(missing_ok=True)  # a kill here must not leave old graph, new weights
-            os.replace(unchecked.with_name(data.name), data)
+        if outside:
+            output.unlink(missing_ok=True)  # a kill here must not leave old graph and new weights
+            unchecked_data = unchecked.with_name(data.name)
+            unchecked_data.chmod(unchecked.stat().st_mode)  # onnx lets only the owner read it
+            os.replace(unchecked_data, data)
         os.replace(unchecked, output)
+        if not outside:
+            data.unlink(missing_ok=True)  # it belonged to the file just replaced
+    files = (output, data) if outside else (output,)
     return ExportReport(
-        path=output,
-        data_path=data,
-        size_bytes=sum(file.stat().st_size for file in (output, data) if file),
+        files=files,
+        size_bytes=sum(file.stat().st_size for file in files),
         opset=opset,
         nodes=len(model.graph.node),
         differences=differences,
@@ -197,8 +197,7 @@ def _describe(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
 def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
     """Batch size -> relative difference between the file in onnxruntime and the backbone.
 
-    Raises:
-        ParityError: one of them is above TOLERANCE, or not a number, or the file does not load.
+    Raises ParityError: one is above TOLERANCE, or not a number, or the file does not load.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -207,7 +206,7 @@ def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
     except Exception as error:  # its exceptions share no base class
         raise ParityError(
             f"onnxruntime {onnxruntime.__version__} does not load the ONNX model ({error}). "
-            f"Try a lower --opset: {LOWEST_OPSET} is the safest"
+            f"Try --opset {LOWEST_OPSET}, the safest"
         ) from error
     random = np.random.default_rng(0)
     shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
@@ -218,8 +217,7 @@ def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
             expected = backbone(torch.from_numpy(images)).numpy()
         if not np.isfinite(expected).all():
             raise ParityError(
-                "in PyTorch itself the network gives embeddings that are not finite for random "
-                "images: its weights are broken, or were never trained"
+                "in PyTorch itself embeddings are not finite: the weights are broken or untrained"
             )
         found = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: images})[0])
         if found.shape != expected.shape:
@@ -244,7 +242,8 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         logging.disable(before)
@@ -264,16 +263,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (WeightsError, ValueError, OSError) as error:
         print(f"torch2onnx: {error}", file=sys.stderr)
         return 2
-    except (ParityError, onnx.checker.ValidationError) as error:
+    except (ParityError, onnx.checker.ValidationError, InferenceError) as error:
         print(f"torch2onnx: {error}\nNo file was written.", file=sys.stderr)
         return 1
-    batches = ", ".join(map(str, report.differences))
     print(
-        f"{report.path}{f' and {report.data_path.name}' if report.data_path else ''}: "
-        f"{report.size_bytes / 1024**2:.1f} MiB, opset {report.opset}, "
-        f"{report.nodes} nodes{', simplified' if args.simplify else ''}\n"
-        f"agrees with PyTorch on batches of {batches}: largest relative difference "
-        f"{report.max_relative_difference:.1e}"
+        f"{' and '.join(map(str, report.files))}: {report.size_bytes / 1024**2:.1f} MiB, "
+        f"opset {report.opset}, {report.nodes} nodes{', simplified' if args.simplify else ''}\n"
+        f"agrees with PyTorch on batches of {', '.join(map(str, report.differences))}: largest "
+        f"relative difference {report.max_relative_difference:.1e}"
     )
     return 0
 
@@ -282,18 +279,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch2onnx.py", description="Export a trained backbone to a checked ONNX file."
     )
-    parser.add_argument("model", type=Path, help="the output folder of a run, or a file of weights")
-    parser.add_argument("--output", type=Path, help="file to write (default: model.onnx beside it)")
-    parser.add_argument(
-        "--network",
-        help=f"needed for weights that do not say it themselves: {', '.join(model_names())}",
-    )
-    parser.add_argument(
-        "--opset", type=int, default=DEFAULT_OPSET, help="ONNX opset (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--simplify", action="store_true", help="fold constants, fuse norms into convolutions"
-    )
+    add = parser.add_argument
+    add("model", type=Path, help="the output folder of a run, or a file of weights")
+    add("--output", type=Path, help="file to write (default: model.onnx beside the weights)")
+    add("--network", help=f"for weights that do not say it themselves: {', '.join(model_names())}")
+    add("--opset", type=int, default=DEFAULT_OPSET, help="ONNX opset (default: %(default)s)")
+    add("--simplify", action="store_true", help="fold constants, fuse norms into convolutions")
     return parser
 
 

@@ -11,6 +11,6 @@ config = EasyDict(
     lr_base_batch=64,
     num_epoch=5,
     warmup_epoch=0.3,
-    verbose=100,
+    verbose=150,
     val_targets=["synthetic"],
 )

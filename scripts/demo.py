@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("work_dirs/demo"))
     parser.add_argument("--identities", type=int, default=300)
     parser.add_argument("--images-per-identity", type=int, default=14)
-    parser.add_argument("--verification-pairs", type=int, default=600)
+    parser.add_argument("--verification-pairs", type=int, default=800)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="key=value for the training")
     options = parser.parse_args(arguments)

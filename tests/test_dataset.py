@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -289,17 +291,10 @@ def test_prefetching_keeps_order_and_bounds_what_is_ahead() -> None:
         return step
 
     ahead = []
-    for result in (prefetch := OrderedPrefetch(load, range(40), num_workers=3, ahead=2)):
+    for result in OrderedPrefetch(load, range(40), num_workers=3, ahead=2):
         ahead.append(len(started) - result)
     assert sorted(started) == list(range(40))
     assert max(ahead) <= 6
-    assert prefetch.wait_seconds > 0
-
-
-def test_the_time_waited_for_data_is_measured() -> None:
-    slow = OrderedPrefetch(lambda step: time.sleep(0.05), range(3), num_workers=0)
-    list(slow)
-    assert 0.15 <= slow.wait_seconds < 1
 
 
 @pytest.mark.parametrize(
@@ -326,8 +321,8 @@ def test_a_label_outside_the_range_names_label_and_record(
 def test_classes_are_counted_where_property_is_missing(records: Path, tmp_path: Path) -> None:
     root = write_set(tmp_path, [(jpeg(i), float(label)) for i, label in enumerate((0, 3, 6))])
     assert RecordSource(root).num_classes == 7
-    assert RecordSource(records).num_classes == 5
-    assert RecordSource(records / "train.rec").num_classes == 5
+    assert RecordSource(records, input_size=SIZE).num_classes == 5
+    assert RecordSource(records / "train.rec", input_size=SIZE).num_classes == 5
 
 
 def test_the_class_of_several_labels_is_the_first(tmp_path: Path) -> None:
@@ -380,6 +375,87 @@ def test_files_that_are_no_images_are_left_out_with_a_warning(
 def test_an_image_of_another_size_is_an_error_that_names_it(folder: Path) -> None:
     with pytest.raises(DataError, match=r"\.jpg: an image of 24 x 24 .* takes 112 x 112.*--size"):
         next(iter(get_dataloader(folder, 2)))
+
+
+@pytest.mark.parametrize(
+    ("stated", "remedy"),
+    [("112,112", r"Set input_size=112, or pack the set again: .*--size 24"), ("24,32", "Pack the")],
+)
+def test_a_property_of_another_size_is_an_error_before_training(
+    tmp_path: Path, stated: str, remedy: str
+) -> None:
+    root = write_set(tmp_path, [(jpeg(0), 0.0)], f"1,{stated}\n")
+    words = (
+        rf"property: .* {stated.replace(',', ' x ')} pixels; the network takes 24 x 24\. {remedy}"
+    )
+    with pytest.raises(DataError, match=words):
+        loader(root, 1)
+
+
+def test_folders_and_pipes_named_as_images_are_left_out_when_opened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a" / "9.jpg").mkdir(parents=True)
+    os.mkfifo(tmp_path / "a" / "8.jpg")  # to read it would wait for ever
+    (tmp_path / "a" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "a" / "1.jpg")
+    assert FolderSource(tmp_path, input_size=SIZE).files == ["1.jpg", "2.jpg"]
+    assert "2 entries in class folders are no images" in caplog.text
+    (tmp_path / "b" / "9.jpg").mkdir(parents=True)
+    with pytest.raises(DataError, match="b: no image in this class folder"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["nowhere.jpg", "2.jpg"])  # the second is a circle
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_an_error_that_names_it_and_the_reason(
+    tmp_path: Path, target: str, num_workers: int
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "a" / "2.jpg").symlink_to(target)
+    error, seen = collect_error(loader(tmp_path, 1, shuffle=False, num_workers=num_workers))
+    assert isinstance(error, ImageError)
+    assert re.search(r"a/2\.jpg: cannot be read \((No such file|Too many levels)", str(error))
+    assert seen == 1
+
+
+def test_a_class_folder_that_cannot_be_listed_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=rf"{folder}: cannot be listed \(Permission denied\)"):
+        FolderSource(folder)
+
+
+def test_pinned_batches_keep_their_layout_and_are_pinned_by_the_workers(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[tuple[tuple[int, ...], str]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append((tuple(tensor.shape), threading.current_thread().name))
+        return tensor.clone(memory_format=torch.contiguous_format)  # pinning need not keep strides
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    expected = list(loader(records))
+    assert pinned == []
+    for a, b in zip(loader(records, num_workers=1, pin_memory=True), expected, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.images.stride() == b.images.stride()
+    assert {shape for shape, _ in pinned} == {(4, SIZE, SIZE, 3), (4,)}
+    assert all(thread.startswith("data") for _, thread in pinned)
+
+
+def test_pinning_without_cuda_is_refused(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DataError, match="PyTorch sees none here: set pin_memory=False"):
+        loader(records, pin_memory=True)
 
 
 def test_a_global_batch_larger_than_the_set_is_an_error(records: Path) -> None:

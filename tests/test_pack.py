@@ -121,6 +121,20 @@ def test_skip_bad_counts_and_lists_what_it_leaves_out(
     assert len(RecordSource(tmp_path / "out", input_size=SIZE)) == 9
 
 
+def test_entries_that_cannot_be_read_are_listed_or_left_out_like_bad_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "0_ann" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "0_bob" / "folder.jpg").mkdir()  # no image, so not counted
+    assert run(folder, tmp_path / "out", "--size", SIZE) == 2
+    assert "1 of 10 images cannot be used" in capsys.readouterr().err
+    assert run(folder, tmp_path / "out", "--size", SIZE, "--skip-bad") == 0
+    text = capsys.readouterr().out
+    assert "9 images of 3 classes, 0 encoded anew, 1 left out" in text
+    assert "gone.jpg: cannot be read (No such file or directory)" in text
+    assert len(RecordSource(tmp_path / "out", input_size=SIZE)) == 9
+
+
 def test_existing_records_are_replaced_only_by_force(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

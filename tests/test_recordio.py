@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -324,3 +325,23 @@ def test_a_malformed_property_file_is_an_error(text: str, tmp_path: Path) -> Non
     (tmp_path / "property").write_text(text)
     with pytest.raises(RecordError, match="num_classes,height,width"):
         read_property(tmp_path / "property")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [RecordReader, lambda path: read_index(path, 100), read_property],
+    ids=["rec", "idx", "p"],
+)
+def test_a_file_the_system_does_not_let_us_read_is_named_with_the_reason(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    (tmp_path / "file").symlink_to("file")  # a circle, which root cannot read either
+    with pytest.raises(RecordError, match=r"file: cannot be read \(Too many levels.*another path"):
+        read(tmp_path / "file")
+
+
+def test_an_error_of_the_disk_while_reading_names_the_file(tmp_path: Path) -> None:
+    reader = RecordReader(write_records(tmp_path, image_records(3)))
+    reader.close()  # stands for the disk that fails
+    with pytest.raises(RecordError, match=r"train\.rec: cannot be read \(Bad file descriptor\)"):
+        reader.read_at(0)

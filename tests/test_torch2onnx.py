@@ -30,7 +30,7 @@ FAMILIES: list[tuple[Recipe, bool]] = [
     (("mbf", 512, 48, {}), True),
     (("vit_t", 64, 48, {"embed_dim": 64, "depth": 2}), False),
 ]
-TOO_LARGE = ("r2060", "vit_h")  # for one file below 2 GiB
+IN_TWO_FILES = ("r2060", "vit_h")  # and too large to be exported in a test
 # Differ from vit_t, vit_s and vit_b in training only.
 SAME_GRAPH = ("vit_t_dp005_mask0", "vit_s_dp005_mask_0", "vit_b_dp005_mask_005")
 
@@ -98,7 +98,7 @@ def test_a_network_of_every_family_agrees_for_any_batch(
     net, path = trained(*recipe), tmp_path / "face.onnx"
     report = export_onnx(net, metadata_for(*recipe), path, simplify=simplify)
 
-    assert report.path == path
+    assert report.files == (path,)
     assert report.size_bytes == path.stat().st_size
     assert set(report.differences) == {1, 3, 32}
     assert report.max_relative_difference <= 1e-4
@@ -232,17 +232,78 @@ def test_metadata_that_is_not_the_networks_is_refused(tiny: Backbone, tmp_path: 
         export_onnx(tiny, ModelMetadata("vit_t", input_size=36), tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("name", TOO_LARGE)
-def test_a_network_beyond_two_gib_is_refused_before_any_work(name: str, tmp_path: Path):
-    with torch.device("meta"):
-        net = get_model(name)
-    with pytest.raises(ExportRefusedError, match=rf"{name} has [\d.]+ GiB of weights.*2 GiB"):
-        export_onnx(net, ModelMetadata(name), tmp_path / "m.onnx")
+def test_a_folder_as_output_is_refused_before_any_work(run: Path, capsys):
+    assert main([str(run), "--output", str(run)]) == 2
+    assert "is a folder: give the name of a file" in capsys.readouterr().err
+    assert os.listdir(run) == ["model.pt"]
+
+
+def test_exactly_the_networks_beyond_protobufs_limit_need_a_second_file():
+    def weight_bytes(name: str) -> int:
+        with torch.device("meta"):
+            return 4 * sum(tensor.numel() for tensor in get_model(name).state_dict().values())
+
+    assert torch2onnx.LARGEST_SINGLE_FILE < 2**31
+    large = {name for name in model_names() if weight_bytes(name) > torch2onnx.LARGEST_SINGLE_FILE}
+    assert large == set(IN_TWO_FILES)
+
+
+@pytest.mark.parametrize("simplify", [False, True])
+def test_weights_beyond_the_limit_lie_in_one_file_beside_the_model(
+    simplify: bool, tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch2onnx, "LARGEST_SINGLE_FILE", 1000)
+    monkeypatch.chdir(tmp_path)  # an older file of weights must not disturb, wherever we are
+    path, data = tmp_path / "face.onnx", tmp_path / "face.onnx.data"
+    path.write_bytes(b"old")
+    data.write_bytes(b"old")
+    report = export_onnx(tiny, metadata_for(*TINY), path, simplify=simplify)
+    assert report.files == (path, data)
+    assert report.size_bytes == path.stat().st_size + data.stat().st_size
+    assert sorted(os.listdir(tmp_path)) == ["face.onnx", "face.onnx.data"]
+    assert path.stat().st_mode == data.stat().st_mode  # who may read one may read both
+    weights = sum(4 * parameter.numel() for parameter in tiny.parameters())
+    assert 0.9 * weights < data.stat().st_size < 1.1 * weights
+
+    moved = tmp_path / "elsewhere"  # the two together, so the place inside is relative
+    moved.mkdir()
+    for file in report.files:
+        file.rename(moved / file.name)
+    tensors = onnx.load(moved / "face.onnx", load_external_data=False).graph.initializer
+    places = [{e.key: e.value for e in tensor.external_data}.get("location") for tensor in tensors]
+    assert set(places) == {"face.onnx.data", None}
+    session = onnxruntime.InferenceSession(moved / "face.onnx")
+    images = np.random.default_rng(1).uniform(-1, 1, (5, 3, 36, 36)).astype(np.float32)
+    with torch.no_grad():
+        expected = tiny.eval()(torch.from_numpy(images)).numpy()
+    found = np.asarray(session.run(None, {"data": images})[0])
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_disagreement_leaves_neither_of_two_files_and_older_ones_as_they_were(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch2onnx, "LARGEST_SINGLE_FILE", 1000)
+    monkeypatch.setattr(torch2onnx, "TOLERANCE", -1.0)
+    assert main([str(run)]) == 1
+    assert "differs from PyTorch by" in capsys.readouterr().err
+    assert os.listdir(run) == ["model.pt"]
+    for name in ("model.onnx", "model.onnx.data"):
+        (run / name).write_bytes(b"old")
+    assert main([str(run)]) == 1
+    assert [(run / name).read_bytes() for name in ("model.onnx", "model.onnx.data")] == [b"old"] * 2
+
+
+def test_a_model_in_one_file_takes_the_place_of_one_in_two(run: Path):
+    for name in ("model.onnx", "model.onnx.data"):
+        (run / name).write_bytes(b"old")
+    assert main([str(run)]) == 0
+    assert sorted(os.listdir(run)) == ["model.onnx", "model.pt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for name in model_names() if name not in (*TOO_LARGE, *SAME_GRAPH)]
+    "name", [name for name in model_names() if name not in (*IN_TWO_FILES, *SAME_GRAPH)]
 )
 def test_every_network_agrees(name: str, tmp_path: Path):
     report = export_onnx(

@@ -362,6 +362,29 @@ def test_another_size_is_found_while_loading_from_the_headers(tmp_path: Path) ->
         load_verification_set(path, input_size=112)
 
 
+@pytest.mark.parametrize("damaged", [b"no image", b"\xff\xd8\xff\xe0 cut"])
+def test_a_damaged_header_is_found_while_loading_and_names_set_and_image(
+    tmp_path: Path, damaged: bytes
+) -> None:
+    images = _set().images
+    images[5] = damaged
+    path = _write(tmp_path / "small.bin", (images, [True] * 13))
+    with pytest.raises(VerificationSetError, match=r"small\.bin, image 5: "):
+        load_verification_set(path, input_size=SIZE)
+
+
+def test_a_set_that_cannot_be_read_is_an_error_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = _write(tmp_path / "small.bin", (_set().images, [True] * 13))
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(VerificationSetError, match=r"small\.bin: cannot be read \(Permission den"):
+        load_verification_set(path)
+
+
 def test_a_damaged_image_is_named() -> None:
     one = _set()
     one.images[3] = bytes(one.images[3])[:200]
@@ -446,6 +469,39 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(
     assert "no .bin set in this folder" in capsys.readouterr().err
     assert main(["--model", str(tmp_path / "none.pt"), "--data", str(model)]) == 2
     assert "none.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--device", "foo"],
+            "--device foo: PyTorch cannot use such a device here; give one of cpu",
+        ),
+        (["--device", "meta"], "--device meta: PyTorch cannot use"),
+        (["--device", "cuda:99"], "--device cuda:99: PyTorch cannot use"),
+        (["--json", "."], r"--json . is a folder; give the name of a file"),
+        (["--plot", "folder.png"], r"--plot folder.png is a folder"),
+        (["--plot", "roc.docx"], r"the name must end in .png, .pdf, .svg"),
+        (["--json", "taken/out.json"], "taken"),
+    ],
+)
+def test_the_command_checks_device_and_outputs_before_it_works(
+    options: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "taken").touch()
+    # The model is missing too, which would be the first error of any work.
+    assert main(["--model", "none.pt", "--data", "none.bin", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "taken"]
 
 
 # --- pictures ---

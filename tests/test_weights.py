@@ -194,13 +194,46 @@ def _pickle(content, path: Path) -> None:
     path.write_bytes(pickle.dumps(content, protocol=2))
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a model", None])
+NEWER_PICKLE = pickle.dumps({"conv1.weight": [1.0]}, protocol=5)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a model", NEWER_PICKLE, b"PK\x03\x04 no zip", None])
 def test_a_damaged_file_is_refused(run: Path, damage: bytes | None):
     file = run / "model.pt"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage is None else damage)
-    with pytest.raises(WeightsError, match=r"model.pt is refused: .* damaged"):
+    with pytest.raises(WeightsError, match=r"model.pt is refused: .* damaged \(\w+\)\. Copy") as e:
         load_model(run)
+    assert_in_our_words(e.value)
+
+
+def assert_in_our_words(error: WeightsError) -> None:
+    """torch's own text advises to load the file without its protection."""
+    for words in ("weights_only", "PyTorch", "torch.load", "trust", "\n"):
+        assert words not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (
+            lambda path: torch.save(nn.Linear(1, 1), path),
+            r"would call torch\.nn\.modules\.linear\.",
+        ),
+        (
+            lambda path: torch.jit.save(torch.jit.script(nn.Linear(1, 1)), path),
+            "TorchScript program",
+        ),
+    ],
+    ids=["module", "program"],
+)
+def test_a_refusal_says_in_our_words_what_to_save_instead(tmp_path: Path, write, words: str):
+    write(tmp_path / "m.pt")
+    with pytest.raises(
+        WeightsError, match=rf"refused: .*{words}.*torch\.save\(net\.state_dict"
+    ) as e:
+        read_state_dict(tmp_path / "m.pt")
+    assert_in_our_words(e.value)
 
 
 @pytest.mark.parametrize(
