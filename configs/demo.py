@@ -5,7 +5,7 @@ from easydict import EasyDict
 config = EasyDict(
     network="r_nano",
     embedding_size=128,
-    margin_list=(1.0, 0.0, 0.2),
+    margin_list=(1.0, 0.0, 0.3),
     scale=32.0,
     batch_size=32,
     lr_base_batch=64,

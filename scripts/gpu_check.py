@@ -11,7 +11,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ from training.build import build
 from utils.distributed import World
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "rec": "synthetic", "num_classes": 5000, "num_image": 6400, "network": "r_nano",
     "embedding_size": 64, "batch_size": 64, "num_epoch": 1, "lr": 0.05, "verbose": 0,
     "frequent": 10, "warmup_epoch": 0.2,
@@ -47,23 +49,22 @@ def head_equals_cpu() -> None:
         assert error < 1e-4, f"GPU and CPU differ by {error:.2e} of the largest value"
 
 
-def step_does_not_wait(sample_rate: float) -> None:
-    """One step under CUDA's sync debug mode, after a warm-up step."""
+def step_does_not_wait(**changes: Any) -> None:
+    """A step under CUDA's sync debug mode, from the loader's own batches, after a warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg = Config(**{**SETTINGS, "output": folder, "sample_rate": sample_rate})  # type: ignore[arg-type]
+        cfg = Config(**{**SETTINGS, "output": folder, **changes})
         parts = build(cfg, World(0, 0, 1, torch.device("cuda", 0)))
     batches = iter(parts.loader)
     parts.step.model.train()
-    for _ in range(3):
-        parts.step([next(batches)], 0.01)
-    batch = next(batches)
-    on_device = type(batch)(batch.images.cuda(), batch.labels.cuda())
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        parts.step([on_device], 0.01)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for number in range(4):
+        group = list(islice(batches, cfg.gradient_acc))
+        if number == 3:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            parts.step(group, 0.01)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def run_trains(precision: str) -> None:
@@ -87,7 +88,10 @@ def main() -> int:
         return 0
     head_equals_cpu()
     for sample_rate in (1.0, 0.1):
-        step_does_not_wait(sample_rate)
+        for gradient_acc in (1, 2):
+            step_does_not_wait(sample_rate=sample_rate, gradient_acc=gradient_acc)
+    step_does_not_wait(precision="fp16", freeze_batch_norm=True)
+    step_does_not_wait(optimizer="adamw", precision="bf16")
     for precision in ("fp32", "bf16", "fp16"):
         run_trains(precision)
     print(f"gpu-check: all passed on {torch.cuda.get_device_name()}, torch {torch.__version__}")

@@ -39,7 +39,8 @@ class BatchNormStatistics:
     def restore_if(self, bad: Tensor) -> None:
         """Put back what `keep` saw where the boolean scalar `bad` is true, on the device."""
         for kept, tensor in zip(self._kept, (self.statistics, self.counts), strict=True):
-            tensor.copy_(torch.where(bad, kept, tensor))
+            if tensor.numel():  # without statistics there is no tensor on the device either
+                tensor.copy_(torch.where(bad, kept, tensor))
 
     def average(self, world_size: int) -> None:
         """Make every rank's statistics the mean over ranks, for evaluation and saving.
