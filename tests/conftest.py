@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 MAX_RANKS = 4
@@ -109,6 +110,12 @@ class Ranks:
         for process, _ in self._pool:
             process.join(10)
         self._pool, self._last_size = [], 0
+
+
+def pytest_configure() -> None:
+    """On a shared machine an example may take its time: no deadline per hypothesis example."""
+    hypothesis.settings.register_profile("unhurried", deadline=None)
+    hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
