@@ -21,6 +21,7 @@ import torch
 
 from backbones import get_model
 from backbones.weights import load_model
+from data.sources import DataError
 from eval.embedder import Embedder
 from eval.metrics import pair_distances, roc_curve
 from eval.plots import plot_roc, plot_training_curve
@@ -29,12 +30,13 @@ from scripts.make_synthetic import make_synthetic
 from utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DATA = Path("demo_data")  # the demo's own: drawn anew each time; other folders are not replaced
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns 0 when the whole job succeeded."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("demo_data"))
+    parser.add_argument("--data", type=Path, default=DATA, help="where the drawn faces go")
     parser.add_argument("--output", type=Path, default=Path("work_dirs/demo"))
     parser.add_argument("--identities", type=int, default=300)
     parser.add_argument("--images-per-identity", type=int, default=14)
@@ -44,13 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.monotonic()
 
-    make_synthetic(
-        options.data,
-        identities=options.identities,
-        images_per_identity=options.images_per_identity,
-        verification_pairs=options.verification_pairs,
-        seed=options.seed,
-    )
+    try:
+        make_synthetic(
+            options.data,
+            identities=options.identities,
+            images_per_identity=options.images_per_identity,
+            verification_pairs=options.verification_pairs,
+            seed=options.seed,
+            force=options.data == DATA,
+        )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     words = [f"rec={options.data}", f"output={options.output}", *options.overrides]
     train(words)
     faces = load_verification_set(options.data / "synthetic.bin")
