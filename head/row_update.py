@@ -36,10 +36,6 @@ class RowUpdate(ABC):
             self._state = self.create_state(weight)
         return self._state
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over saved state (as `state` gave it)."""
-        self._state = dict(state)
-
     @torch.no_grad()
     def update_rows(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,7 @@ IN_TWO_FILES = ("r2060", "vit_h")  # and too large to be exported in a test
 SAME_GRAPH = ("vit_t_dp005_mask0", "vit_s_dp005_mask_0", "vit_b_dp005_mask_005")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small: on a shared machine threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(name: str, num_features: int, size: int, options: dict[str, Any]) -> Backbone:

@@ -36,7 +36,8 @@ logger = logging.getLogger("train")
 
 VERSION = "ArcShard 0.1.0"
 RUN_FILES = (
-    "model.pt", "model_best.pt", "model.onnx", "config.json", "metrics.jsonl", "tensorboard",
+    "model.pt", "model_best.pt", "model.onnx", "model.onnx.data", "config.json", "metrics.jsonl",
+    "tensorboard",
 )  # fmt: skip
 
 
