@@ -3,10 +3,15 @@
     embedding e_i, label y_i, class centre w_j:   cos_ij = <e_i/|e_i|, w_j/|w_j|>
     z_ij = s cos_ij,  z_iy = s margin(cos_iy),    loss = mean_i (logsumexp_j z_ij - z_iy)
 
-Per step: gather the global batch, draw this rank's classes, take cosines with their centres,
-apply the margin, and combine the softmax over ranks. The gradient contract: the loss is the
-mean over the global batch on every rank, and `local_embeddings.grad` is the gradient of that
-mean, without a factor of the world size.
+Per step: gather the global batch, draw this rank's classes, let the margin fix what it needs,
+and combine the softmax over ranks. Two paths share all this and differ in the middle:
+
+    update="fused"     the engine (head/engine.py): blocks of classes, no B x C matrix, no C x D
+                       gradient; class centres move in backward or in `step`
+    update="autograd"  the readable one (head/readable.py): an ordinary `weight.grad`
+
+The gradient contract: the loss is the mean over the global batch on every rank, and
+`local_embeddings.grad` is the gradient of that mean, without a factor of the world size.
 
 An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al. 2021,
 "Partial FC" (arXiv:2010.05222).
@@ -14,114 +19,175 @@ An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.nn.functional import normalize
 
-from head.collectives import gather_labels, gather_rows, largest, sharded_cross_entropy
+from head.batch import PAD_LABEL, BatchRules
+from head.centres import Centres, ShardCentres
+from head.collectives import gather_labels, sum_over_ranks
+from head.engine import Engine, EngineLoss
+from head.host_centres import HostCentres
 from head.initial import fill_initial_centres
+from head.plain_optimizer import refuse_plain_optimizers
+from head.readable import readable_loss
 from head.row_update import RowUpdate
-from head.sampling import ClassSample, draw_sample
+from head.sampling import ClassSample, draw_sample, hash_key, likely_classes
 from head.shard import class_range
-from losses import CombinedMargin
+from head.target import Target, find_targets
+from losses import BatchFacts, Margin
 
-PAD_LABEL = -(1 << 40)  # marks rows that only fill a ragged batch; no user's label
-POISON_LABEL = PAD_LABEL - 1  # sent by a rank whose batch does not fit, so that all ranks stop
+Update = Literal["fused", "autograd"]
 
 
 class PartialFC(nn.Module):
     """Margin softmax over sharded class centres, all of them or a sample per step.
 
     Args:
-        margin: what happens to the target cosine (losses.py).
+        margin: the loss (losses.py).
         embedding_size: D.
         num_classes: C over all ranks; more than the labels need is allowed.
         sample_rate: share r of each rank's classes per step, in [0, 1]; the batch's own
             classes are always in, 0 means those only.
-        row_update: rule for the class centres (head/row_update.py), applied by `step`. None leaves
-            an ordinary `weight.grad` for a torch.optim of yours, which is refused for r < 1:
-            it would move rows that were not sampled.
+        row_update: rule for the class centres (head/row_update.py).
+        update: "fused" moves them by `row_update` without ever holding their gradient;
+            "autograd" leaves an ordinary `weight.grad`, for `step` or for a torch.optim of yours
+            (refused for r < 1: it would move rows that were not sampled). None: "fused" if there
+            is a `row_update`.
         batch_size_per_rank: the largest batch any rank will bring. Smaller ones are padded,
             larger ones refused. None: ranks agree on it in every step, which costs one tiny
             collective and, on CUDA, a wait for the device.
-        seed: of initial centres (with the class index) and of the sampling (with the rank).
+        centres_per_class: K sub-centres; a class counts with its best one (Deng et al. 2020).
+        buffer_mib: work buffer of the fused path, in MiB: all it holds beside the centres,
+            their state and O(B D).
+        half: torch.bfloat16 runs the fused path's large matmuls in it, with sums in fp32.
+        seed: of initial centres (with the class index), sampling (with the rank) and draws.
         process_group: the ranks that share the classes; None means the default group, or no
             group at all when torch.distributed is not initialised.
-        device, dtype: of the class centres; float32 or float64.
+        device: where the head computes. dtype: of the class centres, float32 or float64, or
+            bfloat16 (moved in fp32 and rounded stochastically; fused only).
+        centre_device: where centres and their state live, if not on `device`; "cpu" keeps them
+            in host memory and brings the sampled rows over (r < 1, fused).
 
     Attributes:
-        weight: [num_classes_local, D] parameter, this rank's class centres.
+        weight: [num_classes_local * K, D] parameter, this rank's class centres, class-major.
+        bias: [num_classes_local * K] parameter or None, as the margin has it.
         class_range: `range` of the global classes they belong to.
 
     Raises:
-        ValueError: an argument outside its domain.
+        ValueError: an argument outside its domain; a work buffer too small for one class.
     """
 
     def __init__(
         self,
-        margin: CombinedMargin,
+        margin: Margin,
         embedding_size: int,
         num_classes: int,
         sample_rate: float = 1.0,
         *,
         row_update: RowUpdate | None = None,
+        update: Update | None = None,
         batch_size_per_rank: int | None = None,
+        centres_per_class: int = 1,
+        buffer_mib: float = 256,
+        half: torch.dtype | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        centre_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if embedding_size < 1 or num_classes < 1:
-            raise ValueError(
-                f"embedding_size={embedding_size}, num_classes={num_classes}: at least 1 each"
-            )
-        if not 0.0 <= sample_rate <= 1.0:
-            raise ValueError(f"sample_rate={sample_rate!r}: a share in [0, 1] (1 uses all classes)")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: class centres are floating point")
-        if batch_size_per_rank is not None and batch_size_per_rank < 1:
-            raise ValueError(f"batch_size_per_rank={batch_size_per_rank}: at least 1, or None")
+        update = update or ("autograd" if row_update is None else "fused")
+        _check_arguments(
+            margin, embedding_size, num_classes, sample_rate, row_update, update,
+            batch_size_per_rank, centres_per_class, buffer_mib, half, dtype, centre_device,
+        )  # fmt: skip
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self.world_size = dist.get_world_size(process_group) if process_group else 1
         self.rank = dist.get_rank(process_group) if process_group else 0
         self.group = process_group if self.world_size > 1 else None
+        self.device = torch.device(device)
 
-        self.margin = margin
-        self.embedding_size = embedding_size
-        self.num_classes = num_classes
-        self.sample_rate = float(sample_rate)
-        self.row_update = row_update
-        self.batch_size_per_rank = batch_size_per_rank
+        self.margin, self.row_update, self.update = margin, row_update, update
+        self.embedding_size, self.num_classes = embedding_size, num_classes
+        self.sample_rate, self.centres_per_class = float(sample_rate), centres_per_class
         self.seed = seed
         self.class_range = class_range(num_classes, self.rank, self.world_size)
         self.num_classes_local = len(self.class_range)
-
-        self.weight = nn.Parameter(
-            torch.empty(self.num_classes_local, embedding_size, device=device, dtype=dtype)
+        self.batch_size_per_rank = batch_size_per_rank
+        self._rules = BatchRules(
+            embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
         )
-        fill_initial_centres(self.weight, self.class_range.start, seed)
+        self._work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        lives_on = self.device if centre_device is None else centre_device
+        rows = self.num_classes_local * centres_per_class
+        self.weight = nn.Parameter(
+            torch.empty(rows, embedding_size, device=lives_on, dtype=dtype),
+        )
+        fill_initial_centres(self.weight, self.class_range.start * centres_per_class, seed)
+        self.bias: nn.Parameter | None = None
+        if margin.bias:
+            self.bias = nn.Parameter(torch.zeros(rows, device=lives_on, dtype=self._work_dtype))
+        self._bias_update = copy.deepcopy(row_update) if margin.bias else None
+        for name, value in margin.initial_state().items():
+            state = torch.tensor(value, dtype=self._work_dtype, device=self.device)
+            self.register_buffer(f"margin_{name}", state)
+        self._margin_before: dict[str, Tensor] = {}  # at the start of the step
+
+        self.engine: Engine | None = None
+        if update == "fused":
+            self.engine = Engine(
+                margin, self.group, buffer_mib=buffer_mib,
+                centres_per_class=centres_per_class, half=half,
+            )  # fmt: skip
+            refuse_plain_optimizers(self.weight, "update='fused' moves its class centres itself")
+        elif self.sample_rate < 1.0:
+            refuse_plain_optimizers(
+                self.weight,
+                "it would move class centres that were not sampled (weight decay, momentum): for "
+                "sample_rate < 1 pass row_update=SGDRows(...) or AdamWRows(...) to PartialFC and "
+                "call head.step(learning_rate)",
+            )
+        self._host = (
+            HostCentres(self.weight, row_update, self.device, self._likely_rows)
+            if centre_device is not None and row_update is not None
+            else None
+        )
+        self._rows = torch.empty(0, dtype=torch.int64)  # of the shard that hold the sample
         self._sample: ClassSample | None = None  # of the optimizer step in progress
         self._sample_is_prepared = False
         self._samples_drawn = 0
-        if self.sample_rate < 1.0:
-            _refuse_plain_optimizers(self.weight)
+        self._forwards = 0
+        if self.engine is not None and batch_size_per_rank is not None:
+            like = torch.empty(0, dtype=self._work_dtype, device=self.device)
+            batch = batch_size_per_rank * self.world_size
+            self.engine.plan(self._centres(), batch, embedding_size, like)  # or say that it can't
 
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        local_embeddings: Tensor,
+        local_labels: Tensor,
+        learning_rate: float | None = None,
+    ) -> Tensor:
         """Mean loss over the global batch; the same number on every rank.
 
         Args:
             local_embeddings: [b, D] floating; b may differ between ranks and be 0 on some.
             local_labels: [b] integers in [0, num_classes).
+            learning_rate: fused only; with it the class centres move in backward, which spares a
+                pass over them. For steps that nothing can veto any more and that have this one
+                loss. Without it they move in `step`.
 
         Returns:
-            Scalar. Non-finite if an embedding is: the caller lets nothing move then.
+            Scalar. Non-finite if an embedding is: no class centre moves then.
 
         Raises:
             ValueError: shapes, dtypes or labels that do not fit. On CPUs every rank raises, also
@@ -129,28 +195,31 @@ class PartialFC(nn.Module):
                 label outside the range makes the loss NaN.
             RuntimeError: r < 1 and a second forward before `step`, without `prepare`.
         """
-        problem = self._problem(local_embeddings, local_labels)
-        if problem:
-            local_embeddings = self.weight.new_zeros(1, self.embedding_size)
-            local_labels = torch.full((1,), POISON_LABEL, device=self.weight.device)
-        capacity = self._capacity(local_embeddings.shape[0])
         with torch.autocast(local_embeddings.device.type, enabled=False):
-            embeddings, labels = gather_rows(  # [B, D], [B]
-                local_embeddings.to(self.weight.dtype), local_labels.to(torch.int64), PAD_LABEL,
-                capacity, self.group,
-            )  # fmt: skip
-            if problem:
-                raise ValueError(problem)
-            real = labels != PAD_LABEL
-            unknown = real & ((labels < 0) | (labels >= self.num_classes))
-            self._refuse_unknown_labels(labels, unknown, capacity)
+            batch = self._rules.gather(
+                local_embeddings.to(self.device), local_labels.to(self.device), self._work_dtype
+            )
+            column = self._begin_sample(self._localise(batch.labels))  # [B]
+            centres = self._centres()
+            unit = normalize(batch.embeddings) if self.margin.normalise else batch.embeddings
+            norms = None
+            if self.margin.reads_norms:
+                norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
+            row_weight = batch.is_real.to(unit.dtype) / batch.is_real.sum()
 
-            centres, target_column = self._sampled_centres(self._localise(labels))  # [S, D], [B]
-            cosines = linear(normalize(embeddings), normalize(centres))  # [B, S]
-            logits = self.margin.logits(cosines, target_column)  # [B, S]
-            losses = sharded_cross_entropy(logits, target_column, self.group)  # [B]
-            loss = torch.where(real, losses, 0.0).sum() / real.sum()
-            return loss + torch.where(unknown.any(), torch.nan, 0.0)
+            target = find_targets(
+                unit.detach(), column, centres, self.margin.normalise, self.centres_per_class
+            )
+            context = self._begin_margin(norms, target, batch.is_real)
+            if self.engine is not None:
+                arguments = (target, context, centres, row_weight, learning_rate)
+                loss = EngineLoss.apply(unit, norms, self.weight, self.engine, arguments)
+            else:
+                loss = readable_loss(
+                    self.margin, unit, norms, column, context, *self._rows_of_sample(),
+                    self.centres_per_class, row_weight, self.group,
+                )  # fmt: skip
+            return loss + torch.where(batch.has_unknown, torch.nan, 0.0)
 
     def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
         """Draw the classes of one optimizer step ahead, from all its micro-batches' labels.
@@ -162,20 +231,20 @@ class PartialFC(nn.Module):
         if self.sample_rate >= 1.0:
             return
         local_labels = torch.cat([labels.to(torch.int64) for labels in local_label_batches])
-        local_labels = local_labels.to(self.weight.device)
+        local_labels = local_labels.to(self.device)
         if self.batch_size_per_rank is not None:
             capacity = len(local_label_batches) * self.batch_size_per_rank
         else:
-            capacity = self._capacity(len(local_labels))
+            capacity = self._rules.capacity(len(local_labels), self.device)
         labels = gather_labels(local_labels, PAD_LABEL, capacity, self.group)
-        self._sample = self._draw(self._localise(labels))
+        self._draw(self._localise(labels))
         self._sample_is_prepared = True
 
     @torch.no_grad()
     def step(
         self, learning_rate: float, bad: Tensor | None = None, gradient_scale: Tensor | None = None
     ) -> None:
-        """Move the class centres of this step by `weight.grad`, and forget it and the sample.
+        """Move the class centres of this step, unless backward did, and forget its sample.
 
         Args:
             learning_rate: of this step, the backbone's.
@@ -190,27 +259,35 @@ class PartialFC(nn.Module):
                 "this PartialFC has no update rule: pass row_update=SGDRows(...) or AdamWRows(...) "
                 "(head.row_update), or step weight.grad with an optimizer of yours"
             )
-        gradient = self.weight.grad
-        if gradient is None:
-            raise RuntimeError("no gradient: call loss.backward() before head.step()")
-        rows = self._sample.classes if self._sample is not None else None
-        if rows is not None:
-            gradient = gradient[rows]
-        if gradient_scale is not None:
-            gradient = gradient / gradient_scale
-        self.row_update.update_rows(self.weight, gradient, rows, learning_rate, bad)
-        self.weight.grad = None
+        if self.engine is not None:
+            if not self.engine.has_moved_since_finish and not self.engine.has_pending:
+                raise RuntimeError("no gradient: call loss.backward() before head.step()")
+            self.engine.finish(learning_rate, bad, gradient_scale)
+        else:
+            self._move_by_weight_grad(learning_rate, bad, gradient_scale)
+        if bad is not None:
+            for name, before in self._margin_before.items():
+                state = self.get_buffer(f"margin_{name}")
+                state.copy_(torch.where(bad, before, state))
+        self._margin_before = {}
         self._sample, self._sample_is_prepared = None, False
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the sampling needs to go on as if it had not been interrupted."""
-        return {"samples_drawn": self._samples_drawn, "seed": self.seed}
+        """What sampling and draws need to go on as if they had not been interrupted."""
+        return {
+            "samples_drawn": self._samples_drawn, "forwards": self._forwards, "seed": self.seed,
+            "roundings": 0 if self.row_update is None else self.row_update.roundings,
+        }  # fmt: skip
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over `get_extra_state` of a saved head."""
         self._samples_drawn, self.seed = state["samples_drawn"], state["seed"]
+        self._forwards = state["forwards"]
+        if self.row_update is not None:
+            self.row_update.roundings = state["roundings"]
 
     def extra_repr(self) -> str:
+        """For print(head)."""
         return (
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes} "
             f"(here {self.class_range.start}..{self.class_range.stop - 1}), "
@@ -219,99 +296,163 @@ class PartialFC(nn.Module):
 
     # --- details ----------------------------------------------------------------------------
 
-    def _sampled_centres(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Centres of this step's classes and each row's own column; `labels` as `_localise`."""
+    def _begin_sample(self, local_labels: Tensor) -> Tensor:
+        """Draw this step's classes if need be; each row's place among them, -1 elsewhere."""
         if self.sample_rate >= 1.0:
-            return self.weight, labels
+            return local_labels
         if not self._sample_is_prepared:
-            if self.weight.grad is not None:
+            if self.weight.grad is not None or (self.engine and self.engine.has_pending):
                 raise RuntimeError(
                     "a second forward before head.step(): its classes would be another sample. "
                     "To accumulate gradients call head.prepare(labels of all micro-batches) first"
                 )
-            self._sample = self._draw(labels)
+            self._draw(local_labels)
         assert self._sample is not None
-        columns = self._sample.columns(labels)
+        column = self._sample.columns(local_labels)
         torch._assert_async(
-            ((labels < 0) | (columns >= 0)).all(),
+            ((local_labels < 0) | (column >= 0)).all(),
             "a label is not among the classes head.prepare() was told of",
         )
-        return self.weight[self._sample.classes], columns
+        return column
 
-    def _draw(self, labels: Tensor) -> ClassSample:
-        sample = draw_sample(
-            labels, self.num_classes_local, self.sample_rate,
+    def _draw(self, local_labels: Tensor) -> None:
+        self._sample = draw_sample(
+            local_labels, self.num_classes_local, self.sample_rate,
             seed=self.seed, rank=self.rank, step=self._samples_drawn,
         )  # fmt: skip
+        self._rows = self._rows_of(self._sample.classes)
         self._samples_drawn += 1
-        return sample
+
+    def _rows_of(self, classes: Tensor) -> Tensor:
+        """Rows of the shard that hold these classes' centres, K a class."""
+        k = self.centres_per_class
+        if k == 1:
+            return classes
+        return (classes[:, None] * k + torch.arange(k, device=classes.device)).view(-1)
+
+    def _sampled_rows(self) -> Tensor | None:
+        """Rows of the shard that take part in this step, None for all."""
+        return None if self._sample is None else self._rows
+
+    def _likely_rows(self) -> Tensor:
+        """Rows the next step will probably want: its negatives, were there no positives."""
+        classes = likely_classes(
+            self.num_classes_local, self.sample_rate,
+            seed=self.seed, rank=self.rank, step=self._samples_drawn,
+        )  # fmt: skip
+        return self._rows_of(classes)
+
+    def _centres(self) -> Centres:
+        rows = self._sampled_rows()
+        if self._host is not None and rows is not None:
+            return self._host.of_step(rows)
+        return ShardCentres(
+            self.weight, self.row_update, self.bias, self._bias_update, rows
+        )
+
+    def _rows_of_sample(self) -> tuple[Tensor, Tensor | None]:
+        """weight and bias of the classes that take part, for autograd."""
+        rows = self._sampled_rows()
+        if rows is None:
+            return self.weight, self.bias
+        return self.weight[rows], None if self.bias is None else self.bias[rows]
+
+    def _begin_margin(
+        self, norms: Tensor | None, target: Target, is_real: Tensor
+    ) -> dict[str, Tensor]:
+        """The margin's view of this batch; moves its running values while training."""
+        targets = None
+        if self.margin.reads_all_targets:
+            targets = sum_over_ranks(target.similarity, self.group)
+        names = self.margin.initial_state()
+        state = {name: self.get_buffer(f"margin_{name}") for name in names}
+        is_training = self.training and torch.is_grad_enabled()
+        with torch.no_grad():
+            draw = hash_key(self.seed, 0xD4A3, self._forwards)
+            context, after = self.margin.begin(BatchFacts(norms, targets, is_real, draw), state)
+            if is_training:
+                self._forwards += 1
+                for name, value in state.items():
+                    self._margin_before.setdefault(name, value.clone())
+                    finite = torch.isfinite(after[name])
+                    value.copy_(torch.where(finite, after[name], value))
+        return dict(context)
+
+    def _move_by_weight_grad(
+        self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
+    ) -> None:
+        if self.weight.grad is None:
+            raise RuntimeError("no gradient: call loss.backward() before head.step()")
+        rows = self._sampled_rows()
+        for parameter, rule in ((self.weight, self.row_update), (self.bias, self._bias_update)):
+            if parameter is None or parameter.grad is None or rule is None:
+                continue
+            gradient = parameter.grad if rows is None else parameter.grad[rows]
+            if gradient_scale is not None:
+                gradient = gradient / gradient_scale
+            rule.update_rows(parameter, gradient, rows, learning_rate, bad)
+            parameter.grad = None
 
     def _localise(self, labels: Tensor) -> Tensor:
         """Global labels in this rank's numbering, -1 where the class lives elsewhere."""
         here = (labels >= self.class_range.start) & (labels < self.class_range.stop)
         return torch.where(here, labels - self.class_range.start, -1)
 
-    def _capacity(self, rows: int) -> int:
-        if self.batch_size_per_rank is not None:
-            return self.batch_size_per_rank
-        capacity = largest(rows, self.group, self.weight.device)
-        if capacity == 0:
-            raise ValueError("the global batch is empty: at least one rank must bring a row")
-        return capacity
 
-    def _problem(self, embeddings: Tensor, labels: Tensor) -> str:
-        """What does not fit about this rank's batch, or an empty string."""
-        limit = self.batch_size_per_rank
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_size:
-            given, wanted = f"embeddings {list(embeddings.shape)}", f"[b, {self.embedding_size}]"
-        elif not embeddings.dtype.is_floating_point:
-            given, wanted = f"embeddings of {embeddings.dtype}", "a floating dtype"
-        elif labels.dim() != 1 or labels.shape[0] != embeddings.shape[0]:
-            given, wanted = f"labels {list(labels.shape)}", f"[{embeddings.shape[0]}]"
-        elif labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            given, wanted = f"labels of {labels.dtype}", "an integer dtype"
-        elif limit is not None and len(labels) > limit:
-            given, wanted = f"{len(labels)} rows", f"at most batch_size_per_rank={limit}"
-        else:
-            return ""
-        return f"rank {self.rank} brought {given}; needed: {wanted}"
-
-    def _refuse_unknown_labels(self, labels: Tensor, unknown: Tensor, capacity: int) -> None:
-        if labels.device.type != "cpu":
-            return
-        if bool((labels == PAD_LABEL).all()):
-            raise ValueError("the global batch is empty: at least one rank must bring a row")
-        if not bool(unknown.any()):
-            return
-        row = int(torch.nonzero(unknown)[0])
-        rank, row_there = divmod(row, capacity)
-        if labels[row] == POISON_LABEL:
-            raise ValueError(f"rank {rank} brought a batch that does not fit; it says what")
-        raise ValueError(
-            f"label {int(labels[row])} in row {row_there} of rank {rank}'s batch: labels must be "
-            f"in [0, {self.num_classes}); set num_classes to at least the largest label + 1, or "
-            "mend the set"
-        )
-
-
-def _refuse_plain_optimizers(weight: nn.Parameter) -> None:
-    """Let no torch.optim step `weight`: on a sampled head it would move unsampled rows."""
-    weight.sampled_by_partial_fc = True  # type: ignore[attr-defined]
-    global _refusal_is_registered
-    if not _refusal_is_registered:
-        register_optimizer_step_pre_hook(_refuse_sampled_weights)
-        _refusal_is_registered = True
-
-
-_refusal_is_registered = False
-
-
-def _refuse_sampled_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if getattr(parameter, "sampled_by_partial_fc", False):
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} would move class centres that were not sampled "
-                    "(weight decay, momentum): for sample_rate < 1 pass row_update=SGDRows(...) or "
-                    "AdamWRows(...) to PartialFC and call head.step(learning_rate)"
-                )
+def _check_arguments(
+    margin: Margin,
+    embedding_size: int,
+    num_classes: int,
+    sample_rate: float,
+    row_update: RowUpdate | None,
+    update: str,
+    batch_size_per_rank: int | None,
+    centres_per_class: int,
+    buffer_mib: float,
+    half: torch.dtype | None,
+    dtype: torch.dtype,
+    centre_device: torch.device | str | None,
+) -> None:
+    """Raise ValueError for the first argument that does not fit."""
+    is_fused = update == "fused"
+    for ok, sentence in (
+        (
+            embedding_size >= 1 and num_classes >= 1,
+            f"embedding_size={embedding_size}, num_classes={num_classes}: at least 1 each",
+        ),
+        (
+            0.0 <= sample_rate <= 1.0,
+            f"sample_rate={sample_rate!r}: a share in [0, 1] (1 uses all classes)",
+        ),
+        (update in ("fused", "autograd"), f"update={update!r}: fused or autograd"),
+        (
+            not is_fused or row_update is not None,
+            "update='fused' moves the class centres itself: pass row_update=SGDRows(...) or "
+            "AdamWRows(...)",
+        ),
+        (
+            batch_size_per_rank is None or batch_size_per_rank >= 1,
+            f"batch_size_per_rank={batch_size_per_rank}: at least 1, or None",
+        ),
+        (centres_per_class >= 1, f"centres_per_class={centres_per_class}: at least 1"),
+        (buffer_mib > 0, f"buffer_mib={buffer_mib!r}: above 0"),
+        (
+            half in (None, torch.bfloat16),
+            f"half={half}: torch.bfloat16, or None for full precision",
+        ),
+        (
+            dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and is_fused),
+            f"dtype={dtype}: class centres are float32 or float64, or bfloat16 with update='fused'",
+        ),
+        (
+            centre_device is None or (is_fused and sample_rate < 1.0 and not margin.bias),
+            f"centre_device={centre_device!r}: centres away from the computing device need "
+            "update='fused', sample_rate < 1 and a loss without bias",
+        ),
+        (
+            centre_device is None or torch.device(centre_device).type == "cpu",
+            f"centre_device={centre_device!r}: 'cpu' (host memory), or None",
+        ),
+    ):
+        if not ok:
+            raise ValueError(sentence)

@@ -98,6 +98,14 @@ def largest(value: int, group: Group, device: torch.device) -> int:
     return int(shared)
 
 
+def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
+    """The sum of a small tensor over the ranks."""
+    if group is not None:
+        values = values.clone()
+        dist.all_reduce(values, group=group)
+    return values
+
+
 def combine_softmax(
     row_max: Tensor, row_sum: Tensor, target: Tensor, group: Group
 ) -> tuple[Tensor, Tensor]:

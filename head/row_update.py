@@ -4,6 +4,9 @@ A rule owns the optimizer state of this rank's shard. `update_rows` moves the gi
 their state and touches nothing else, which is what a sampled head needs: torch.optim on the
 whole weight would also move the rows that were not sampled, through weight decay, momentum
 and Adam's averages.
+
+Centres or state kept in bf16 are moved in fp32 and rounded stochastically (up or down with
+probabilities that make the mean exact): small steps are not lost, as rounding to nearest would.
 """
 
 from __future__ import annotations
@@ -12,23 +15,49 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
+
+from head.sampling import hash_key
+
+Rows = slice | Tensor
 
 
 class RowUpdate(ABC):
-    """A rule and its state for one shard of class centres."""
+    """A rule and its state for one shard of class centres.
 
-    def __init__(self) -> None:
+    Args:
+        state_dtype: of the averages it keeps; None is the weight's. bfloat16 halves them.
+    """
+
+    def __init__(self, state_dtype: torch.dtype | None = None) -> None:
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype={state_dtype}: torch.bfloat16, or None (the weight's)")
+        self.state_dtype = state_dtype
         self._state: dict[str, Tensor] = {}
+        self.roundings = 0  # draws so far of the stochastic rounding; part of the saved state
 
     @abstractmethod
     def create_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Zeroed state for `weight` [rows, D]; each tensor has `rows` as its first dimension."""
+        """Zeroed state for `weight` [rows, ...]; each tensor has `rows` as its first dimension."""
 
     @abstractmethod
-    def step_rows(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], learning_rate: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """New rows and new state for the rows given ([S, D] each); pure."""
+    def move(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        learning_rate: float,
+        bad: Tensor | None,
+    ) -> None:
+        """One step of the rows given, in place.
+
+        Args:
+            weight: [S, ...] rows in working precision.
+            gradient: [S, ...]; may be overwritten.
+            state: of these rows.
+            learning_rate: of this step.
+            bad: boolean scalar on the device; where true nothing may move. None: go ahead.
+        """
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state for `weight`, created at first use, on its device."""
@@ -41,61 +70,102 @@ class RowUpdate(ABC):
         self,
         weight: Tensor,
         gradient: Tensor,
-        rows: Tensor | None,
+        rows: Rows | None,
         learning_rate: float,
         bad: Tensor | None = None,
+        state: dict[str, Tensor] | None = None,
     ) -> None:
         """Step `weight[rows]` in place.
 
         Args:
-            weight: [num_classes_local, D], the shard.
-            gradient: [S, D] gradient of those rows (all rows if `rows` is None).
-            rows: [S] int64 distinct row numbers, or None for all rows.
+            weight: [num_rows_local, ...], the shard.
+            gradient: of those rows; may be overwritten.
+            rows: a slice, [S] int64 distinct row numbers, or None for all rows.
             learning_rate: of this step.
-            bad: boolean scalar on the device; where true nothing moves (decided on the
-                device, without waiting for it).
+            bad: boolean scalar on the device; where true nothing moves. On an accelerator this
+                is decided there, without waiting for it.
+            state: of `weight`; None: what this rule owns.
         """
-        state = self.state(weight)
-        if rows is None:
-            old, old_state = weight, state
-        else:
-            old, old_state = weight[rows], {name: value[rows] for name, value in state.items()}
-        new, new_state = self.step_rows(old, gradient, old_state, learning_rate)
-        _write(weight, rows, old, new, bad)
-        for name, value in new_state.items():
-            _write(state[name], rows, old_state[name], value, bad)
+        if bad is not None and bad.device.type == "cpu":
+            if bool(bad):
+                return
+            bad = None
+        rows = slice(None) if rows is None else rows
+        parts = {"weight": weight, **(self.state(weight) if state is None else state)}
+        kept = {name: _take(part, rows) for name, part in parts.items()}
+        work = {name: _in_working_precision(old) for name, old in kept.items()}
+        work_state = {name: value for name, value in work.items() if name != "weight"}
+        self.move(work["weight"], gradient, work_state, learning_rate, bad)
+        for name, part in parts.items():
+            new = work[name]
+            if new.dtype != part.dtype:
+                new = self._round_stochastically(new)
+            elif isinstance(rows, slice):
+                continue  # a view: moved where it lies
+            _put(part, rows, new if bad is None else torch.where(bad, kept[name], new))
+
+    def _round_stochastically(self, values: Tensor) -> Tensor:
+        """fp32 -> bf16, up or down at random; the draws follow from a count that is saved."""
+        generator = torch.Generator(values.device)
+        generator.manual_seed(hash_key(0x5B, self.roundings))
+        self.roundings += 1
+        noise = torch.randint(
+            0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
+        )
+        # bf16 is the upper half of fp32: adding noise below and cutting off rounds with the
+        # right probability; the cut value converts exactly.
+        cut = (values.view(torch.int32) + noise) & -65536
+        return torch.where(torch.isfinite(values), cut.view(torch.float32), values).bfloat16()
 
 
-def _write(
-    into: Tensor, rows: Tensor | None, old: Tensor, new: Tensor, bad: Tensor | None
-) -> None:
-    if bad is not None:
-        new = torch.where(bad, old, new)
-    if rows is None:
-        into.copy_(new)
+def _take(part: Tensor, rows: Rows) -> Tensor:
+    return part[rows] if isinstance(rows, slice) else part.index_select(0, rows)
+
+
+def _put(part: Tensor, rows: Rows, new: Tensor) -> None:
+    if isinstance(rows, slice):
+        part[rows] = new
     else:
-        into[rows] = new
+        part.index_copy_(0, rows, new)
+
+
+def _in_working_precision(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype == torch.bfloat16 else rows
 
 
 class SGDRows(RowUpdate):
     """SGD with momentum and coupled weight decay: torch.optim.SGD's formulas, row by row."""
 
-    def __init__(self, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(state_dtype)
         self.momentum, self.weight_decay = momentum, weight_decay
 
     def create_state(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(weight)} if self.momentum else {}
-
-    def step_rows(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], learning_rate: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        direction = gradient + self.weight_decay * weight
+        """One momentum buffer. Zeros make the first step the plain gradient, as torch's."""
         if not self.momentum:
-            return weight - learning_rate * direction, {}
-        # A zero buffer makes the first step the plain gradient, as torch.optim.SGD has it.
-        direction = self.momentum * state["momentum_buffer"] + direction
-        return weight - learning_rate * direction, {"momentum_buffer": direction}
+            return {}
+        return {"momentum_buffer": torch.zeros_like(weight, dtype=self.state_dtype)}
+
+    def move(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        learning_rate: float,
+        bad: Tensor | None,
+    ) -> None:
+        """v = mu v + g + wd w;  w = w - lr v: torch's fused kernel, one pass over the rows."""
+        sgd(
+            [weight], [gradient], [state.get("momentum_buffer")],
+            fused=True, found_inf=None if bad is None else bad.to(torch.float32),
+            lr=learning_rate, momentum=self.momentum, weight_decay=self.weight_decay,
+            dampening=0.0, nesterov=False, maximize=False,
+        )  # fmt: skip
 
 
 class AdamWRows(RowUpdate):
@@ -106,27 +176,41 @@ class AdamWRows(RowUpdate):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 5e-4,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(state_dtype)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
 
     def create_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """Both averages, and the number of steps of every row."""
         return {
-            "exp_avg": torch.zeros_like(weight),
-            "exp_avg_sq": torch.zeros_like(weight),
+            "exp_avg": torch.zeros_like(weight, dtype=self.state_dtype),
+            "exp_avg_sq": torch.zeros_like(weight, dtype=self.state_dtype),
             # float64 holds counts exactly and the bias corrections to full precision
             "step": torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device),
         }
 
-    def step_rows(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], learning_rate: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def move(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        learning_rate: float,
+        bad: Tensor | None,
+    ) -> None:
+        """m, v as Adam's; w = w (1 - lr wd) - lr m^ / (sqrt(v^) + eps)."""
+        parts = [weight, state["exp_avg"], state["exp_avg_sq"], state["step"]]
+        before = [part.clone() for part in parts] if bad is not None else []
         beta1, beta2 = self.betas
-        step = state["step"] + 1
-        first = beta1 * state["exp_avg"] + (1 - beta1) * gradient
-        second = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient.square()
-        correction1 = (1 - beta1**step).to(weight.dtype)[:, None]
-        correction2 = (1 - beta2**step).sqrt().to(weight.dtype)[:, None]
-        change = (first / correction1) / (second.sqrt() / correction2 + self.eps)
-        new = weight * (1 - learning_rate * self.weight_decay) - learning_rate * change
-        return new, {"exp_avg": first, "exp_avg_sq": second, "step": step}
+        step = state["step"].add_(1)
+        first = state["exp_avg"].lerp_(gradient, 1 - beta1)
+        second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        by_row = (-1, *[1] * (weight.dim() - 1))
+        step_size = (learning_rate / (1 - beta1**step)).to(weight.dtype).view(by_row)
+        correction = (1 - beta2**step).sqrt().to(weight.dtype).view(by_row)
+        torch.sqrt(second, out=gradient)
+        gradient.div_(correction).add_(self.eps)
+        torch.div(first, gradient, out=gradient)
+        weight.mul_(1 - learning_rate * self.weight_decay).sub_(gradient.mul_(step_size))
+        for part, old in zip(parts, before, strict=False):
+            part.copy_(torch.where(bad, old, part))  # type: ignore[arg-type]

@@ -94,6 +94,20 @@ def draw_sample(
     return ClassSample(pool[order[:size]].sort().values)
 
 
+def likely_classes(
+    num_classes_local: int, sample_rate: float, *, seed: int, rank: int, step: int
+) -> Tensor:
+    """The classes `draw_sample` takes for this draw where no positive pushes one out, ascending.
+
+    Known before the batch is; all but the last few of a sample's negatives are among them.
+    """
+    size = sample_size(num_classes_local, sample_rate)
+    if num_classes_local == 0 or size == 0:
+        return torch.empty(0, dtype=torch.int64)
+    candidates = permutation_prefix(num_classes_local, size, key=hash_key(seed, rank, step))
+    return candidates[candidates < num_classes_local][:size].sort().values
+
+
 def hash_key(*numbers: int) -> int:
     """One 62-bit key from several whole numbers (splitmix64 steps; Steele et al. 2014)."""
     state = 0x9E3779B97F4A7C15

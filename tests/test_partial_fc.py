@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from head.row_update import AdamWRows, SGDRows
-from losses import ArcFace, CombinedMargin, CosFace, SphereFace
+from losses import ArcFace, CombinedMargin, CosFace, Margin, SphereFace
 from partial_fc import PartialFC
 from tests.conftest import RankFailure
 from tests.reference import dense_loss
@@ -39,35 +39,58 @@ def batch_for(rank: int, sizes: list[int], num_classes: int, width: int, seed: i
 
 
 def loss_and_gradients(
-    rank: int, world_size: int, margin: CombinedMargin, num_classes: int, sizes: list[int],
-    sample_rate: float, width: int,
+    rank: int, world_size: int, margin: Margin, num_classes: int, sizes: list[int],
+    sample_rate: float, width: int, path: str = "autograd", options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
+    """One step of plain gradient descent at rate 1, so that centres move by their gradient."""
     head = PartialFC(
-        margin, width, num_classes, sample_rate, row_update=SGDRows(), dtype=torch.float64, seed=3
-    )
+        margin, width, num_classes, sample_rate, row_update=SGDRows(0.0, 0.0), seed=3,
+        update="autograd" if path == "autograd" else "fused", dtype=torch.float64,
+        **(options or {}),
+    )  # fmt: skip
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias, generator=torch.Generator().manual_seed(rank))
+    before = [p.detach().clone() for p in head.parameters()]
     embeddings, labels, _, _ = batch_for(rank, sizes, num_classes, width)
-    loss = head(embeddings, labels)
+    loss = head(embeddings, labels, 1.0 if path == "fused" else None)
     loss.backward()
     classes = range(head.num_classes_local) if head._sample is None else head._sample.classes
+    classes = torch.tensor([head.class_range.start + int(c) for c in classes])
+    head.step(1.0)
+    gradients = [old - new.detach() for old, new in zip(before, head.parameters(), strict=True)]
     return {
         "loss": loss.detach(),
-        "weight": head.weight.detach(),
-        "grad_weight": head.weight.grad,
+        "weight": before[0],
+        "bias": before[1] if head.bias is not None else None,
+        "grad_weight": gradients[0],
+        "grad_bias": gradients[1] if head.bias is not None else None,
         "grad_embeddings": embeddings.grad,
-        "classes": torch.tensor([head.class_range.start + int(c) for c in classes]),
+        "classes": classes,
         "range": (head.class_range.start, head.class_range.stop),
+        "state": {name: value.clone() for name, value in head.named_buffers()},
     }
+
+
+PATHS = {
+    "autograd": ("autograd", {}),
+    "fused": ("fused", {}),
+    "fused, blocks of a few classes": ("fused", {"buffer_mib": 0.006}),
+    "deferred": ("deferred", {}),
+    "deferred, blocks of a few classes": ("deferred", {"buffer_mib": 0.006}),
+}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", MARGINS)
-def test_loss_and_both_gradients_equal_the_dense_twin(ranks, name, sample_rate, world_size):
+def test_loss_and_both_gradients_equal_the_dense_twin(ranks, name, path, sample_rate, world_size):
     margin, num_classes, width = MARGINS[name], 37, 8
     sizes = [5, 3, 0, 4][:world_size]  # ragged, one rank without a row
     parts = ranks.run(
-        world_size, loss_and_gradients, margin, num_classes, sizes, sample_rate, width
-    )
+        world_size, loss_and_gradients, margin, num_classes, sizes, sample_rate, width,
+        *PATHS[path],
+    )  # fmt: skip
     _, _, embeddings, labels = batch_for(0, sizes, num_classes, width)
     embeddings.requires_grad_(True)
     weight = torch.cat([part["weight"] for part in parts]).requires_grad_(True)
@@ -146,7 +169,8 @@ def steps_of_head(
     """Weight, state and sample after each of some steps on changing batches."""
     update = SGDRows(0.9, 1e-2) if rule == "sgd" else AdamWRows(weight_decay=1e-2)
     head = PartialFC(
-        CosFace(0.2, 8.0), 8, 41, sample_rate, row_update=update, dtype=torch.float64, seed=1
+        CosFace(0.2, 8.0), 8, 41, sample_rate, row_update=update, dtype=torch.float64, seed=1,
+        update="autograd",
     )
     history = []
     for step in range(steps):

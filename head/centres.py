@@ -1,0 +1,125 @@
+"""The rows of a step: the class centres (and biases) that take part, read and moved in blocks.
+
+The engine knows this protocol only. `ShardCentres` reads the shard where it lies, all of it or
+the rows of a sample; head/host_centres.py keeps the shard in host memory.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from head.row_update import RowUpdate
+
+
+class Centres(Protocol):
+    """Rows 0 .. num_rows - 1 of one step; K sub-centres of a class are K rows in a row."""
+
+    num_rows: int
+    copies_per_block: int
+    """Matrices [rows, D] that reading and moving a block copies, beside the gradient."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """[stop - start, D] in working precision; a view where that is possible."""
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """[n, D] of any rows, as constants."""
+
+    def read_bias(self, start: int, stop: int) -> Tensor | None:
+        """[stop - start], None where there is no bias."""
+
+    def read_bias_rows(self, rows: Tensor) -> Tensor | None:
+        """[n] of any rows, None where there is no bias."""
+
+    def update(
+        self,
+        start: int,
+        stop: int,
+        gradient: Tensor,
+        bias_gradient: Tensor | None,
+        learning_rate: float,
+        bad: Tensor | None,
+    ) -> None:
+        """One step of the rule for these rows; the gradients may be overwritten."""
+
+    def flush(self) -> None:
+        """Called when all rows of the step have moved."""
+
+
+class ShardCentres:
+    """Rows of this rank's shard, on the device the head works on.
+
+    Args:
+        weight: [num_rows_local, D].
+        rule: moves it, and owns its state.
+        bias: [num_rows_local] or None; bias_rule: its rule.
+        rows: [S] int64 distinct rows that take part, None for all.
+        state: the rule's state for `weight`; None: what the rule owns.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        rule: RowUpdate | None,
+        bias: Tensor | None = None,
+        bias_rule: RowUpdate | None = None,
+        rows: Tensor | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.weight, self.rule, self.bias, self.bias_rule = weight, rule, bias, bias_rule
+        self.rows, self.state = rows, state
+        self.num_rows = weight.shape[0] if rows is None else rows.shape[0]
+        is_half = weight.dtype == torch.bfloat16
+        # read; weight and state taken and put back (AdamW has two averages)
+        self.copies_per_block = 0 if rows is None and not is_half else 5
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """[stop - start, D]: a view of the shard, or copies of the sampled rows."""
+        return _working(self._block(self.weight, start, stop))
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """[n, D] of any rows."""
+        return _working(self._pick(self.weight, rows))
+
+    def read_bias(self, start: int, stop: int) -> Tensor | None:
+        """[stop - start] or None."""
+        return None if self.bias is None else _working(self._block(self.bias, start, stop))
+
+    def read_bias_rows(self, rows: Tensor) -> Tensor | None:
+        """[n] or None."""
+        return None if self.bias is None else _working(self._pick(self.bias, rows))
+
+    def update(
+        self,
+        start: int,
+        stop: int,
+        gradient: Tensor,
+        bias_gradient: Tensor | None,
+        learning_rate: float,
+        bad: Tensor | None,
+    ) -> None:
+        """Move these rows and their state, nothing else."""
+        assert self.rule is not None
+        rows = slice(start, stop) if self.rows is None else self.rows[start:stop]
+        self.rule.update_rows(self.weight, gradient, rows, learning_rate, bad, self.state)
+        if self.bias is not None and self.bias_rule is not None and bias_gradient is not None:
+            self.bias_rule.update_rows(self.bias, bias_gradient, rows, learning_rate, bad)
+
+    def flush(self) -> None:
+        """Nothing: rows move where they lie."""
+
+    def _block(self, values: Tensor, start: int, stop: int) -> Tensor:
+        values = values.detach()
+        if self.rows is None:
+            return values[start:stop]
+        return values.index_select(0, self.rows[start:stop])
+
+    def _pick(self, values: Tensor, rows: Tensor) -> Tensor:
+        rows = rows if self.rows is None else self.rows[rows]
+        return values.detach().index_select(0, rows)
+
+
+def _working(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype == torch.bfloat16 else rows

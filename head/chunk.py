@@ -1,0 +1,118 @@
+"""The maths of one block of class centres; no loop, no collective, no state.
+
+Shapes: B rows of the global batch, n classes in the block, K centres per class, n K rows of D.
+The target's class is left out of all sums here: it has a logit of its own (head/engine.py).
+
+With E_ij = exp(z_ij - m_i) slope_ij, and per-row factors r_i that turn it into the gradient of
+the loss with respect to the similarity, the block gives
+
+    dE_i += r_i sum_j E_ij w^_j        dw^_j = sum_i r_i E_ij e^_i       w^ = w / |w|
+    dw_j = (dw^_j - <dw^_j, w^_j> w^_j) / |w_j|
+
+1 / |w_j| is multiplied into the columns of E rather than into the rows of w: for B <= 2 D that
+is less to read and write, and no normalised copy of w has to exist.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from margins.base import Context, Margin
+
+NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
+_DOTS_PER_PRODUCT = 4
+
+
+def inverse_norms(centres: Tensor) -> Tensor:
+    """1 / |w_j| of [rows, D], with normalize's floor."""
+    return torch.linalg.vector_norm(centres, dim=1).clamp_min_(NORM_FLOOR).reciprocal_()
+
+
+def matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left @ right with operands in `dtype`; the result in fp32 (fp64 for fp64) at least.
+
+    Half-precision products add up in fp32; CUDA hands over those sums, a CPU rounds them once.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return torch.mm(left, right, out=out)
+    left, right = left.to(dtype), right.to(dtype)
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right).float()
+
+
+def exponentials(
+    similarities: Tensor,
+    margin: Margin,
+    context: Context,
+    target_column: Tensor,
+    centres_per_class: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax numerators of the classes that are not the target, in the place of similarities.
+
+    Args:
+        similarities: [B, n K], already times s unless the margin touches the other classes;
+            overwritten.
+        target_column: [B] int64 column (class) of the target in this block, outside [0, n)
+            where it is not in it.
+        centres_per_class: K; a class counts with its best centre.
+
+    Returns:
+        (E [B, n K] with the slope of `margin.others` multiplied in, 0 for the target and for
+        centres that are not their class's best; row maxima m [B], -inf where no class is left;
+        row sums of exp(z - m) [B]).
+    """
+    best: Tensor | None = None
+    z = similarities
+    if centres_per_class > 1:
+        z, best = similarities.view(len(similarities), -1, centres_per_class).max(dim=2)
+    slope: Tensor | None = None
+    if margin.touches_others:
+        values, slope = margin.others(z, context)
+        z = z.copy_(values) if values is not z else z
+    inside = (target_column >= 0) & (target_column < z.shape[1])
+    column = target_column.clamp(0, z.shape[1] - 1)[:, None]
+    z.scatter_(1, column, torch.where(inside[:, None], -math.inf, z.gather(1, column)))
+
+    row_max = z.amax(dim=1)
+    z.sub_(row_max.masked_fill(row_max == -math.inf, 0.0)[:, None])  # -inf - -inf would be NaN
+    if margin.touches_others:
+        z.mul_(margin.scale)
+        row_max = row_max * margin.scale
+    z.exp_()
+    row_sum = z.sum(dim=1)
+    if slope is not None:
+        z.mul_(slope)
+    if best is not None:
+        grouped = similarities.zero_().view(*z.shape, centres_per_class)
+        grouped.scatter_(2, best[:, :, None], z[:, :, None])
+    return similarities, row_max, row_sum
+
+
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """<left_j, right_j> of [rows, D] twice.
+
+    On a CPU as the diagonals of small products, half the time of torch.linalg.vecdot.
+    """
+    rows = left.shape[0]
+    if left.device.type != "cpu" or rows % _DOTS_PER_PRODUCT:
+        return torch.linalg.vecdot(left, right)
+    shape = (rows // _DOTS_PER_PRODUCT, _DOTS_PER_PRODUCT, left.shape[1])
+    products = torch.bmm(left.view(shape), right.view(shape).transpose(1, 2))
+    return products.diagonal(dim1=1, dim2=2).reshape(rows)
+
+
+def through_normalisation_(
+    gradient: Tensor, centres: Tensor, inverse_norm: Tensor, scratch: Tensor
+) -> Tensor:
+    """From dw^ / |w| to dw, in place: the part along w goes.
+
+    Args:
+        gradient: [rows, D], sum_i r_i E_ij e^_i / |w_j|.
+        centres: [rows, D], w; inverse_norm: [rows]; scratch: [rows, D].
+    """
+    along = row_dots(gradient, centres).mul_(inverse_norm).mul_(inverse_norm)
+    return gradient.sub_(torch.mul(centres, along[:, None], out=scratch))
