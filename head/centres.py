@@ -18,11 +18,11 @@ class Centres(Protocol):
     """Rows 0 .. num_rows - 1 of one step; K sub-centres of a class are K rows in a row."""
 
     num_rows: int
-    copies_per_block: int
-    """Matrices [rows, D] that reading and moving a block copies, beside the gradient."""
+    reads_copies: bool
+    """`read` gives a copy (sampled rows, half precision) rather than a view of the shard."""
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, D] in working precision; a view where that is possible."""
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """[stop - start, D] in working precision; `out` is used for it where it is a copy."""
 
     def read_rows(self, rows: Tensor) -> Tensor:
         """[n, D] of any rows, as constants."""
@@ -37,12 +37,17 @@ class Centres(Protocol):
         self,
         start: int,
         stop: int,
+        current: Tensor,
         gradient: Tensor,
         bias_gradient: Tensor | None,
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """One step of the rule for these rows; the gradients may be overwritten."""
+        """One step of the rule for these rows.
+
+        Args:
+            current: the rows as `read` gave them; overwritten, as the gradients may be.
+        """
 
     def flush(self) -> None:
         """Called when all rows of the step have moved."""
@@ -71,13 +76,16 @@ class ShardCentres:
         self.weight, self.rule, self.bias, self.bias_rule = weight, rule, bias, bias_rule
         self.rows, self.state = rows, state
         self.num_rows = weight.shape[0] if rows is None else rows.shape[0]
-        is_half = weight.dtype == torch.bfloat16
-        # read; weight and state taken and put back (AdamW has two averages)
-        self.copies_per_block = 0 if rows is None and not is_half else 5
+        self.reads_copies = rows is not None or weight.dtype == torch.bfloat16
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """[stop - start, D]: a view of the shard, or copies of the sampled rows."""
-        return _working(self._block(self.weight, start, stop))
+        weight = self.weight.detach()
+        if self.rows is None:
+            return _working(weight[start:stop])
+        if weight.dtype == torch.bfloat16:
+            return weight.index_select(0, self.rows[start:stop]).float()
+        return torch.index_select(weight, 0, self.rows[start:stop], out=out)
 
     def read_rows(self, rows: Tensor) -> Tensor:
         """[n, D] of any rows."""
@@ -85,16 +93,20 @@ class ShardCentres:
 
     def read_bias(self, start: int, stop: int) -> Tensor | None:
         """[stop - start] or None."""
-        return None if self.bias is None else _working(self._block(self.bias, start, stop))
+        if self.bias is None:
+            return None
+        bias = self.bias.detach()
+        return bias[start:stop] if self.rows is None else bias[self.rows[start:stop]]
 
     def read_bias_rows(self, rows: Tensor) -> Tensor | None:
         """[n] or None."""
-        return None if self.bias is None else _working(self._pick(self.bias, rows))
+        return None if self.bias is None else self._pick(self.bias, rows)
 
     def update(
         self,
         start: int,
         stop: int,
+        current: Tensor,
         gradient: Tensor,
         bias_gradient: Tensor | None,
         learning_rate: float,
@@ -103,18 +115,15 @@ class ShardCentres:
         """Move these rows and their state, nothing else."""
         assert self.rule is not None
         rows = slice(start, stop) if self.rows is None else self.rows[start:stop]
-        self.rule.update_rows(self.weight, gradient, rows, learning_rate, bad, self.state)
+        self.rule.update_rows(
+            self.weight, gradient, rows, learning_rate, bad,
+            state=self.state, current=current if self.reads_copies else None,
+        )  # fmt: skip
         if self.bias is not None and self.bias_rule is not None and bias_gradient is not None:
             self.bias_rule.update_rows(self.bias, bias_gradient, rows, learning_rate, bad)
 
     def flush(self) -> None:
         """Nothing: rows move where they lie."""
-
-    def _block(self, values: Tensor, start: int, stop: int) -> Tensor:
-        values = values.detach()
-        if self.rows is None:
-            return values[start:stop]
-        return values.index_select(0, self.rows[start:stop])
 
     def _pick(self, values: Tensor, rows: Tensor) -> Tensor:
         rows = rows if self.rows is None else self.rows[rows]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from head.centres import Centres
-from head.chunk import exponentials, inverse_norms, matmul, through_normalisation_
+from head.chunk import exponentials, inverse_norms, matmul, through_normalisation
 from head.collectives import combine_softmax
 from head.target import Target, TargetGradient
 from head.work_buffer import WORK_SHARE, BlockCost, Plan, WorkBuffer, plan_blocks
@@ -83,8 +83,10 @@ class Engine:
             batch, width, like.itemsize,
             kept_bytes=self.matmul_dtype(like).itemsize,
             batch_matrices=batch_matrices,
-            # gradient and a temporary; the centres' copy in half precision; what reading copies
-            width_matrices=2 + half + centres.copies_per_block,
+            # gradient, before and after the normalisation; the centres' copy in half precision; for sampled rows the
+            # centres' copy and that of the rule's state (AdamW has two averages)
+            width_matrices=2 + half + 3 * centres.reads_copies,
+            reads_copies=centres.reads_copies,
         )  # fmt: skip
         share = WORK_SHARE.get(like.device.type, 1 / 2)
         return plan_blocks(
@@ -135,7 +137,7 @@ class Engine:
         self.lend_buffer(largest)
         update = Update(self, passes, learning_rate, bad)
         for start, stop in largest.plan.blocks():
-            rows = largest.centres.read(start, stop)
+            rows = largest.read(start, stop)
             for one in passes:
                 update.add(one, one.block(start, stop, rows), rows)
             update.apply(start, stop, rows)
@@ -164,8 +166,8 @@ class Engine:
         if self._buffer is None:
             self._buffer = WorkBuffer(one.unit.device, one.unit.dtype, self.matmul_dtype(one.unit))
         if self._buffer_user is not None:
-            self._buffer_user.kept.clear()
-        one.kept.clear()
+            self._buffer_user.forget_kept()
+        one.forget_kept()
         self._buffer.arrange(one.plan, *one.unit.shape)
         self._buffer_user = one
 
@@ -193,8 +195,14 @@ class Pass:
         self.row_weight, self.learning_rate = row_weight, learning_rate
         self.plan = engine.plan(centres, *unit.shape, unit)
         self.kept: dict[tuple[int, int], Block] = {}
+        self.copies: dict[tuple[int, int], Tensor] = {}
         self.times_moved = engine.times_moved
         self.upstream: Tensor | None = None  # gradient of the loss, once backward has seen it
+
+    def forget_kept(self) -> None:
+        """The buffer is needed by another pass: what was kept is made again."""
+        self.kept.clear()
+        self.copies.clear()
 
     def forward(self) -> Tensor:
         """Mean loss over the global batch; non-finite makes a bad step."""
@@ -247,7 +255,7 @@ class Pass:
 
         gradient = self.target_coefficient()[:, None] * self.target.unit_centre  # [B, D]
         for start, stop in self.plan.blocks():
-            rows = self.centres.read(start, stop)  # [rows, D]
+            rows = self.read(start, stop)  # [rows, D]
             block = self.block(start, stop, rows)
             part = matmul(block.numerators, rows, self._matmul_dtype)
             gradient.addcmul_(self.row_factor(block)[:, None], part)
@@ -257,6 +265,18 @@ class Pass:
         if update is not None:
             update.finish()
         return gradient, self._norm_gradient()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Centres of a block, [rows, D]; copies that fit the buffer are made once."""
+        if not self.centres.reads_copies:
+            return self.centres.read(start, stop)
+        copy = self.copies.get((start, stop))
+        if copy is None:
+            place = self.engine.buffer.copied_centres(start, stop)
+            copy = self.centres.read(start, stop, place)
+            if place is not None:
+                self.copies[start, stop] = copy
+        return copy
 
     def block(self, start: int, stop: int, rows: Tensor) -> Block:
         """Numerators of rows start .. stop - 1: kept ones, or made again."""
@@ -295,7 +315,7 @@ class Pass:
         total = torch.zeros_like(peak)
         for start, stop in self.plan.blocks():
             keep = stop <= self.plan.kept_rows
-            block, row_sum = self._visit(start, stop, self.centres.read(start, stop), keep)
+            block, row_sum = self._visit(start, stop, self.read(start, stop), keep)
             if keep:
                 self.kept[start, stop] = block
             higher = torch.maximum(peak, block.row_max)
@@ -389,7 +409,7 @@ class Update:
         is_first = self._gradient is None
         part = matmul(
             block.numerators.t(), scaled, self.engine.matmul_dtype(one.unit),
-            out=self.engine.buffer.width_matrix(len(rows), 0) if is_first else None,
+            out=self.engine.buffer.width_matrix(len(rows)) if is_first else None,
         )  # [rows, D]
         self._gradient = part if self._gradient is None else self._gradient.add_(part)
         if self.centres.read_bias(0, 0) is not None:
@@ -409,10 +429,9 @@ class Update:
         for target in self.targets.values():
             target.add_to(start, gradient, bias_gradient)
         if self._inverse_norm is not None:
-            scratch = self.engine.buffer.width_matrix(stop - start, 1)
-            through_normalisation_(gradient, rows, self._inverse_norm, scratch)
+            gradient = through_normalisation(gradient, rows, self._inverse_norm)
         self.centres.update(
-            start, stop, gradient, bias_gradient, self.learning_rate, self.bad
+            start, stop, rows, gradient, bias_gradient, self.learning_rate, self.bad
         )
 
     def finish(self) -> None:

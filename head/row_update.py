@@ -73,7 +73,9 @@ class RowUpdate(ABC):
         rows: Rows | None,
         learning_rate: float,
         bad: Tensor | None = None,
+        *,
         state: dict[str, Tensor] | None = None,
+        current: Tensor | None = None,
     ) -> None:
         """Step `weight[rows]` in place.
 
@@ -85,6 +87,8 @@ class RowUpdate(ABC):
             bad: boolean scalar on the device; where true nothing moves. On an accelerator this
                 is decided there, without waiting for it.
             state: of `weight`; None: what this rule owns.
+            current: a copy of `weight[rows]` in working precision, if the caller has one already;
+                overwritten.
         """
         if bad is not None and bad.device.type == "cpu":
             if bool(bad):
@@ -92,17 +96,21 @@ class RowUpdate(ABC):
             bad = None
         rows = slice(None) if rows is None else rows
         parts = {"weight": weight, **(self.state(weight) if state is None else state)}
-        kept = {name: _take(part, rows) for name, part in parts.items()}
-        work = {name: _in_working_precision(old) for name, old in kept.items()}
+        work = {
+            name: current
+            if name == "weight" and current is not None
+            else _in_working_precision(_take(part, rows))
+            for name, part in parts.items()
+        }
         work_state = {name: value for name, value in work.items() if name != "weight"}
         self.move(work["weight"], gradient, work_state, learning_rate, bad)
         for name, part in parts.items():
             new = work[name]
             if new.dtype != part.dtype:
-                new = self._round_stochastically(new)
+                new = self._round_stochastically(new)  # leaves what did not move as it was
             elif isinstance(rows, slice):
                 continue  # a view: moved where it lies
-            _put(part, rows, new if bad is None else torch.where(bad, kept[name], new))
+            _put(part, rows, new)
 
     def _round_stochastically(self, values: Tensor) -> Tensor:
         """fp32 -> bf16, up or down at random; the draws follow from a count that is saved."""

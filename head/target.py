@@ -98,24 +98,28 @@ class TargetGradient:
         """Add the entries of rows start, start + 1, ... to [rows, D] and [rows]."""
         stop = start + gradient.shape[0]
         if gradient.device.type == "cpu":
-            bounds = torch.tensor([start, stop])
-            low, high = torch.searchsorted(self.rows, bounds).tolist()
-            entries: Tensor | slice = slice(low, high)
-            place, share = self.rows[low:high] - start, None
-        else:
-            # Without waiting for the device: rows are distinct, so at most stop - start entries
-            # lie in the block, side by side. Those beyond it add zero.
-            low = torch.searchsorted(self.rows, start)
-            count = min(len(self.rows), stop - start)
-            entries = (low + torch.arange(count, device=gradient.device)).clamp_max(
-                len(self.rows) - 1
-            )
-            inside = self.rows[entries] < stop
-            inside[1:] &= entries[1:] != entries[:-1]  # the last one, met again by the clamp
-            place, share = (self.rows[entries] - start).clamp_max(stop - start - 1), inside
-        values, bias = self.gradient[entries], self.bias[entries]
-        if share is not None:
-            values, bias = torch.where(share[:, None], values, 0.0), torch.where(share, bias, 0.0)
-        gradient.index_add_(0, place, values)
+            low, high = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
+            if low == high:
+                return
+            place = self.rows[low:high] - start
+            _add(gradient, place, self.gradient[low:high])
+            if bias_gradient is not None:
+                _add(bias_gradient, place, self.bias[low:high])
+            return
+        # Without waiting for the device: entries are distinct rows in order, so those in the
+        # block lie side by side and are at most as many as it has rows. The others add zero.
+        low = torch.searchsorted(self.rows, start)
+        count = min(len(self.rows), stop - start)
+        entry = low + torch.arange(count, device=gradient.device)
+        inside = entry < len(self.rows)
+        entry = entry.clamp_max(len(self.rows) - 1)
+        inside &= self.rows[entry] < stop
+        place = (self.rows[entry] - start).clamp(0, stop - start - 1)
+        gradient.index_add_(0, place, torch.where(inside[:, None], self.gradient[entry], 0.0))
         if bias_gradient is not None:
-            bias_gradient.index_add_(0, place, bias)
+            bias_gradient.index_add_(0, place, torch.where(inside, self.bias[entry], 0.0))
+
+
+def _add(into: Tensor, rows: Tensor, values: Tensor) -> None:
+    """into[rows] += values for distinct rows; index_add_ costs far more for few of them (CPU)."""
+    into.index_copy_(0, rows, into.index_select(0, rows).add_(values))

@@ -32,6 +32,7 @@ class BlockCost:
         element_bytes: of the working precision; kept_bytes: of a kept numerator.
         batch_matrices: matrices [B, rows] a block in work needs at once.
         width_matrices: matrices [rows, D] it needs at once.
+        reads_copies: reading centres copies them, so copies are worth keeping.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class BlockCost:
     kept_bytes: int = 4
     batch_matrices: int = 1
     width_matrices: int = 2
+    reads_copies: bool = False
 
     @property
     def work_bytes_per_row(self) -> int:
@@ -55,11 +57,13 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """How `num_rows` rows are cut into blocks, and of how many the numerators are kept."""
+    """How `num_rows` rows are cut into blocks, of how many the numerators are kept, and of how
+    many the copied centres (sampled rows) stay as well."""
 
     num_rows: int
     rows_per_block: int
     kept_rows: int
+    copied_rows: int = 0
 
     def blocks(self) -> list[tuple[int, int]]:
         """(start, stop) of every block, in order."""
@@ -84,14 +88,20 @@ def plan_blocks(
         )
     num_classes = max(1, num_rows // centres_per_class)
     classes = min(max(1, int(budget_bytes * work_share) // per_class), num_classes)
-    # Blocks of about one size rather than a small last one; multiples of 4 suit row_dots.
+    # Blocks of about one size rather than a small last one.
     classes = -(-num_classes // -(-num_classes // classes))
-    if classes % 4 and classes > 4:
-        classes = classes // 4 * 4
     rows = classes * centres_per_class
-    kept = (budget_bytes - rows * cost.work_bytes_per_row) // cost.kept_bytes_per_row
-    kept = num_rows if kept >= num_rows else kept // rows * rows
-    return Plan(num_rows, rows, kept)
+    left = budget_bytes - rows * cost.work_bytes_per_row
+    kept = _whole_blocks(left // cost.kept_bytes_per_row, rows, num_rows)
+    copied = 0
+    if cost.reads_copies and kept == num_rows:
+        left -= kept * cost.kept_bytes_per_row
+        copied = _whole_blocks(left // (cost.width * cost.element_bytes), rows, num_rows)
+    return Plan(num_rows, rows, kept, copied)
+
+
+def _whole_blocks(rows: int, rows_per_block: int, num_rows: int) -> int:
+    return num_rows if rows >= num_rows else rows // rows_per_block * rows_per_block
 
 
 class WorkBuffer:
@@ -112,9 +122,11 @@ class WorkBuffer:
         """Lay the buffer out for a plan; what it held before is lost."""
         self._rows, self._batch, self._width = plan.rows_per_block, batch, width
         item = self.dtype.itemsize
-        self._kept_at = item * self._rows * (batch + 2 * width)
+        self._kept_at = item * self._rows * (batch + width)
         self._norms_at = self._kept_at + _up(plan.kept_rows * batch * self.kept_dtype.itemsize)
-        size = self._norms_at + plan.kept_rows * item
+        self._copies_at = self._norms_at + _up(plan.kept_rows * item)
+        self._copied_rows = plan.copied_rows
+        size = self._copies_at + plan.copied_rows * width * item
         if size > self._bytes.numel():
             self._bytes = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
             self._bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -123,9 +135,9 @@ class WorkBuffer:
         """Scratch [B, rows]."""
         return self._cut(0, self._batch * rows, self.dtype).view(self._batch, rows)
 
-    def width_matrix(self, rows: int, number: int) -> Tensor:
-        """Scratch [rows, D]; there are two, number 0 and 1."""
-        start = self.dtype.itemsize * self._rows * (self._batch + number * self._width)
+    def width_matrix(self, rows: int) -> Tensor:
+        """Scratch [rows, D]."""
+        start = self.dtype.itemsize * self._rows * self._batch
         return self._cut(start, rows * self._width, self.dtype).view(rows, self._width)
 
     def kept_numerators(self, start: int, stop: int) -> Tensor:
@@ -137,6 +149,13 @@ class WorkBuffer:
     def kept_inverse_norms(self, start: int, stop: int) -> Tensor:
         """[stop - start]."""
         return self._cut(self._norms_at + start * self.dtype.itemsize, stop - start, self.dtype)
+
+    def copied_centres(self, start: int, stop: int) -> Tensor | None:
+        """[stop - start, D] for copies that stay; None past `copied_rows` of the plan."""
+        if stop > self._copied_rows:
+            return None
+        at = self._copies_at + start * self._width * self.dtype.itemsize
+        return self._cut(at, (stop - start) * self._width, self.dtype).view(-1, self._width)
 
     def _cut(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
         return self._bytes[start : start + count * dtype.itemsize].view(dtype)
