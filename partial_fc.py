@@ -78,6 +78,7 @@ class PartialFC(nn.Module):
         weight: [num_classes_local * K, D] parameter, this rank's class centres, class-major.
         bias: [num_classes_local * K] parameter or None, as the margin has it.
         class_range: `range` of the global classes they belong to.
+        work_dtype: what it computes in: float32, or float64 with float64 centres.
 
     Raises:
         ValueError: an argument outside its domain; a work buffer too small for one class.
@@ -125,7 +126,7 @@ class PartialFC(nn.Module):
         self._rules = BatchRules(
             embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
         )
-        self._work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
         lives_on = self.device if centre_device is None else centre_device
         rows = self.num_classes_local * centres_per_class
@@ -135,10 +136,10 @@ class PartialFC(nn.Module):
         fill_initial_centres(self.weight, self.class_range.start * centres_per_class, seed)
         self.bias: nn.Parameter | None = None
         if margin.bias:
-            self.bias = nn.Parameter(torch.zeros(rows, device=lives_on, dtype=self._work_dtype))
+            self.bias = nn.Parameter(torch.zeros(rows, device=lives_on, dtype=self.work_dtype))
         self._bias_update = copy.deepcopy(row_update) if margin.bias else None
         for name, value in margin.initial_state().items():
-            state = torch.tensor(value, dtype=self._work_dtype, device=self.device)
+            state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
         self._margin_before: dict[str, Tensor] = {}  # at the start of the step
 
@@ -167,7 +168,7 @@ class PartialFC(nn.Module):
         self._samples_drawn = 0
         self._forwards = 0
         if self.engine is not None and batch_size_per_rank is not None:
-            like = torch.empty(0, dtype=self._work_dtype, device=self.device)
+            like = torch.empty(0, dtype=self.work_dtype, device=self.device)
             batch = batch_size_per_rank * self.world_size
             self.engine.plan(self._centres(), batch, embedding_size, like)  # or say that it can't
 
@@ -197,7 +198,7 @@ class PartialFC(nn.Module):
         """
         with torch.autocast(local_embeddings.device.type, enabled=False):
             batch = self._rules.gather(
-                local_embeddings.to(self.device), local_labels.to(self.device), self._work_dtype
+                local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
             )
             column = self._begin_sample(self._localise(batch.labels))  # [B]
             centres = self._centres()
@@ -285,6 +286,17 @@ class PartialFC(nn.Module):
         self._forwards = state["forwards"]
         if self.row_update is not None:
             self.row_update.roundings = state["roundings"]
+
+    def describe_memory(self) -> str:
+        """What the head holds on this rank, for the log."""
+        state = [] if self.row_update is None else self.row_update.state(self.weight).values()
+        size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
+        if self.engine is None:
+            return f"centres and state {size:,.0f} MiB; logits and gradients by autograd"
+        return (
+            f"centres and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
+            f"work buffer {self.engine.budget_bytes / 2**20:,.0f} MiB"
+        )
 
     def extra_repr(self) -> str:
         """For print(head)."""

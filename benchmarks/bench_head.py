@@ -1,16 +1,21 @@
-"""What a step of the head costs: forward, backward and update, against the head of today.
+"""What a step of the head costs: forward, backward and update, against the heads of today.
 
-    python -m benchmarks.bench_head [--quick] [--json FILE]
+    python -m benchmarks.bench_head [--quick] [--json FILE] [--plot FILE] [--device cuda]
 
-In one run and in turn: one matmul [B, D] x [D, C] (the unit), the dense head as users have it
-(tests/reference.py DenseHead; also with utils/memory.py's setting, which alone gives much on a
-CPU), and PartialFC at sample rates 1 and 0.1. Medians of the repeats;
-peak memory above what weights and momentum hold, from a process of its own per row.
+In one run, each in a process of its own: plain data parallel (the whole weight on every rank,
+out-of-place autograd), the dense sharded head as users have it (tests/reference.py DenseHead),
+torch's linear_cross_entropy (no margin, plain softmax), our readable autograd path and the engine.
+Units: one matmul [B, D] x [D, C] over all classes, measured between the steps; and the larger of
+two floors, 6 B S D FLOPs at the measured matmul rate and the bytes that must move (weights read
+twice and written, momentum read and written) at the measured copy rate. Medians after a warm-up;
+peak memory above weights and momentum. The heads of today run with the allocator as it is, ours
+with utils/memory.py, as train_v2.py sets it; "dense, memory kept" tells the two apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing as mp
 import platform
@@ -20,9 +25,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear, linear_cross_entropy, normalize
 
 from head.row_update import SGDRows
 from losses import ArcFace
@@ -31,110 +38,294 @@ from tests.reference import DenseHead
 from utils.memory import keep_freed_memory
 
 WIDTH = 512
-HEADS = ("dense", "dense, memory kept", "partial_fc r=1", "partial_fc r=0.1")
+LEARNING_RATE = 0.1
+BASELINE = "dense"
+SUMMARY = ("head", "classes", "batch", "r", "step ms", "/ matmul", "/ floor", "of dense", "peak MiB")
 
 
-def make_step(head: str, num_classes: int, batch: int, learning_rate: float) -> Callable[[], None]:
-    """A function that does one step of the head by name, on fixed random input."""
+class Case(NamedTuple):
+    """One row of the table."""
+
+    head: str
+    num_classes: int
+    batch: int
+    sample_rate: float
+
+
+class Result(NamedTuple):
+    """Medians in seconds; memory in MiB."""
+
+    step: float
+    matmul: float
+    floor: float
+    peak_mib: float
+
+
+def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
+    """All combinations that fit; the dense heads need about 8 B C bytes beside their weights."""
+    if quick:
+        sizes = [(100_000, 128)]
+    elif device == "cpu":
+        sizes = [
+            (100_000, 128), (100_000, 512), (100_000, 1024), (400_000, 128), (400_000, 512),
+            (1_000_000, 128),
+        ]  # fmt: skip
+    else:
+        sizes = [(c, b) for c in (100_000, 400_000, 1_000_000, 2_000_000) for b in (128, 512, 1024)]
+    found = []
+    for num_classes, batch in sizes:
+        rates = (1.0, 0.1) if quick else (1.0, 0.3, 0.1)
+        for rate in rates:
+            weights = 8 * WIDTH * num_classes / 2**30
+            logits = 4 * batch * num_classes * rate / 2**30
+            for head, needed in (
+                ("data parallel", 2 * weights + 7 * logits if rate == 1.0 else 1e9),
+                ("dense", 1.7 * weights + 4 * logits),
+                ("dense, memory kept", 1.7 * weights + 6 * logits if rate == 1.0 else 1e9),
+                ("linear_cross_entropy", 2 * weights if rate == 1.0 else 1e9),
+                ("autograd", 2 * weights + 6 * logits),
+                ("engine", weights + 0.5),
+            ):
+                if needed < 0.8 * memory_gib:
+                    found.append(Case(head, num_classes, batch, rate))
+    return found
+
+
+def growth_cases(quick: bool, memory_gib: float) -> list[Case]:
+    """The engine at a fixed number of sampled classes, 20,000, as C grows."""
+    sizes = [100_000, 400_000] if quick else [100_000, 400_000, 1_000_000, 4_000_000]
+    fitting = [c for c in sizes if 8 * WIDTH * c / 2**30 < 0.75 * memory_gib]
+    return [Case("engine", c, 128, 20_000 / c) for c in fitting]
+
+
+def make_step(case: Case, device: str) -> Callable[[], None]:
+    """A function that does one step of the head, on fixed random input."""
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(batch, WIDTH, generator=generator).requires_grad_(True)
-    labels = torch.randint(num_classes, (batch,), generator=generator)
-    if head.startswith("dense"):
-        dense = DenseHead(torch.randn(num_classes, WIDTH, generator=generator) * 0.01)
+    embeddings = torch.randn(case.batch, WIDTH, generator=generator).to(device)
+    embeddings.requires_grad_(True)
+    labels = torch.randint(case.num_classes, (case.batch,), generator=generator).to(device)
+    if case.head in ("autograd", "engine"):
+        return _our_step(case, embeddings, labels, device)
+
+    weight = torch.randn(case.num_classes, WIDTH, generator=generator).mul_(0.01).to(device)
+    if case.head.startswith("dense"):
+        dense = DenseHead(weight, LEARNING_RATE, case.sample_rate)
         return lambda: _clear(embeddings, dense.step(embeddings, labels))
-    rate = float(head.split("=")[1])
-    margin = ArcFace(gradient="straight_through")
-    ours = PartialFC(
-        margin, WIDTH, num_classes, rate, row_update=SGDRows(), batch_size_per_rank=batch
-    )
+
+    centres = torch.nn.Parameter(weight)
+    optimizer = torch.optim.SGD([centres], LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+    options = torch.nn.LinearCrossEntropyOptions() if case.head.startswith("linear") else None
 
     def step() -> None:
-        loss = ours(embeddings, labels)
+        if options is not None:
+            loss = linear_cross_entropy(embeddings, centres, labels, options=options)
+        else:
+            logits = ArcFace().logits(linear(normalize(embeddings), normalize(centres)), labels)
+            loss = cross_entropy(logits, labels)
         loss.backward()
-        ours.step(learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
         _clear(embeddings, loss)
 
     return step
 
 
-def _clear(embeddings: torch.Tensor, loss: torch.Tensor) -> None:
-    assert torch.isfinite(loss)
+def _our_step(
+    case: Case, embeddings: Tensor, labels: Tensor, device: str
+) -> Callable[[], None]:
+    head = PartialFC(
+        ArcFace(gradient="straight_through"), WIDTH, case.num_classes, case.sample_rate,
+        row_update=SGDRows(), batch_size_per_rank=case.batch, device=device,
+        update="fused" if case.head == "engine" else "autograd",
+        half=torch.bfloat16 if device == "cuda" and case.head == "engine" else None,
+    )  # fmt: skip
+    rate = LEARNING_RATE if case.head == "engine" else None
+
+    def step() -> None:
+        loss = head(embeddings, labels, rate)
+        loss.backward()
+        head.step(LEARNING_RATE)
+        _clear(embeddings, loss)
+
+    return step
+
+
+def _clear(embeddings: Tensor, loss: Tensor) -> None:
+    assert embeddings.device.type != "cpu" or torch.isfinite(loss)
     embeddings.grad = None
 
 
-def measure(head: str, num_classes: int, batch: int, repeats: int, queue: Any) -> None:
-    """Median seconds of a step and of one matmul between steps, and peak memory; in a process."""
-    if head != "dense":  # as train_v2.py does on a CPU; users of today do not
+def measure(case: Case, device: str, repeats: int, queue: Any) -> None:
+    """Put the Result of one case into the queue; runs in a process of its own."""
+    if case.head in ("autograd", "engine", "dense, memory kept") and device == "cpu":
         keep_freed_memory()
-    product = torch.empty(batch, num_classes)
-    left, right = torch.randn(batch, WIDTH), torch.randn(WIDTH, num_classes)
-    matmul_times, step_times = [], []
-    for _ in range(3):
-        torch.mm(left, right, out=product)
+    dtype = torch.bfloat16 if device == "cuda" and case.head == "engine" else torch.float32
+    left = torch.randn(case.batch, WIDTH, device=device, dtype=dtype)
+    right = torch.randn(min(case.num_classes, 1_000_000), WIDTH, device=device, dtype=dtype)
+    factor = case.num_classes / len(right)
+    product = torch.empty(case.batch, len(right), device=device, dtype=dtype)
+    matmul = _median(lambda: torch.mm(left, right.t(), out=product), device, repeats) * factor
+    copy_to = torch.empty_like(right)
+    copy = _median(lambda: copy_to.copy_(right), device, 5)  # reads and writes once
+    bytes_per_second = 2 * right.numel() * right.itemsize / copy
+    del left, right, product, copy_to
+    gc.collect()
+
+    classes = case.num_classes * case.sample_rate
+    floor = max(
+        3 * matmul * case.sample_rate, 5 * classes * WIDTH * 4 / bytes_per_second
+    )
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = _used_mib(device)
+    step = make_step(case, device)
+    step()
+    seconds = _median(step, device, repeats)
+    state = 2 * case.num_classes * WIDTH * 4 / 2**20
+    queue.put(Result(seconds, matmul, floor, _peak_mib(device) - before - state))
+
+
+def _median(function: Callable[[], object], device: str, repeats: int) -> float:
+    times = []
+    function()
     for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        torch.mm(left, right, out=product)
-        matmul_times.append(time.perf_counter() - start)
-    del product, left, right
-    before = resident_mib()
-    step = make_step(head, num_classes, batch, 0.1)
-    state_mib = 2 * num_classes * WIDTH * 4 / 2**20
-    for number in range(repeats + 1):
-        start = time.perf_counter()
-        step()
-        if number:  # the first is the warm-up
-            step_times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before - state_mib
-    queue.put((statistics.median(step_times), statistics.median(matmul_times), peak))
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
-def resident_mib() -> float:
-    """What this process holds in memory now (Linux)."""
+def _used_mib(device: str) -> float:
+    """What this process holds now (resident memory on Linux, or the GPU's allocations)."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
+def _peak_mib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def run(case: Case, device: str, repeats: int) -> Result:
+    """Measure a case in a process of its own."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(case, device, repeats, queue))
+    process.start()
+    try:
+        return Result(*queue.get(timeout=1800))
+    finally:
+        process.join()
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Step time in matmuls and peak memory of every head, and growth with C at fixed S."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    full = [row for row in rows if row["params"]["sample_rate"] == 1.0]
+    sizes = sorted({(row["params"]["num_classes"], row["params"]["batch"]) for row in full})
+    heads = list(dict.fromkeys(row["name"] for row in full))
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5))
+    for axis, key, title in (
+        (axes[0], "ratio_to_matmul", "step, in matmuls [B, 512] x [512, C]; r = 1"),
+        (axes[1], "peak_mib", "peak above weights and momentum, MiB; r = 1"),
+    ):
+        for number, head in enumerate(heads):
+            values = {
+                (r["params"]["num_classes"], r["params"]["batch"]): r[key]
+                for r in full if r["name"] == head
+            }  # fmt: skip
+            places = [i + 0.14 * (number - len(heads) / 2) for i in range(len(sizes))]
+            axis.bar(places, [max(values.get(s, 0), 0) for s in sizes], 0.13, label=head)
+        axis.set_xticks(range(len(sizes)), [f"C={c:,}\nB={b}" for c, b in sizes], fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    axes[1].set_yscale("log")
+    growth = [row for row in rows if row["params"].get("growth")]
+    classes = [row["params"]["num_classes"] for row in growth]
+    axes[2].plot(classes, [row["median_ms"] for row in growth], "o-", label="step, ms")
+    axes[2].plot(classes, [row["peak_mib"] for row in growth], "s--", label="peak, MiB")
+    axes[2].set(xscale="log", xlabel="classes", ylim=(0, None))
+    axes[2].set_title("engine at 20,000 sampled classes, B = 128", fontsize=10)
+    axes[2].legend(fontsize=8)
+    axes[2].grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints a table and optionally writes rows as JSON."""
+    """Command line; prints a table and optionally writes rows as JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one size, about a minute on 2 cores")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memory-gib", type=float, help="of the device; larger cases are left out")
     options = parser.parse_args(arguments)
-    sizes = [(100_000, 128)] if options.quick else [(100_000, 128), (100_000, 512), (400_000, 128)]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda, but this PyTorch sees no GPU", file=sys.stderr)
+        return 2
+    memory_gib = options.memory_gib or _memory_gib(options.device)
     repeats = 5 if options.quick else 7
+    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
-        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, D = {WIDTH}, fp32, SGD, "
-        f"medians of {repeats}"
+        f"{time.strftime('%Y-%m-%d')}, {where}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, D = {WIDTH}, SGD, medians of {repeats}"
     )
-    header = ("head", "classes", "batch", "step ms", "step / matmul", "of dense", "peak MiB")
-    print("{:18} {:>8} {:>6} {:>9} {:>14} {:>9} {:>9}".format(*header))
-    rows = []
-    context = mp.get_context("spawn")
-    for num_classes, batch in sizes:
-        dense_seconds = 0.0
-        for head in HEADS:
-            queue = context.Queue()
-            process = context.Process(
-                target=measure, args=(head, num_classes, batch, repeats, queue)
-            )
-            process.start()
-            seconds, matmul, peak = queue.get()
-            process.join()
-            dense_seconds = seconds if head == "dense" else dense_seconds
-            print(
-                f"{head:18} {num_classes:>8,} {batch:>6} {seconds * 1e3:>9.1f} "
-                f"{seconds / matmul:>14.2f} {seconds / dense_seconds:>9.2f} {peak:>9.0f}"
-            )
-            rows.append({
-                "name": head, "params": {"num_classes": num_classes, "batch": batch},
-                "median_ms": seconds * 1e3, "peak_mib": peak,
-                "ratio_to_baseline": seconds / dense_seconds,
-                "ratio_to_matmul": seconds / matmul,
-            })  # fmt: skip
+    print("{:22} {:>9} {:>6} {:>6} {:>9} {:>9} {:>8} {:>9} {:>9}".format(*SUMMARY))
+    rows: list[dict[str, Any]] = []
+    baseline: dict[tuple[int, int, float], float] = {}
+    for is_growth, case in [
+        *((False, c) for c in cases(options.quick, options.device, memory_gib)),
+        *((True, c) for c in growth_cases(options.quick, memory_gib)),
+    ]:
+        result = run(case, options.device, repeats)
+        key = case[1:]
+        if case.head == BASELINE:
+            baseline[key] = result.step
+        ratio = result.step / baseline[key] if key in baseline else None
+        print(
+            f"{case.head:22} {case.num_classes:>9,} {case.batch:>6} {case.sample_rate:>6.3g} "
+            f"{result.step * 1e3:>9.1f} {result.step / result.matmul:>9.2f} "
+            f"{result.step / result.floor:>8.2f} {'-' if ratio is None else f'{ratio:.3f}':>9} "
+            f"{result.peak_mib:>9.0f}",
+            flush=True,
+        )
+        rows.append({
+            "name": case.head,
+            "params": {
+                "num_classes": case.num_classes, "batch": case.batch,
+                "sample_rate": case.sample_rate, "growth": is_growth,
+            },
+            "median_ms": result.step * 1e3, "peak_mib": result.peak_mib,
+            "ratio_to_baseline": ratio, "ratio_to_matmul": result.step / result.matmul,
+            "ratio_to_floor": result.step / result.floor,
+        })  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.plot:
+        draw(rows, options.plot)
     return 0
+
+
+def _memory_gib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    available = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+    return int(available) / 2**20
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 MARGIN_GRADIENTS = ("exact", "straight_through")
 FILTERING_MODES = ("remove", "legacy")
 OPTIMIZERS = ("sgd", "adamw")
+LOSSES = (
+    "combined", "softmax", "normface", "arcface", "cosface", "sphereface", "adaface", "magface",
+    "curricularface", "elasticface_arc", "elasticface_cos", "subcentre_arcface",
+)  # fmt: skip
+HEAD_UPDATES = ("fused", "autograd")
+HEAD_DTYPES = ("fp32", "bf16")
 LR_SCHEDULES = ("polynomial", "cosine", "constant")
 
 
@@ -72,16 +78,56 @@ class Config:
     """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""
 
     # --- head -------------------------------------------------------------------------------
+    loss: str = "combined"
+    """"combined" (margin_list says which), or by name: "softmax", "normface", "arcface", "cosface",
+    "sphereface", "adaface", "magface", "curricularface", "elasticface_arc", "elasticface_cos",
+    "subcentre_arcface". The log prints the formula in force."""
+
     margin_list: tuple[float, float, float] = (1.0, 0.5, 0.0)
-    """(m1, m2, m3) of the combined margin cos(m1 theta + m2) - m3; m1 multiplies, m2 is in
-    radians, m3 in units of cosine. ArcFace (1, m, 0), CosFace (1, 0, m), SphereFace (m, 0, 0)."""
+    """loss="combined": (m1, m2, m3) of cos(m1 theta + m2) - m3; m1 multiplies, m2 is in radians,
+    m3 in units of cosine. ArcFace (1, m, 0), CosFace (1, 0, m), SphereFace (m, 0, 0)."""
+
+    margin: float | None = None
+    """The margin m of a loss by name, in its own unit; None: the paper's. Not for combined,
+    softmax, normface and magface."""
 
     scale: float = 64.0
-    """Factor s on the cosines before the softmax."""
+    """Factor s on the cosines before the softmax; loss="softmax" has 1 instead."""
 
     margin_gradient: str = "exact"
     """"exact": the derivative of the margin; "straight_through": 1 instead, which is what the
-    published ArcFace weights were trained with."""
+    published ArcFace weights were trained with. For combined, arcface, cosface, sphereface."""
+
+    softmax_bias: bool = True
+    """loss="softmax": learn a bias per class."""
+
+    adaface_h: float = 0.333
+    """loss="adaface": the clip of the standardised norms, h."""
+
+    adaface_t_alpha: float = 0.01
+    """loss="adaface": weight of a global batch in the running statistics of the norms."""
+
+    magface_norms: tuple[float, float] = (10.0, 110.0)
+    """loss="magface": lower and upper bound of the embeddings' norm, (l_a, u_a)."""
+
+    magface_margins: tuple[float, float] = (0.45, 0.8)
+    """loss="magface": margins at those bounds, radians."""
+
+    magface_lambda_g: float = 20.0
+    """loss="magface": weight of the regulariser."""
+
+    curricular_alpha: float = 0.01
+    """loss="curricularface": weight of a global batch in the running target cosine t."""
+
+    elastic_std: float = 0.0125
+    """loss="elasticface_*": standard deviation of the margins drawn."""
+
+    elastic_plus: bool = False
+    """loss="elasticface_*": ElasticFace+, larger draws for harder samples."""
+
+    sub_centres: int | None = None
+    """Centres per class, K; a class counts with its best one. None: 3 for subcentre_arcface,
+    else 1. Works with every loss."""
 
     sample_rate: float = 1.0
     """Share of each rank's class centres used per step, in [0, 1]; the batch's own classes are
@@ -93,6 +139,24 @@ class Config:
     interclass_filtering_mode: str = "remove"
     """"remove" takes filtered classes out of the softmax; "legacy" sets their cosine to 0, as
     the published code did."""
+
+    head_update: str = "fused"
+    """"fused": blocks of classes, no B x C matrix and no C x D gradient; "autograd": the readable
+    path with an ordinary gradient, slower and larger."""
+
+    head_buffer_mib: int = 256
+    """Work buffer of the fused head per rank, in MiB: what it uses beside class centres, their
+    state and O(global batch). More keeps more from forward to backward, and is faster."""
+
+    head_device: str = "auto"
+    """"auto": class centres live where the training runs; "cpu": in host memory, and the sampled
+    ones are brought over in each step (needs sample_rate < 1)."""
+
+    head_weight_dtype: str = "fp32"
+    """"fp32", or "bf16": class centres in half the memory, rounded stochastically."""
+
+    head_state_dtype: str = "fp32"
+    """"fp32", or "bf16": momentum or Adam's averages of the class centres, the same way."""
 
     # --- optimisation -----------------------------------------------------------------------
     batch_size: int = 128
@@ -228,6 +292,11 @@ class Config:
         one_of("margin_gradient", MARGIN_GRADIENTS)
         one_of("interclass_filtering_mode", FILTERING_MODES)
         one_of("optimizer", OPTIMIZERS)
+        one_of("loss", LOSSES)
+        one_of("head_update", HEAD_UPDATES)
+        one_of("head_device", ("auto", "cpu"))
+        one_of("head_weight_dtype", HEAD_DTYPES)
+        one_of("head_state_dtype", HEAD_DTYPES)
         one_of("lr_schedule", LR_SCHEDULES)
         one_of("device", ("auto", "cuda", "cpu"))
         if self.precision is not None:
@@ -235,7 +304,7 @@ class Config:
         for key, low in (
             ("batch_size", 1), ("gradient_acc", 1), ("num_epoch", 1), ("frequent", 1),
             ("embedding_size", 1), ("input_size", 16), ("num_workers", 0), ("verbose", 0),
-            ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0),
+            ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0), ("head_buffer_mib", 1),
         ):  # fmt: skip
             at_least(key, low)
 
@@ -256,6 +325,24 @@ class Config:
             )
             if self.rec == "synthetic":
                 require(value != "auto", f'{key}="auto": rec="synthetic" needs a number')
+        require(
+            self.sub_centres is None or self.sub_centres >= 1,
+            f"sub_centres={self.sub_centres!r}: at least 1, or None",
+        )
+        require(
+            self.head_device == "auto" or (self.sample_rate < 1.0 and self.head_update == "fused"),
+            f'head_device="cpu" brings sampled class centres over: it needs sample_rate < 1 '
+            f'(here {self.sample_rate:g}) and head_update="fused"',
+        )
+        require(
+            self.head_weight_dtype == "fp32" or self.head_update == "fused",
+            'head_weight_dtype="bf16" needs head_update="fused"',
+        )
+        require(
+            self.margin is None or self.loss not in ("combined", "softmax", "normface", "magface"),
+            f"margin={self.margin!r} has no meaning for loss={self.loss!r}: set margin_list or "
+            "magface_margins, or leave margin=None",
+        )
         require(self.seed < 2**63, f"seed={self.seed!r}: below 2**63")
         require(
             self.batch_size > 1 or self.freeze_batch_norm,

@@ -43,6 +43,7 @@ class AdaFace(Margin):
     t_alpha: float = 0.01
     scale: float = 64.0
     reads_norms: ClassVar[bool] = True
+    reads_batch: ClassVar[bool] = True
     eps: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
@@ -196,6 +197,7 @@ class CurricularFace(Margin):
     scale: float = 64.0
     reads_all_targets: ClassVar[bool] = True  # type: ignore[misc]
     touches_others: ClassVar[bool] = True  # type: ignore[misc]
+    reads_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         refuse(
@@ -260,6 +262,7 @@ class ElasticFace(Margin):
     std: float = 0.0125
     plus: bool = False
     scale: float = 64.0
+    reads_batch: ClassVar[bool] = True  # which draw a row gets follows from its place
 
     def __post_init__(self) -> None:
         refuse(
@@ -291,10 +294,13 @@ class ElasticFace(Margin):
         margins = (self.margin + self.std * draws).to(facts.real.device, non_blocking=True)
         if self.plus:
             assert facts.targets is not None
-            # Rows by falling cosine get the margins in rising order; filling rows come last.
+            # Rows by falling cosine get the margins in rising order; filling rows and their
+            # draws come last.
             cosine = torch.where(facts.real, facts.targets, -math.inf)
             order = torch.argsort(cosine, descending=True, stable=True)
-            margins = torch.empty_like(margins).scatter_(0, order, margins.sort().values)
+            rising = torch.where(facts.real, margins, math.inf).sort().values
+            margins = torch.empty_like(margins).scatter_(0, order, rising)
+            margins = torch.where(facts.real, margins, self.margin)
         return {"margin": margins}, state
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ class Margin(ABC):
         reads_norms: `begin` needs the embeddings' norms.
         reads_all_targets: `begin` needs every row's target similarity (one more collective).
         touches_others: `others` is not the identity.
+        reads_batch: a row's loss depends on the other rows of the global batch.
     """
 
     scale: float
@@ -60,6 +61,7 @@ class Margin(ABC):
     reads_norms: ClassVar[bool] = False
     reads_all_targets: bool = False
     touches_others: bool = False
+    reads_batch: ClassVar[bool] = False
 
     @abstractmethod
     def describe(self) -> str:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses import DERIVATIVE_CLAMP, CombinedMargin
+from losses import (
+    DERIVATIVE_CLAMP,
+    AdaFace,
+    CombinedMargin,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    Softmax,
+)
 
 
 def dense_target(margin: CombinedMargin, cosine: Tensor) -> Tensor:
@@ -91,22 +100,37 @@ class DenseHead:
     """What users run today, for benchmarks: every step of the head is a pass over B x C.
 
     Logits, clamp, arccos, margin, cos, scale, softmax, one-hot, dense gradient, torch.optim.SGD.
-    One rank, ArcFace (1, 0.5, 0), straight-through gradient.
+    One rank, ArcFace (1, 0.5, 0), straight-through gradient. In place where the published head
+    is; without the copies it makes in backward.
 
     Args:
-        weight: [C, D] class centres; a sampled head is one with fewer of them.
+        weight: [C, D] class centres.
+        sample_rate: below 1 a sample is drawn as the published head does (a random number per
+            class, topk), and the gradient is still dense.
     """
 
-    def __init__(self, weight: Tensor, learning_rate: float = 0.1) -> None:
+    def __init__(
+        self, weight: Tensor, learning_rate: float = 0.1, sample_rate: float = 1.0
+    ) -> None:
         self.weight = torch.nn.Parameter(weight)
+        self.sample_rate = sample_rate
         self.optimizer = torch.optim.SGD(
             [self.weight], learning_rate, momentum=0.9, weight_decay=5e-4
         )
 
     def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Forward, backward and update; the embeddings' gradient is left in `.grad`."""
+        weight: Tensor = self.weight
+        if self.sample_rate < 1.0:
+            with torch.no_grad():
+                priority = torch.rand(len(weight), device=weight.device)
+                priority[labels.unique()] = 2.0
+                count = int(self.sample_rate * len(weight))
+                classes = priority.topk(count).indices.sort().values
+                labels = torch.searchsorted(classes, labels)
+            weight = weight[classes]
         cosines = torch.nn.functional.linear(
-            torch.nn.functional.normalize(embeddings), torch.nn.functional.normalize(self.weight)
+            torch.nn.functional.normalize(embeddings), torch.nn.functional.normalize(weight)
         ).clamp(-1, 1)
         rows = torch.arange(len(labels), device=labels.device)
         with torch.no_grad():
@@ -118,3 +142,83 @@ class DenseHead:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
+
+
+def dense_loss_by_paper(
+    margin: Margin,
+    embeddings: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    centres_per_class: int = 1,
+    classes: Tensor | None = None,
+    margins_drawn: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """(mean loss, running values after it) of any loss, written as its paper's code has it.
+
+    Everything is autograd's; only values inside the domain are meant (no cosine of +-1).
+
+    Args:
+        embeddings: [B, D]; labels: [B]; weight: [C K, D]; bias: [C K].
+        classes: those that take part, None for all.
+        margins_drawn: [B] of ElasticFace, in the order of drawing.
+    """
+    rows = torch.arange(len(labels))
+    norms = embeddings.norm(dim=1)
+    e = embeddings / norms[:, None] if margin.normalise else embeddings
+    w = weight / weight.norm(dim=1, keepdim=True) if margin.normalise else weight
+    similarity = e @ w.T if bias is None else e @ w.T + bias
+    similarity = similarity.view(len(e), -1, centres_per_class).max(dim=2).values  # [B, C]
+    cosine = similarity[rows, labels]
+    others, state, penalty = similarity, {}, torch.zeros(())
+
+    if isinstance(margin, Softmax):
+        phi = cosine
+    elif isinstance(margin, CombinedMargin):
+        phi = dense_target(margin, cosine)
+        threshold = margin.interclass_filtering_threshold
+        if threshold > 0:
+            value = -math.inf if margin.interclass_filtering_mode == "remove" else 0.0
+            others = torch.where(similarity > threshold, value, similarity)
+    elif isinstance(margin, AdaFace):
+        safe = norms.detach().clamp(0.001, 100)
+        state["norm_mean"] = margin.t_alpha * safe.mean() + (1 - margin.t_alpha) * 20.0
+        state["norm_std"] = margin.t_alpha * safe.std() + (1 - margin.t_alpha) * 100.0
+        scaler = (safe - state["norm_mean"]) / (state["norm_std"] + 1e-3) * margin.h
+        scaler = scaler.clamp(-1, 1)
+        theta = (cosine.acos() - margin.margin * scaler).clamp(1e-3, math.pi - 1e-3)
+        phi = theta.cos() - (margin.margin + margin.margin * scaler)
+    elif isinstance(margin, MagFace):
+        a = norms.clamp(margin.l_a, margin.u_a)
+        slope = (margin.u_margin - margin.l_margin) / (margin.u_a - margin.l_a)
+        m = slope * (a - margin.l_a) + margin.l_margin
+        moved = cosine * m.cos() - (1 - cosine**2).sqrt() * m.sin()
+        phi = torch.where(cosine > (math.pi - m).cos(), moved, cosine - (math.pi - m).sin() * m)
+        penalty = margin.lambda_g * (a / margin.u_a**2 + 1 / a).mean()
+    elif isinstance(margin, CurricularFace):
+        m = margin.margin
+        moved = cosine * math.cos(m) - (1 - cosine**2).sqrt() * math.sin(m)
+        t = state["t"] = margin.alpha * cosine.detach().mean()
+        others = torch.where(similarity > moved[:, None], similarity * (t + similarity), similarity)
+        phi = torch.where(
+            cosine > math.cos(math.pi - m), moved, cosine - math.sin(math.pi - m) * m
+        )
+    elif isinstance(margin, ElasticFace):
+        assert margins_drawn is not None
+        m = margins_drawn
+        if margin.plus:  # the largest margin for the smallest cosine
+            m = torch.empty_like(m)
+            m[cosine.argsort()] = margins_drawn.sort(descending=True).values
+        phi = (cosine.acos() + m).cos() if margin.kind == "arc" else cosine - m
+    else:
+        raise TypeError(f"no reference for {margin!r}")
+
+    logits = margin.scale * others.clone()
+    logits[rows, labels] = margin.scale * phi
+    if classes is not None:
+        absent = torch.ones(logits.shape[1], dtype=torch.bool)
+        absent[classes] = False
+        logits = logits.masked_fill(absent, -math.inf)
+    loss = torch.nn.functional.cross_entropy(logits, labels) + penalty
+    return loss, {name: float(value) for name, value in state.items()}

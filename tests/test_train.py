@@ -13,11 +13,11 @@ import torch
 
 from backbones import get_model
 from backbones.weights import ModelMetadata, load_model, save_model
-from configs.base import Config
+from configs.base import LOSSES, Config
 from eval.verification import VerificationSet
 from tests.conftest import Ranks
 from train_v2 import main, train
-from training.build import build
+from training.build import SetupError, build
 from training.precision import batch_norms
 from utils.distributed import World
 
@@ -94,9 +94,21 @@ def weights_after_one_step(
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, world_size):
+@pytest.mark.parametrize(
+    "head",
+    [
+        {},
+        {"head_update": "autograd"},
+        {"sample_rate": 0.5},
+        {"loss": "adaface", "adaface_t_alpha": 0.5},  # looks at the whole batch
+        {"loss": "curricularface", "curricular_alpha": 0.5, "sample_rate": 0.5},
+        {"loss": "magface", "sub_centres": 2},
+    ],
+    ids=str,
+)
+def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, head, world_size):
     share = 12 // world_size
-    options = {"optimizer": optimizer, "precision": "fp64"}
+    options = {"optimizer": optimizer, "precision": "fp64", **head}
     big = ranks.run(
         world_size, weights_after_one_step, str(tmp_path), {**options, "batch_size": share}
     )
@@ -111,6 +123,57 @@ def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, world
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
         torch.testing.assert_close(head, expected_head, rtol=0, atol=1e-6)
         assert calls == expected_calls  # none on the inner micro-steps
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, caplog, loss):
+    settings = {"output": str(tmp_path), "loss": loss, "max_steps": 2, "head_buffer_mib": 1}
+    if loss != "softmax":
+        settings |= {"sample_rate": 0.5, "head_device": "cpu", "head_state_dtype": "bf16"}
+    cfg = Config(**{**TINY, **settings})
+    world = World(0, 0, 1, torch.device("cpu"))
+    with caplog.at_level(logging.INFO):
+        parts = build(cfg, world)
+        train(cfg, world, parts, tmp_path)
+    assert parts.head.margin.describe() in caplog.text
+    assert parts.head.centres_per_class == (3 if loss == "subcentre_arcface" else 1)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": "adaface", "margin": 2.0}, "margin=2.0"),
+        ({"loss": "magface", "magface_norms": (5.0, 4.0)}, "l_a < u_a"),
+        ({"embedding_size": 512, "batch_size": 1000, "head_buffer_mib": 1,
+          "sub_centres": 100}, "head_buffer_mib must be at least 2"),
+        ({"head_device": "cpu", "sample_rate": 0.5, "loss": "softmax"}, "without bias"),
+    ],
+)  # fmt: skip
+def test_a_head_that_cannot_be_is_refused_before_training(tmp_path, changes, words):
+    cfg = Config(**{**TINY, "num_image": 3000, "output": str(tmp_path), **changes})
+    with pytest.raises(SetupError, match=words):
+        build(cfg, World(0, 0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("loss", ["adaface", "cosface"])
+def test_accumulation_draws_dropout_once_and_counts_images_once(tmp_path, loss):
+    cfg = Config(**{**TINY, "output": str(tmp_path), "loss": loss, "gradient_acc": 3,
+                    "batch_size": 4, "dropout": 0.5})  # fmt: skip
+    parts = build(cfg, World(0, 0, 1, torch.device("cpu")))
+    seen: list[torch.Tensor] = []
+    parts.step.model.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+    parts.step.model.train()
+    batches = list(parts.loader)[:3]
+    parts.step(batches, 0.0)
+    assert int(parts.batch_norm.counts.max()) == 3
+    times = 2 if loss == "adaface" else 1
+    assert len(seen) == 3 * times
+    for first, again in zip(seen[:3], seen[-3:], strict=True):
+        assert torch.equal(first, again)
+    parts.step(batches, 0.0)
+    assert not torch.equal(seen[0], seen[3 * times])  # another step draws anew
 
 
 def everything(parts: Any) -> list[torch.Tensor]:

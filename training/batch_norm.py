@@ -42,6 +42,15 @@ class BatchNormStatistics:
             if tensor.numel():  # without statistics there is no tensor on the device either
                 tensor.copy_(torch.where(bad, kept, tensor))
 
+    def hold(self) -> None:
+        """Remember the statistics that further forward passes of this step must not change."""
+        self._held = [tensor.clone() for tensor in (self.statistics, self.counts)]
+
+    def let_go(self) -> None:
+        """Put back what `hold` saw."""
+        for held, tensor in zip(self._held, (self.statistics, self.counts), strict=True):
+            tensor.copy_(held)
+
     def average(self, world_size: int) -> None:
         """Make every rank's statistics the mean over ranks, for evaluation and saving.
 

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,22 @@ from dataset import DataLoader, get_dataloader
 from eval.embedder import Embedder
 from eval.verification import VerificationSet, find_verification_sets, load_verification_set
 from head.row_update import AdamWRows, RowUpdate, SGDRows
-from losses import CombinedMargin
+from losses import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    Softmax,
+    SphereFace,
+)
 from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
-from training.precision import TrainedBackbone, choose_precision
+from training.precision import Precision, TrainedBackbone, choose_precision
 from training.schedule import Schedule
 from training.step import TrainStep, distribute
 from utils.distributed import World
@@ -130,7 +143,7 @@ def build(cfg: Config, world: World) -> Parts:
     # (a third of the step of r_nano on a CPU).
     model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
-    head = _make_head(cfg, world, num_classes, precision.dtype)
+    head = _make_head(cfg, world, num_classes, precision)
     optimizer = _make_optimizer(cfg, model)
     step = TrainStep(
         distribute(model, world.world_size, world.device),
@@ -139,6 +152,7 @@ def build(cfg: Config, world: World) -> Parts:
         batch_norm,
         clip_grad_norm=cfg.clip_grad_norm,
         scaler=_make_scaler(world.device) if precision.needs_scaler else None,
+        embed_ahead=_embeds_ahead(cfg, head.margin),
     )
     torch.manual_seed(cfg.seed + 1 + world.rank)  # from here on ranks draw their own (dropout)
     parts = Parts(
@@ -191,15 +205,45 @@ def _refuse_what_is_not_there_yet(cfg: Config) -> None:
         logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
 
 
-def make_margin(cfg: Config) -> CombinedMargin:
-    """The margin the config names."""
+def make_margin(cfg: Config) -> Margin:
+    """The loss the config names.
+
+    Raises:
+        SetupError: a value outside the loss's domain.
+    """
+    fixed: dict[str, Any] = {
+        "scale": cfg.scale,
+        "gradient": cfg.margin_gradient,
+        "interclass_filtering_threshold": cfg.interclass_filtering_threshold,
+        "interclass_filtering_mode": cfg.interclass_filtering_mode,
+    }
+    m: dict[str, Any] = {} if cfg.margin is None else {"margin": cfg.margin}
+    elastic = {"std": cfg.elastic_std, "plus": cfg.elastic_plus, "scale": cfg.scale}
     m1, m2, m3 = cfg.margin_list
-    return CombinedMargin(
-        m1, m2, m3, cfg.scale,
-        gradient=cfg.margin_gradient,  # type: ignore[arg-type]
-        interclass_filtering_threshold=cfg.interclass_filtering_threshold,
-        interclass_filtering_mode=cfg.interclass_filtering_mode,  # type: ignore[arg-type]
-    )  # fmt: skip
+    makers: dict[str, Callable[[], Margin]] = {
+        "combined": lambda: CombinedMargin(m1, m2, m3, **fixed),
+        "softmax": lambda: Softmax(bias=cfg.softmax_bias),
+        "normface": lambda: NormFace(cfg.scale),
+        "arcface": lambda: ArcFace(**m, **fixed),
+        "subcentre_arcface": lambda: ArcFace(**m, **fixed),
+        "cosface": lambda: CosFace(**m, **fixed),
+        "sphereface": lambda: SphereFace(**m, **fixed),
+        "adaface": lambda: AdaFace(
+            **m, h=cfg.adaface_h, t_alpha=cfg.adaface_t_alpha, scale=cfg.scale
+        ),
+        "magface": lambda: MagFace(
+            *cfg.magface_norms, *cfg.magface_margins, cfg.magface_lambda_g, cfg.scale
+        ),
+        "curricularface": lambda: CurricularFace(
+            **m, alpha=cfg.curricular_alpha, scale=cfg.scale
+        ),
+        "elasticface_arc": lambda: ElasticFace("arc", **{"margin": 0.5, **m}, **elastic),
+        "elasticface_cos": lambda: ElasticFace("cos", **{"margin": 0.35, **m}, **elastic),
+    }  # fmt: skip
+    try:
+        return makers[cfg.loss]()
+    except ValueError as error:
+        raise SetupError(f"loss={cfg.loss!r}: {error}") from error
 
 
 def _make_backbone(cfg: Config) -> Backbone:
@@ -248,25 +292,45 @@ def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
     ]
 
 
-def _make_head(cfg: Config, world: World, num_classes: int, dtype: torch.dtype) -> PartialFC:
+def _make_head(
+    cfg: Config, world: World, num_classes: int, precision: Precision
+) -> PartialFC:
+    margin = make_margin(cfg)
+    centres_per_class = cfg.sub_centres or (3 if cfg.loss == "subcentre_arcface" else 1)
+    dtype = torch.bfloat16 if cfg.head_weight_dtype == "bf16" else precision.dtype
+    # A margin that looks at the whole batch meets all micro-batches at once (training/step.py).
+    passes = cfg.gradient_acc if _embeds_ahead(cfg, margin) else 1
     try:
         return PartialFC(
-            make_margin(cfg),
+            margin,
             cfg.embedding_size,
             num_classes,
             cfg.sample_rate,
             row_update=_make_row_update(cfg),
-            batch_size_per_rank=cfg.batch_size,
+            update=cfg.head_update,  # type: ignore[arg-type]
+            batch_size_per_rank=cfg.batch_size * passes,
+            centres_per_class=centres_per_class,
+            buffer_mib=cfg.head_buffer_mib,
+            half=precision.head_matmul if cfg.head_update == "fused" else None,
             seed=cfg.seed,
             device=world.device,
             dtype=dtype,
+            centre_device="cpu" if cfg.head_device == "cpu" else None,
         )
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     except RuntimeError as error:  # the allocator has no other way to say that it is too much
-        size = num_classes * cfg.embedding_size * dtype.itemsize / world.world_size / 2**30
+        rows = num_classes * centres_per_class
+        size = rows * cfg.embedding_size * dtype.itemsize / world.world_size / 2**30
         raise SetupError(
             f"the class centres of num_classes={num_classes} need {size:,.1f} GiB per rank, which "
-            f"cannot be had: more ranks, fewer classes or a smaller embedding_size ({error})"
+            f"cannot be had: more ranks, fewer classes, a smaller embedding_size, "
+            f'head_weight_dtype="bf16" or head_device="cpu" ({error})'
         ) from error
+
+
+def _embeds_ahead(cfg: Config, margin: Margin) -> bool:
+    return cfg.gradient_acc > 1 and margin.reads_batch
 
 
 def _make_optimizer(cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -284,9 +348,10 @@ def _make_optimizer(cfg: Config, model: torch.nn.Module) -> torch.optim.Optimize
 
 
 def _make_row_update(cfg: Config) -> RowUpdate:
+    state_dtype = torch.bfloat16 if cfg.head_state_dtype == "bf16" else None
     if cfg.optimizer == "sgd":
-        return SGDRows(cfg.momentum, cfg.weight_decay)
-    return AdamWRows(weight_decay=cfg.weight_decay)
+        return SGDRows(cfg.momentum, cfg.weight_decay, state_dtype)
+    return AdamWRows(weight_decay=cfg.weight_decay, state_dtype=state_dtype)
 
 
 def _make_scaler(device: torch.device) -> torch.amp.GradScaler:
@@ -316,11 +381,24 @@ def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
         " (more than the labels need)" if head.num_classes > loader.num_classes else "",
     )  # fmt: skip
     logger.info(
-        "%s, %.1f M parameters, embedding %d, %s on %d x %s; margin: %s; sample rate %g",
+        "%s, %.1f M parameters, embedding %d, %s on %d x %s",
         cfg.network, sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
         cfg.embedding_size, precision, world.world_size, world.device.type,
-        head.margin.describe(), cfg.sample_rate,
     )  # fmt: skip
+    logger.info(
+        "head: %s; sample rate %g%s; %s",
+        head.margin.describe(), cfg.sample_rate,
+        f"; {head.centres_per_class} centres per class" if head.centres_per_class > 1 else "",
+        head.describe_memory(),
+    )  # fmt: skip
+    if cfg.gradient_acc > 1:
+        logger.info(
+            "gradient_acc=%d: %s", cfg.gradient_acc,
+            "this loss looks at the whole batch, so every micro-batch is embedded twice (one more "
+            "forward pass of the backbone)" if _embeds_ahead(cfg, head.margin) else
+            "class centres move once all micro-batches are seen (one more matmul in the head)"
+            if head.engine is not None else "gradients of the class centres are added up",
+        )  # fmt: skip
     logger.info(
         "global batch %d = %d per rank x %d ranks x %d micro-steps; %d steps per epoch, %d in all",
         parts.global_batch, cfg.batch_size, world.world_size, cfg.gradient_acc,

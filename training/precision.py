@@ -1,12 +1,13 @@
 """Which numbers the backbone computes in: one policy, applied outside the models.
 
-The body of the backbone runs under autocast for bf16 and fp16; its embedding layer, the head
-and the loss stay in fp32, weights are fp32 masters. fp64 is for proofs.
+The body of the backbone runs under autocast for bf16 and fp16; its embedding layer and the loss
+stay in fp32, weights are fp32 masters. The head's large matmuls take bf16 operands under bf16,
+and under fp16 too where the GPU has bf16: softmax numerators outgrow fp16. fp64 is for proofs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,17 +26,20 @@ class Precision:
         dtype: of weights, embeddings and loss.
         autocast: dtype of the backbone's body, or None.
         needs_scaler: gradients are scaled against underflow (fp16).
+        head_matmul: dtype of the operands of the head's large matmuls, None for `dtype`. Their
+            sums, the softmax and the class centres stay in `dtype`.
     """
 
     name: str
     dtype: torch.dtype
     autocast: torch.dtype | None
     needs_scaler: bool
+    head_matmul: torch.dtype | None = None
 
 
 POLICIES = {
     "fp32": Precision("fp32", torch.float32, None, False),
-    "bf16": Precision("bf16", torch.float32, torch.bfloat16, False),
+    "bf16": Precision("bf16", torch.float32, torch.bfloat16, False, torch.bfloat16),
     "fp16": Precision("fp16", torch.float32, torch.float16, True),
     "fp64": Precision("fp64", torch.float64, None, False),
 }
@@ -47,10 +51,13 @@ def choose_precision(wanted: str | None, fp16: bool, device: torch.device) -> tu
     An explicit `precision` wins. `fp16=True` alone means fp16 on CUDA; on a CPU, where half
     precision is slower than fp32, it means fp32.
     """
+    if wanted is None and fp16 and device.type == "cuda":
+        wanted = "fp16"
     if wanted is not None:
-        return POLICIES[wanted], ""
-    if fp16 and device.type == "cuda":
-        return POLICIES["fp16"], ""
+        policy = POLICIES[wanted]
+        if wanted == "fp16" and device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+            policy = replace(policy, head_matmul=torch.bfloat16)
+        return policy, ""
     if fp16:
         return POLICIES["fp32"], (
             "fp16=True on a CPU: training in fp32, which is faster there; "

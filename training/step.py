@@ -38,6 +38,7 @@ class TrainStep:
         batch_norm: of the backbone, to put back after a bad step.
         clip_grad_norm: largest norm of the backbone's gradient; 0 leaves it alone.
         scaler: for fp16.
+        embed_ahead: the loss needs all micro-batches of a step at once.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class TrainStep:
         *,
         clip_grad_norm: float,
         scaler: torch.amp.GradScaler | None,
+        embed_ahead: bool = False,
     ) -> None:
         self.model, self.head, self.optimizer = model, head, optimizer
         self.batch_norm, self.clip_grad_norm, self.scaler = batch_norm, clip_grad_norm, scaler
-        self.device = head.weight.device
+        self.embed_ahead = embed_ahead
+        self.device, self.dtype = head.device, head.work_dtype
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._one = torch.ones((), device=self.device)
 
@@ -64,21 +67,11 @@ class TrainStep:
             Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
             for batch in micro_batches
         ]
-        if len(micro_batches) > 1:
-            self.head.prepare([batch.labels for batch in micro_batches])
         scale = self.scaler.scale(self._one) if self.scaler else self._one
-
-        loss = torch.zeros((), dtype=self.head.weight.dtype, device=self.device)
-        for number, batch in enumerate(micro_batches, start=1):
-            with nullcontext() if number == len(micro_batches) else self._without_all_reduce():
-                embeddings = self.model(batch.images)  # [b, D]
-                if self.head.world_size > 1:
-                    # The loss is the mean over the global batch already: gradients must be
-                    # added over ranks, but DDP averages them.
-                    embeddings = _TimesInBackward.apply(embeddings, self.head.world_size)
-                part = self.head(embeddings, batch.labels) / len(micro_batches)
-                (part * scale).backward()
-                loss += part.detach()
+        if self.embed_ahead:
+            loss = self._all_at_once(micro_batches, scale)
+        else:
+            loss = self._one_by_one(micro_batches, scale, learning_rate)
 
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
@@ -95,6 +88,69 @@ class TrainStep:
         if self.scaler:
             self.scaler.update()  # by what unscale_ found
         return StepOutcome(loss, grad_norm.detach(), bad, scale)
+
+    def _one_by_one(
+        self, micro_batches: Sequence[Batch], scale: Tensor, learning_rate: float
+    ) -> Tensor:
+        """Backward of every micro-batch's share of the loss; class centres move in head.step.
+
+        A single batch without a loss scaler lets the head move its centres in backward: only
+        its own loss could veto that. (Should the backbone's gradient overflow on its way down
+        from a finite loss, the step counts as bad and the backbone stays; the centres have
+        made their step.)
+        """
+        count = len(micro_batches)
+        if count > 1:
+            self.head.prepare([batch.labels for batch in micro_batches])
+        moves_in_backward = count == 1 and self.scaler is None
+        loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            with nullcontext() if number == count else self._without_all_reduce():
+                embeddings = self._summed_over_ranks(self.model(batch.images))  # [b, D]
+                part = self.head(
+                    embeddings, batch.labels, learning_rate if moves_in_backward else None
+                )
+                part = part / count
+                (part * scale).backward()
+                loss += part.detach()
+        return loss
+
+    def _all_at_once(self, micro_batches: Sequence[Batch], scale: Tensor) -> Tensor:
+        """One loss over all micro-batches, for margins that look at the whole batch.
+
+        Embeds them without a graph, runs the head once, and embeds each again, with the same
+        dropout and masks, to carry its part of dE down. Batch norm's running statistics see
+        each image once.
+        """
+        model = self.model
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        states, parts = [], []
+        with torch.no_grad():
+            for batch in micro_batches:
+                states.append(_random_state(self.device))
+                parts.append(bare(batch.images))
+        self.batch_norm.hold()
+        embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
+        loss = self.head(embeddings, torch.cat([batch.labels for batch in micro_batches]))
+        (loss * scale).backward()
+        assert embeddings.grad is not None
+        gradients = embeddings.grad.split([len(part) for part in parts])
+        for number, (batch, state, gradient) in enumerate(
+            zip(micro_batches, states, gradients, strict=True), start=1
+        ):
+            _set_random_state(self.device, state)
+            with nullcontext() if number == len(parts) else self._without_all_reduce():
+                self._summed_over_ranks(model(batch.images)).backward(gradient)
+        self.batch_norm.let_go()
+        return loss.detach()
+
+    def _summed_over_ranks(self, embeddings: Tensor) -> Tensor:
+        """The loss is the mean over the global batch already: gradients must be added over
+        ranks, but DDP averages them."""
+        if self.head.world_size == 1:
+            return embeddings
+        scaled: Tensor = _TimesInBackward.apply(embeddings, self.head.world_size)
+        return scaled
 
     def _without_all_reduce(self) -> Any:
         model = self.model
@@ -119,6 +175,18 @@ def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Mo
     options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, **options)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the generators dropout and masks draw from."""
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 class _TimesInBackward(torch.autograd.Function):
