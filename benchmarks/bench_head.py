@@ -40,7 +40,9 @@ from utils.memory import keep_freed_memory
 WIDTH = 512
 LEARNING_RATE = 0.1
 BASELINE = "dense"
-SUMMARY = ("head", "classes", "batch", "r", "step ms", "/ matmul", "/ floor", "of dense", "peak MiB")
+COLUMNS = (
+    "head", "classes", "batch", "r", "step ms", "/ matmul", "/ floor", "of dense", "peak MiB",
+)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -63,18 +65,15 @@ class Result(NamedTuple):
 
 def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
     """All combinations that fit; the dense heads need about 8 B C bytes beside their weights."""
+    rates: tuple[float, ...] = (1.0, 0.3, 0.1)
     if quick:
-        sizes = [(100_000, 128)]
+        sizes, rates = [(100_000, 128)], (1.0, 0.1)
     elif device == "cpu":
-        sizes = [
-            (100_000, 128), (100_000, 512), (100_000, 1024), (400_000, 128), (400_000, 512),
-            (1_000_000, 128),
-        ]  # fmt: skip
+        sizes = [(100_000, 128), (100_000, 512), (100_000, 1024), (400_000, 128), (1_000_000, 128)]
     else:
         sizes = [(c, b) for c in (100_000, 400_000, 1_000_000, 2_000_000) for b in (128, 512, 1024)]
     found = []
     for num_classes, batch in sizes:
-        rates = (1.0, 0.1) if quick else (1.0, 0.3, 0.1)
         for rate in rates:
             weights = 8 * WIDTH * num_classes / 2**30
             logits = 4 * batch * num_classes * rate / 2**30
@@ -157,33 +156,41 @@ def _clear(embeddings: Tensor, loss: Tensor) -> None:
 
 def measure(case: Case, device: str, repeats: int, queue: Any) -> None:
     """Put the Result of one case into the queue; runs in a process of its own."""
-    if case.head in ("autograd", "engine", "dense, memory kept") and device == "cpu":
-        keep_freed_memory()
     dtype = torch.bfloat16 if device == "cuda" and case.head == "engine" else torch.float32
     left = torch.randn(case.batch, WIDTH, device=device, dtype=dtype)
     right = torch.randn(min(case.num_classes, 1_000_000), WIDTH, device=device, dtype=dtype)
-    factor = case.num_classes / len(right)
-    product = torch.empty(case.batch, len(right), device=device, dtype=dtype)
-    matmul = _median(lambda: torch.mm(left, right.t(), out=product), device, repeats) * factor
-    copy_to = torch.empty_like(right)
-    copy = _median(lambda: copy_to.copy_(right), device, 5)  # reads and writes once
-    bytes_per_second = 2 * right.numel() * right.itemsize / copy
-    del left, right, product, copy_to
+    matmul, copy = _matmul_and_copy(left, right, device, repeats)
+    matmul *= case.num_classes / len(right)
+    bytes_per_second = 2 * right.numel() * right.itemsize / copy  # reads and writes
+    del left, right
     gc.collect()
 
     classes = case.num_classes * case.sample_rate
-    floor = max(
-        3 * matmul * case.sample_rate, 5 * classes * WIDTH * 4 / bytes_per_second
-    )
+    floor = max(3 * matmul * case.sample_rate, 5 * classes * WIDTH * 4 / bytes_per_second)
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        if case.head in ("autograd", "engine", "dense, memory kept"):
+            keep_freed_memory()
     before = _used_mib(device)
     step = make_step(case, device)
     step()
     seconds = _median(step, device, repeats)
     state = 2 * case.num_classes * WIDTH * 4 / 2**20
     queue.put(Result(seconds, matmul, floor, _peak_mib(device) - before - state))
+
+
+def _matmul_and_copy(
+    left: Tensor, right: Tensor, device: str, repeats: int
+) -> tuple[float, float]:
+    """Seconds of left @ right.T into a given result, and of copying `right`."""
+    product, copied = left.new_empty(len(left), len(right)), torch.empty_like(right)
+    return (
+        _median(lambda: torch.mm(left, right.t(), out=product), device, repeats),
+        _median(lambda: copied.copy_(right), device, repeats),
+    )
 
 
 def _median(function: Callable[[], object], device: str, repeats: int) -> float:
@@ -285,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{time.strftime('%Y-%m-%d')}, {where}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, D = {WIDTH}, SGD, medians of {repeats}"
     )
-    print("{:22} {:>9} {:>6} {:>6} {:>9} {:>9} {:>8} {:>9} {:>9}".format(*SUMMARY))
+    print("{:22} {:>9} {:>6} {:>6} {:>9} {:>9} {:>8} {:>9} {:>9}".format(*COLUMNS))
     rows: list[dict[str, Any]] = []
     baseline: dict[tuple[int, int, float], float] = {}
     for is_growth, case in [

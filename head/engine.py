@@ -83,8 +83,8 @@ class Engine:
             batch, width, like.itemsize,
             kept_bytes=self.matmul_dtype(like).itemsize,
             batch_matrices=batch_matrices,
-            # gradient, before and after the normalisation; the centres' copy in half precision; for sampled rows the
-            # centres' copy and that of the rule's state (AdamW has two averages)
+            # gradient, before and after the normalisation; the centres' copy in half precision;
+            # for sampled rows the centres' copy and that of the rule's state (AdamW has two)
             width_matrices=2 + half + 3 * centres.reads_copies,
             reads_copies=centres.reads_copies,
         )  # fmt: skip
@@ -131,6 +131,7 @@ class Engine:
         for one in passes:
             bad = one.bad if bad is None else bad | one.bad
             if gradient_scale is not None:
+                assert one.upstream is not None
                 one.upstream = one.upstream / gradient_scale
         if len(passes) > 1:
             self._buffer_user = None  # their numerators have overwritten one another
@@ -193,7 +194,7 @@ class Pass:
         self.engine, self.margin, self.context = engine, engine.margin, context
         self.unit, self.norms, self.target, self.centres = unit, norms, target, centres
         self.row_weight, self.learning_rate = row_weight, learning_rate
-        self.plan = engine.plan(centres, *unit.shape, unit)
+        self.plan = engine.plan(centres, unit.shape[0], unit.shape[1], unit)
         self.kept: dict[tuple[int, int], Block] = {}
         self.copies: dict[tuple[int, int], Tensor] = {}
         self.times_moved = engine.times_moved

@@ -78,10 +78,11 @@ class HostCentres:
     def _gather(self, rows: Tensor) -> _Ahead:
         parts = self._parts()
         versions = {name: part._version for name, part in parts.items()}
-        return _Ahead(rows, {name: self._fetch(part, rows) for name, part in parts.items()}, versions)
+        fetched = {name: self._fetch(part, rows) for name, part in parts.items()}
+        return _Ahead(rows, fetched, versions)
 
     def _fetch(self, part: Tensor, rows: Tensor) -> Tensor:
-        """Rows of a part on the device, through page-locked memory where there is an accelerator."""
+        """Rows of a part on the device, to an accelerator through page-locked memory."""
         if self.device.type == "cpu":
             return part.index_select(0, rows)
         staged = torch.empty(len(rows), *part.shape[1:], dtype=part.dtype, pin_memory=True)

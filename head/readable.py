@@ -1,4 +1,4 @@
-"""The readable path: logits as a matrix, gradients by autograd. What the engine is tested against."""
+"""The readable path, which the engine is tested against: a matrix of logits, and autograd."""
 
 from __future__ import annotations
 

@@ -124,7 +124,10 @@ class MagFace(Margin):
 
     def __post_init__(self) -> None:
         refuse(
-            (0 < self.l_a < self.u_a < math.inf, f"l_a={self.l_a!r}, u_a={self.u_a!r}: 0 < l_a < u_a"),
+            (
+                0 < self.l_a < self.u_a < math.inf,
+                f"l_a={self.l_a!r}, u_a={self.u_a!r}: 0 < l_a < u_a",
+            ),
             (
                 0 <= self.l_margin <= self.u_margin < math.pi / 2,
                 f"l_margin={self.l_margin!r}, u_margin={self.u_margin!r}: "

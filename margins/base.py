@@ -143,9 +143,9 @@ class Margin(ABC):
             phi = phi + (norm_slope * (norms - norms.detach()))[:, None]
 
         if self.touches_others:
-            value, slope = self.others(similarities.detach().clone(), context)
+            value, others_slope = self.others(similarities.detach().clone(), context)
             change = similarities - similarities.detach()
-            similarities = value + (change if slope is None else slope * change)
+            similarities = value + (change if others_slope is None else others_slope * change)
             targets = similarities.gather(1, column)
         return self.scale * similarities.scatter(1, column, torch.where(here, phi, targets))
 

@@ -45,7 +45,8 @@ class Softmax(Margin):
     def describe(self) -> str:
         """The formula in force, for the log."""
         similarity = "cos(theta)" if self.normalise else "<e, w>"
-        return f"s = {self.scale:g}, softmax of {similarity}{' + b' if self.bias else ''}, no margin"
+        bias = " + b" if self.bias else ""
+        return f"s = {self.scale:g}, softmax of {similarity}{bias}, no margin"
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """The similarity itself, slope 1."""

@@ -1,6 +1,6 @@
 """`make gpu-check`: what a GPU must get right; says so and exits 0 where there is none.
 
-    1. the head on the GPU equals the head on the CPU: loss and both gradients;
+    1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centres;
     2. a step waits for the device nowhere (CUDA's sync debug mode raises);
     3. fp32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss.
 """
@@ -18,7 +18,18 @@ from typing import Any
 import torch
 
 from configs.base import Config
-from losses import ArcFace
+from head.row_update import AdamWRows
+from losses import (
+    AdaFace,
+    ArcFace,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    Softmax,
+)
 from partial_fc import PartialFC
 from training.build import build
 from utils.distributed import World
@@ -31,22 +42,34 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def head_equals_cpu() -> None:
-    """Loss and gradients of one head on both devices, fp32."""
+LOSSES = (
+    (ArcFace(), 1), (NormFace(96.0), 1), (Softmax(bias=True), 1), (AdaFace(), 1), (MagFace(), 1),
+    (CurricularFace(), 1), (ElasticFace(plus=True), 1), (ArcFace(), 3),
+    (CosFace(interclass_filtering_threshold=0.1), 1),
+)  # fmt: skip
+
+
+def head_equals_cpu(margin: Margin, tolerance: float, **options: Any) -> None:
+    """Loss, gradient and moved class centres after 3 steps of one head on both devices."""
     results = []
     for device in ("cpu", "cuda"):
-        head = PartialFC(ArcFace(), 64, 5001, device=device)
-        generator = torch.Generator().manual_seed(0)
-        embeddings = torch.randn(32, 64, generator=generator).to(device).requires_grad_(True)
-        labels = torch.randint(5001, (32,), generator=generator).to(device)
-        loss = head(embeddings, labels)
-        loss.backward()
-        assert embeddings.grad is not None
-        assert head.weight.grad is not None
-        results.append([t.detach().cpu() for t in (loss, embeddings.grad, head.weight.grad)])
+        head = PartialFC(
+            margin, 64, 5001, row_update=AdamWRows(), device=device, buffer_mib=4, **options
+        )
+        seen = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            embeddings = torch.randn(32, 64, generator=generator).to(device).requires_grad_(True)
+            labels = torch.randint(5001, (32,), generator=generator).to(device)
+            loss = head(embeddings, labels, 0.01 if step else None)
+            loss.backward()
+            head.step(0.01)
+            assert embeddings.grad is not None
+            seen += [loss.detach().cpu(), embeddings.grad.cpu()]
+        results.append([*seen, head.weight.detach().cpu()])
     for cpu, gpu in zip(*results, strict=True):
-        error = float((cpu - gpu).abs().max() / cpu.abs().max())
-        assert error < 1e-4, f"GPU and CPU differ by {error:.2e} of the largest value"
+        error = float((cpu - gpu).norm() / cpu.norm())
+        assert error < tolerance, f"{margin}, {options}: GPU and CPU differ by {error:.2e}"
 
 
 def step_does_not_wait(**changes: Any) -> None:
@@ -86,11 +109,21 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: this PyTorch sees no GPU; nothing was checked")
         return 0
-    head_equals_cpu()
+    for margin, centres_per_class in LOSSES:
+        head_equals_cpu(margin, 1e-3, centres_per_class=centres_per_class)
+    for options in (
+        {"update": "autograd"}, {"sample_rate": 0.1},
+        {"sample_rate": 0.1, "centre_device": "cpu"},
+    ):  # fmt: skip
+        head_equals_cpu(ArcFace(), 1e-3, **options)
+    head_equals_cpu(CosFace(), 3e-2, half=torch.bfloat16)
     for sample_rate in (1.0, 0.1):
         for gradient_acc in (1, 2):
             step_does_not_wait(sample_rate=sample_rate, gradient_acc=gradient_acc)
     step_does_not_wait(precision="fp16", freeze_batch_norm=True)
+    for loss in ("adaface", "curricularface", "elasticface_arc", "magface", "softmax"):
+        step_does_not_wait(loss=loss)
+    step_does_not_wait(loss="adaface", gradient_acc=2)
     step_does_not_wait(optimizer="adamw", precision="bf16")
     for precision in ("fp32", "bf16", "fp16"):
         run_trains(precision)

@@ -218,7 +218,7 @@ def make_margin(cfg: Config) -> Margin:
         "interclass_filtering_mode": cfg.interclass_filtering_mode,
     }
     m: dict[str, Any] = {} if cfg.margin is None else {"margin": cfg.margin}
-    elastic = {"std": cfg.elastic_std, "plus": cfg.elastic_plus, "scale": cfg.scale}
+    elastic: dict[str, Any] = {"std": cfg.elastic_std, "plus": cfg.elastic_plus, "scale": cfg.scale}
     m1, m2, m3 = cfg.margin_list
     makers: dict[str, Callable[[], Margin]] = {
         "combined": lambda: CombinedMargin(m1, m2, m3, **fixed),
