@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from head.arguments import check_arguments
 from head.batch import PAD_LABEL, BatchRules
 from head.centres import Centres, ShardCentres
 from head.collectives import gather_labels, sum_over_ranks
@@ -105,7 +106,7 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         update = update or ("autograd" if row_update is None else "fused")
-        _check_arguments(
+        check_arguments(
             margin, embedding_size, num_classes, sample_rate, row_update, update,
             batch_size_per_rank, centres_per_class, buffer_mib, half, dtype, centre_device,
         )  # fmt: skip
@@ -213,13 +214,14 @@ class PartialFC(nn.Module):
             )
             context = self._begin_margin(norms, target, batch.is_real)
             if self.engine is not None:
-                arguments = (target, context, centres, row_weight, learning_rate)
-                loss = EngineLoss.apply(unit, norms, self.weight, self.engine, arguments)
-            else:
-                loss = readable_loss(
-                    self.margin, unit, norms, column, context, *self._rows_of_sample(),
-                    self.centres_per_class, row_weight, self.group,
-                )  # fmt: skip
+                veto = batch.has_unknown
+                arguments = (target, context, centres, row_weight, learning_rate, veto)
+                loss: Tensor = EngineLoss.apply(unit, norms, self.weight, self.engine, arguments)
+                return loss
+            loss = readable_loss(
+                self.margin, unit, norms, column, context, *self._rows_of_sample(),
+                self.centres_per_class, row_weight, self.group,
+            )  # fmt: skip
             return loss + torch.where(batch.has_unknown, torch.nan, 0.0)
 
     def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
@@ -409,62 +411,3 @@ class PartialFC(nn.Module):
         """Global labels in this rank's numbering, -1 where the class lives elsewhere."""
         here = (labels >= self.class_range.start) & (labels < self.class_range.stop)
         return torch.where(here, labels - self.class_range.start, -1)
-
-
-def _check_arguments(
-    margin: Margin,
-    embedding_size: int,
-    num_classes: int,
-    sample_rate: float,
-    row_update: RowUpdate | None,
-    update: str,
-    batch_size_per_rank: int | None,
-    centres_per_class: int,
-    buffer_mib: float,
-    half: torch.dtype | None,
-    dtype: torch.dtype,
-    centre_device: torch.device | str | None,
-) -> None:
-    """Raise ValueError for the first argument that does not fit."""
-    is_fused = update == "fused"
-    for ok, sentence in (
-        (
-            embedding_size >= 1 and num_classes >= 1,
-            f"embedding_size={embedding_size}, num_classes={num_classes}: at least 1 each",
-        ),
-        (
-            0.0 <= sample_rate <= 1.0,
-            f"sample_rate={sample_rate!r}: a share in [0, 1] (1 uses all classes)",
-        ),
-        (update in ("fused", "autograd"), f"update={update!r}: fused or autograd"),
-        (
-            not is_fused or row_update is not None,
-            "update='fused' moves the class centres itself: pass row_update=SGDRows(...) or "
-            "AdamWRows(...)",
-        ),
-        (
-            batch_size_per_rank is None or batch_size_per_rank >= 1,
-            f"batch_size_per_rank={batch_size_per_rank}: at least 1, or None",
-        ),
-        (centres_per_class >= 1, f"centres_per_class={centres_per_class}: at least 1"),
-        (buffer_mib > 0, f"buffer_mib={buffer_mib!r}: above 0"),
-        (
-            half in (None, torch.bfloat16),
-            f"half={half}: torch.bfloat16, or None for full precision",
-        ),
-        (
-            dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and is_fused),
-            f"dtype={dtype}: class centres are float32 or float64, or bfloat16 with update='fused'",
-        ),
-        (
-            centre_device is None or (is_fused and sample_rate < 1.0 and not margin.bias),
-            f"centre_device={centre_device!r}: centres away from the computing device need "
-            "update='fused', sample_rate < 1 and a loss without bias",
-        ),
-        (
-            centre_device is None or torch.device(centre_device).type == "cpu",
-            f"centre_device={centre_device!r}: 'cpu' (host memory), or None",
-        ),
-    ):
-        if not ok:
-            raise ValueError(sentence)

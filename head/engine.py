@@ -102,6 +102,7 @@ class Engine:
         centres: Centres,
         row_weight: Tensor,
         learning_rate: float | None,
+        veto: Tensor,
     ) -> tuple[Tensor, Pass]:
         """Mean loss over the rows of the global batch, and the pass that knows its gradient.
 
@@ -110,9 +111,10 @@ class Engine:
                 normalises. norms: [B], or None. Both constants.
             row_weight: [B] share of each row in the loss: 1 / rows, 0 for filling rows.
             learning_rate: the centres move in `Pass.backward`; None: in `finish`.
+            veto: boolean scalar; where true the loss is NaN and nothing moves.
         """
         one = Pass(self, unit, norms, target, context, centres, row_weight, learning_rate)
-        return one.forward(), one
+        return one.forward(veto), one
 
     def finish(
         self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
@@ -205,7 +207,7 @@ class Pass:
         self.kept.clear()
         self.copies.clear()
 
-    def forward(self) -> Tensor:
+    def forward(self, veto: Tensor) -> Tensor:
         """Mean loss over the global batch; non-finite makes a bad step."""
         margin, target = self.margin, self.target
         self.engine.lend_buffer(self)
@@ -220,6 +222,7 @@ class Pass:
         is_real = self.row_weight > 0
         loss = torch.where(is_real, row_loss * self.row_weight, 0.0).sum()
 
+        loss = torch.where(veto, torch.nan, loss)
         self.bad = ~torch.isfinite(loss)
         self.lse = lse.masked_fill(lse == -math.inf, 0.0)  # -inf: there is no other class at all
         self.slope = slope
