@@ -13,6 +13,7 @@ from data.recordio import (
     RecordError,
     RecordHeader,
     RecordReader,
+    range_of,
     unpack_record,
     unreadable,
 )
@@ -146,13 +147,14 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     payload = reader.read_at(offset, 0)
     if not is_header_record(header, len(payload)):
         return slice(0, len(keys))
-    first, last = unpack_record(payload)[0].labels.tolist()
-    if not (1 <= first <= last < 2**40 and first.is_integer()):
+    first, last = range_of(unpack_record(payload)[0])
+    if not (1 <= first <= last < 2**40 and first == int(first)):
         raise RecordError(
             f"{reader.where(offset, 0)}: a header record with labels ({first:g}, {last:g}); "
             "expected (n, m) with 1 <= n <= m. The file is damaged; copy it again."
         )
-    num_keys = _exact_end(index, reader, int(first))
+    exact = isinstance(first, int) or first <= _EXACT_FLOAT32
+    num_keys = int(first) if exact else _exact_end(index, reader, int(first))
     is_image = (keys >= 1) & (keys < num_keys)
     found = int(is_image.sum())
     if found != num_keys - 1:
@@ -169,8 +171,6 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
 def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:
     """The first key that is no image. `stated` comes from a float32: beyond 2**24 it may be off by
     one or two (Glint360K has 17,091,657 images), so the records around it decide."""
-    if stated <= _EXACT_FLOAT32:
-        return stated
     near = np.flatnonzero((np.abs(index.keys - stated) <= 4) & (index.keys > 0))
     for line in near[np.argsort(index.keys[near])]:
         key, offset = int(index.keys[line]), int(index.offsets[line])

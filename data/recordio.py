@@ -13,6 +13,11 @@ the end of the file. The reader insists on that: it is how a damaged length is n
 A record's payload is the struct `<IfQQ` (flag, label, id, id2), then, if flag > 0, flag float32
 labels that replace the scalar one, then the bytes of the image.
 
+Float32 holds every whole number only up to 2**24. A class beyond it is kept twice: rounded as the
+label, which is what readers of labels see, and exactly as `id2`. It is read from id2, and only if
+that rounds to the label. Records of two labels and no image (the header record, the records of
+identities) keep both numbers exactly as id and id2 in the same case.
+
 Sources: dmlc-core `recordio.h`, `recordio.cc`; MXNet 1.9.1 `python/mxnet/recordio.py`.
 """
 
@@ -33,6 +38,7 @@ MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 MAX_PART_LENGTH = (1 << 29) - 1
+MAX_EXACT_LABEL = 2**24  # float32 holds every whole number up to here
 PART_HEADER = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<IfQQ")
 # One pread of this size covers nearly every 112 x 112 face together with the header that follows.
@@ -78,14 +84,50 @@ def pack_record(
 ) -> bytes:
     """The payload of a record. A sequence of labels is written after the struct (flag > 0).
 
-    Labels become float32, exact for integers up to 2**24: the caller refuses larger ones.
+    A (first) label that is an integer beyond 2**24 becomes id2 as well, see `class_of`. Raises
+    RecordError when `record_id2` already says something else.
     """
-    if isinstance(label, (int, float)):
-        return RECORD_HEADER.pack(0, label, record_id, record_id2) + image
-    labels = np.asarray(label, dtype="<f4")
-    if not labels.size:
+    several = isinstance(label, Sequence)
+    labels = list(label) if isinstance(label, Sequence) else [label]
+    if not labels:
         raise RecordError("a record needs at least one label; got an empty sequence")
-    return RECORD_HEADER.pack(labels.size, 0.0, record_id, record_id2) + labels.tobytes() + image
+    if isinstance(labels[0], (int, np.integer)) and labels[0] > MAX_EXACT_LABEL:
+        if record_id2 not in (0, labels[0]):
+            raise RecordError(
+                f"label {labels[0]} with id2 {record_id2}: a class beyond {MAX_EXACT_LABEL} takes "
+                "the place of id2; leave record_id2 at 0"
+            )
+        record_id2 = int(labels[0])
+    if not several:
+        return RECORD_HEADER.pack(0, labels[0], record_id, record_id2) + image
+    values = np.asarray(labels, dtype="<f4")
+    return RECORD_HEADER.pack(values.size, 0.0, record_id, record_id2) + values.tobytes() + image
+
+
+def pack_range(first: int, end: int, record_id: int = 0) -> bytes:
+    """The payload of a header or identity record: labels (first, end), no image; see `range_of`."""
+    ids = (first, end) if end > MAX_EXACT_LABEL else (record_id, 0)
+    return RECORD_HEADER.pack(2, 0.0, *ids) + np.array([first, end], "<f4").tobytes()
+
+
+def class_of(header: RecordHeader) -> int | float:
+    """The class that a record's header names: its first label, exact beyond 2**24 too.
+
+    A float where the label is no class: not whole, not finite, or beyond 2**24 without an id2
+    that rounds to it.
+    """
+    label = float(header.labels[0])
+    if MAX_EXACT_LABEL <= label < 2.0**63:
+        return header.id2 if np.float32(header.id2) == label else label
+    return int(label) if label.is_integer() else label
+
+
+def range_of(header: RecordHeader) -> tuple[float, float]:
+    """The two numbers of a header or identity record, exact beyond 2**24 if `pack_range` made it."""
+    first, end = header.labels.tolist()
+    if end >= MAX_EXACT_LABEL and np.float32(header.id) == first and np.float32(header.id2) == end:
+        return header.id, header.id2
+    return first, end
 
 
 def unpack_record(payload: bytes, where: str = "record") -> tuple[RecordHeader, memoryview]:

@@ -19,12 +19,11 @@ from tqdm import tqdm
 from data.decode import decode_image, read_image_file
 from data.index import Property, image_lines, read_index, read_property
 from data.order import derive_key, hash_indices
-from data.recordio import RecordHeader, RecordReader, unpack_record
+from data.recordio import MAX_EXACT_LABEL, RecordHeader, RecordReader, class_of, unpack_record
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-MAX_EXACT_LABEL = 2**24  # float32, which records keep labels in, is exact up to here
 _OF_IMAGE, _OF_CLASS = derive_key(1), derive_key(2)
 _PROGRESS_FROM = 200_000  # records from which counting labels takes long enough to show a bar
 
@@ -151,8 +150,7 @@ class RecordSource:
         return check_size(decode_image(encoded, where), self.input_size, where), label
 
     def _label(self, header: RecordHeader, index: int, num_classes: int | None) -> int:
-        label = float(header.labels[0])
-        return check_label(label, num_classes, lambda: self.describe(index))
+        return check_label(class_of(header), num_classes, lambda: self.describe(index))
 
 
 class FolderSource:
@@ -297,17 +295,27 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def check_label(label: float, num_classes: int | None, describe: Callable[[], str]) -> int:
-    """A record's label as an int in [0, num_classes). `describe()` names the record in errors."""
-    limit = MAX_EXACT_LABEL + 1 if num_classes is None else num_classes
-    if label.is_integer() and 0 <= label < limit and label <= MAX_EXACT_LABEL:
+    """A record's class (from `class_of`) as an int in [0, num_classes), exact beyond 2**24 too.
+
+    `describe()` names the record in errors. Raises DataError.
+    """
+    wide = isinstance(label, float) and MAX_EXACT_LABEL < label < 2.0**63
+    limit = 2**63 if num_classes is None else num_classes
+    if not wide and 0 <= label < limit and label == int(label):
         return int(label)
-    if label.is_integer() and label > MAX_EXACT_LABEL:
-        allowed = f"float32 labels are exact only up to {MAX_EXACT_LABEL}"
-        remedy = "the set has to be split"
+    if wide:
+        allowed = (
+            f"float32 labels are exact only up to {MAX_EXACT_LABEL}, and this record does not "
+            "keep its class as id2 too"
+        )
+        remedy = "pack the set anew with scripts/pack.py"
     else:
-        allowed = f"allowed are whole numbers from 0 to {limit - 1}"
+        allowed = "allowed are whole numbers " + (
+            "from 0" if num_classes is None else f"from 0 to {num_classes - 1}"
+        )
         remedy = "set num_classes to more than the largest label, or pack the set anew"
-    raise DataError(f"{describe()}: label {label:g}; {allowed}. To go on: {remedy}.")
+    shown = str(label) if isinstance(label, int) else f"{label:g}"
+    raise DataError(f"{describe()}: label {shown}; {allowed}. To go on: {remedy}.")
 
 
 def check_num_classes(wanted: int, needed: int, where: str) -> None:
