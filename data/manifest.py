@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -186,11 +187,20 @@ def _threaded(
     while window := list(islice(todo, 64 * _CHUNK_RECORDS)):
         chunks = [window[i : i + _CHUNK_RECORDS] for i in range(0, len(window), _CHUNK_RECORDS)]
         threads = num_threads if len(chunks) > 1 else 0
-        running = OrderedPrefetch(lambda i, c=chunks: compare(c[i]), range(len(chunks)), threads)
+        compare_chunk = partial(_compare_chunk, compare, chunks)
+        running = OrderedPrefetch(compare_chunk, range(len(chunks)), threads)
         try:
             yield from running
         finally:
             running.close()
+
+
+def _compare_chunk(
+    compare: Callable[[list[Entry]], tuple[int, list[Mismatch], np.ndarray]],
+    chunks: list[list[Entry]],
+    number: int,
+) -> tuple[int, list[Mismatch], np.ndarray]:
+    return compare(chunks[number])
 
 
 def _ends(offsets: np.ndarray, size: int) -> np.ndarray:

@@ -165,7 +165,8 @@ class RecordSetWriter:
         for path in self._staging.iterdir():
             if path.name != "lock":
                 path.unlink()
-        self._files = [open(self._staging / name, "wb") for name in _RECORDS]
+        for name in _RECORDS:
+            self._files.append(open(self._staging / name, "wb"))  # noqa: SIM115 (_close_files)
         self._offset = 0
         self._files[2].write(self._manifest.first())
         if self.style == INSIGHTFACE:  # the counts are known at the end

@@ -241,12 +241,11 @@ class RecordReader:
         head = window[PART_HEADER.size : PART_HEADER.size + min(length, first_bytes)]
         return unpack_header(head, length, where)
 
-    def scan(self) -> Iterator[RecordPlace]:
-        """Every record from the start of the file on, for files without an index.
+    def scan(self, offset: int = 0) -> Iterator[RecordPlace]:
+        """Every record from byte `offset` on, for files without an index.
 
         Raises RecordError at the first place where no record starts.
         """
-        offset = 0
         while offset < self.size:
             payload, end = self._read(offset, None, self.size)
             yield RecordPlace(offset, len(payload), end)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
 from typing import TypeVar
@@ -21,7 +21,7 @@ _AHEAD = 3  # tasks per process that are planned or finished but not yet taken
 
 def ordered_map(
     function: Callable[[Task], Result], tasks: Iterable[Task], num_processes: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """`map(function, tasks)` by `num_processes` processes; 1 works in this one.
 
     function: at module level. A few tasks per process are planned ahead, whatever their number, so

@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=112, help="pixels per side (default 112)")
     add("--quality", type=int, help="encode every image anew, as JPEG of this quality (1 to 100)")
     add("--include", action="append", metavar="GLOB",
-        help="only class folders (or paths in a list) like this, such as '0_*'; repeats")  # fmt: skip
+        help="only class folders (paths in a list) like this: '0_*'; repeats")  # fmt: skip
     add("--style", choices=STYLES, help="default: im2rec for .lst files, else insightface")
     add("--shuffle", action="store_true", help="write the images in random order")
     add("--seed", type=int, default=0, help="of --shuffle (default 0)")

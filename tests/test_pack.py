@@ -146,7 +146,13 @@ def test_existing_records_are_replaced_only_by_force(
     assert hashlib.sha1((out / "train.rec").read_bytes()).digest() == before
     assert run(folder, out, "--size", SIZE, "--include", "1_*", "--force") == 0
     assert len(RecordSource(out, input_size=SIZE)) == 4
-    assert files_below(out) == ["label_map.txt", "property", "train.idx", "train.manifest", "train.rec"]
+    assert files_below(out) == [
+        "label_map.txt",
+        "property",
+        "train.idx",
+        "train.manifest",
+        "train.rec",
+    ]
 
 
 @pytest.mark.parametrize("options", [["--size", "0"], ["--quality", "101"], ["--num-thread", "0"]])
