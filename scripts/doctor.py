@@ -122,7 +122,7 @@ class Report:
 
 
 class Images(NamedTuple):
-    """The images of a set in the order of the file.
+    """The images of a set in the order of the file; their records lie from offsets to ends.
 
     keys: -1 where the index does not list them. classes: -1 where the label is none.
     hashes: the first 8 bytes of the sha1 of the encoded image. All int64 [n].
@@ -130,6 +130,7 @@ class Images(NamedTuple):
 
     keys: np.ndarray
     offsets: np.ndarray
+    ends: np.ndarray
     classes: np.ndarray
     hashes: np.ndarray
 
@@ -217,7 +218,7 @@ def _read_all(
         for at in np.flatnonzero(np.diff(listed) == 0).tolist():
             report.add("index", "two keys point to one record",
                        f"keys {keys[at]} and {keys[at + 1]}, byte {listed[at]}")  # fmt: skip
-    columns = [array("q") for _ in range(4)]  # keys, offsets, classes, hashes
+    columns = [array("q") for _ in Images._fields]
     identities: list[Identity] = []
     num_records, line = 0, 0
     with tqdm(total=reader.size, desc="records", unit="B", unit_scale=True) as bar:
@@ -245,7 +246,7 @@ def _read_all(
             if is_header_record(header, len(payload)):
                 identities.append(Identity(key, *range_of(header)))
             else:
-                values = (key, place.offset, _class(report, header, where), _hash(image))
+                values = (key, place.offset, end, _class(report, header, where), _hash(image))
                 for column, value in zip(columns, values, strict=True):
                     column.append(value)
             bar.update(end - place.offset)
@@ -366,7 +367,7 @@ def _check_images(
         found: list[tuple[int, tuple[int, int] | None, bool, str]] = []
         for position in chosen[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist():
             where = _where(reader, images, position)
-            payload = reader.read_at(int(images.offsets[position]))
+            payload = reader.read_at(int(images.offsets[position]), end=int(images.ends[position]))
             encoded = unpack_record(payload)[1]
             try:
                 pixels = decode_image(encoded, where)

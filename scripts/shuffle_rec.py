@@ -38,6 +38,7 @@ from data.sources import DataError
 
 _COPIED = ("*.bin", "*.lst")
 _MAX_BUCKETS = 512  # files open at once
+_MIB = 2**20
 _ITEM = struct.Struct("<QQQ")  # hash, class, bytes of the payload
 _BLOCK = 4096  # positions hashed at once
 
@@ -68,9 +69,9 @@ def shuffle_records(
         stated = read_property(folder / "property")
         size, num_classes = stated.height, stated.num_classes
     class_names = read_label_map(folder)
-    num_buckets = -(-records.reader.size // (memory_mib * 2**20))
+    num_buckets = -(-records.reader.size // (memory_mib * _MIB))
     if num_buckets > _MAX_BUCKETS:
-        needed = -(-records.reader.size // (_MAX_BUCKETS * 2**20))
+        needed = -(-records.reader.size // (_MAX_BUCKETS * _MIB))
         raise DataError(f"--memory {memory_mib}: this set needs {needed} MiB or more")
     before = MultisetDigest()
     after = MultisetDigest()
