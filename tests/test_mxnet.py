@@ -98,8 +98,7 @@ def sets() -> dict[str, list[Record]]:
 def write_ours(path: Path, records: list[Record]) -> None:
     with RecordWriter(path, path.with_suffix(".idx")) as writer:
         for record in records:
-            describes = isinstance(record.label, list) and not record.image
-            if describes:
+            if isinstance(record.label, list) and not record.image:
                 first, end = map(int, record.label)
                 payload = pack_range(first, end, record.id)
             else:
