@@ -271,7 +271,8 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     header = reader.read_header(offset, 0)
     if header.flag != 2:
         return slice(0, len(keys))
-    payload = reader.read_at(offset, 0)
+    later = offsets[zero[0] + 1 :][:1]  # where the next record starts, if they are in order
+    payload = reader.read_at(offset, 0, int(later[0]) if (later > offset).any() else None)
     if not is_header_record(header, len(payload)):
         return slice(0, len(keys))
     first, last = range_of(unpack_record(payload)[0])
