@@ -81,6 +81,11 @@ class ImageIndex:
         """Key of the record of image `image`."""
         return self._first_key + image if self._keys is None else int(self._keys[image])
 
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """The bytes (first, end) within which the records of images begin..end-1 lie."""
+        places = self._offsets[begin : end + (1 if self._increasing else 0)]
+        return int(places.min()), int(places.max())
+
     def find(self, key: int) -> int | None:
         """The image whose record has this key, or None."""
         if self._keys is None:

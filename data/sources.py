@@ -224,8 +224,7 @@ class RecordSource(ImageSource):
 
     def will_need(self, begin: int, end: int) -> None:
         """See ImageSource: the kernel reads these records ahead, in one go."""
-        places = self.index.offsets[begin:end]
-        self.reader.will_need(int(places.min()), int(places.max()))
+        self.reader.will_need(*self.index.span(begin, end))
 
     def _label(self, header: RecordHeader, index: int, num_classes: int | None) -> int:
         return check_label(class_of(header), num_classes, lambda: self.describe(index))
