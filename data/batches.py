@@ -1,4 +1,4 @@
-"""One rank's batches as a pure function of (epoch, step): which images, read, augmented, checked."""
+"""One rank's batches as a pure function of (epoch, step): which images, read and augmented."""
 
 from __future__ import annotations
 
@@ -112,9 +112,7 @@ class BatchMaker:
             images[row], labels[row] = images[other], labels[other]
         return self.loaded(torch.from_numpy(images), labels, bad)
 
-    def loaded(
-        self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]
-    ) -> Loaded:
+    def loaded(self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]) -> Loaded:
         """The parts of a batch as one, in page-locked memory where that was asked for."""
         classes = torch.from_numpy(labels)
         if self.pin_memory:

@@ -10,7 +10,7 @@ Optional: `pip install nvidia-dali-cuda120` (or -cuda130); see docs/installing_d
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +25,15 @@ from data.decode import decode_into, image_size
 from data.prefetch import OrderedPrefetch
 from data.sources import DataError
 
-log = logging.getLogger(__name__)
-
 _IN_FLIGHT = 2  # batches inside the pipeline
+
+
+def dali_is_installed() -> bool:
+    """Whether `import nvidia.dali` would find it."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even its parent
+        return False
 
 
 @dataclass
@@ -176,7 +182,8 @@ class DaliPool:
 
     def _probe(self, batch: _Encoded) -> dict[int, Exception]:
         """Which images of a batch our own decoder refuses, and why."""
-        size, found = self._make.source.input_size, {}
+        size = self._make.source.input_size
+        found: dict[int, Exception] = {}
         scratch = np.empty((size, size, 3), np.uint8)
         for row, (file, index) in enumerate(zip(batch.files, batch.indices.tolist(), strict=True)):
             try:

@@ -200,7 +200,9 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
             total=size, desc=f"reading {path.name}", unit="B", unit_scale=True,
             disable=size < _PROGRESS_FROM_BYTES,
         ) as bar:  # fmt: skip
-            num_lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK_BYTES), b""))
+            num_lines = 0
+            while chunk := file.read(_CHUNK_BYTES):
+                num_lines += chunk.count(b"\n")
             file.seek(0)
             keys, offsets = np.empty(num_lines + 1, np.int64), np.empty(num_lines + 1, np.int64)
 

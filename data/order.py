@@ -64,7 +64,9 @@ def shuffled_indices(positions: np.ndarray, num_images: int, seed: int, epoch: i
         )
     height = math.isqrt(num_images - 1) + 1
     width = -(-num_images // height)
-    keys = [derive_key(_SHUFFLE, seed, epoch, round_) for round_ in range(_ROUNDS)]
+    keys: list[int | np.ndarray] = [
+        derive_key(_SHUFFLE, seed, epoch, round_) for round_ in range(_ROUNDS)
+    ]
     images = _permute(positions.astype(np.uint64), height, width, keys)
     outside = np.flatnonzero(images >= num_images)
     while len(outside):
@@ -87,7 +89,7 @@ def shuffled_within(positions: np.ndarray, sizes: np.ndarray, keys: np.ndarray) 
     limit, rows, columns = (v.astype(np.uint64) for v in (sizes, height, width))
     todo = np.arange(len(x))
     while len(todo):
-        part = [each[todo] for each in rounds]
+        part: list[int | np.ndarray] = [each[todo] for each in rounds]
         x[todo] = _permute(x[todo], rows[todo], columns[todo], part)
         todo = todo[x[todo] >= limit[todo]]
     return x.astype(np.int64)
@@ -97,7 +99,7 @@ def _permute(
     x: np.ndarray,
     height: int | np.ndarray,
     width: int | np.ndarray,
-    keys: Sequence[int] | Sequence[np.ndarray],
+    keys: Sequence[int | np.ndarray],
 ) -> np.ndarray:
     """A permutation of range(height * width): uint64 [k] to uint64 [k].
 
@@ -105,7 +107,8 @@ def _permute(
     rotation, which is what makes it invertible.
     """
     rows, columns = np.uint64(height), np.uint64(width)
-    left, right = x // columns, x % columns
+    left: np.ndarray = x // columns
+    right: np.ndarray = x % columns
     for number, key in enumerate(keys):
         if number % 2 == 0:
             left = (left + hash_indices(right, key) % rows) % rows

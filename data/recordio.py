@@ -124,7 +124,7 @@ def class_of(header: RecordHeader) -> int | float:
 
 
 def range_of(header: RecordHeader) -> tuple[float, float]:
-    """The two numbers of a header or identity record, exact beyond 2**24 if `pack_range` made it."""
+    """Both numbers of a header or identity record, exact beyond 2**24 if `pack_range` made it."""
     first, end = header.labels.tolist()
     if end >= MAX_EXACT_LABEL and np.float32(header.id) == first and np.float32(header.id2) == end:
         return header.id, header.id2

@@ -83,9 +83,7 @@ class BlockShuffled(Order):
         place = within // self._block
         whole = place < self._blocks
         blocks = np.where(whole, place, 0)
-        order = shuffled_indices(
-            blocks, self._blocks, derive_key(_BLOCKS, self._seed), epoch
-        )
+        order = shuffled_indices(blocks, self._blocks, derive_key(_BLOCKS, self._seed), epoch)
         images = np.where(whole, order * self._block + within % self._block, within)
         return (images + self._shift(epoch)) % self.num_positions
 

@@ -41,7 +41,7 @@ class MissingDataError(DataError, FileNotFoundError):
 
 
 class ImageSource(ABC):
-    """Numbered images with labels: what the loaders need. Shared by threads; reading is stateless."""
+    """Numbered images with labels: what the loaders need. Threads share one: it only reads."""
 
     num_classes: int
     input_size: int  # height and width in pixels
@@ -82,7 +82,7 @@ class ImageSource(ABC):
             raise DataError(f"class {name!r}: allowed are 0 to {self.num_classes - 1}")
         return int(name)
 
-    def will_need(self, begin: int, end: int) -> None:
+    def will_need(self, begin: int, end: int) -> None:  # noqa: B027 - nothing to do is right
         """The images begin..end-1 are wanted soon; a source on a slow disk may fetch them."""
 
 

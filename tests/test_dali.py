@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-
+from data.dali import dali_is_installed
 from tests.test_dataset import (
     NUM_IMAGES,
     collect_error,
@@ -23,6 +22,8 @@ from tests.test_dataset import (
 )
 
 __all__ = ["folder", "records"]
+
+pytestmark = pytest.mark.skipif(not dali_is_installed(), reason="NVIDIA DALI is not installed")
 
 
 def both(root: Path | str, batch_size: int, **options) -> tuple[list, list]:
