@@ -77,11 +77,12 @@ def decode_into(
         _check_shape(image.shape[:2], out, where)
         out[...] = image
         return
-    _check_shape(image_size(data, where), out, where)
     try:
-        simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=out)
-    except ValueError as error:
+        found = simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=out)
+    except ValueError as error:  # also when the image is larger than `out`
+        _check_shape(image_size(data, where), out, where)
         raise _damaged_jpeg(data, error, where) from error
+    _check_shape(found.shape, out, where)
 
 
 def _damaged_jpeg(data: memoryview, error: Exception, where: str) -> ImageError:
@@ -91,7 +92,7 @@ def _damaged_jpeg(data: memoryview, error: Exception, where: str) -> ImageError:
 
 
 def _check_shape(found: tuple[int, ...], out: np.ndarray, where: str) -> None:
-    if tuple(found) != out.shape[:2]:
+    if found[:2] != out.shape[:2]:
         raise ImageSizeError(
             f"{where}: an image of {found[1]} x {found[0]} pixels; the network takes "
             f"{out.shape[1]} x {out.shape[0]}. Resize the set once with: "

@@ -18,10 +18,17 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cache import Built, open_or_build, stamp_of
-from data.decode import ImageSizeError, decode_into, read_image_file
+from data.decode import ImageError, ImageSizeError, decode_into, read_image_file
 from data.index import Property, open_index, read_property
 from data.order import derive_key, hash_indices
-from data.recordio import MAX_EXACT_LABEL, RecordHeader, RecordReader, class_of, unpack_record
+from data.recordio import (
+    MAX_EXACT_LABEL,
+    RECORD_HEADER,
+    RecordHeader,
+    RecordReader,
+    class_of,
+    unpack_record,
+)
 
 log = logging.getLogger(__name__)
 
@@ -213,13 +220,19 @@ class RecordSource(ImageSource):
         offset, end = self.index.place(index)
         key = self.index.key(index)
         payload = self.reader.read_at(offset, key, end)
+        if len(payload) >= RECORD_HEADER.size:
+            flag, label, _, _ = RECORD_HEADER.unpack_from(payload)
+            if flag == 0 and 0 <= label < min(self.num_classes, MAX_EXACT_LABEL):
+                usual = int(label)
+                if usual == label:  # nearly every record; what follows sorts out the others
+                    return memoryview(payload)[RECORD_HEADER.size :], usual
         header, encoded = unpack_record(payload, self.reader.where(offset, key))
         return encoded, self._label(header, index, self.num_classes)
 
     def read_into(self, index: int, out: np.ndarray) -> int:
         """See ImageSource. Raises RecordError, ImageError, DataError."""
         encoded, label = self.read_encoded(index)
-        _decode(encoded, out, self.describe(index))
+        _decode(encoded, out, self, index)
         return label
 
     def will_need(self, begin: int, end: int) -> None:
@@ -291,7 +304,7 @@ class FolderSource(ImageSource):
     def read_into(self, index: int, out: np.ndarray) -> int:
         """See ImageSource. Raises ImageError, DataError."""
         encoded, label = self.read_encoded(index)
-        _decode(encoded, out, self.describe(index))
+        _decode(encoded, out, self, index)
         return label
 
 
@@ -434,8 +447,11 @@ def check_num_classes(wanted: int, needed: int, where: str) -> None:
         )
 
 
-def _decode(encoded: bytes | memoryview, out: np.ndarray, where: str) -> None:
+def _decode(encoded: bytes | memoryview, out: np.ndarray, source: ImageSource, index: int) -> None:
     try:
-        decode_into(encoded, out, where)
-    except ImageSizeError as error:
-        raise DataError(str(error)) from error
+        decode_into(encoded, out, "")
+    except ImageError:
+        try:  # once more, for an error that names it: naming every image would cost time
+            decode_into(encoded, out, source.describe(index))
+        except ImageSizeError as error:
+            raise DataError(str(error)) from error
