@@ -238,12 +238,12 @@ def apply(draws: Draws, row: int, image: np.ndarray) -> None:
     if height:
         image[top : top + height, left : left + width] = ERASED
     if draws.flip[row]:
-        flip(image)
+        image[...] = cv2.flip(image, 1)
 
 
-def flip(image: np.ndarray) -> None:
-    """Exchange left and right of uint8 [H, W, 3] in place."""
-    image[...] = cv2.flip(image, 1)
+def write_flipped(image: np.ndarray, out: np.ndarray) -> None:
+    """Write the mirror image (left and right exchanged) of uint8 [H, W, 3] into `out`."""
+    cv2.flip(image, 1, dst=out)
 
 
 def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

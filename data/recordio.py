@@ -44,6 +44,7 @@ PART_HEADER = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<IfQQ")
 # One pread of this size covers nearly every 112 x 112 face together with the header that follows.
 _WINDOW_BYTES = 16 * 1024
+_WHOLE_BYTES = 256 * 1024  # where the index says that a record is smaller, it is read exactly
 
 
 class RecordError(ValueError):
@@ -295,9 +296,10 @@ class RecordReader:
     def _read_usual(self, offset: int, limit: int) -> bytes | None:
         """The payload of a sound record in one part within one window, by the rules of `_read`,
         which sorts out everything else (None). Nine tenths of the reader's own time are saved."""
-        if offset < 0 or offset % 4:
+        room = limit - offset
+        if offset < 0 or offset % 4 or room < PART_HEADER.size:
             return None
-        window = self._pread(offset, _WINDOW_BYTES)
+        window = self._pread(offset, room if room <= _WHOLE_BYTES else _WINDOW_BYTES)
         if len(window) < PART_HEADER.size:
             return None
         magic, length = PART_HEADER.unpack_from(window)
