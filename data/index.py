@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from data.cache import Built, open_or_build, stamp_of
 from data.recordio import (
     PART_HEADER,
     RecordError,
@@ -19,6 +22,9 @@ from data.recordio import (
 )
 
 _CHUNK_BYTES = 16 * 1024 * 1024
+_CHECKED_AT_ONCE = 1 << 20  # lines
+_PROGRESS_FROM_BYTES = 64 * 1024 * 1024
+CACHE_FROM_BYTES = 1024 * 1024  # a smaller index is parsed in milliseconds
 _MAX_DIGITS = 18  # 10**18 fits int64 with room to spare
 _EXACT_FLOAT32 = 2**24
 _TAB, _NEWLINE, _ZERO, _NINE = 9, 10, 48, 57
@@ -39,59 +45,187 @@ class Property(NamedTuple):
     width: int
 
 
+class ImageIndex:
+    """Key and place of every image of a set, in the order of the index; shared and read-only.
+
+    Opened from a cache beside the files (data/cache.py) where the index is large: then all
+    workers and ranks of a host map the same memory, 8 bytes per image (16 where the keys are not
+    consecutive).
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        self._offsets = arrays["offsets"]  # int64 [images + 1]: the last says where they end
+        self._keys = arrays.get("keys")  # int64 [images], or None: consecutive from first_key
+        self._first_key, self._increasing = int(facts["first_key"]), bool(facts["increasing"])
+        if not len(self._offsets) or (
+            self._keys is not None and len(self._keys) != len(self._offsets) - 1
+        ):
+            raise RecordError("a cached index of no use; delete the .cache file beside the .idx")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte offset of every image's record: int64 [images]."""
+        return self._offsets[:-1]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Key of every image's record: int64 [images]; made anew where they are consecutive."""
+        if self._keys is not None:
+            return self._keys
+        return np.arange(self._first_key, self._first_key + len(self), dtype=np.int64)
+
+    def key(self, image: int) -> int:
+        """Key of the record of image `image`."""
+        return self._first_key + image if self._keys is None else int(self._keys[image])
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """The bytes (first, end) within which the records of images begin..end-1 lie."""
+        places = self._offsets[begin : end + (1 if self._increasing else 0)]
+        return int(places.min()), int(places.max())
+
+    def find(self, key: int) -> int | None:
+        """The image whose record has this key, or None."""
+        if self._keys is None:
+            image = key - self._first_key
+            return image if 0 <= image < len(self) else None
+        found = np.flatnonzero(self._keys == key)
+        return int(found[0]) if len(found) else None
+
+    def place(self, image: int) -> tuple[int, int | None]:
+        """Byte offset of the record of image `image`, and where the index starts the next record
+        (None where the records are not in the order of their keys). Raises RecordError."""
+        offset = int(self._offsets[image])
+        if not self._increasing:
+            return offset, None
+        end = int(self._offsets[image + 1])
+        if offset >= end or (image and offset <= self._offsets[image - 1]):
+            raise RecordError(
+                f"record with key {self.key(image)} at byte {offset}: the cached index is damaged; "
+                "delete the .cache file beside the .idx"
+            )
+        return offset, end
+
+
+def open_index(path_idx: str | os.PathLike[str], reader: RecordReader) -> ImageIndex:
+    """Which records of `reader` are images, by the index at `path_idx`, from a cache where there
+    is one. Raises RecordError."""
+    path = Path(path_idx)
+    try:
+        if path.stat().st_size < CACHE_FROM_BYTES:
+            facts, arrays = _index_images(path, reader)
+            return ImageIndex(arrays, facts)
+        stamp = {"of": "images", **stamp_of(path, reader.path)}
+        cached = open_or_build(path, ".cache", stamp, lambda: _index_images(path, reader))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return ImageIndex(cached.arrays, cached.facts)
+
+
+def _index_images(path: Path, reader: RecordReader) -> Built:
+    index = read_index(path, reader.size)
+    # Reading the last record now finds a file that was cut off before training starts.
+    last = int(index.offsets.argmax())
+    reader.read_at(int(index.offsets[last]), int(index.keys[last]))
+    lines = image_lines(index, reader)
+    keys, offsets = index.keys[lines], index.offsets[lines]
+    end = reader.size
+    if isinstance(lines, slice) and lines.stop < len(index.offsets):
+        end = int(index.offsets[lines.stop])
+    increasing = end > offsets[-1] and _increases(offsets) if len(offsets) else True
+    arrays = {"offsets": np.append(offsets, end)}
+    if not len(keys) or keys[-1] - keys[0] != len(keys) - 1 or not _increases(keys):
+        arrays["keys"] = keys
+    return {"first_key": int(keys[0]) if len(keys) else 0, "increasing": bool(increasing)}, arrays
+
+
+def _increases(values: np.ndarray) -> bool:
+    """Whether every value is larger than the one before, looked at a piece at a time."""
+    piece = 1 << 20
+    return all(
+        bool((np.diff(values[begin : begin + piece + 1]) > 0).all())
+        for begin in range(0, len(values), piece)
+    )
+
+
 def read_index(path_idx: str | os.PathLike[str], rec_size: int) -> RecordIndex:
     """Parse and check an `.idx` file: lines `key<tab>offset` for a `.rec` of `rec_size` bytes.
 
-    Offsets must be multiples of 4 inside the file and keys must be distinct; neither has to be
-    sorted. Raises RecordError naming the line.
+    Offsets must be multiples of 4 inside the file; keys and offsets must be distinct; neither has
+    to be sorted. Raises RecordError naming the line.
     """
     path = Path(path_idx)
     try:
-        table = _read_lines(path)
+        keys, offsets = _read_lines(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    if not len(table):
+    if not len(keys):
         raise RecordError(f"{path}: the index is empty. Copy it again, or pack the set anew.")
-    keys, offsets = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
-    wrong = (offsets % 4 != 0) | (offsets > rec_size - PART_HEADER.size)
-    if wrong.any():
-        line = int(wrong.argmax())
-        raise RecordError(
-            f"{path}, line {line + 1}: key {keys[line]} is said to start at byte {offsets[line]}; "
-            f"allowed are multiples of 4 below the {rec_size} bytes of the .rec. The .rec was cut "
-            "off, or this index belongs to another file; copy both again."
-        )
-    if not (np.diff(keys) > 0).all():
-        order = np.argsort(keys, kind="stable")
-        twice = np.flatnonzero(np.diff(keys[order]) == 0)
+    for begin in range(0, len(offsets), _CHECKED_AT_ONCE):
+        part = offsets[begin : begin + _CHECKED_AT_ONCE]
+        wrong = (part % 4 != 0) | (part > rec_size - PART_HEADER.size)
+        if wrong.any():
+            line = begin + int(wrong.argmax())
+            raise RecordError(
+                f"{path}, line {line + 1}: key {keys[line]} is said to start at byte "
+                f"{offsets[line]}; allowed are multiples of 4 below the {rec_size} bytes of the "
+                ".rec. The .rec was cut off, or this index belongs to another file; copy both "
+                "again."
+            )
+    for values, name in ((keys, "key"), (offsets, "byte offset")):
+        if _increases(values):
+            continue
+        order = np.argsort(values, kind="stable")
+        twice = np.flatnonzero(np.diff(values[order]) == 0)
         if len(twice):
             line = int(order[twice[0] + 1])
             raise RecordError(
-                f"{path}, line {line + 1}: key {keys[line]} appears a second time; keys must be "
-                "distinct. Pack the set anew."
+                f"{path}, line {line + 1}: {name} {values[line]} appears a second time; keys and "
+                "offsets must be distinct. Pack the set anew."
             )
     return RecordIndex(keys, offsets)
 
 
-def _read_lines(path: Path) -> np.ndarray:
-    """int64 [lines, 2], a chunk of the file at a time. Raises RecordError, OSError."""
-    pairs: list[np.ndarray] = []
-    lines_read = 0
-    rest = b""
+def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and offsets, int64 [lines] each, a chunk of the file at a time.
+
+    Raises RecordError, OSError.
+    """
+    lines, rest = 0, b""
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            text, newline, rest = (rest + chunk).rpartition(b"\n")
-            if not newline and len(rest) > _CHUNK_BYTES:
-                raise RecordError(
-                    f"{path}, line {lines_read + 1}: longer than {_CHUNK_BYTES} bytes; expected "
-                    "'key<tab>offset'. This is not an index; give the .idx that belongs to the .rec"
-                )
-            if text:
-                pairs.append(_parse_lines(text + newline, path, lines_read))
-                lines_read += len(pairs[-1])
+        size = os.fstat(file.fileno()).st_size
+        with tqdm(
+            total=size, desc=f"reading {path.name}", unit="B", unit_scale=True,
+            disable=size < _PROGRESS_FROM_BYTES,
+        ) as bar:  # fmt: skip
+            num_lines = 0
+            while chunk := file.read(_CHUNK_BYTES):
+                num_lines += chunk.count(b"\n")
+            file.seek(0)
+            keys, offsets = np.empty(num_lines + 1, np.int64), np.empty(num_lines + 1, np.int64)
+
+            def keep(text: bytes) -> int:
+                pairs = _parse_lines(text, path, lines)
+                keys[lines : lines + len(pairs)] = pairs[:, 0]
+                offsets[lines : lines + len(pairs)] = pairs[:, 1]
+                return len(pairs)
+
+            while chunk := file.read(_CHUNK_BYTES):
+                text, newline, rest = (rest + chunk).rpartition(b"\n")
+                if not newline and len(rest) > _CHUNK_BYTES:
+                    raise RecordError(
+                        f"{path}, line {lines + 1}: longer than {_CHUNK_BYTES} bytes; expected "
+                        "'key<tab>offset'. This is not an index; give the .idx that belongs to "
+                        "the .rec"
+                    )
+                if text:
+                    lines += keep(text + newline)
+                bar.update(len(chunk))
     if rest.strip():
-        pairs.append(_parse_lines(rest + b"\n", path, lines_read))
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+        lines += keep(rest + b"\n")
+    return keys[:lines], offsets[:lines]
 
 
 def _parse_lines(text: bytes, path: Path, lines_before: int) -> np.ndarray:
@@ -144,7 +278,8 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     header = reader.read_header(offset, 0)
     if header.flag != 2:
         return slice(0, len(keys))
-    payload = reader.read_at(offset, 0)
+    later = offsets[zero[0] + 1 :][:1]  # where the next record starts, if they are in order
+    payload = reader.read_at(offset, 0, int(later[0]) if (later > offset).any() else None)
     if not is_header_record(header, len(payload)):
         return slice(0, len(keys))
     first, last = range_of(unpack_record(payload)[0])

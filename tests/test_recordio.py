@@ -371,7 +371,7 @@ def test_a_wide_label_without_its_exact_class_is_refused(tmp_path: Path) -> None
         "other_id2": pack_record(b"x", rounded, 0, 2**24 + 5),
     }.items():
         path = write_records(tmp_path, [payload], name)
-        with pytest.raises(DataError, match="record with key 0 .* exact only up to 16777216"):
+        with pytest.raises(DataError, match=r"record with key 0 .* exact only up to 16777216"):
             RecordSource(path, num_classes=2**25).read_encoded(0)
     with pytest.raises(RecordError, match="takes the place of id2"):
         pack_record(b"x", 2**24 + 2, 0, 7)
