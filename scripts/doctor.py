@@ -215,9 +215,6 @@ def _read_all(
     else:
         order = np.argsort(index.offsets, kind="stable")
         listed, keys = np.asarray(index.offsets)[order], np.asarray(index.keys)[order]
-        for at in np.flatnonzero(np.diff(listed) == 0).tolist():
-            report.add("index", "two keys point to one record",
-                       f"keys {keys[at]} and {keys[at + 1]}, byte {listed[at]}")  # fmt: skip
     columns = [array("q") for _ in Images._fields]
     identities: list[Identity] = []
     num_records, line = 0, 0
@@ -232,7 +229,7 @@ def _read_all(
                 continue
             num_records += 1
             key = -1
-            while line < len(listed) and listed[line] == place.offset:
+            if line < len(listed) and listed[line] == place.offset:
                 key, line = int(keys[line]), line + 1
             where = reader.where(place.offset, None if key < 0 else key)
             if key < 0 and index is not None:

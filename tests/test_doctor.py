@@ -273,7 +273,7 @@ def change_index(data: Path, change: Callable[[list[str]], list[str]]) -> None:
     [
         (lambda lines: lines[:-1], "does not list a record"),
         (lambda lines: [*lines[:3], "3\t4\n", *lines[4:]], "points where no record starts"),
-        (lambda lines: [*lines[:3], lines[4].replace("4", "3", 1), *lines[4:]], "two keys point"),
+        (lambda lines: [*lines[:3], lines[4].replace("4", "3", 1), *lines[4:]], "a second time"),
         (lambda lines: [*lines[:3], "garbage\n"], "expected 'key<tab>offset'"),
         (lambda lines: [], "the index is empty"),
     ],

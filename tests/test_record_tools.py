@@ -383,7 +383,7 @@ def test_bad_photographs_are_left_out_only_when_asked(tmp_path: Path) -> None:
 
 @pytest.fixture
 def lfw(tmp_path: Path) -> Path:
-    """LFW as its releases are laid out: 3 people with 5 images, 24 with 2, and two folds of pairs."""
+    """LFW as its releases are laid out: 3 people with 5 images, 24 with 2, two folds of pairs."""
     source = tmp_path / "lfw_home"
     names = [f"Many_{i}" for i in range(3)] + [f"Few_{i:02d}" for i in range(24)]
     for person, name in enumerate(names):
