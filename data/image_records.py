@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.index import RecordIndex, image_lines, is_header_record, read_index
+from data.decode import image_size
+from data.index import (
+    Property,
+    RecordIndex,
+    image_lines,
+    is_header_record,
+    read_index,
+    read_property,
+)
 from data.record_set import IM2REC, INSIGHTFACE
 from data.recordio import (
     MAX_EXACT_LABEL,
@@ -79,6 +87,15 @@ class ImageRecords:
 
     def __iter__(self) -> Iterator[ImageRecord]:
         return map(self.read, range(len(self)))
+
+    def stated(self) -> Property:
+        """What the `property` file states; without one no classes, and the size of the first
+        image. Raises RecordError, ImageError."""
+        path = self.path_rec.with_name("property")
+        if path.is_file():
+            return read_property(path)
+        first = self.read(0)
+        return Property(0, *image_size(first.image, self.reader.where(int(self.offsets[0]))))
 
     def classes(self, progress: Callable[[int], object] = lambda count: None) -> np.ndarray:
         """The class of every image, int64 [n], from its header alone. Raises as `read`."""

@@ -37,7 +37,7 @@ class RecordSetWriter:
     style: "insightface" (a header record with key 0, images from key 1 on, and, where the images
         come class by class with rising labels, one record per identity) or "im2rec" (every record
         is an image, keys from 0 on, or as given).
-    size: pixels per side, for `property`.
+    size: pixels per side, or (height, width), for `property`.
     resume_token: what identifies the job (a hash of its inputs and options). None: leaving the
         `with` block without `finish` leaves nothing behind. Else it leaves the staging folder,
         and `progress` holds what the job noted last: {} when it starts afresh.
@@ -48,7 +48,7 @@ class RecordSetWriter:
     def __init__(
         self,
         out: Path,
-        size: int,
+        size: int | tuple[int, int],
         force: bool = False,
         *,
         style: str = INSIGHTFACE,
@@ -57,7 +57,8 @@ class RecordSetWriter:
     ) -> None:
         if style not in STYLES:
             raise DataError(f"style {style!r}: allowed are {', '.join(STYLES)}")
-        self.out, self.size, self.style = out, size, style
+        self.out, self.style = out, style
+        self.height, self.width = (size, size) if isinstance(size, int) else size
         self.progress: dict[str, Any] = {}
         self.num_images = 0
         self.num_classes = 0  # the largest label plus one
@@ -123,7 +124,7 @@ class RecordSetWriter:
             if self.style == INSIGHTFACE:
                 self._write_identities(num_classes)
             self._files[2].write(self._manifest.last())
-            texts = {"property": f"{num_classes},{self.size},{self.size}\n"}
+            texts = {"property": f"{num_classes},{self.height},{self.width}\n"}
             if class_names is not None:
                 texts["label_map.txt"] = "".join(f"{i}\t{n}\n" for i, n in enumerate(class_names))
             for name, text in texts.items():

@@ -22,9 +22,9 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.decode import ImageError
 from data.files import write_atomically
 from data.image_records import ImageRecords, read_label_map, relabelled
-from data.index import read_property
 from data.order import derive_key, hash_indices, shuffled_indices
 from data.record_set import RecordSetWriter
 from data.recordio import RecordError
@@ -86,21 +86,21 @@ def make_noise(
     """
     records = ImageRecords(data)
     folder = records.path_rec.parent
+    if out.resolve() == folder.resolve():
+        raise DataError(f"{out}: labels are never spoilt in place; give another folder")
     with tqdm(total=len(records), desc="labels", unit=" records") as bar:
         classes = records.classes(bar.update)
     if flip is not None:
         noisy = flip_labels(classes, flip, seed)
     else:
         noisy = split_classes(classes, conflict or 0.0, parts, seed)
-    size, num_classes = 112, int(classes.max()) + 1
-    if (folder / "property").is_file():
-        stated = read_property(folder / "property")
-        size, num_classes = stated.height, max(num_classes, stated.num_classes)
-    num_classes = max(num_classes, int(noisy.max()) + 1)
+    stated = records.stated()
+    num_classes = max(stated.num_classes, int(max(classes.max(), noisy.max())) + 1)
     names = read_label_map(folder)
     if names is not None:
         names += [f"part_of_another_{label}" for label in range(len(names), num_classes)]
     truth = ["# key\tclass given\ttrue class\n"]
+    size = (stated.height, stated.width)
     with RecordSetWriter(out, size, force, style=records.style) as writer:
         for record, label in zip(tqdm(records, unit=" records"), noisy.tolist(), strict=True):
             payload = record.payload
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.data, args.out, flip=args.flip, conflict=args.conflict, parts=args.parts,
             seed=args.seed, force=args.force,
         )  # fmt: skip
-    except (DataError, RecordError, OSError) as error:
+    except (DataError, ImageError, RecordError, OSError) as error:
         print(f"make_noise.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -28,8 +28,8 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.decode import ImageError
 from data.image_records import ImageRecords, read_label_map
-from data.index import read_property
 from data.manifest import MultisetDigest
 from data.order import derive_key, hash_indices
 from data.record_set import STAGING, RecordSetWriter
@@ -57,17 +57,14 @@ def shuffle_records(
 
     InsightFace style stays so, without the records of identities: their images no longer lie
     together. Payloads stay byte for byte. Peak memory is about 1.5 times memory_mib, whatever the
-    size of the set, and 16 bytes per image for the index.
+    size of the set, and about 100 bytes per image for two indices.
     Raises DataError, RecordError; then nothing is written.
     """
     records = ImageRecords(data)
     folder = records.path_rec.parent
     if out.resolve() == folder.resolve():
         raise DataError(f"{out}: a set is never shuffled in place; give another folder")
-    size, num_classes = 112, 0
-    if (folder / "property").is_file():
-        stated = read_property(folder / "property")
-        size, num_classes = stated.height, stated.num_classes
+    stated = records.stated()
     class_names = read_label_map(folder)
     num_buckets = -(-records.reader.size // (memory_mib * _MIB))
     if num_buckets > _MAX_BUCKETS:
@@ -76,7 +73,7 @@ def shuffle_records(
     before = MultisetDigest()
     after = MultisetDigest()
     with (
-        RecordSetWriter(out, size, force, style=records.style) as writer,
+        RecordSetWriter(out, (stated.height, stated.width), force, style=records.style) as writer,
         tqdm(total=3 * len(records), unit=" records") as bar,
     ):
         for bucket in _in_buckets(records, out / STAGING, num_buckets, seed, before, bar):
@@ -86,7 +83,7 @@ def shuffle_records(
         for pattern in _COPIED:
             for path in sorted(folder.glob(pattern)):
                 shutil.copyfile(path, out / path.name)
-        writer.finish(class_names, num_classes)
+        writer.finish(class_names, stated.num_classes)
         for record in ImageRecords(out):
             after.add(record.class_id, record.image)
             bar.update()
@@ -176,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = shuffle_records(
             args.data, out, seed=args.seed, memory_mib=args.memory, force=args.force
         )
-    except (DataError, RecordError, OSError) as error:
+    except (DataError, ImageError, RecordError, OSError) as error:
         print(f"shuffle_rec.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

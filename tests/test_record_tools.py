@@ -159,6 +159,15 @@ sys.exit(tool.main(sys.argv[1:]))
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_without_a_property_the_images_say_their_size(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "faces", [0, 1, 1], size=40)
+    (data / "property").unlink()
+    shuffle_rec.shuffle_records(data, tmp_path / "shuffled")
+    make_noise.make_noise(data, tmp_path / "noisy", flip=0.5)
+    for name in ("shuffled", "noisy"):
+        assert (tmp_path / name / "property").read_text() == "2,40,40\n"
+
+
 # ---------------------------------------------------------------- unpack
 
 
@@ -285,6 +294,13 @@ def test_noise_changes_labels_as_it_says_and_no_image(
     source = RecordSource(out, input_size=24)
     assert source.num_classes == max(after.values()) + 1
     assert is_verified(out)
+
+
+def test_labels_are_never_spoilt_in_place(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "faces", [0, 1])
+    before = (data / "train.rec").read_bytes()
+    assert make_noise.main([str(data), str(data), "--flip", "1", "--force"]) == 2
+    assert (data / "train.rec").read_bytes() == before
 
 
 @pytest.mark.parametrize("options", [["--flip", "1.2"], ["--conflict", "-1"], []])
