@@ -198,7 +198,7 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
         size = os.fstat(file.fileno()).st_size
         with tqdm(
             total=size, desc=f"reading {path.name}", unit="B", unit_scale=True,
-            disable=size < _PROGRESS_FROM_BYTES,
+            disable=True if size < _PROGRESS_FROM_BYTES else None,
         ) as bar:  # fmt: skip
             num_lines = 0
             while chunk := file.read(_CHUNK_BYTES):

@@ -186,7 +186,7 @@ class RecordSource(ImageSource):
     def _read_labels(self) -> np.ndarray:
         labels = np.empty(len(self), np.int64)
         quick = len(self) < _PROGRESS_FROM
-        with tqdm(total=len(self), desc="reading labels", unit=" records", disable=quick) as bar:
+        with tqdm(total=len(self), desc="reading labels", unit=" records", disable=True if quick else None) as bar:
             for begin in range(0, len(self), _LABELS_AT_ONCE):
                 offsets = self.index.offsets[begin : begin + _LABELS_AT_ONCE]
                 found, sure = self.reader.read_classes(offsets)
