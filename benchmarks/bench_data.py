@@ -100,7 +100,7 @@ def make_index(folder: Path, images: int) -> Path:
 # ---------------------------------------------------------------- the loaders
 
 
-class PillowSet(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class PillowSet(torch.utils.data.Dataset):
     """The published way without MXNet: a dict of keys, one file handle per worker, Pillow, float
     tensors."""
 
@@ -238,7 +238,7 @@ def compare_loaders(root: Path, cores: int, rounds: int) -> list[dict[str, Any]]
 
     rows = []
     for loader, measured in results.items():
-        row = {
+        row: dict[str, Any] = {
             "name": loader, "params": {"cores": cores, "batch": BATCH},
             "per_second": statistics.median(m[0] for m in measured),
             "per_cpu_second": statistics.median(m[1] for m in measured),
