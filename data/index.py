@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import Built, open_or_build, stamp_of
+from data.cache import Built, Cached, open_or_build, stamp_of
 from data.recordio import (
     PART_HEADER,
     RecordError,
@@ -20,6 +21,8 @@ from data.recordio import (
     unpack_record,
     unreadable,
 )
+
+log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 16 * 1024 * 1024
 _CHECKED_AT_ONCE = 1 << 20  # lines
@@ -53,7 +56,13 @@ class ImageIndex:
     consecutive).
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        facts: Mapping[str, Any],
+        cached: Cached | None = None,
+    ) -> None:
+        self._cached = cached
         self._offsets = arrays["offsets"]  # int64 [images + 1]: the last says where they end
         self._keys = arrays.get("keys")  # int64 [images], or None: consecutive from first_key
         self._first_key, self._increasing = int(facts["first_key"]), bool(facts["increasing"])
@@ -61,6 +70,20 @@ class ImageIndex:
             self._keys is not None and len(self._keys) != len(self._offsets) - 1
         ):
             raise RecordError("a cached index of no use; delete the .cache file beside the .idx")
+
+    @classmethod
+    def of(cls, cached: Cached) -> ImageIndex:
+        """The index in a cache; pickled by the cache's path."""
+        return cls(cached.arrays, cached.facts, cached)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._cached is not None:
+            return ImageIndex.of, (self._cached,)
+        arrays = {"offsets": self._offsets}
+        if self._keys is not None:
+            arrays["keys"] = self._keys
+        facts = {"first_key": self._first_key, "increasing": self._increasing}
+        return ImageIndex, (arrays, facts)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -121,14 +144,20 @@ def open_index(path_idx: str | os.PathLike[str], reader: RecordReader) -> ImageI
         cached = open_or_build(path, ".cache", stamp, lambda: _index_images(path, reader))
     except OSError as error:
         raise unreadable(path, error) from error
-    return ImageIndex(cached.arrays, cached.facts)
+    return ImageIndex.of(cached)
 
 
 def _index_images(path: Path, reader: RecordReader) -> Built:
     index = read_index(path, reader.size)
     # Reading the last record now finds a file that was cut off before training starts.
     last = int(index.offsets.argmax())
-    reader.read_at(int(index.offsets[last]), int(index.keys[last]))
+    end = reader.end_of(int(index.offsets[last]), int(index.keys[last]))
+    if end != reader.size:
+        log.warning(
+            "%s: ends with key %d, but %s goes on for %d bytes. If it was cut off, copy it again "
+            "or rebuild it: python scripts/doctor.py --rebuild-index",
+            path, index.keys[last], reader.path.name, reader.size - end,
+        )  # fmt: skip
     lines = image_lines(index, reader)
     keys, offsets = index.keys[lines], index.offsets[lines]
     end = reader.size
@@ -196,12 +225,13 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     lines, rest = 0, b""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
+        at_once = max(1, min(_CHUNK_BYTES, size))
         with tqdm(
             total=size, desc=f"reading {path.name}", unit="B", unit_scale=True,
-            disable=size < _PROGRESS_FROM_BYTES,
+            disable=True if size < _PROGRESS_FROM_BYTES else None,
         ) as bar:  # fmt: skip
             num_lines = 0
-            while chunk := file.read(_CHUNK_BYTES):
+            while chunk := file.read(at_once):
                 num_lines += chunk.count(b"\n")
             file.seek(0)
             keys, offsets = np.empty(num_lines + 1, np.int64), np.empty(num_lines + 1, np.int64)
@@ -212,7 +242,7 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 offsets[lines : lines + len(pairs)] = pairs[:, 1]
                 return len(pairs)
 
-            while chunk := file.read(_CHUNK_BYTES):
+            while chunk := file.read(at_once):
                 text, newline, rest = (rest + chunk).rpartition(b"\n")
                 if not newline and len(rest) > _CHUNK_BYTES:
                     raise RecordError(
@@ -290,6 +320,7 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
         )
     exact = isinstance(first, int) or first <= _EXACT_FLOAT32
     num_keys = int(first) if exact else _exact_end(index, reader, int(first))
+    _check_boundary(index, reader, num_keys)
     is_image = (keys >= 1) & (keys < num_keys)
     found = int(is_image.sum())
     if found != num_keys - 1:
@@ -301,6 +332,22 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     if found and lines[-1] - lines[0] == found - 1:
         return slice(int(lines[0]), int(lines[-1]) + 1)
     return lines
+
+
+def _check_boundary(index: RecordIndex, reader: RecordReader, num_keys: int) -> None:
+    """Where images end and identities begin has to be where the header record says: a damaged
+    count must not make the set silently smaller. Raises RecordError."""
+    for key, is_image in ((num_keys - 1, True), (num_keys, False)):
+        lines = np.flatnonzero(index.keys == key) if key > 0 else ()
+        if len(lines):
+            offset = int(index.offsets[lines[0]])
+            length = len(reader.read_at(offset, key))
+            if is_header_record(reader.read_header(offset, key), length) == is_image:
+                raise RecordError(
+                    f"{reader.where(offset, key)}: the header record (key 0) says that images end "
+                    f"before key {num_keys}, but this record is "
+                    f"{'none' if is_image else 'one'}. The file is damaged; copy it again."
+                )
 
 
 def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:

@@ -229,6 +229,10 @@ class RecordReader:
         payload = self._read_usual(offset, limit)
         return self._read(offset, key, limit)[0] if payload is None else payload
 
+    def end_of(self, offset: int, key: int | None = None) -> int:
+        """Where the record that starts at byte `offset` ends; it is read. Raises RecordError."""
+        return self._read(offset, key, self.size)[1]
+
     def read_header(self, offset: int, key: int | None = None) -> RecordHeader:
         """Flag, first label and ids of a record, reading a few dozen bytes of it.
 

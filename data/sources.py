@@ -124,9 +124,6 @@ class RecordSource(ImageSource):
         self.index = open_index(self.path_idx, self.reader)
         if not len(self.index):
             raise DataError(f"{self.path_rec}: holds no image. Pack the set anew.")
-        # Reading the last record now finds a file that was cut off before training starts.
-        last = int(self.index.offsets.argmax())
-        self.reader.read_at(int(self.index.offsets[last]), self.index.key(last))
         self.num_classes = self._resolve_num_classes(num_classes)
 
     def _resolve_num_classes(self, wanted: int | None) -> int:
@@ -185,8 +182,10 @@ class RecordSource(ImageSource):
 
     def _read_labels(self) -> np.ndarray:
         labels = np.empty(len(self), np.int64)
-        quick = len(self) < _PROGRESS_FROM
-        with tqdm(total=len(self), desc="reading labels", unit=" records", disable=quick) as bar:
+        hidden = True if len(self) < _PROGRESS_FROM else None  # None: shown on a terminal
+        with tqdm(
+            total=len(self), desc="reading labels", unit=" records", disable=hidden
+        ) as bar:  # fmt: skip
             for begin in range(0, len(self), _LABELS_AT_ONCE):
                 offsets = self.index.offsets[begin : begin + _LABELS_AT_ONCE]
                 found, sure = self.reader.read_classes(offsets)
