@@ -500,7 +500,8 @@ def _check_overlap(reader: RecordReader, images: Images, other: Path, report: Re
         )
     for person in sorted(people & set(names or ())):
         report.add("overlap", f"a person of {other} is in the set", person)
-    report.facts[f"compared with {other}"] = f"{len(hashes)} images, {len(people)} names"
+    compared = report.facts.setdefault("compared_with", {})
+    compared[str(other)] = f"{len(hashes)} images, {len(people)} names"
 
 
 def _content_of(other: Path) -> tuple[set[int], set[str]]:
