@@ -266,9 +266,11 @@ class RecordSetWriter:
     def __exit__(self, *_: object) -> None:
         if self._finished:
             return
-        if self._token and self._files:
-            self._make_durable()
-        self._close_files()
+        try:
+            if self._token and self._files:
+                self._make_durable()
+        finally:
+            self._close_files()
         if not self._token:
             self.discard()
 

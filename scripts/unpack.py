@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,9 +41,8 @@ def unpack(data: Path, out: Path) -> int:
         raise DataError(f"{out} already exists; give another folder, or remove it")
     records = ImageRecords(data)
     names = read_label_map(records.path_rec.parent)
-    for name in names or ():
-        if os.path.basename(name) != name or name in ("", ".", "..") or name.startswith("."):
-            raise DataError(f"{records.path_rec.parent / 'label_map.txt'}: {name!r} is no folder")
+    if names is not None:
+        _check_names(names, records.path_rec.with_name("label_map.txt"))
     facts = records.path_rec.stat()
     token = f"{records.path_rec.resolve()} {facts.st_size} {facts.st_mtime_ns} {names}"
     staging = staging_folder(out, hashlib.sha1(token.encode()).hexdigest())
@@ -62,6 +62,20 @@ def unpack(data: Path, out: Path) -> int:
             write_whole(target, bytes(record.image))
     publish_folder(staging, out)
     return len(records)
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    """Label maps are downloaded: refuse names that lead elsewhere, and one name for two classes."""
+    for name in names:
+        inside = os.path.basename(name) == name and not name.startswith(".")
+        if not (name and inside and name.isprintable()):
+            raise DataError(f"{path}: {name!r} is no folder; rename it, or move the file away")
+    ((name, uses),) = Counter(names).most_common(1)
+    if uses > 1:
+        raise DataError(
+            f"{path}: {name!r} names {uses} classes, whose images would be mixed; rename them, or "
+            "move the file away to get numbers"
+        )
 
 
 def _suffix(head: bytes) -> str:

@@ -199,6 +199,13 @@ def test_a_hostile_class_name_leads_nowhere(name: str, tmp_path: Path) -> None:
         unpack.unpack(data, tmp_path / "files")
 
 
+def test_two_classes_of_one_name_are_not_mixed(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "faces", [0, 1])
+    (data / "label_map.txt").write_text("0\tann\n1\tann\n")
+    with pytest.raises(DataError, match="'ann' names 2 classes"):
+        unpack.unpack(data, tmp_path / "files")
+
+
 def test_an_interrupted_unpacking_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_set(tmp_path / "faces", [0, 0, 1])
     written: list[Path] = []
