@@ -41,7 +41,7 @@ def unpack(data: Path, out: Path) -> int:
         raise DataError(f"{out} already exists; give another folder, or remove it")
     records = ImageRecords(data)
     names = read_label_map(records.path_rec.parent)
-    if names is not None:
+    if names:
         _check_names(names, records.path_rec.with_name("label_map.txt"))
     facts = records.path_rec.stat()
     token = f"{records.path_rec.resolve()} {facts.st_size} {facts.st_mtime_ns} {names}"
