@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--folder", type=Path, help="where to make the records (deleted after)")
     options = parser.parse_args(arguments)
-    count, rounds = (2_560, 3) if options.quick else (10_240, 7)
+    count, rounds = (2_560, 3) if options.quick else (5_120, 5)
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores ({platform.machine()}), "
         f"Python {platform.python_version()}, torch {torch.__version__}, "
