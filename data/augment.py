@@ -91,10 +91,12 @@ def parse_augmentation(words: Sequence[str], flip: bool = True) -> Augmentation:
             if name in PRESETS and probability is None:
                 chosen = replace(chosen, **PRESETS[name])
                 continue
+            if name not in DEFAULTS:
+                raise ValueError
             chosen = replace(
                 chosen, **{name: DEFAULTS[name] if probability is None else probability}
             )
-        except (ValueError, KeyError):
+        except ValueError:
             raise ValueError(
                 f"augment: {word!r}; allowed are {', '.join(PRESETS)}, {', '.join(DEFAULTS)}, each "
                 "but the first two also with a probability, such as 'erase=0.3'"
@@ -184,31 +186,37 @@ def _draw_colours(
     happens: Callable[[str], np.ndarray],
     between: Callable[[str, int, float, float], np.ndarray],
 ) -> None:
-    hue, saturation = np.radians(between("hsv", 1, 0, 20)), between("hsv", 2, 1, 1.2)
-    brightness, contrast, vividness = (between("photometric", i, 0.5, 1.5) for i in (1, 2, 3))
-    for row in np.flatnonzero(happens("hsv")).tolist():
-        angle, length = float(hue[row]), float(saturation[row])
-        turned = np.eye(3)
-        cosine, sine = length * math.cos(angle), length * math.sin(angle)
-        turned[1:, 1:] = [[cosine, -sine], [sine, cosine]]
-        _compose(draws.colour[row], _FROM_YIQ @ turned @ _TO_YIQ)
-    for row in np.flatnonzero(happens("photometric")).tolist():
-        _compose(draws.colour[row], brightness[row] * np.eye(3))
-        _compose(draws.colour[row], contrast[row] * np.eye(3), 127.5 * (1 - contrast[row]))
-        _compose(draws.colour[row], _saturated(vividness[row]))
-    for row in np.flatnonzero(happens("gray")).tolist():
-        _compose(draws.colour[row], _saturated(0.0))
+    rows = np.flatnonzero(happens("hsv"))
+    angle, length = np.radians(between("hsv", 1, 0, 20))[rows], between("hsv", 2, 1, 1.2)[rows]
+    turned = np.tile(np.eye(3), (len(rows), 1, 1))
+    turned[:, 1, 1] = turned[:, 2, 2] = length * np.cos(angle)
+    turned[:, 2, 1] = length * np.sin(angle)
+    turned[:, 1, 2] = -turned[:, 2, 1]
+    _then(draws.colour, rows, _FROM_YIQ @ turned @ _TO_YIQ)
+    rows = np.flatnonzero(happens("photometric"))
+    brightness, contrast, vividness = (
+        between("photometric", number, 0.5, 1.5)[rows] for number in (1, 2, 3)
+    )
+    _then(draws.colour, rows, brightness[:, None, None] * np.eye(3))
+    _then(draws.colour, rows, contrast[:, None, None] * np.eye(3), 127.5 * (1 - contrast))
+    _then(draws.colour, rows, _saturated(vividness))
+    rows = np.flatnonzero(happens("gray"))
+    _then(draws.colour, rows, _saturated(np.zeros(len(rows))))
 
 
-def _saturated(factor: float) -> np.ndarray:
-    """RGB moved away from its luma by a factor: 0 gives grey, 1 changes nothing. [3, 3]."""
-    return factor * np.eye(3) + (1 - factor) * np.tile(_LUMA, (3, 1))
+def _saturated(factor: np.ndarray) -> np.ndarray:
+    """RGB moved away from its luma by factors [k]: 0 gives grey, 1 changes nothing. [k, 3, 3]."""
+    each = factor[:, None, None]
+    return each * np.eye(3) + (1 - each) * np.tile(_LUMA, (3, 1))
 
 
-def _compose(colour: np.ndarray, matrix: np.ndarray, shift: float = 0.0) -> None:
-    """Let `matrix` x + `shift` follow what `colour` [3, 4] does already."""
-    colour[...] = matrix @ colour
-    colour[:, 3] += shift
+def _then(
+    colour: np.ndarray, rows: np.ndarray, matrix: np.ndarray, shift: np.ndarray | float = 0.0
+) -> None:
+    """Let `matrix` [k, 3, 3] x + `shift` [k] follow what rows [k] of `colour` do already."""
+    after = matrix @ colour[rows]
+    after[:, :, 3] += np.reshape(shift, (-1, 1))
+    colour[rows] = after
 
 
 def blur_sigma(window: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from data.recordio import (
     RecordError,
     RecordHeader,
     RecordReader,
+    TruncatedError,
     range_of,
     unpack_record,
     unreadable,
@@ -149,15 +150,8 @@ def open_index(path_idx: str | os.PathLike[str], reader: RecordReader) -> ImageI
 
 def _index_images(path: Path, reader: RecordReader) -> Built:
     index = read_index(path, reader.size)
-    # Reading the last record now finds a file that was cut off before training starts.
-    last = int(index.offsets.argmax())
-    end = reader.end_of(int(index.offsets[last]), int(index.keys[last]))
-    if end != reader.size:
-        log.warning(
-            "%s: ends with key %d, but %s goes on for %d bytes. If it was cut off, copy it again "
-            "or rebuild it: python scripts/doctor.py --rebuild-index",
-            path, index.keys[last], reader.path.name, reader.size - end,
-        )  # fmt: skip
+    _check_end(path, index, reader)
+
     lines = image_lines(index, reader)
     keys, offsets = index.keys[lines], index.offsets[lines]
     end = reader.size
@@ -168,6 +162,26 @@ def _index_images(path: Path, reader: RecordReader) -> Built:
     if not len(keys) or keys[-1] - keys[0] != len(keys) - 1 or not _increases(keys):
         arrays["keys"] = keys
     return {"first_key": int(keys[0]) if len(keys) else 0, "increasing": bool(increasing)}, arrays
+
+
+def _check_end(path: Path, index: RecordIndex, reader: RecordReader) -> None:
+    """A file that was cut off is found when it is opened, by its last record; any other damage of
+    that record is an error, or skipped, when it is read. Raises TruncatedError."""
+    last = int(index.offsets.argmax())
+    offset, key = int(index.offsets[last]), int(index.keys[last])
+    try:
+        end = reader.end_of(offset, key)
+    except TruncatedError:
+        raise
+    except RecordError as error:
+        log.warning("%s", error)
+        return
+    if end != reader.size:
+        log.warning(
+            "%s: ends with key %d, but %s goes on for %d bytes. If it was cut off, copy it again "
+            "or rebuild it: python scripts/doctor.py --rebuild-index",
+            path, key, reader.path.name, reader.size - end,
+        )  # fmt: skip
 
 
 def _increases(values: np.ndarray) -> bool:
@@ -305,7 +319,14 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     if not len(zero):
         return slice(0, len(keys))
     offset = int(offsets[zero[0]])
-    header = reader.read_header(offset, 0)
+    try:
+        header = reader.read_header(offset, 0)
+    except RecordError as error:
+        if _is_header_record_at(index, reader, int(keys.argmax())) is not False:
+            raise
+        # No records of identities, so it was no header record: an image like the others.
+        log.warning("%s", error)
+        return slice(0, len(keys))
     if header.flag != 2:
         return slice(0, len(keys))
     later = offsets[zero[0] + 1 :][:1]  # where the next record starts, if they are in order
@@ -338,16 +359,22 @@ def _check_boundary(index: RecordIndex, reader: RecordReader, num_keys: int) -> 
     """Where images end and identities begin has to be where the header record says: a damaged
     count must not make the set silently smaller. Raises RecordError."""
     for key, is_image in ((num_keys - 1, True), (num_keys, False)):
-        lines = np.flatnonzero(index.keys == key) if key > 0 else ()
-        if len(lines):
-            offset = int(index.offsets[lines[0]])
-            length = len(reader.read_at(offset, key))
-            if is_header_record(reader.read_header(offset, key), length) == is_image:
-                raise RecordError(
-                    f"{reader.where(offset, key)}: the header record (key 0) says that images end "
-                    f"before key {num_keys}, but this record is "
-                    f"{'none' if is_image else 'one'}. The file is damaged; copy it again."
-                )
+        lines = np.flatnonzero(index.keys == key)
+        if key and len(lines) and _is_header_record_at(index, reader, int(lines[0])) is is_image:
+            raise RecordError(
+                f"{reader.where(int(index.offsets[lines[0]]), key)}: the header record (key 0) "
+                f"says that images end before key {num_keys}, but this record is "
+                f"{'none' if is_image else 'one'}. The file is damaged; copy it again."
+            )
+
+
+def _is_header_record_at(index: RecordIndex, reader: RecordReader, line: int) -> bool | None:
+    """Whether the record of a line has two labels and no image; None if it cannot be read."""
+    offset, key = int(index.offsets[line]), int(index.keys[line])
+    try:
+        return is_header_record(reader.read_header(offset, key), len(reader.read_at(offset, key)))
+    except RecordError:
+        return None  # an error of its own, where that record is used
 
 
 def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:

@@ -29,7 +29,7 @@ class _Batches(Dataset[Loaded | Exception]):
         try:
             return self._make(*pair)
         except DATA_ERRORS as error:
-            return error  # torch would put a traceback into its message
+            return error  # as a value: torch would put a traceback into its message
 
 
 class ProcessPool:
@@ -51,10 +51,17 @@ class ProcessPool:
     def run(self, epoch: int, steps: range) -> Iterator[Loaded]:
         """The batches of these steps in order; an error comes in the place of its batch."""
         self._steps.pairs = [(epoch, step) for step in steps]
+        error: Exception | None = None
         for loaded in self._loader:
             if isinstance(loaded, Exception):
-                raise loaded
+                error = loaded
+                break
             yield Loaded(*loaded)
+        if error is not None:
+            # End the workers now. Left to the garbage collector, torch's pool waits 5 s for each:
+            # its queues may be gone before it is. The next iteration starts new ones.
+            self._loader._iterator = None
+            raise error
 
 
 def _as_it_is(loaded: Any) -> Any:

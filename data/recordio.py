@@ -51,6 +51,10 @@ class RecordError(ValueError):
     """A record or index file that does not hold what the format says; names file and place."""
 
 
+class TruncatedError(RecordError):
+    """A record that reaches past the end of its file."""
+
+
 class RecordHeader(NamedTuple):
     """flag: number of labels that follow the struct (0: none); labels: float32 [max(flag, 1)]."""
 
@@ -369,7 +373,7 @@ class RecordReader:
     def _part(self, header: bytes, at: int, where: str) -> tuple[int, int]:
         """Continue flag and length of the part whose first bytes are `header`."""
         if len(header) < PART_HEADER.size:
-            raise RecordError(
+            raise TruncatedError(
                 f"{where}: byte {at} starts a part, but the file ends at byte {self.size}. "
                 "It was cut off; copy it again."
             )
@@ -387,7 +391,7 @@ class RecordReader:
                 f"{where}: a length of {length} bytes at byte {at} reaches past byte {limit}, "
                 "where the index starts the next record. One of the two files is damaged."
             )
-        return RecordError(
+        return TruncatedError(
             f"{where}: a length of {length} bytes at byte {at} reaches past the end of the file "
             f"({self.size} bytes). The file was cut off or is damaged; copy it again."
         )

@@ -157,7 +157,7 @@ class ClassBalanced(Order):
     labels: int [images]; classes without an image are left out. Every class has the same number
     of groups in an epoch, as many as make it about as long as the set, at least one. A class goes
     through its images in a new random order each time round; a group has an image twice only if
-    its class has fewer than `samples_per_class`.
+    its class has fewer than `samples_per_class`, and then it has all of them.
     """
 
     def __init__(self, labels: np.ndarray, samples_per_class: int, seed: int) -> None:
@@ -182,10 +182,12 @@ class ClassBalanced(Order):
         num_classes = len(self._counts)
         cls, nth = drawn % num_classes, drawn // num_classes
         counts = self._counts[cls]
-        # What does not fill a group is left for another round, so no group sees two rounds.
-        usable = np.where(counts >= self._per_group, counts - counts % self._per_group, counts)
-        stream = (epoch * self._groups_per_class + nth) * self._per_group + member
-        rounds, place = stream // usable, stream % usable
+        # A round of a class is as many whole groups as its images fill, at least one; what is
+        # left comes in another round, so no group sees two rounds.
+        groups_per_round = np.maximum(counts // self._per_group, 1)
+        nth_ever = epoch * self._groups_per_class + nth
+        rounds = nth_ever // groups_per_round
+        place = (nth_ever % groups_per_round * self._per_group + member) % counts
         keys = hash_indices(rounds, hash_indices(cls, derive_key(_CLASS, self._seed)))
         return self._members[self._first[cls] + shuffled_within(place, counts, keys)].astype(
             np.int64

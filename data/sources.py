@@ -118,7 +118,8 @@ class RecordSource(ImageSource):
                 raise MissingDataError(
                     f"{wanted} does not exist. A record set is {self.path_rec.name} and "
                     f"{self.path_idx.name} in one folder; check the path (`rec` in the config), or "
-                    "make them from class folders: python scripts/pack.py FOLDER OUT"
+                    "make them from class folders: python scripts/pack.py FOLDER OUT. A lost .idx "
+                    "is rebuilt from the .rec by python scripts/doctor.py --rebuild-index"
                 )
         self.reader = RecordReader(self.path_rec)
         self.index = open_index(self.path_idx, self.reader)

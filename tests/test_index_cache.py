@@ -43,7 +43,7 @@ def no_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(source: RecordSource) -> list[tuple[bytes, int]]:
-    return [(bytes(encoded), label) for encoded, label in map(source.read_encoded, range(len(source)))]
+    return [(bytes(e), label) for e, label in map(source.read_encoded, range(len(source)))]
 
 
 def test_the_second_opening_parses_nothing_and_reads_the_same(
@@ -94,10 +94,10 @@ def refuse_below(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     """As on read-only media; permissions would not stop root."""
     really = cache.tempfile.mkstemp
 
-    def mkstemp(*args: object, dir: Path, **kwargs: object) -> object:
+    def mkstemp(dir: Path, **kwargs):
         if any(folder == dir or folder in dir.parents for folder in folders):
             raise OSError(30, "Read-only file system")
-        return really(*args, dir=dir, **kwargs)
+        return really(dir=dir, prefix=kwargs["prefix"])
 
     monkeypatch.setattr(cache.tempfile, "mkstemp", mkstemp)
 
@@ -151,12 +151,14 @@ def test_a_damaged_cache_is_made_anew_or_named(
     source = RecordSource(root)
     assert len(source) == 30
     for i in range(30):
+        message = f"key {i}"
         try:
             encoded, label = source.read_encoded(i)
         except RecordError as error:
-            assert f"key {i}" in str(error)
-            continue
-        assert (bytes(encoded), label) == sound[i]
+            message = str(error)
+        else:
+            assert (bytes(encoded), label) == sound[i]
+        assert f"key {i}" in message
 
 
 def test_insightface_sets_leave_their_header_records_out_of_the_cache(tmp_path: Path) -> None:
@@ -248,8 +250,14 @@ def test_of_several_that_open_at_once_one_builds(tmp_path: Path) -> None:
     assert isinstance(second, Cached)
 
 
-@pytest.mark.parametrize("spoil", [lambda h: h.replace(b'"int64"', b'"object"'),
-                                   lambda h: h.replace(b"4096", b"9999"), lambda h: b""])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda h: h.replace(b'"int64"', b'"object"'),
+        lambda h: h.replace(b"4096", b"9999"),
+        lambda h: b"",
+    ],
+)
 def test_a_hostile_cache_is_not_believed(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     made_from = tmp_path / "file"
     made_from.write_bytes(b"x")

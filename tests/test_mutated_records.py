@@ -14,15 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.recordio import MAGIC_BYTES, PART_HEADER, RECORD_HEADER, RecordReader, RecordWriter
-from data.recordio import pack_range, pack_record
+from data.recordio import (
+    MAGIC_BYTES,
+    PART_HEADER,
+    RECORD_HEADER,
+    RecordReader,
+    RecordWriter,
+    pack_range,
+    pack_record,
+)
 from data.sources import RecordSource
 from dataset import DATA_ERRORS
 from tests.test_dataset import SIZE, jpeg
 
 NUM_IMAGES, NUM_CLASSES = 8, 4
 STYLES = ("insightface", "im2rec", "vector", "wide")
-KINDS = ("magic", "length", "flag", "index", "header record", "cut records", "cut index", "property")
+KINDS = (
+    "magic", "length", "flag", "index", "header record", "cut records", "cut index", "property",
+)  # fmt: skip
 
 
 class Sound:
@@ -77,9 +86,8 @@ class Sound:
                     if self.style == "insightface" else [*range(4)]
                 ),
             }.get(kind, lambda: rng.randrange(len(content)))()  # fmt: skip
-            content[at] = rng.choice(
-                [content[at] ^ 1 << rng.randrange(8), rng.randrange(256), ord(rng.choice("0189\t\n"))]
-            )
+            flipped, digit = content[at] ^ 1 << rng.randrange(8), ord(rng.choice("0189\t\n"))
+            content[at] = rng.choice([flipped, rng.randrange(256), digit])
         for other, sound in self.files.items():
             (self.folder / other).write_bytes(content if other == name else sound)
         return kind
