@@ -135,7 +135,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.rebuild_index:
         count, damages = rebuild(args.data, args.out)
         print(f"{count} records in the index, {len(damages)} damaged places passed over")
-        print("\n".join(damage.error for damage in damages))
+        for damage in damages:
+            print(damage.error)
         return 1 if damages else 0
     if args.fix is not None:
         report, count = fix(args.data, args.fix, force=args.force)

@@ -501,27 +501,24 @@ def test_an_incomplete_copy_is_an_error_and_leaves_nothing(
 # ---------------------------------------------------------------- workers
 
 
-def square(number: int) -> int:
-    return number * number
-
-
-def process_of(_: int) -> int:
-    return os.getpid()
+# `eval` is a function that workers find without importing this module and all it imports.
+PROCESS = "__import__('os').getpid()"
 
 
 def test_processes_hand_results_back_in_order() -> None:
-    assert list(ordered_map(square, iter(range(50)), 2)) == [i * i for i in range(50)]
-    assert os.getpid() not in set(ordered_map(process_of, range(20), 2))
+    tasks = (f"({i} * {i}, {PROCESS})" for i in range(50))
+    results = list(ordered_map(eval, tasks, 2))
+    assert [number for number, _ in results] == [i * i for i in range(50)]
+    assert os.getpid() not in {process for _, process in results}
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from tests.test_record_tools import process_of\n"
         "from data.workers import ordered_map\n"
         "if __name__ == '__main__':\n"
-        "    for pid in ordered_map(process_of, range(10**6), 2):\n"
+        f"    for pid in ordered_map(eval, [{PROCESS!r}] * 10**6, 2):\n"
         "        print(pid, flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
