@@ -12,7 +12,14 @@ from data.findings import Report
 from data.image_records import read_label_map, rec_path
 from data.index import is_header_record, read_property
 from data.record_set import IM2REC, INSIGHTFACE, RecordSetWriter
-from data.recordio import RecordError, RecordReader, class_of, unpack_record
+from data.recordio import (
+    RECORD_HEADER,
+    RecordError,
+    RecordPlace,
+    RecordReader,
+    class_of,
+    unpack_record,
+)
 from data.salvage import Damage, rebuild_index, scan_on, write_index
 from data.sources import DataError, MissingDataError, check_label
 
@@ -40,9 +47,8 @@ def fix(data: Path, out: Path, *, force: bool = False) -> tuple[Report, int]:
         except RecordError as error:
             report.add("property", str(error))
     first = next(scan_on(reader), None)
-    if first is not None and not isinstance(first, Damage):
-        payload = reader.read_at(first.offset, end=first.end)
-        has_header = is_header_record(unpack_record(payload)[0], len(payload))
+    if isinstance(first, RecordPlace) and first.payload_length >= RECORD_HEADER.size:
+        has_header = is_header_record(reader.read_header(first.offset), first.payload_length)
     style = INSIGHTFACE if has_header else IM2REC
     size = _usual_size(reader)
     with RecordSetWriter(out, size, force, style=style) as writer:

@@ -17,6 +17,7 @@ from data.recordio import (
     MAGIC,
     MAX_PART_LENGTH,
     PART_HEADER,
+    RECORD_HEADER,
     WHOLE,
     RecordError,
     RecordPlace,
@@ -113,8 +114,10 @@ def rebuild_index(
         if isinstance(place, Damage):
             damages.append(place)
             continue
-        header = reader.read_header(place.offset)
-        key = before + 1 if is_header_record(header, place.payload_length) else header.id
+        key = -1  # of a record too short for a header: then no ids
+        if place.payload_length >= RECORD_HEADER.size:
+            header = reader.read_header(place.offset)
+            key = before + 1 if is_header_record(header, place.payload_length) else header.id
         rising = rising and before < key < 2**62
         before = key if rising else before
         chunk.append((place.offset, key if rising else 0))

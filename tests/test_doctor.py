@@ -413,6 +413,24 @@ def test_salvage_yields_every_record_that_was_not_touched(
     assert not covered or (covered[0][0], covered[-1][1]) == (0, len(content))
 
 
+def test_records_too_short_for_a_header_stop_neither_index_nor_mending(tmp_path: Path) -> None:
+    from data.recordio import RecordWriter
+
+    data = tmp_path / "set"
+    data.mkdir()
+    with RecordWriter(data / "train.rec", data / "train.idx") as writer:
+        for key, payload in enumerate([b"", b"short", pack_record(picture(1), 0, 2)]):
+            writer.write(key, payload)
+    before = (data / "train.idx").read_bytes()
+    (data / "train.idx").unlink()
+    assert doctor.main([str(data), "--rebuild-index"]) == 0
+    assert (data / "train.idx").read_bytes() == before
+    code, report = examine(data, tmp=tmp_path)
+    assert (code, problems(report)["records"]["count"]) == (1, 2)
+    assert doctor.main([str(data), "--fix", str(tmp_path / "fixed")]) == 1
+    assert [bytes(r.image) for r in ImageRecords(tmp_path / "fixed")] == [picture(1)]
+
+
 def test_fix_writes_what_can_be_read_to_a_new_set(tmp_path: Path) -> None:
     data = write_set(tmp_path / "set", images={1: picture(1)[:150], 5: b"no image"})
     patch_bytes(data / "train.rec", place(data, 4), b"\0\0\0\0")
