@@ -1,26 +1,27 @@
 """The door to the data: `get_dataloader(...)`.
 
-Order, shards and flips are pure functions of (seed, epoch, step, rank); see data/order.py. This
-file asks nobody who it is: rank and world size are arguments.
+Order, shards and augmentation are pure functions of (seed, epoch, step, rank); see data/order.py.
+This file asks nobody who it is: rank and world size are arguments.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
 import torch
 
-from data.augment import normalise, write_flipped
-from data.decode import ImageError
-from data.order import batch_positions, flip_mask, shuffled_indices, steps_per_epoch
+from data.augment import normalise, parse_augmentation
+from data.batches import DATA_ERRORS, BatchMaker, Loaded
+from data.device import prefetch_to_device
 from data.prefetch import OrderedPrefetch
-from data.recordio import RecordError
+from data.sampling import BlockShuffled, ClassBalanced, InOrder, Order, Shares, Shuffled
+from data.sets import ExcludingSource, JoinedSource
 from data.sources import (
     DataError,
     FolderSource,
@@ -28,6 +29,7 @@ from data.sources import (
     MissingDataError,
     RecordSource,
     SyntheticSource,
+    check_num_classes,
 )
 
 __all__ = [
@@ -42,8 +44,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# What a damaged or unsuitable data set raises: the message is for the user, not a traceback.
-DATA_ERRORS = (DataError, RecordError, ImageError)
+Root = str | os.PathLike[str]
+WORKER_TYPES = ("threads", "processes")
+_SKIPS_LOGGED = 20  # bad records named in the log; all are counted
 
 
 class Batch(NamedTuple):
@@ -53,109 +56,94 @@ class Batch(NamedTuple):
     labels: torch.Tensor
 
 
+class Workers(Protocol):
+    """What makes batches: threads here, data/processes.py, data/dali.py."""
+
+    def run(self, epoch: int, steps: range) -> Iterator[Loaded]:
+        """The batches of these steps, in order."""
+        ...
+
+
 class DataLoader:
     """Iterates one rank's batches of one epoch; `set_epoch` chooses which, and where to begin.
 
-    `len(loader)` is the number of steps in a whole epoch, the same on every rank.
+    `len(loader)` is the number of steps in a whole epoch, the same on every rank. `num_skipped`
+    counts the bad records of this rank that on_bad_record="skip" has replaced so far.
     """
 
     def __init__(
-        self,
-        source: ImageSource,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 2048,
-        num_workers: int = 2,
-        flip: bool = True,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        pin_memory: bool = False,
+        self, make: BatchMaker, workers: Workers, device: torch.device | None = None
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size or num_workers < 0:
-            raise DataError(
-                f"batch_size={batch_size}, rank={rank}, world_size={world_size}, "
-                f"num_workers={num_workers}: allowed are batch_size of 1 or more, rank from 0 to "
-                "world_size - 1, num_workers of 0 or more"
-            )
-        if pin_memory and not torch.cuda.is_available():
-            raise DataError(
-                "pin_memory=True is for copies to a CUDA device, and PyTorch sees none here: "
-                "set pin_memory=False"
-            )
-        self.source, self.batch_size = source, batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.num_workers, self.flip, self.shuffle = num_workers, flip, shuffle
-        self.pin_memory = pin_memory
-        self.num_images, self.num_classes = len(source), source.num_classes
-        global_batch = batch_size * world_size
-        self._steps = steps_per_epoch(self.num_images, global_batch, drop_last)
-        if not self._steps:
-            raise DataError(
-                f"a global batch of {global_batch} ({batch_size} per rank x {world_size} ranks) is "
-                f"more than the {self.num_images} images of the set: no step fits. Use a smaller "
-                "batch_size or fewer ranks."
-            )
-        self.num_images_dropped_per_epoch = self.num_images % global_batch if drop_last else 0
+        self._make, self._workers, self._device = make, workers, device
+        self.source, self.batch_size = make.source, make.batch_size
+        self.rank, self.world_size, self.seed = make.rank, make.world_size, make.seed
+        self.num_images, self.num_classes = len(make.source), make.source.num_classes
+        self.images_per_epoch = len(make.order)
+        seen = min(make.num_steps * make.global_batch, self.images_per_epoch)
+        self.num_images_dropped_per_epoch = self.images_per_epoch - seen
+        self.num_skipped = 0
         self._epoch, self._start_step = 0, 0
 
     def __len__(self) -> int:
-        return self._steps
+        return self._make.num_steps
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """The next iteration yields the batches of `epoch` from `start_step` on, in O(1)."""
-        if epoch < 0 or not 0 <= start_step <= self._steps:
+        if epoch < 0 or not 0 <= start_step <= len(self):
             raise ValueError(
                 f"epoch={epoch}, start_step={start_step}: allowed are epochs from 0 and steps from "
-                f"0 to {self._steps}"
+                f"0 to {len(self)}"
             )
         self._epoch, self._start_step = epoch, start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.num_workers:
-            cv2.setNumThreads(0)  # ours already are one per core; OpenCV's own would compete
-        epoch = self._epoch
-        steps = range(self._start_step, self._steps)
-        running = OrderedPrefetch(lambda step: self.load(epoch, step), steps, self.num_workers)
+        batches = self._batches(self._epoch, range(self._start_step, len(self)))
+        return batches if self._device is None else prefetch_to_device(batches, self._device)
+
+    def _batches(self, epoch: int, steps: range) -> Iterator[Batch]:
+        self._make.fetch_ahead(epoch, steps.start, first=True)
+        running = self._workers.run(epoch, steps)
         try:
-            yield from running
+            for loaded in running:
+                self._count_skipped(loaded.skipped)
+                yield Batch(loaded.images.permute(0, 3, 1, 2), loaded.labels)
         finally:  # also when the consumer stops early or fails
-            running.close()
+            close = getattr(running, "close", None)
+            if close is not None:
+                close()
+
+    def _count_skipped(self, reasons: list[str]) -> None:
+        for reason in reasons:
+            self.num_skipped += 1
+            if self.num_skipped <= _SKIPS_LOGGED:  # as an error: then every rank's log shows it
+                log.error("bad record skipped (%d so far): %s", self.num_skipped, reason)
+            elif self.num_skipped % 1000 == 0:
+                log.error("%d bad records skipped so far", self.num_skipped)
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
         """Which images this rank's batch holds: int64 [b], in order."""
-        positions = batch_positions(
-            step, self.rank, self.world_size, self.batch_size, self.num_images
-        )
-        if not self.shuffle:
-            return positions
-        return shuffled_indices(positions, self.num_images, self.seed, epoch)
+        return self._make.indices(epoch, step)
 
     def load(self, epoch: int, step: int) -> Batch:
-        """Read and decode one batch: a pure function of its arguments, called by the workers."""
-        indices = self.indices(epoch, step)
-        flips = flip_mask(indices, self.seed, epoch) & self.flip
-        images: np.ndarray | None = None
-        labels = np.empty(len(indices), np.int64)
-        for row, (index, flip) in enumerate(zip(indices.tolist(), flips.tolist(), strict=True)):
-            image, labels[row] = self.source.read(index)
-            if images is None:
-                images = np.empty((len(indices), *image.shape), np.uint8)
-            if flip:
-                write_flipped(image, images[row])
-            else:
-                images[row] = image
-        if images is None:  # a last batch with fewer images than ranks
-            images = np.empty((0, *self.source.read(0)[0].shape), np.uint8)
-        pixels, classes = torch.from_numpy(images), torch.from_numpy(labels)  # [b, H, W, 3], [b]
-        if self.pin_memory:  # before permuting: pinning need not keep strides
-            pixels, classes = pixels.pin_memory(), classes.pin_memory()
-        return Batch(pixels.permute(0, 3, 1, 2), classes)
+        """Read and decode one batch here and now: a pure function of its arguments."""
+        loaded = self._make(epoch, step)
+        return Batch(loaded.images.permute(0, 3, 1, 2), loaded.labels)
+
+
+class _Threads:
+    """Each thread makes whole batches; 0 threads: the consumer does."""
+
+    def __init__(self, make: BatchMaker, num_workers: int) -> None:
+        self._make, self._num_workers = make, num_workers
+
+    def run(self, epoch: int, steps: range) -> Iterator[Loaded]:
+        if self._num_workers:
+            cv2.setNumThreads(0)  # ours already are one per core; OpenCV's own would compete
+        return OrderedPrefetch(lambda step: self._make(epoch, step), steps, self._num_workers)
 
 
 def get_dataloader(
-    root_dir: str | os.PathLike[str],
+    root_dir: Root | Sequence[Root],
     batch_size: int,
     *,
     rank: int = 0,
@@ -169,47 +157,172 @@ def get_dataloader(
     shuffle: bool = True,
     drop_last: bool = True,
     pin_memory: bool = False,
+    augment: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    samples_per_class: int = 0,
+    shuffle_block: int = 0,
+    exclude: Root | Sequence[Root | None] | None = None,
+    on_bad_record: str = "error",
+    worker_type: str = "threads",
+    dali: bool = False,
+    device: torch.device | None = None,
 ) -> DataLoader:
     """The batches of one rank.
 
     root_dir: a folder with `train.rec` and `train.idx`, a `.rec` file, a folder of class folders,
-        or "synthetic" (which needs num_classes and num_images).
+        or "synthetic" (which needs num_classes and num_images). Several of them are joined: the
+        classes of each come after those of the one before.
     batch_size: images per rank and step. The global batch is batch_size * world_size images.
-    num_workers: threads that read and decode; 0 does it in the consumer. Not part of the result.
+    num_workers: threads (or processes) that read and decode; 0 does it in the consumer. Not part
+        of the result.
     input_size: height and width in pixels that every image must have.
     num_classes: labels must be below it; None takes what the set has.
     num_images: "synthetic" only; for a set on disk a different number is logged, not obeyed.
+    flip: mirror half of the images. augment: what else changes them, see data/augment.py.
+    shuffle: False takes the set as it lies. shuffle_block: images per block of a block-wise
+        shuffle, for disks that read neighbours faster; 0: over the whole set.
+    weights: each set's share of an epoch, as relative numbers; None: by its size.
+    samples_per_class: every class equally often, this many images of it at a time; 0: as it is.
+    exclude: a list of images and classes to leave out, see data/sets.py; with several sets one
+        list (or None) for each.
     drop_last: leave out what does not fill a global batch (a different tail in each epoch);
         False makes it a smaller last batch.
+    on_bad_record: "error", or "skip": replace what cannot be read, see data/batches.py.
+    worker_type: "threads" or "processes".
+    dali: decode and augment with NVIDIA DALI, on `device`; see data/dali.py.
     pin_memory: batches lie in page-locked memory, so that `.to(device, non_blocking=True)` does not
         wait; the workers do it. Needs CUDA.
+    device: deliver batches there, copied one ahead; None: in the host's memory.
 
     Raises DataError, RecordError or ImageError (together DATA_ERRORS); MissingDataError is a
     FileNotFoundError too.
     """
-    source = open_source(root_dir, input_size, num_classes, num_images)
-    loader = DataLoader(
-        source,
-        batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        num_workers=num_workers,
-        flip=flip,
-        shuffle=shuffle,
-        drop_last=drop_last,
+    if num_workers < 0 or worker_type not in WORKER_TYPES:
+        raise DataError(
+            f"num_workers={num_workers}, worker_type={worker_type!r}: allowed are batch_size of 1 "
+            "or more, num_workers of 0 or more, worker_type 'threads' or 'processes'"
+        )
+    try:
+        augmentation = parse_augmentation(augment, flip)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    roots = [root_dir] if isinstance(root_dir, (str, os.PathLike)) else list(root_dir)
+    lists = [exclude] if exclude is None or isinstance(exclude, (str, os.PathLike)) else exclude
+    source = open_sources(roots, input_size, num_classes, num_images, lists)
+    order = _choose_order(source, seed, shuffle, shuffle_block, weights, samples_per_class)
+    if samples_per_class and batch_size % samples_per_class:
+        raise DataError(
+            f"batch_size={batch_size} is no multiple of samples_per_class={samples_per_class}; "
+            "a group of one class has to fit a rank's batch"
+        )
+    make = BatchMaker(
+        source, order, batch_size, rank=rank, world_size=world_size, seed=seed,
+        augmentation=augmentation, drop_last=drop_last, on_bad_record=on_bad_record,
         pin_memory=pin_memory,
-    )
+    )  # fmt: skip
+    loader = DataLoader(make, _workers(make, num_workers, worker_type, dali, device), device)
     if num_images is not None and num_images != loader.num_images:
         log.warning(
             "%s has %d images, not %d as stated; the real number is used",
             root_dir, loader.num_images, num_images,
         )  # fmt: skip
+    log.info(
+        "an epoch is %d steps of %d images; the last %d images of each epoch's order are left out",
+        len(loader), make.global_batch, loader.num_images_dropped_per_epoch,
+    )  # fmt: skip
     return loader
 
 
+def _workers(
+    make: BatchMaker, num_workers: int, worker_type: str, dali: bool, device: torch.device | None
+) -> Workers:
+    if dali and not isinstance(make.source, SyntheticSource):  # which has nothing to decode
+        from data.dali import DaliPool
+
+        return DaliPool(make, max(num_workers, 1), device)
+    if worker_type == "processes" and num_workers:
+        from data.processes import ProcessPool
+
+        return ProcessPool(make, num_workers)
+    return _Threads(make, num_workers)
+
+
+def _choose_order(
+    source: ImageSource,
+    seed: int,
+    shuffle: bool,
+    shuffle_block: int,
+    weights: Sequence[float] | None,
+    samples_per_class: int,
+) -> Order:
+    chosen = {
+        "shuffle=False": not shuffle, "shuffle_block": shuffle_block,
+        "weights": weights is not None, "samples_per_class": samples_per_class,
+    }  # fmt: skip
+    names = [name for name, value in chosen.items() if value]
+    if len(names) > 1 or shuffle_block < 0 or samples_per_class < 0:
+        raise DataError(
+            f"{', '.join(names)} given together, or below 0: each is an order of its own, so "
+            f"choose one (shuffle_block={shuffle_block}, samples_per_class={samples_per_class})"
+        )
+    if not shuffle:
+        return InOrder(len(source))
+    if shuffle_block:
+        return BlockShuffled(len(source), seed, shuffle_block)
+    if samples_per_class:
+        return ClassBalanced(source.labels(), samples_per_class, seed)
+    if weights is None:
+        return Shuffled(len(source), seed)
+    sizes = source.sizes if isinstance(source, JoinedSource) else [len(source)]
+    if len(weights) != len(sizes) or not all(0 < w < float("inf") for w in weights):
+        raise DataError(
+            f"weights={list(weights)} for {len(sizes)} sets: one number above 0 for each is needed"
+        )
+    order = Shares(sizes, weights, seed)
+    for number, (share, size) in enumerate(zip(order.shares.tolist(), sizes, strict=True)):
+        log.info("set %d: %d of its %d images per epoch", number, share, size)
+    return order
+
+
+def open_sources(
+    roots: Sequence[Root],
+    input_size: int = 112,
+    num_classes: int | None = None,
+    num_images: int | None = None,
+    exclude: Sequence[Root | None] = (None,),
+) -> ImageSource:
+    """One source for all `roots`, without what the lists in `exclude` name."""
+    if not roots or len(exclude) not in (1, len(roots)) or (
+        len(roots) > 1 and len(exclude) == 1 and exclude[0] is not None
+    ):  # fmt: skip
+        raise DataError(
+            f"{len(roots)} sets with {len(exclude)} exclusion lists: one set or more is needed, "
+            "and one list (or None) for each set"
+        )
+    alone = len(roots) == 1
+    lists = list(exclude) if len(exclude) == len(roots) else [None] * len(roots)
+    sources: list[ImageSource] = []
+    for root, path_list in zip(roots, lists, strict=True):
+        source: ImageSource = open_source(
+            root, input_size, num_classes if alone else None, num_images if alone else None
+        )
+        if path_list is not None:
+            source = ExcludingSource(source, Path(path_list))
+            log.info("%s: %d images excluded by %s", root, source.num_excluded, path_list)
+        sources.append(source)
+    if alone:
+        return sources[0]
+    joined = JoinedSource(sources)
+    for root, offset in zip(roots, joined.label_offsets, strict=True):
+        log.info("%s: its classes begin at %d", root, offset)
+    if num_classes is not None:
+        check_num_classes(num_classes, joined.num_classes, "the joined sets")
+        joined.num_classes = num_classes
+    return joined
+
+
 def open_source(
-    root_dir: str | os.PathLike[str],
+    root_dir: Root,
     input_size: int = 112,
     num_classes: int | None = None,
     num_images: int | None = None,

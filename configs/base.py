@@ -23,6 +23,8 @@ LOSSES = (
 )  # fmt: skip
 HEAD_UPDATES = ("fused", "autograd")
 HEAD_DTYPES = ("fp32", "bf16")
+ON_BAD_RECORD = ("error", "skip")
+WORKER_TYPES = ("threads", "processes")
 LR_SCHEDULES = ("polynomial", "cosine", "constant")
 
 
@@ -31,9 +33,17 @@ class Config:
     """All settings of one training run. Units and scope are in each field's words."""
 
     # --- data -------------------------------------------------------------------------------
-    rec: str | None = None
+    rec: str | list[str] | None = None
     """Training set: a folder with train.rec and train.idx, a folder with one folder of images
-    per identity, or "synthetic" for generated input. Required."""
+    per identity, or "synthetic" for generated input. A list joins several: the classes of each
+    come after those of the one before. Required."""
+
+    rec_weights: list[float] | None = None
+    """Share of each set of `rec` in an epoch's images, as relative numbers. None: by size."""
+
+    exclude: str | list[str] | None = None
+    """Text file of images and classes to leave out (docs/data.md); with several sets one for
+    each, "-" for none."""
 
     num_classes: int | str = "auto"
     """Number of identities C, over all ranks; "auto" reads it from `property` or the records.
@@ -43,16 +53,35 @@ class Config:
     """Number of training images; "auto" counts them. A number is checked against the set
     and only announced when it differs; with rec="synthetic" it is the size of the set."""
 
+    samples_per_class: int = 0
+    """Class-balanced sampling: every identity equally often, this many of its images at a time
+    in a batch; batch_size is a multiple of it. 0: every image once per epoch."""
+
+    shuffle_block: int = 0
+    """Images per block of a block-wise shuffle, for spinning or network disks; 0: a random order
+    of the whole set."""
+
+    augment: list[str] = field(default_factory=list)
+    """Augmentation besides flips: names (crop, resize, low_res, blur, hsv, gray, photometric,
+    erase), each also with a probability ("erase=0.3"), or the sets "dali_aug" and "adaface"."""
+
+    on_bad_record: str = "error"
+    """"error" stops at an image that cannot be read and names it; "skip" counts, logs and
+    replaces it by another of its batch."""
+
     num_workers: int = 2
-    """Decoding threads per rank; 0 decodes in the training thread."""
+    """Decoding threads per rank (of DALI, with dali=True); 0 decodes in the training thread."""
+
+    worker_type: str = "threads"
+    """"threads" or "processes": what num_workers counts, without DALI."""
 
     dali: bool = False
-    """Use NVIDIA DALI for decoding. Not available yet: our own reader is used, with a warning;
-    order and flips are the same."""
+    """Decode and augment with NVIDIA DALI, on the GPU where there is one: same order, same draws.
+    Where DALI is not installed our own reader is used, with a warning."""
 
     dali_aug: bool = False
-    """The stronger augmentation of the published DALI pipeline. Not available yet: an error
-    together with dali=True; without dali it has no effect, as there."""
+    """The augmentation of the published DALI pipeline, together with dali=True; without dali it
+    has no effect, as there: augment=[dali_aug] is the same set for either loader."""
 
     # --- model ------------------------------------------------------------------------------
     network: str = "r50"
@@ -298,12 +327,15 @@ class Config:
         one_of("head_weight_dtype", HEAD_DTYPES)
         one_of("head_state_dtype", HEAD_DTYPES)
         one_of("lr_schedule", LR_SCHEDULES)
+        one_of("on_bad_record", ON_BAD_RECORD)
+        one_of("worker_type", WORKER_TYPES)
         one_of("device", ("auto", "cuda", "cpu"))
         if self.precision is not None:
             one_of("precision", PRECISIONS)
         for key, low in (
             ("batch_size", 1), ("gradient_acc", 1), ("num_epoch", 1), ("frequent", 1),
             ("embedding_size", 1), ("input_size", 16), ("num_workers", 0), ("verbose", 0),
+            ("samples_per_class", 0), ("shuffle_block", 0),
             ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0), ("head_buffer_mib", 1),
         ):  # fmt: skip
             at_least(key, low)
@@ -314,8 +346,27 @@ class Config:
                     found.append(f"{key}={value!r}: a finite number is needed")
 
         require(
-            self.rec is not None and self.rec != "",
+            bool(self.rec),
             'rec is not set: the folder of train.rec, a folder of class folders, or "synthetic"',
+        )
+        sets = [self.rec] if isinstance(self.rec, str) else self.rec or []
+        require(
+            self.rec_weights is None
+            or (len(self.rec_weights) == len(sets) and all(w > 0 for w in self.rec_weights)),
+            f"rec_weights={self.rec_weights!r}: one number above 0 for each of {len(sets)} sets",
+        )
+        lists = [self.exclude] if isinstance(self.exclude, str) else self.exclude
+        require(
+            lists is None or len(lists) == len(sets),
+            f'exclude={self.exclude!r}: one list for each of {len(sets)} sets, "-" for none',
+        )
+        orders = [k for k in ("rec_weights", "samples_per_class", "shuffle_block")
+                  if getattr(self, k)]  # fmt: skip
+        require(len(orders) < 2, f"{', '.join(orders)}: each is an order of its own; choose one")
+        require(
+            not self.samples_per_class or self.batch_size % self.samples_per_class == 0,
+            f"samples_per_class={self.samples_per_class!r}: batch_size={self.batch_size!r} is no "
+            "multiple of it",
         )
         for key in ("num_classes", "num_image"):
             value = getattr(self, key)

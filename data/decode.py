@@ -18,6 +18,10 @@ class ImageError(ValueError):
     """A file or bytes that are no image we decode; the message begins with where they came from."""
 
 
+class ImageSizeError(ImageError):
+    """A sound image of another size than the network takes."""
+
+
 def read_image_file(path: Path, where: str | None = None) -> bytes:
     """The bytes of an image file. Raises ImageError beginning with `where`, or with the path."""
     try:
@@ -47,9 +51,7 @@ def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: st
         try:
             return simplejpeg.decode_jpeg(data, "RGB", strict=True)
         except ValueError as error:
-            raise ImageError(
-                f"{where}: a damaged JPEG of {len(data)} bytes ({error}). Replace or remove it."
-            ) from error
+            raise _damaged_jpeg(data, error, where) from error
     if data[:4] == b"\x89PNG" and b"IEND" not in bytes(data[-16:]):
         raise ImageError(f"{where}: a PNG of {len(data)} bytes without its end. Replace it.")
     try:
@@ -60,6 +62,42 @@ def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: st
     if image is None or image.shape != (height, width, 3):
         raise ImageError(f"{where}: a damaged image of {len(data)} bytes. Replace or remove it.")
     return image
+
+
+def decode_into(
+    encoded: bytes | bytearray | memoryview | np.ndarray, out: np.ndarray, where: str
+) -> None:
+    """Decode into `out`, uint8 [H, W, 3], contiguous. JPEG is written there without a copy.
+
+    Raises ImageError, and ImageSizeError when the image has another size than `out`.
+    """
+    data = memoryview(encoded).cast("B")
+    if not _is_jpeg(data):
+        image = decode_image(data, where)
+        _check_shape(image.shape[:2], out, where)
+        out[...] = image
+        return
+    try:
+        found = simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=out)
+    except ValueError as error:  # also when the image is larger than `out`
+        _check_shape(image_size(data, where), out, where)
+        raise _damaged_jpeg(data, error, where) from error
+    _check_shape(found.shape, out, where)
+
+
+def _damaged_jpeg(data: memoryview, error: Exception, where: str) -> ImageError:
+    return ImageError(
+        f"{where}: a damaged JPEG of {len(data)} bytes ({error}). Replace or remove it."
+    )
+
+
+def _check_shape(found: tuple[int, ...], out: np.ndarray, where: str) -> None:
+    if found[:2] != out.shape[:2]:
+        raise ImageSizeError(
+            f"{where}: an image of {found[1]} x {found[0]} pixels; the network takes "
+            f"{out.shape[1]} x {out.shape[0]}. Resize the set once with: "
+            f"python scripts/pack.py FOLDER OUT --size {out.shape[1]}"
+        )
 
 
 def image_size(data: memoryview, where: str) -> tuple[int, int]:

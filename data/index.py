@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from data.cache import Built, Cached, open_or_build, stamp_of
 from data.recordio import (
     PART_HEADER,
     RecordError,
     RecordHeader,
     RecordReader,
+    TruncatedError,
+    range_of,
     unpack_record,
     unreadable,
 )
 
+log = logging.getLogger(__name__)
+
 _CHUNK_BYTES = 16 * 1024 * 1024
+_CHECKED_AT_ONCE = 1 << 20  # lines
+_PROGRESS_FROM_BYTES = 64 * 1024 * 1024
+CACHE_FROM_BYTES = 1024 * 1024  # a smaller index is parsed in milliseconds
 _MAX_DIGITS = 18  # 10**18 fits int64 with room to spare
 _EXACT_FLOAT32 = 2**24
 _TAB, _NEWLINE, _ZERO, _NINE = 9, 10, 48, 57
@@ -38,59 +49,227 @@ class Property(NamedTuple):
     width: int
 
 
+class ImageIndex:
+    """Key and place of every image of a set, in the order of the index; shared and read-only.
+
+    Opened from a cache beside the files (data/cache.py) where the index is large: then all
+    workers and ranks of a host map the same memory, 8 bytes per image (16 where the keys are not
+    consecutive).
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        facts: Mapping[str, Any],
+        cached: Cached | None = None,
+    ) -> None:
+        self._cached = cached
+        self._offsets = arrays["offsets"]  # int64 [images + 1]: the last says where they end
+        self._keys = arrays.get("keys")  # int64 [images], or None: consecutive from first_key
+        self._first_key, self._increasing = int(facts["first_key"]), bool(facts["increasing"])
+        if not len(self._offsets) or (
+            self._keys is not None and len(self._keys) != len(self._offsets) - 1
+        ):
+            raise RecordError("a cached index of no use; delete the .cache file beside the .idx")
+
+    @classmethod
+    def of(cls, cached: Cached) -> ImageIndex:
+        """The index in a cache; pickled by the cache's path."""
+        return cls(cached.arrays, cached.facts, cached)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._cached is not None:
+            return ImageIndex.of, (self._cached,)
+        arrays = {"offsets": self._offsets}
+        if self._keys is not None:
+            arrays["keys"] = self._keys
+        facts = {"first_key": self._first_key, "increasing": self._increasing}
+        return ImageIndex, (arrays, facts)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte offset of every image's record: int64 [images]."""
+        return self._offsets[:-1]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Key of every image's record: int64 [images]; made anew where they are consecutive."""
+        if self._keys is not None:
+            return self._keys
+        return np.arange(self._first_key, self._first_key + len(self), dtype=np.int64)
+
+    def key(self, image: int) -> int:
+        """Key of the record of image `image`."""
+        return self._first_key + image if self._keys is None else int(self._keys[image])
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """The bytes (first, end) within which the records of images begin..end-1 lie."""
+        places = self._offsets[begin : end + (1 if self._increasing else 0)]
+        return int(places.min()), int(places.max())
+
+    def find(self, key: int) -> int | None:
+        """The image whose record has this key, or None."""
+        if self._keys is None:
+            image = key - self._first_key
+            return image if 0 <= image < len(self) else None
+        found = np.flatnonzero(self._keys == key)
+        return int(found[0]) if len(found) else None
+
+    def place(self, image: int) -> tuple[int, int | None]:
+        """Byte offset of the record of image `image`, and where the index starts the next record
+        (None where the records are not in the order of their keys). Raises RecordError."""
+        offset = int(self._offsets[image])
+        if not self._increasing:
+            return offset, None
+        end = int(self._offsets[image + 1])
+        if offset >= end or (image and offset <= self._offsets[image - 1]):
+            raise RecordError(
+                f"record with key {self.key(image)} at byte {offset}: the cached index is damaged; "
+                "delete the .cache file beside the .idx"
+            )
+        return offset, end
+
+
+def open_index(path_idx: str | os.PathLike[str], reader: RecordReader) -> ImageIndex:
+    """Which records of `reader` are images, by the index at `path_idx`, from a cache where there
+    is one. Raises RecordError."""
+    path = Path(path_idx)
+    try:
+        if path.stat().st_size < CACHE_FROM_BYTES:
+            facts, arrays = _index_images(path, reader)
+            return ImageIndex(arrays, facts)
+        stamp = {"of": "images", **stamp_of(path, reader.path)}
+        cached = open_or_build(path, ".cache", stamp, lambda: _index_images(path, reader))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return ImageIndex.of(cached)
+
+
+def _index_images(path: Path, reader: RecordReader) -> Built:
+    index = read_index(path, reader.size)
+    _check_end(path, index, reader)
+
+    lines = image_lines(index, reader)
+    keys, offsets = index.keys[lines], index.offsets[lines]
+    end = reader.size
+    if isinstance(lines, slice) and lines.stop < len(index.offsets):
+        end = int(index.offsets[lines.stop])
+    increasing = end > offsets[-1] and _increases(offsets) if len(offsets) else True
+    arrays = {"offsets": np.append(offsets, end)}
+    if not len(keys) or keys[-1] - keys[0] != len(keys) - 1 or not _increases(keys):
+        arrays["keys"] = keys
+    return {"first_key": int(keys[0]) if len(keys) else 0, "increasing": bool(increasing)}, arrays
+
+
+def _check_end(path: Path, index: RecordIndex, reader: RecordReader) -> None:
+    """A file that was cut off is found when it is opened, by its last record; any other damage of
+    that record is an error, or skipped, when it is read. Raises TruncatedError."""
+    last = int(index.offsets.argmax())
+    offset, key = int(index.offsets[last]), int(index.keys[last])
+    try:
+        end = reader.end_of(offset, key)
+    except TruncatedError:
+        raise
+    except RecordError as error:
+        log.warning("%s", error)
+        return
+    if end != reader.size:
+        log.warning(
+            "%s: ends with key %d, but %s goes on for %d bytes. If it was cut off, copy it again "
+            "or rebuild it: python scripts/doctor.py --rebuild-index",
+            path, key, reader.path.name, reader.size - end,
+        )  # fmt: skip
+
+
+def _increases(values: np.ndarray) -> bool:
+    """Whether every value is larger than the one before, looked at a piece at a time."""
+    piece = 1 << 20
+    return all(
+        bool((np.diff(values[begin : begin + piece + 1]) > 0).all())
+        for begin in range(0, len(values), piece)
+    )
+
+
 def read_index(path_idx: str | os.PathLike[str], rec_size: int) -> RecordIndex:
     """Parse and check an `.idx` file: lines `key<tab>offset` for a `.rec` of `rec_size` bytes.
 
-    Offsets must be multiples of 4 inside the file and keys must be distinct; neither has to be
-    sorted. Raises RecordError naming the line.
+    Offsets must be multiples of 4 inside the file; keys and offsets must be distinct; neither has
+    to be sorted. Raises RecordError naming the line.
     """
     path = Path(path_idx)
     try:
-        table = _read_lines(path)
+        keys, offsets = _read_lines(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    if not len(table):
+    if not len(keys):
         raise RecordError(f"{path}: the index is empty. Copy it again, or pack the set anew.")
-    keys, offsets = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
-    wrong = (offsets % 4 != 0) | (offsets > rec_size - PART_HEADER.size)
-    if wrong.any():
-        line = int(wrong.argmax())
-        raise RecordError(
-            f"{path}, line {line + 1}: key {keys[line]} is said to start at byte {offsets[line]}; "
-            f"allowed are multiples of 4 below the {rec_size} bytes of the .rec. The .rec was cut "
-            "off, or this index belongs to another file; copy both again."
-        )
-    if not (np.diff(keys) > 0).all():
-        order = np.argsort(keys, kind="stable")
-        twice = np.flatnonzero(np.diff(keys[order]) == 0)
+    for begin in range(0, len(offsets), _CHECKED_AT_ONCE):
+        part = offsets[begin : begin + _CHECKED_AT_ONCE]
+        wrong = (part % 4 != 0) | (part > rec_size - PART_HEADER.size)
+        if wrong.any():
+            line = begin + int(wrong.argmax())
+            raise RecordError(
+                f"{path}, line {line + 1}: key {keys[line]} is said to start at byte "
+                f"{offsets[line]}; allowed are multiples of 4 below the {rec_size} bytes of the "
+                ".rec. The .rec was cut off, or this index belongs to another file; copy both "
+                "again."
+            )
+    for values, name in ((keys, "key"), (offsets, "byte offset")):
+        if _increases(values):
+            continue
+        order = np.argsort(values, kind="stable")
+        twice = np.flatnonzero(np.diff(values[order]) == 0)
         if len(twice):
             line = int(order[twice[0] + 1])
             raise RecordError(
-                f"{path}, line {line + 1}: key {keys[line]} appears a second time; keys must be "
-                "distinct. Pack the set anew."
+                f"{path}, line {line + 1}: {name} {values[line]} appears a second time; keys and "
+                "offsets must be distinct. Pack the set anew."
             )
     return RecordIndex(keys, offsets)
 
 
-def _read_lines(path: Path) -> np.ndarray:
-    """int64 [lines, 2], a chunk of the file at a time. Raises RecordError, OSError."""
-    pairs: list[np.ndarray] = []
-    lines_read = 0
-    rest = b""
+def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and offsets, int64 [lines] each, a chunk of the file at a time.
+
+    Raises RecordError, OSError.
+    """
+    lines, rest = 0, b""
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            text, newline, rest = (rest + chunk).rpartition(b"\n")
-            if not newline and len(rest) > _CHUNK_BYTES:
-                raise RecordError(
-                    f"{path}, line {lines_read + 1}: longer than {_CHUNK_BYTES} bytes; expected "
-                    "'key<tab>offset'. This is not an index; give the .idx that belongs to the .rec"
-                )
-            if text:
-                pairs.append(_parse_lines(text + newline, path, lines_read))
-                lines_read += len(pairs[-1])
+        size = os.fstat(file.fileno()).st_size
+        at_once = max(1, min(_CHUNK_BYTES, size))
+        with tqdm(
+            total=size, desc=f"reading {path.name}", unit="B", unit_scale=True,
+            disable=True if size < _PROGRESS_FROM_BYTES else None,
+        ) as bar:  # fmt: skip
+            num_lines = 0
+            while chunk := file.read(at_once):
+                num_lines += chunk.count(b"\n")
+            file.seek(0)
+            keys, offsets = np.empty(num_lines + 1, np.int64), np.empty(num_lines + 1, np.int64)
+
+            def keep(text: bytes) -> int:
+                pairs = _parse_lines(text, path, lines)
+                keys[lines : lines + len(pairs)] = pairs[:, 0]
+                offsets[lines : lines + len(pairs)] = pairs[:, 1]
+                return len(pairs)
+
+            while chunk := file.read(at_once):
+                text, newline, rest = (rest + chunk).rpartition(b"\n")
+                if not newline and len(rest) > _CHUNK_BYTES:
+                    raise RecordError(
+                        f"{path}, line {lines + 1}: longer than {_CHUNK_BYTES} bytes; expected "
+                        "'key<tab>offset'. This is not an index; give the .idx that belongs to "
+                        "the .rec"
+                    )
+                if text:
+                    lines += keep(text + newline)
+                bar.update(len(chunk))
     if rest.strip():
-        pairs.append(_parse_lines(rest + b"\n", path, lines_read))
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+        lines += keep(rest + b"\n")
+    return keys[:lines], offsets[:lines]
 
 
 def _parse_lines(text: bytes, path: Path, lines_before: int) -> np.ndarray:
@@ -140,19 +319,29 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     if not len(zero):
         return slice(0, len(keys))
     offset = int(offsets[zero[0]])
-    header = reader.read_header(offset, 0)
+    try:
+        header = reader.read_header(offset, 0)
+    except RecordError as error:
+        if _is_header_record_at(index, reader, int(keys.argmax())) is not False:
+            raise
+        # No records of identities, so it was no header record: an image like the others.
+        log.warning("%s", error)
+        return slice(0, len(keys))
     if header.flag != 2:
         return slice(0, len(keys))
-    payload = reader.read_at(offset, 0)
+    later = offsets[zero[0] + 1 :][:1]  # where the next record starts, if they are in order
+    payload = reader.read_at(offset, 0, int(later[0]) if (later > offset).any() else None)
     if not is_header_record(header, len(payload)):
         return slice(0, len(keys))
-    first, last = unpack_record(payload)[0].labels.tolist()
-    if not (1 <= first <= last < 2**40 and first.is_integer()):
+    first, last = range_of(unpack_record(payload)[0])
+    if not (1 <= first <= last < 2**40 and first == int(first)):
         raise RecordError(
             f"{reader.where(offset, 0)}: a header record with labels ({first:g}, {last:g}); "
             "expected (n, m) with 1 <= n <= m. The file is damaged; copy it again."
         )
-    num_keys = _exact_end(index, reader, int(first))
+    exact = isinstance(first, int) or first <= _EXACT_FLOAT32
+    num_keys = int(first) if exact else _exact_end(index, reader, int(first))
+    _check_boundary(index, reader, num_keys)
     is_image = (keys >= 1) & (keys < num_keys)
     found = int(is_image.sum())
     if found != num_keys - 1:
@@ -166,11 +355,31 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
     return lines
 
 
+def _check_boundary(index: RecordIndex, reader: RecordReader, num_keys: int) -> None:
+    """Where images end and identities begin has to be where the header record says: a damaged
+    count must not make the set silently smaller. Raises RecordError."""
+    for key, is_image in ((num_keys - 1, True), (num_keys, False)):
+        lines = np.flatnonzero(index.keys == key)
+        if key and len(lines) and _is_header_record_at(index, reader, int(lines[0])) is is_image:
+            raise RecordError(
+                f"{reader.where(int(index.offsets[lines[0]]), key)}: the header record (key 0) "
+                f"says that images end before key {num_keys}, but this record is "
+                f"{'none' if is_image else 'one'}. The file is damaged; copy it again."
+            )
+
+
+def _is_header_record_at(index: RecordIndex, reader: RecordReader, line: int) -> bool | None:
+    """Whether the record of a line has two labels and no image; None if it cannot be read."""
+    offset, key = int(index.offsets[line]), int(index.keys[line])
+    try:
+        return is_header_record(reader.read_header(offset, key), len(reader.read_at(offset, key)))
+    except RecordError:
+        return None  # an error of its own, where that record is used
+
+
 def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:
     """The first key that is no image. `stated` comes from a float32: beyond 2**24 it may be off by
     one or two (Glint360K has 17,091,657 images), so the records around it decide."""
-    if stated <= _EXACT_FLOAT32:
-        return stated
     near = np.flatnonzero((np.abs(index.keys - stated) <= 4) & (index.keys > 0))
     for line in near[np.argsort(index.keys[near])]:
         key, offset = int(index.keys[line]), int(index.offsets[line])

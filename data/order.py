@@ -8,6 +8,7 @@ same, for ten images or for forty-two million, and the order knows nothing about
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,10 +34,14 @@ def derive_key(*parts: int) -> int:
     return key
 
 
-def hash_indices(indices: np.ndarray, key: int) -> np.ndarray:
-    """A keyed 64-bit hash per index: the same finaliser, vectorised. uint64, shape of `indices`."""
-    x = np.asarray(indices).astype(np.uint64) ^ np.uint64(key)
-    x = x * np.uint64(_GOLDEN) + np.uint64(key >> 32)
+def hash_indices(indices: np.ndarray, key: int | np.ndarray) -> np.ndarray:
+    """A keyed 64-bit hash per index: the same finaliser, vectorised. uint64, shape of `indices`.
+
+    key: one for all, or uint64 of the same shape.
+    """
+    keys = np.uint64(key) if isinstance(key, int) else key
+    x = np.asarray(indices).astype(np.uint64) ^ keys
+    x = x * np.uint64(_GOLDEN) + (keys >> np.uint64(32))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -59,7 +64,9 @@ def shuffled_indices(positions: np.ndarray, num_images: int, seed: int, epoch: i
         )
     height = math.isqrt(num_images - 1) + 1
     width = -(-num_images // height)
-    keys = [derive_key(_SHUFFLE, seed, epoch, round_) for round_ in range(_ROUNDS)]
+    keys: list[int | np.ndarray] = [
+        derive_key(_SHUFFLE, seed, epoch, round_) for round_ in range(_ROUNDS)
+    ]
     images = _permute(positions.astype(np.uint64), height, width, keys)
     outside = np.flatnonzero(images >= num_images)
     while len(outside):
@@ -68,7 +75,32 @@ def shuffled_indices(positions: np.ndarray, num_images: int, seed: int, epoch: i
     return images.astype(np.int64)
 
 
-def _permute(x: np.ndarray, height: int, width: int, keys: list[int]) -> np.ndarray:
+def shuffled_within(positions: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Element i of a permutation of range(sizes[i]) that belongs to keys[i]; one per element.
+
+    positions: int64 [k], in [0, sizes); sizes: int64 [k], 1 or more; keys: uint64 [k].
+    Returns int64 [k]. For many small orders at once: blocks, classes, passes through a set.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    height = np.maximum(np.ceil(np.sqrt(sizes)).astype(np.int64), 1)
+    width = -(-sizes // height)
+    rounds = [hash_indices(keys, derive_key(_SHUFFLE, round_)) for round_ in range(_ROUNDS)]
+    x = np.asarray(positions, np.int64).astype(np.uint64)
+    limit, rows, columns = (v.astype(np.uint64) for v in (sizes, height, width))
+    todo = np.arange(len(x))
+    while len(todo):
+        part: list[int | np.ndarray] = [each[todo] for each in rounds]
+        x[todo] = _permute(x[todo], rows[todo], columns[todo], part)
+        todo = todo[x[todo] >= limit[todo]]
+    return x.astype(np.int64)
+
+
+def _permute(
+    x: np.ndarray,
+    height: int | np.ndarray,
+    width: int | np.ndarray,
+    keys: Sequence[int | np.ndarray],
+) -> np.ndarray:
     """A permutation of range(height * width): uint64 [k] to uint64 [k].
 
     The hash is reduced before it is added, so no sum wraps around 2**64 and each round stays a
@@ -83,6 +115,11 @@ def _permute(x: np.ndarray, height: int, width: int, keys: list[int]) -> np.ndar
         else:
             right = (right + hash_indices(left, key) % columns) % columns
     return left * columns + right
+
+
+def uniform(indices: np.ndarray, *key: int) -> np.ndarray:
+    """A draw in [0, 1) per index, float64 of its shape: a function of index and key only."""
+    return (hash_indices(indices, derive_key(*key)) >> np.uint64(11)) * 2.0**-53
 
 
 def flip_mask(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:

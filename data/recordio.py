@@ -13,11 +13,17 @@ the end of the file. The reader insists on that: it is how a damaged length is n
 A record's payload is the struct `<IfQQ` (flag, label, id, id2), then, if flag > 0, flag float32
 labels that replace the scalar one, then the bytes of the image.
 
+Float32 holds every whole number only up to 2**24. A class beyond it is kept twice: rounded as the
+label, which is what readers of labels see, and exactly as `id2`. It is read from id2, and only if
+that rounds to the label. Records of two labels and no image (the header record, the records of
+identities) keep both numbers exactly as id and id2 in the same case.
+
 Sources: dmlc-core `recordio.h`, `recordio.cc`; MXNet 1.9.1 `python/mxnet/recordio.py`.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import tempfile
@@ -33,14 +39,20 @@ MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 MAX_PART_LENGTH = (1 << 29) - 1
+MAX_EXACT_LABEL = 2**24  # float32 holds every whole number up to here
 PART_HEADER = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<IfQQ")
 # One pread of this size covers nearly every 112 x 112 face together with the header that follows.
 _WINDOW_BYTES = 16 * 1024
+_WHOLE_BYTES = 256 * 1024  # where the index says that a record is smaller, it is read exactly
 
 
 class RecordError(ValueError):
     """A record or index file that does not hold what the format says; names file and place."""
+
+
+class TruncatedError(RecordError):
+    """A record that reaches past the end of its file."""
 
 
 class RecordHeader(NamedTuple):
@@ -78,14 +90,50 @@ def pack_record(
 ) -> bytes:
     """The payload of a record. A sequence of labels is written after the struct (flag > 0).
 
-    Labels become float32, exact for integers up to 2**24: the caller refuses larger ones.
+    A (first) label that is an integer beyond 2**24 becomes id2 as well, see `class_of`. Raises
+    RecordError when `record_id2` already says something else.
     """
-    if isinstance(label, (int, float)):
-        return RECORD_HEADER.pack(0, label, record_id, record_id2) + image
-    labels = np.asarray(label, dtype="<f4")
-    if not labels.size:
+    several = isinstance(label, Sequence)
+    labels = list(label) if isinstance(label, Sequence) else [label]
+    if not labels:
         raise RecordError("a record needs at least one label; got an empty sequence")
-    return RECORD_HEADER.pack(labels.size, 0.0, record_id, record_id2) + labels.tobytes() + image
+    if isinstance(labels[0], (int, np.integer)) and labels[0] > MAX_EXACT_LABEL:
+        if record_id2 not in (0, labels[0]):
+            raise RecordError(
+                f"label {labels[0]} with id2 {record_id2}: a class beyond {MAX_EXACT_LABEL} takes "
+                "the place of id2; leave record_id2 at 0"
+            )
+        record_id2 = int(labels[0])
+    if not several:
+        return RECORD_HEADER.pack(0, labels[0], record_id, record_id2) + image
+    values = np.asarray(labels, dtype="<f4")
+    return RECORD_HEADER.pack(values.size, 0.0, record_id, record_id2) + values.tobytes() + image
+
+
+def pack_range(first: int, end: int, record_id: int = 0) -> bytes:
+    """The payload of a header or identity record: labels (first, end), no image; see `range_of`."""
+    ids = (first, end) if end > MAX_EXACT_LABEL else (record_id, 0)
+    return RECORD_HEADER.pack(2, 0.0, *ids) + np.array([first, end], "<f4").tobytes()
+
+
+def class_of(header: RecordHeader) -> int | float:
+    """The class that a record's header names: its first label, exact beyond 2**24 too.
+
+    A float where the label is no class: not whole, not finite, or beyond 2**24 without an id2
+    that rounds to it.
+    """
+    label = float(header.labels[0])
+    if MAX_EXACT_LABEL <= label < 2.0**63:
+        return header.id2 if np.float32(header.id2) == label else label
+    return int(label) if label.is_integer() else label
+
+
+def range_of(header: RecordHeader) -> tuple[float, float]:
+    """Both numbers of a header or identity record, exact beyond 2**24 if `pack_range` made it."""
+    first, end = header.labels.tolist()
+    if end >= MAX_EXACT_LABEL and np.float32(header.id) == first and np.float32(header.id2) == end:
+        return header.id, header.id2
+    return first, end
 
 
 def unpack_record(payload: bytes, where: str = "record") -> tuple[RecordHeader, memoryview]:
@@ -162,6 +210,7 @@ class RecordReader:
             raise unreadable(self.path, error) from error
         self._closer = weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
+        self._words = np.empty(0, "<u4")  # the mapped file, for read_classes only
 
     def close(self) -> None:
         """Close the file; reading afterwards is an error. Also happens when nobody needs it."""
@@ -180,7 +229,13 @@ class RecordReader:
         index lists: this record may not reach past it, and if it ends before, something that is
         a record has to follow. Raises RecordError.
         """
-        return self._read(offset, key, self.size if end is None else end)[0]
+        limit = self.size if end is None else end
+        payload = self._read_usual(offset, limit)
+        return self._read(offset, key, limit)[0] if payload is None else payload
+
+    def end_of(self, offset: int, key: int | None = None) -> int:
+        """Where the record that starts at byte `offset` ends; it is read. Raises RecordError."""
+        return self._read(offset, key, self.size)[1]
 
     def read_header(self, offset: int, key: int | None = None) -> RecordHeader:
         """Flag, first label and ids of a record, reading a few dozen bytes of it.
@@ -199,16 +254,74 @@ class RecordReader:
         head = window[PART_HEADER.size : PART_HEADER.size + min(length, first_bytes)]
         return unpack_header(head, length, where)
 
-    def scan(self) -> Iterator[RecordPlace]:
-        """Every record from the start of the file on, for files without an index.
+    def read_classes(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Classes of many records at once, by a vectorised look at their headers.
+
+        offsets: int64 [k]. Returns classes int64 [k] and which of them are sure, bool [k]: the
+        others (damaged, in several parts, beyond 2**24, no class at all) need `read_header`.
+        """
+        if os.fstat(self._descriptor).st_size != self.size:  # a shorter file must not be mapped
+            raise RecordError(f"{self.path}: its size changed while it was read")
+        if not self._words.size:
+            mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+            self._words = np.frombuffer(mapped, "<u4", self.size // 4)
+        words = self._words
+        in_file = offsets + PART_HEADER.size + RECORD_HEADER.size + 4 <= self.size
+        at = np.where(in_file & (offsets >= 0), offsets, 0) // 4
+        if len(words) < (PART_HEADER.size + RECORD_HEADER.size + 4) // 4:
+            return np.zeros(len(offsets), np.int64), np.zeros(len(offsets), bool)
+        length = (words[at + 1] & np.uint32(MAX_PART_LENGTH)).astype(np.int64)
+        flag = words[at + 2].astype(np.int64)
+        label = np.where(flag > 0, words[at + 8], words[at + 3]).view("<f4")
+        sure = (
+            in_file & (offsets >= 0) & (offsets % 4 == 0)
+            & (words[at] == MAGIC) & (words[at + 1] >> 29 == WHOLE)
+            & (offsets + PART_HEADER.size + length <= self.size)
+            & (RECORD_HEADER.size + 4 * flag <= length)
+            & (label >= 0) & (label < MAX_EXACT_LABEL) & (label == np.floor(label))
+        )  # fmt: skip
+        return np.where(sure, label, 0).astype(np.int64), sure
+
+    def will_need(self, begin: int, end: int) -> None:
+        """Let the kernel read the bytes begin..end-1 into memory ahead of time; only a hint."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def __reduce__(self) -> tuple[type[RecordReader], tuple[Path]]:
+        return RecordReader, (self.path,)  # a worker process opens the file for itself
+
+    def scan(self, offset: int = 0) -> Iterator[RecordPlace]:
+        """Every record from byte `offset` on, for files without an index.
 
         Raises RecordError at the first place where no record starts.
         """
-        offset = 0
         while offset < self.size:
             payload, end = self._read(offset, None, self.size)
             yield RecordPlace(offset, len(payload), end)
             offset = end
+
+    def _read_usual(self, offset: int, limit: int) -> bytes | None:
+        """The payload of a sound record in one part within one window, by the rules of `_read`,
+        which sorts out everything else (None). Nine tenths of the reader's own time are saved."""
+        room = limit - offset
+        if offset < 0 or offset % 4 or room < PART_HEADER.size:
+            return None
+        window = self._pread(offset, room if room <= _WHOLE_BYTES else _WINDOW_BYTES)
+        if len(window) < PART_HEADER.size:
+            return None
+        magic, length = PART_HEADER.unpack_from(window)
+        if magic != MAGIC or length > MAX_PART_LENGTH:  # above: another flag than WHOLE
+            return None
+        at = PART_HEADER.size + ((length + 3) & ~3)
+        if offset + at != limit:
+            if offset + at > limit or at + PART_HEADER.size > len(window):
+                return None
+            magic, follows = PART_HEADER.unpack_from(window, at)
+            if magic != MAGIC or follows >> 29 not in (WHOLE, FIRST):
+                return None
+        if at > len(window) or limit > self.size:
+            return None
+        return window[PART_HEADER.size : PART_HEADER.size + length]
 
     def _read(self, offset: int, key: int | None, limit: int) -> tuple[bytes, int]:
         """Payload and end of a record. One system call when it fits the window, else a few."""
@@ -260,7 +373,7 @@ class RecordReader:
     def _part(self, header: bytes, at: int, where: str) -> tuple[int, int]:
         """Continue flag and length of the part whose first bytes are `header`."""
         if len(header) < PART_HEADER.size:
-            raise RecordError(
+            raise TruncatedError(
                 f"{where}: byte {at} starts a part, but the file ends at byte {self.size}. "
                 "It was cut off; copy it again."
             )
@@ -278,7 +391,7 @@ class RecordReader:
                 f"{where}: a length of {length} bytes at byte {at} reaches past byte {limit}, "
                 "where the index starts the next record. One of the two files is damaged."
             )
-        return RecordError(
+        return TruncatedError(
             f"{where}: a length of {length} bytes at byte {at} reaches past the end of the file "
             f"({self.size} bytes). The file was cut off or is damaged; copy it again."
         )

@@ -6,26 +6,36 @@ skips; what does not fit is an error that names the file, the record and the way
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from data.decode import decode_image, read_image_file
-from data.index import Property, image_lines, read_index, read_property
+from data.cache import Built, open_or_build, stamp_of
+from data.decode import ImageError, ImageSizeError, decode_into, read_image_file
+from data.index import Property, open_index, read_property
 from data.order import derive_key, hash_indices
-from data.recordio import RecordHeader, RecordReader, unpack_record
+from data.recordio import (
+    MAX_EXACT_LABEL,
+    RECORD_HEADER,
+    RecordHeader,
+    RecordReader,
+    class_of,
+    unpack_record,
+)
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-MAX_EXACT_LABEL = 2**24  # float32, which records keep labels in, is exact up to here
 _OF_IMAGE, _OF_CLASS = derive_key(1), derive_key(2)
+_KEEP_LABELS_FROM = 100_000  # images; fewer are read again in a second
+_LABELS_AT_ONCE = 1 << 16
 _PROGRESS_FROM = 200_000  # records from which counting labels takes long enough to show a bar
 
 
@@ -37,25 +47,53 @@ class MissingDataError(DataError, FileNotFoundError):
     """A file or folder of a data set is not there."""
 
 
-class ImageSource(Protocol):
-    """What the loader needs of a source."""
+class ImageSource(ABC):
+    """Numbered images with labels: what the loaders need. Threads share one: it only reads."""
 
     num_classes: int
+    input_size: int  # height and width in pixels
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of images."""
-        ...
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """Image `index` as RGB uint8 [H, W, 3] and its label in [0, num_classes)."""
-        ...
-
+    @abstractmethod
     def describe(self, index: int) -> str:
         """Where image `index` comes from, as errors name it."""
-        ...
+
+    @abstractmethod
+    def read_into(self, index: int, out: np.ndarray) -> int:
+        """Decode image `index` as RGB into `out`, uint8 [input_size, input_size, 3]; its label in
+        [0, num_classes)."""
+
+    @abstractmethod
+    def labels(self) -> np.ndarray:
+        """The label of every image, int32 or int64 [images]; read-only. May take long at first."""
+
+    def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
+        """The encoded bytes of image `index` and its label in [0, num_classes)."""
+        raise NotImplementedError(f"{self.describe(index)} has no encoded bytes")
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """Image `index` as RGB uint8 [input_size, input_size, 3], and its label."""
+        image = np.empty((self.input_size, self.input_size, 3), np.uint8)
+        return image, self.read_into(index, image)
+
+    def find(self, name: str) -> int:
+        """The number of the image that an exclusion list calls `name`. Raises DataError."""
+        raise DataError(f"image {name!r}: these images have no names")
+
+    def find_class(self, name: str) -> int:
+        """The label that an exclusion list calls `name`: a number. Raises DataError."""
+        if not (name.isdigit() and int(name) < self.num_classes):
+            raise DataError(f"class {name!r}: allowed are 0 to {self.num_classes - 1}")
+        return int(name)
+
+    def will_need(self, begin: int, end: int) -> None:  # noqa: B027 - nothing to do is right
+        """The images begin..end-1 are wanted soon; a source on a slow disk may fetch them."""
 
 
-class RecordSource:
+class RecordSource(ImageSource):
     """Images of `train.rec` with `train.idx` and, where there is one, `property`.
 
     root: the folder that holds them, or the path of a `.rec` file with its `.idx` beside it.
@@ -80,18 +118,13 @@ class RecordSource:
                 raise MissingDataError(
                     f"{wanted} does not exist. A record set is {self.path_rec.name} and "
                     f"{self.path_idx.name} in one folder; check the path (`rec` in the config), or "
-                    "make them from class folders: python scripts/pack.py FOLDER OUT"
+                    "make them from class folders: python scripts/pack.py FOLDER OUT. A lost .idx "
+                    "is rebuilt from the .rec by python scripts/doctor.py --rebuild-index"
                 )
         self.reader = RecordReader(self.path_rec)
-        index = read_index(self.path_idx, self.reader.size)
-        # Reading the last record now finds a file that was cut off before training starts.
-        last = int(index.offsets.argmax())
-        self.reader.read_at(int(index.offsets[last]), int(index.keys[last]))
-        lines = image_lines(index, self.reader)
-        self.keys, self.offsets = index.keys[lines], index.offsets[lines]
-        if not len(self.keys):
+        self.index = open_index(self.path_idx, self.reader)
+        if not len(self.index):
             raise DataError(f"{self.path_rec}: holds no image. Pack the set anew.")
-        self._sorted = bool((np.diff(self.offsets) > 0).all())
         self.num_classes = self._resolve_num_classes(num_classes)
 
     def _resolve_num_classes(self, wanted: int | None) -> int:
@@ -120,42 +153,97 @@ class RecordSource:
         )
 
     def _count_classes(self) -> int:
-        largest = -1
-        quick = len(self) < _PROGRESS_FROM
-        for index in tqdm(range(len(self)), "counting classes", unit=" records", disable=quick):
-            header = self.reader.read_header(int(self.offsets[index]), int(self.keys[index]))
-            largest = max(largest, self._label(header, index, None))
-        return largest + 1
+        self.num_classes = 2**63  # until it is known, any label is one
+        return int(self.labels().max()) + 1
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Keys of the images' records: int64 [images]."""
+        return self.index.keys
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte offsets of the images' records: int64 [images]."""
+        return self.index.offsets
+
+    def labels(self) -> np.ndarray:
+        """See ImageSource. Read from every record's header once, then kept in a cache."""
+        if len(self) < _KEEP_LABELS_FROM:
+            return self._read_labels()
+        stamp = {"of": "labels", **stamp_of(self.path_rec, self.path_idx)}
+
+        def build() -> Built:
+            return {}, {"labels": self._read_labels()}
+
+        labels = open_or_build(self.path_rec, ".labels.cache", stamp, build).arrays["labels"]
+        largest = int(labels.max(initial=-1))
+        if len(labels) != len(self) or largest >= self.num_classes:
+            self._label(self._header(int(labels.argmax())), int(labels.argmax()), self.num_classes)
+        return labels
+
+    def _read_labels(self) -> np.ndarray:
+        labels = np.empty(len(self), np.int64)
+        hidden = True if len(self) < _PROGRESS_FROM else None  # None: shown on a terminal
+        with tqdm(
+            total=len(self), desc="reading labels", unit=" records", disable=hidden
+        ) as bar:  # fmt: skip
+            for begin in range(0, len(self), _LABELS_AT_ONCE):
+                offsets = self.index.offsets[begin : begin + _LABELS_AT_ONCE]
+                found, sure = self.reader.read_classes(offsets)
+                sure &= found < self.num_classes
+                for row in np.flatnonzero(~sure).tolist():
+                    index = begin + row
+                    found[row] = self._label(self._header(index), index, self.num_classes)
+                labels[begin : begin + len(found)] = found
+                bar.update(len(found))
+        return labels if labels.max() >= 2**31 else labels.astype(np.int32)
+
+    def _header(self, index: int) -> RecordHeader:
+        return self.reader.read_header(self.index.place(index)[0], self.index.key(index))
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.index)
 
     def describe(self, index: int) -> str:
         """File, key and byte offset of image `index`."""
-        return self.reader.where(int(self.offsets[index]), int(self.keys[index]))
+        return self.reader.where(int(self.index.offsets[index]), self.index.key(index))
+
+    def find(self, name: str) -> int:
+        """See ImageSource: a record is called by its key."""
+        index = self.index.find(int(name)) if name.isdigit() else None
+        if index is None:
+            raise DataError(f"image {name!r}: no image has this key in {self.path_idx}")
+        return index
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """The encoded bytes of image `index` and its checked label."""
-        end = None
-        if self._sorted and index + 1 < len(self.offsets):
-            end = int(self.offsets[index + 1])
-        offset, key = int(self.offsets[index]), int(self.keys[index])
+        """See ImageSource. Raises RecordError, DataError."""
+        offset, end = self.index.place(index)
+        key = self.index.key(index)
         payload = self.reader.read_at(offset, key, end)
+        if len(payload) >= RECORD_HEADER.size:
+            flag, label, _, _ = RECORD_HEADER.unpack_from(payload)
+            if flag == 0 and 0 <= label < min(self.num_classes, MAX_EXACT_LABEL):
+                usual = int(label)
+                if usual == label:  # nearly every record; what follows sorts out the others
+                    return memoryview(payload)[RECORD_HEADER.size :], usual
         header, encoded = unpack_record(payload, self.reader.where(offset, key))
         return encoded, self._label(header, index, self.num_classes)
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read_into(self, index: int, out: np.ndarray) -> int:
         """See ImageSource. Raises RecordError, ImageError, DataError."""
         encoded, label = self.read_encoded(index)
-        where = self.describe(index)
-        return check_size(decode_image(encoded, where), self.input_size, where), label
+        _decode(encoded, out, self, index)
+        return label
+
+    def will_need(self, begin: int, end: int) -> None:
+        """See ImageSource: the kernel reads these records ahead, in one go."""
+        self.reader.will_need(*self.index.span(begin, end))
 
     def _label(self, header: RecordHeader, index: int, num_classes: int | None) -> int:
-        label = float(header.labels[0])
-        return check_label(label, num_classes, lambda: self.describe(index))
+        return check_label(class_of(header), num_classes, lambda: self.describe(index))
 
 
-class FolderSource:
+class FolderSource(ImageSource):
     """Images of `root/<class>/<image>`: the class folders in sorted order get the labels 0, 1, ...
 
     Hidden files are passed over; what else is no image is counted in a warning.
@@ -171,7 +259,7 @@ class FolderSource:
     ) -> None:
         self.root = Path(root)
         self.input_size = input_size
-        self.class_names, self.files, self.labels = list_class_folders(self.root)
+        self.class_names, self.files, self._labels = list_class_folders(self.root)
         found = len(self.class_names)
         if num_classes is not None:
             check_num_classes(num_classes, found, str(self.root))
@@ -186,16 +274,41 @@ class FolderSource:
 
     def path(self, index: int) -> Path:
         """Path of image `index`."""
-        return self.root / self.class_names[self.labels[index]] / self.files[index]
+        return self.root / self.class_names[self._labels[index]] / self.files[index]
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def labels(self) -> np.ndarray:
+        """See ImageSource."""
+        return self._labels
+
+    def find(self, name: str) -> int:
+        """See ImageSource: an image is called <class folder>/<file>."""
+        folder, _, file = name.partition("/")
+        label = self.find_class(folder)
+        begin, end = np.searchsorted(self._labels, (label, label + 1))
+        at = bisect.bisect_left(self.files, file, int(begin), int(end))
+        if at == end or self.files[at] != file:
+            raise DataError(f"image {name!r}: there is no such file below {self.root}")
+        return at
+
+    def find_class(self, name: str) -> int:
+        """See ImageSource: a class is called by its folder."""
+        at = bisect.bisect_left(self.class_names, name)
+        if at == len(self.class_names) or self.class_names[at] != name:
+            raise DataError(f"class {name!r}: there is no such folder in {self.root}")
+        return at
+
+    def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
+        """See ImageSource. Raises ImageError."""
+        return read_image_file(self.path(index)), int(self._labels[index])
+
+    def read_into(self, index: int, out: np.ndarray) -> int:
         """See ImageSource. Raises ImageError, DataError."""
-        path = self.path(index)
-        image = decode_image(read_image_file(path), str(path))
-        return check_size(image, self.input_size, str(path)), int(self.labels[index])
+        encoded, label = self.read_encoded(index)
+        _decode(encoded, out, self, index)
+        return label
 
 
-class SyntheticSource:
+class SyntheticSource(ImageSource):
     """Images made of noise, for benchmarks and smoke runs: image and label depend on index only.
 
     Half of each image is its class's own pattern, so that a network can learn it.
@@ -216,15 +329,20 @@ class SyntheticSource:
         """Its number: there is no file."""
         return f"synthetic image {index}"
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def labels(self) -> np.ndarray:
+        """See ImageSource."""
+        draws = hash_indices(np.arange(self.num_images), _OF_IMAGE)
+        return (draws % np.uint64(self.num_classes)).astype(np.int64)
+
+    def read_into(self, index: int, out: np.ndarray) -> int:
         """See ImageSource."""
         draws = hash_indices(np.array([index]), _OF_IMAGE)
         label = int(draws[0] % np.uint64(self.num_classes))
         of_class = hash_indices(np.array([label]), _OF_CLASS)
         image = self._slice(int(draws[0] >> np.uint64(40)))
         pattern = self._slice(int(of_class[0] >> np.uint64(40)))
-        mixed = (image >> 1) + (pattern >> 1)
-        return mixed.reshape(self.input_size, self.input_size, 3), label
+        out[...] = ((image >> 1) + (pattern >> 1)).reshape(out.shape)
+        return label
 
     def _slice(self, place: int) -> np.ndarray:
         place %= self._places
@@ -297,17 +415,27 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def check_label(label: float, num_classes: int | None, describe: Callable[[], str]) -> int:
-    """A record's label as an int in [0, num_classes). `describe()` names the record in errors."""
-    limit = MAX_EXACT_LABEL + 1 if num_classes is None else num_classes
-    if label.is_integer() and 0 <= label < limit and label <= MAX_EXACT_LABEL:
+    """A record's class (from `class_of`) as an int in [0, num_classes), exact beyond 2**24 too.
+
+    `describe()` names the record in errors. Raises DataError.
+    """
+    wide = isinstance(label, float) and MAX_EXACT_LABEL < label < 2.0**63
+    limit = 2**63 if num_classes is None else num_classes
+    if not wide and 0 <= label < limit and label == int(label):
         return int(label)
-    if label.is_integer() and label > MAX_EXACT_LABEL:
-        allowed = f"float32 labels are exact only up to {MAX_EXACT_LABEL}"
-        remedy = "the set has to be split"
+    if wide:
+        allowed = (
+            f"float32 labels are exact only up to {MAX_EXACT_LABEL}, and this record does not "
+            "keep its class as id2 too"
+        )
+        remedy = "pack the set anew with scripts/pack.py"
     else:
-        allowed = f"allowed are whole numbers from 0 to {limit - 1}"
+        allowed = "allowed are whole numbers " + (
+            "from 0" if num_classes is None else f"from 0 to {num_classes - 1}"
+        )
         remedy = "set num_classes to more than the largest label, or pack the set anew"
-    raise DataError(f"{describe()}: label {label:g}; {allowed}. To go on: {remedy}.")
+    shown = str(label) if isinstance(label, int) else f"{label:g}"
+    raise DataError(f"{describe()}: label {shown}; {allowed}. To go on: {remedy}.")
 
 
 def check_num_classes(wanted: int, needed: int, where: str) -> None:
@@ -319,12 +447,11 @@ def check_num_classes(wanted: int, needed: int, where: str) -> None:
         )
 
 
-def check_size(image: np.ndarray, input_size: int, where: str) -> np.ndarray:
-    """The image, if it is input_size x input_size. Raises DataError."""
-    if image.shape[:2] != (input_size, input_size):
-        raise DataError(
-            f"{where}: an image of {image.shape[1]} x {image.shape[0]} pixels; the network takes "
-            f"{input_size} x {input_size}. Resize the set once with: "
-            f"python scripts/pack.py FOLDER OUT --size {input_size}"
-        )
-    return image
+def _decode(encoded: bytes | memoryview, out: np.ndarray, source: ImageSource, index: int) -> None:
+    try:
+        decode_into(encoded, out, "")
+    except ImageError:
+        try:  # once more, for an error that names it: naming every image would cost time
+            decode_into(encoded, out, source.describe(index))
+        except ImageSizeError as error:
+            raise DataError(str(error)) from error

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from configs.base import Config
+from dataset import get_dataloader
 from head.row_update import AdamWRows
 from losses import (
     AdaFace,
@@ -90,6 +91,20 @@ def step_does_not_wait(**changes: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def batches_arrive_whole() -> None:
+    """Batches copied one ahead to the GPU are those of the host, while the GPU is kept busy."""
+    device = torch.device("cuda", 0)
+    options: dict[str, Any] = {"num_classes": 10, "num_images": 512, "input_size": 112}
+    host = get_dataloader("synthetic", 16, **options)
+    there = get_dataloader("synthetic", 16, pin_memory=True, device=device, **options)
+    busy = torch.randn(4096, 4096, device=device)
+    for expected, batch in zip(host, there, strict=True):
+        busy = (busy @ busy).clamp(-1, 1)
+        assert batch.images.device == device
+        assert torch.equal(batch.images.cpu(), expected.images)
+        assert torch.equal(batch.labels.cpu(), expected.labels)
+
+
 def run_trains(precision: str) -> None:
     """train_v2.py as a process; the loss is finite and falls."""
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +132,7 @@ def main() -> int:
     ):  # fmt: skip
         head_equals_cpu(ArcFace(), 1e-3, **options)
     head_equals_cpu(CosFace(), 3e-2, half=torch.bfloat16)
+    batches_arrive_whole()
     for sample_rate in (1.0, 0.1):
         for gradient_acc in (1, 2):
             step_does_not_wait(sample_rate=sample_rate, gradient_acc=gradient_acc)

@@ -27,9 +27,11 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.encode import encode_jpeg
+from data.pairs import write_verification_set
+from data.record_set import RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError
-from scripts.pack import RecordSetWriter, encode_jpeg, write_verification_set
 
 # How hard the set is: IDENTITY scales how much people differ, the others how much images of one
 # person do; 0 switches a variation off. These are the demo's: an untrained r_nano verifies 0.69 of
@@ -494,9 +496,7 @@ def make_synthetic(
     with RecordSetWriter(out, size, force) as writer, _drawing(num_processes) as draw:
         with tqdm(total=len(training) + len(verifying), unit=" images") as bar:
             for task, encoded in zip(training, draw(training), strict=True):
-                if task[3] == 0:
-                    writer.start_class()
-                writer.add(encoded)
+                writer.add(encoded, task[2])
                 bar.update()
             faces = []
             for encoded in draw(verifying):

@@ -1,255 +1,277 @@
 """Pack images into the files that training and verification read.
 
     python scripts/pack.py FOLDER OUT                       FOLDER/<class>/<image> -> OUT/train.rec
+    python scripts/pack.py LIST.lst OUT --root FOLDER       im2rec's list: key, label(s), path
+    python scripts/pack.py LIST.csv OUT --root FOLDER       path, label
     python scripts/pack.py --pairs PAIRS.txt FOLDER OUT.bin a verification set
 
-The records are InsightFace style: a header record, the images, one record per identity.
+Writes train.rec, train.idx, train.manifest (a hash per record, see scripts/doctor.py --verify),
+property and, where classes have names, label_map.txt. Run the same command again after an
+interruption: it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import os
-import pickle
-import re
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
-import cv2
 import numpy as np
-import simplejpeg
 from tqdm import tqdm
 
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.decode import ImageError, decode_image, read_image_file
-from data.prefetch import OrderedPrefetch
-from data.recordio import RecordError, RecordWriter, pack_record
-from data.sources import MAX_EXACT_LABEL, DataError, MissingDataError, list_class_folders
+from data.decode import ImageError, read_image_file
+from data.encode import FitTask, fit_files, fit_image
+from data.files import list_some
+from data.order import shuffled_indices
+from data.pairs import image_path, read_pairs, write_verification_set
+from data.record_set import IM2REC, INSIGHTFACE, STYLES, RecordSetWriter
+from data.recordio import RecordError
+from data.sources import DataError, MissingDataError, list_class_folders
+from data.workers import ordered_map
 
-DEFAULT_QUALITY = 95
-_CHUNK = 64  # images per task handed to a thread
-_LISTED = 20  # bad files named in an error; the rest is counted
+_CHUNK = 64  # images per task handed to a process
+_KEPT = 1000  # left out images remembered by name; the rest is counted
+_PATH_COLUMNS = ("path", "file", "filename", "image")
+_LABEL_COLUMNS = ("label", "class", "identity", "id", "name")
+
+
+class Listing(NamedTuple):
+    """What to pack, in order. labels: int64 [n], the class of each; vectors: the labels of each
+    where there are several; keys: int64 [n] where the list gives them; class_names by label."""
+
+    paths: list[str]
+    labels: np.ndarray
+    vectors: list[list[float]] | None = None
+    keys: np.ndarray | None = None
+    class_names: list[str] | None = None
 
 
 @dataclass
 class PackReport:
-    """What was written: counts, and the files left out (path: why)."""
+    """What was written: counts, and the first files left out (path: why)."""
 
     num_images: int = 0
     num_classes: int = 0
     num_reencoded: int = 0
+    num_skipped: int = 0
     skipped: list[str] = field(default_factory=list)
 
-
-class RecordSetWriter:
-    """Writes `train.rec`, `train.idx`, `property`, `label_map.txt`, InsightFace style.
-
-    Images come class by class. Everything appears at `finish`; leaving the `with` block without it
-    leaves nothing behind.
-    """
-
-    def __init__(self, out: Path, size: int, force: bool = False) -> None:
-        self.out, self.size = out, size
-        out.mkdir(parents=True, exist_ok=True)
-        existing = [name for name in ("train.rec", "train.idx") if (out / name).exists()]
-        if existing and not force:
-            raise DataError(
-                f"{out} already holds {' and '.join(existing)}; give another folder, or --force to "
-                "replace them"
-            )
-        self._writer = RecordWriter(out / "train.rec", out / "train.idx")
-        self._writer.write(0, pack_record(b"", (0.0, 0.0)))  # the counts are known at the end
-        self._firsts: list[int] = []  # key of the first image of each class
-        self.num_images = 0
-
-    def start_class(self) -> int:
-        """Images from here on belong to a new class; returns its label."""
-        self._firsts.append(self.num_images + 1)
-        return len(self._firsts) - 1
-
-    def add(self, encoded: bytes) -> None:
-        """One more image of the current class."""
-        self.num_images += 1
-        label = len(self._firsts) - 1
-        self._check_exact(self.num_images + 1)
-        self._writer.write(self.num_images, pack_record(encoded, label, self.num_images))
-
-    def finish(self, class_names: Sequence[str] | None = None) -> None:
-        """Write the identity records and put all files in place."""
-        first_identity = self.num_images + 1
-        num_classes = len(self._firsts)
-        self._check_exact(first_identity + num_classes)
-        for label, first in enumerate(self._firsts):
-            end = self._firsts[label + 1] if label + 1 < num_classes else first_identity
-            key = first_identity + label
-            self._writer.write(key, pack_record(b"", (first, end), key))
-        self._writer.rewrite_first(pack_record(b"", (first_identity, first_identity + num_classes)))
-        texts = {"property": f"{num_classes},{self.size},{self.size}\n"}
-        if class_names is not None:
-            texts["label_map.txt"] = "".join(f"{i}\t{n}\n" for i, n in enumerate(class_names))
-        for name in ("property", "label_map.txt"):
-            # A kill between the steps below must not leave old facts beside new records.
-            (self.out / name).unlink(missing_ok=True)
-        self._writer.close()
-        for name, text in texts.items():
-            write_atomically(self.out / name, text.encode())
-
-    def _check_exact(self, largest: int) -> None:
-        if largest > MAX_EXACT_LABEL:
-            raise DataError(
-                f"more than {MAX_EXACT_LABEL:,} images and classes: the header of this record "
-                "style keeps numbers as float32, exact only up to there. Pack a part "
-                "(--include '0_*')."
-            )
-
-    def __enter__(self) -> RecordSetWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.abort()  # does nothing after finish
+    def skip(self, problem: str) -> None:
+        self.num_skipped += 1
+        if len(self.skipped) < _KEPT:
+            self.skipped.append(problem)
 
 
 def pack_folder(
-    folder: Path,
+    folder: Path, out: Path, *, include: Sequence[str] = ("*",), **options: object
+) -> PackReport:
+    """Write the images of FOLDER/<class>/ as records to OUT; options as for `pack_listing`."""
+    return pack_listing(list_folder(folder, include), out, **options)  # type: ignore[arg-type]
+
+
+def pack_listing(
+    listing: Listing,
     out: Path,
     *,
     size: int = 112,
     quality: int | None = None,
-    include: Sequence[str] = ("*",),
+    style: str = INSIGHTFACE,
+    shuffle_seed: int | None = None,
     force: bool = False,
+    restart: bool = False,
     skip_bad: bool = False,
-    num_threads: int = 4,
+    num_processes: int = 1,
 ) -> PackReport:
-    """Write the images of FOLDER/<class>/ as records to OUT; see `fit_image` for what they become.
+    """Write the listed images as records to OUT; see `fit_image` for what they become.
 
+    shuffle_seed: None keeps the order of the list. force: replace a set that is there.
+    restart: drop the interrupted beginning of another job in OUT.
     Raises DataError listing the unreadable files, unless `skip_bad` leaves them out and reports
     them; nothing is written then.
     """
-    names, files, labels = list_class_folders(folder, tuple(include))
-    report = PackReport(num_classes=len(names))
-
-    def load(chunk: int) -> list[tuple[bytes, bool] | ImageError]:
-        results: list[tuple[bytes, bool] | ImageError] = []
-        for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(files))):
-            path = folder / names[labels[i]] / files[i]
-            try:
-                results.append(fit_image(read_image_file(path), str(path), size, quality))
-            except ImageError as error:
-                results.append(error)
-        return results
-
-    chunks = OrderedPrefetch(load, range(-(-len(files) // _CHUNK)), num_threads)
-    with RecordSetWriter(out, size, force) as writer, tqdm(total=len(files), unit=" images") as bar:
-        try:
-            last_label = -1
-            for label, result in zip(labels.tolist(), _flat(chunks), strict=True):
-                if label != last_label:
-                    last_label = writer.start_class()
-                if isinstance(result, ImageError):
-                    report.skipped.append(str(result))
-                else:
-                    writer.add(result[0])
-                    report.num_reencoded += result[1]
-                bar.update()
-        finally:
-            chunks.close()
-        if report.skipped and not skip_bad:
+    total = len(listing.paths)
+    for name in listing.class_names or ():
+        if not name.isprintable():
+            raise DataError(f"class name {name!r}: label_map.txt needs names of one line, no tabs")
+    token = _token(listing, size, quality, style, shuffle_seed, skip_bad)
+    with RecordSetWriter(
+        out, size, force, style=style, resume_token=token, restart=restart
+    ) as writer:
+        report = PackReport(**writer.progress.get("report", {}))
+        done = int(writer.progress.get("done", 0))
+        if done and not writer.progress.get("finished"):
+            print(f"{out}: going on after {done} of {total} images", file=sys.stderr)
+        chunks = _chunks(total, done, shuffle_seed)
+        tasks = (
+            FitTask([listing.paths[i] for i in chunk], size, quality)
+            for chunk in _chunks(total, done, shuffle_seed)
+        )
+        processes = num_processes if total - done > 4 * _CHUNK else 1
+        with (
+            tqdm(total=total, initial=done, unit=" images") as bar,
+            closing(ordered_map(fit_files, tasks, processes)) as results,
+        ):
+            for chunk, fitted in zip(chunks, results, strict=False):
+                for i, result in zip(chunk, fitted, strict=True):
+                    if isinstance(result, str):
+                        report.skip(result)
+                        continue
+                    report.num_reencoded += result.reencoded
+                    label = listing.vectors[i] if listing.vectors else int(listing.labels[i])
+                    key = None if listing.keys is None else int(listing.keys[i])
+                    writer.add(result.encoded, label, key if style == IM2REC else None)
+                done += len(chunk)
+                writer.note(done=done, report=asdict(report))
+                bar.update(len(chunk))
+        if report.num_skipped and not skip_bad:
+            writer.discard()
             raise DataError(
-                f"{len(report.skipped)} of {len(files)} images cannot be used; nothing was "
+                f"{report.num_skipped} of {total} images cannot be used; nothing was "
                 f"written.\n{list_some(report.skipped)}\nRepair or remove them, or leave them out "
                 "with --skip-bad."
             )
+        if not writer.num_images:
+            writer.discard()
+            raise DataError("none of the images can be read; nothing was written")
         report.num_images = writer.num_images
-        if not report.num_images:
-            raise DataError(f"{folder}: none of its images can be read; nothing was written")
-        writer.finish(names)
+        report.num_classes = max(int(listing.labels.max()) + 1, len(listing.class_names or ()))
+        writer.finish(listing.class_names, report.num_classes)
     return report
 
 
-def _flat(
-    chunks: Iterable[list[tuple[bytes, bool] | ImageError]],
-) -> Iterable[tuple[bytes, bool] | ImageError]:
-    for chunk in chunks:
-        yield from chunk
+def _chunks(total: int, done: int, shuffle_seed: int | None) -> Iterator[list[int]]:
+    """The positions of the listing in the order of packing, `_CHUNK` at a time, from `done` on."""
+    for begin in range(done, total, _CHUNK):
+        positions = np.arange(begin, min(begin + _CHUNK, total))
+        if shuffle_seed is not None:
+            positions = shuffled_indices(positions, total, shuffle_seed, epoch=0)
+        yield positions.tolist()
 
 
-def fit_image(encoded: bytes, where: str, size: int, quality: int | None) -> tuple[bytes, bool]:
-    """The image as a JPEG of size x size pixels, and whether it had to be encoded anew.
-
-    A JPEG of the right size is kept byte for byte unless a quality is asked for. Other sizes are
-    cropped to the centred square and resized. Every image is decoded once, so that a damaged one
-    is found now. Raises ImageError.
-    """
-    image = decode_image(encoded, where)
-    height, width = image.shape[:2]
-    if (height, width) == (size, size) and quality is None and encoded[:2] == b"\xff\xd8":
-        return encoded, False
-    if (height, width) != (size, size):
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        image = image[top : top + side, left : left + side]
-        shrinks = side > size
-        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-        image = cv2.resize(image, (size, size), interpolation=interpolation)
-    return encode_jpeg(image, DEFAULT_QUALITY if quality is None else quality), True
+def _token(listing: Listing, *options: object) -> str:
+    """What an interrupted job must agree in to be continued."""
+    token = hashlib.sha1(repr(options).encode())
+    for path in listing.paths:
+        token.update(os.fsencode(path) + b"\0")
+    token.update(listing.labels.tobytes())
+    token.update(b"" if listing.keys is None else listing.keys.tobytes())
+    token.update(repr(listing.vectors).encode())
+    return token.hexdigest()
 
 
-def encode_jpeg(image: np.ndarray, quality: int = DEFAULT_QUALITY) -> bytes:
-    """RGB uint8 [H, W, 3] as JPEG, colours at full resolution."""
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
-    )
+def list_folder(folder: Path, include: Sequence[str] = ("*",)) -> Listing:
+    """FOLDER/<class>/<image>, classes and images in sorted order. Raises DataError."""
+    names, files, labels = list_class_folders(folder, tuple(include))
+    paths = [
+        os.path.join(folder, names[label], file)
+        for label, file in zip(labels.tolist(), files, strict=True)
+    ]
+    return Listing(paths, labels, class_names=names)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One line of a pairs file: two (name, number) and whether they are the same person."""
+def read_list(path: Path, root: Path, include: Sequence[str] = ("*",)) -> Listing:
+    """A `.lst` or `.csv` file. `include` matches paths as written. Raises DataError."""
+    readers = {".lst": _read_lst, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise DataError(
+            f"{path}: a file of this kind cannot be packed; allowed are a folder, a .lst file "
+            "(key, label, path) and a .csv file (path, label)"
+        )
+    try:
+        listing = readers[path.suffix](path, include)
+    except OSError as error:
+        raise MissingDataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text in UTF-8 ({error})") from error
+    if not listing.paths:
+        raise DataError(f"{path}: lists no image" + ("" if "*" in include else f" like {include}"))
+    return listing._replace(paths=[os.path.join(root, name) for name in listing.paths])
 
-    first: tuple[str, int]
-    second: tuple[str, int]
-    same: bool
-    line: int
 
-
-def read_pairs(path: Path) -> list[Pair]:
-    """Parse a pairs file: the lines of LFW's `pairs.txt` (name n1 n2, or name1 n1 name2 n2, after
-    a line of one or two counts), or name1 n1 name2 n2 same, with same 0 or 1.
-
-    Raises DataError naming the line.
-    """
-    if not path.is_file():
-        raise MissingDataError(f"{path} does not exist; give a pairs file after --pairs")
-    pairs: list[Pair] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        columns = line.split()
-        counts_line = number == 1 and len(columns) <= 2 and all(c.isdigit() for c in columns)
-        if not columns or counts_line:
-            continue
-        match columns:
-            case [name, a, b] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (name, int(b)), True, number))
-            case [name, a, other, b] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (other, int(b)), False, number))
-            case [name, a, other, b, ("0" | "1") as same] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (other, int(b)), same == "1", number))
-            case _:
+def _read_lst(path: Path, include: Sequence[str]) -> Listing:
+    """im2rec's list: lines `key<tab>label<tab>...<tab>path`, labels as whole numbers or floats."""
+    names: list[str] = []
+    keys: list[int] = []
+    labels: list[list[float]] = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            columns = line.rstrip("\r\n").split("\t")
+            if columns == [""]:
+                continue
+            try:
+                key, values = int(columns[0]), [float(text) for text in columns[1:-1]]
+                good = key >= 0 and values[0] >= 0 and values[0].is_integer()
+            except (ValueError, IndexError):
+                good = False
+            if not good:
                 raise DataError(
-                    f"{path}, line {number}: expected 'name n1 n2', 'name1 n1 name2 n2' or "
-                    f"'name1 n1 name2 n2 same', got {line[:80]!r}"
+                    f"{path}, line {number}: expected 'key<tab>label<tab>path', the key and the "
+                    f"(first) label whole numbers from 0 on, got {line[:80]!r}"
                 )
-    if not pairs:
-        raise DataError(f"{path}: holds no pairs")
-    return pairs
+            if not any(fnmatchcase(columns[-1], pattern) for pattern in include):
+                continue
+            names.append(columns[-1])
+            keys.append(key)
+            labels.append(values)
+    if len({len(values) for values in labels}) > 1:
+        raise DataError(f"{path}: the lines have different numbers of labels; give each as many")
+    key_array = np.array(keys, np.int64)
+    ascending = np.sort(key_array)
+    twice = np.flatnonzero(np.diff(ascending) == 0)
+    if len(twice):
+        raise DataError(f"{path}: key {ascending[twice[0]]} appears twice; keys must be distinct")
+    several = bool(labels) and len(labels[0]) > 1
+    classes = np.array([int(values[0]) for values in labels], np.int64)
+    vectors = [[int(v[0]), *v[1:]] for v in labels] if several else None
+    return Listing(names, classes, vectors, key_array)
 
 
-def _numbers(*texts: str) -> bool:
-    return all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts)
+def _read_csv(path: Path, include: Sequence[str]) -> Listing:
+    """Columns path and label, in this order or as the first line names them. Labels are class
+    numbers, or, where one of them is not a whole number, names: numbered in sorted order."""
+    names: list[str] = []
+    texts: list[str] = []
+    path_column, label_column = 0, 1
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            cells = [cell.strip() for cell in row]
+            lower = [cell.lower() for cell in cells]
+            if number == 1:
+                found = [next((c for c in wanted if c in lower), None)
+                         for wanted in (_PATH_COLUMNS, _LABEL_COLUMNS)]  # fmt: skip
+                if found[0] and found[1]:
+                    path_column, label_column = lower.index(found[0]), lower.index(found[1])
+                    continue
+            if not any(cells):
+                continue
+            if len(cells) <= max(path_column, label_column) or not cells[path_column]:
+                raise DataError(
+                    f"{path}, line {number}: expected 'path,label' (or a first line that names the "
+                    f"columns, such as 'path,label'), got {','.join(row)[:80]!r}"
+                )
+            if any(fnmatchcase(cells[path_column], pattern) for pattern in include):
+                names.append(cells[path_column])
+                texts.append(cells[label_column])
+    class_names: list[str] | None = None
+    if all(text.isascii() and text.isdigit() and len(text) <= 18 for text in texts):
+        labels = np.array([int(text) for text in texts], np.int64)
+    else:
+        class_names = sorted(set(texts))
+        number_of = {name: label for label, name in enumerate(class_names)}
+        labels = np.array([number_of[text] for text in texts], np.int64)
+    order = np.argsort(labels, kind="stable")  # class by class, as InsightFace-style sets are
+    return Listing([names[i] for i in order], labels[order], class_names=class_names)
 
 
 def pack_pairs(
@@ -268,50 +290,13 @@ def pack_pairs(
     pairs = read_pairs(path_pairs)
     images: list[bytes] = []
     for pair in tqdm(pairs, unit=" pairs"):
+        line = f"{path_pairs}, line {pair.line}"
         for name, number in (pair.first, pair.second):
-            path = folder / name / f"{name}_{number:04d}.jpg"
-            where = f"{path_pairs}, line {pair.line}: {path}"
-            if os.path.basename(name) != name or name in (".", ".."):
-                raise DataError(f"{path_pairs}, line {pair.line}: {name!r} is no folder name")
-            if not path.is_file():
-                raise MissingDataError(f"{where} does not exist; images lie at FOLDER/name/")
-            images.append(fit_image(read_image_file(path, where), where, size, quality)[0])
+            path = image_path(folder, name, number, line)
+            where = f"{line}: {path}"
+            images.append(fit_image(read_image_file(path, where), where, size, quality).encoded)
     write_verification_set(out, images, [pair.same for pair in pairs], force=force)
     return len(pairs)
-
-
-def write_verification_set(
-    path: Path, images: Sequence[bytes], same: Sequence[bool], *, force: bool = False
-) -> None:
-    """Write the `.bin` layout: a pickle of (list of 2N encoded images, list of N bools)."""
-    if len(images) != 2 * len(same):
-        raise ValueError(f"{len(images)} images for {len(same)} pairs; a pair is two images")
-    if path.exists() and not force:
-        raise DataError(f"{path} already exists; give another name, or --force to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Protocol 4 stores bytes as bytes; below 3 they would become calls that safe readers refuse.
-    write_atomically(path, pickle.dumps((list(images), [bool(s) for s in same]), protocol=4))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it is the old one, the new one, or absent."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def list_some(problems: Sequence[str]) -> str:
-    """The first problems, one per line, and how many more there are."""
-    more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-    return "\n".join([*problems[:_LISTED], *more])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -321,20 +306,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="class folders with images in them")
+    add("input", type=Path, metavar="INPUT", help="folder of class folders, .lst or .csv file")
     add("out", type=Path, metavar="OUT", help="folder for the records; with --pairs a .bin file")
+    add("--root", type=Path, help="what paths in a list are relative to (default: its folder)")
     add("--pairs", type=Path, metavar="PAIRS.txt", help="write a verification set of these pairs")
     add("--size", type=int, default=112, help="pixels per side (default 112)")
     add("--quality", type=int, help="encode every image anew, as JPEG of this quality (1 to 100)")
-    add("--include", action="append", metavar="GLOB", help="only class folders like this; repeats")
+    add("--include", action="append", metavar="GLOB",
+        help="only class folders (paths in a list) like this: '0_*'; repeats")  # fmt: skip
+    add("--style", choices=STYLES, help="default: im2rec for .lst files, else insightface")
+    add("--shuffle", action="store_true", help="write the images in random order")
+    add("--seed", type=int, default=0, help="of --shuffle (default 0)")
     add("--skip-bad", action="store_true", help="leave unreadable images out, and list them")
     add("--force", action="store_true", help="replace what is there")
-    add("--num-thread", type=int, default=4, metavar="N", help="threads that decode (default 4)")
+    add("--restart", action="store_true", help="drop the interrupted beginning of another job")
+    add("--num-thread", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes that decode (default: one per core, at most 4)")  # fmt: skip
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 with a message on stderr."""
+    """The command line; returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = _parser()
     args = parser.parse_args(argv)
     if not 1 <= args.size <= 4096:
@@ -343,28 +335,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--quality {args.quality}: allowed are 1 to 100")
     if args.num_thread < 1:
         parser.error(f"--num-thread {args.num_thread}: allowed are 1 or more")
-    if args.pairs and (args.include or args.skip_bad):
-        parser.error("--include and --skip-bad do not go with --pairs: the file names the images")
+    if args.pairs and (args.include or args.skip_bad or args.shuffle):
+        parser.error("--include, --skip-bad and --shuffle do not go with --pairs")
     common = {"size": args.size, "quality": args.quality, "force": args.force}
+    include = tuple(args.include or ("*",))
     try:
         if args.pairs:
-            count = pack_pairs(args.pairs, args.folder, args.out, **common)
+            count = pack_pairs(args.pairs, args.input, args.out, **common)
             print(f"{args.out}: {count} pairs")
             return 0
-        report = pack_folder(
-            args.folder,
+        if args.input.is_file():
+            listing = read_list(args.input, args.root or args.input.parent, include)
+        else:
+            listing = list_folder(args.input, include)
+        report = pack_listing(
+            listing,
             args.out,
-            include=args.include or ("*",),
+            style=args.style or (INSIGHTFACE if listing.keys is None else IM2REC),
+            shuffle_seed=args.seed if args.shuffle else None,
+            restart=args.restart,
             skip_bad=args.skip_bad,
-            num_threads=args.num_thread,
+            num_processes=args.num_thread,
             **common,
         )
     except (DataError, ImageError, RecordError, OSError) as error:
         print(f"pack.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pack.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     print(
         f"{args.out}: {report.num_images} images of {report.num_classes} classes, "
-        f"{report.num_reencoded} encoded anew, {len(report.skipped)} left out"
+        f"{report.num_reencoded} encoded anew, {report.num_skipped} left out"
     )
     if report.skipped:
         print(list_some(report.skipped))

@@ -225,3 +225,41 @@ def test_every_field_has_a_docstring():
     names = {line.split(" = ")[0] for line in described[::2]}
     assert names == set(vars(Config()))
     assert all(line.strip() for line in described[1::2])
+
+
+def test_a_list_of_sets_and_its_options_are_read_from_the_command_line(tmp_path):
+    config = tmp_path / "run.py"
+    config.write_text("config = dict(rec='/a,b')\n")
+    assert load_config(config).rec == "/a,b"
+    loaded = load_config(config, ["rec=/data/ms1m,v3"])
+    assert loaded.rec == "/data/ms1m,v3"  # a comma in a name is no list
+    loaded = load_config(
+        config,
+        ["rec=[/a,/b]", "rec_weights=[1,2.5]", "exclude=[-,/c.txt]", "augment=[adaface,erase=0.3]"],
+    )
+    assert loaded.rec == ["/a", "/b"]
+    assert loaded.rec_weights == [1.0, 2.5]
+    assert loaded.exclude == ["-", "/c.txt"]
+    assert loaded.augment == ["adaface", "erase=0.3"]
+    assert load_config(config, ["exclude=/c.txt"]).exclude == "/c.txt"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rec=[]"], "rec is not set"),
+        (["rec_weights=[1,2]"], "one number above 0 for each of 1 sets"),
+        (["rec=[a,b]", "rec_weights=[1,0]"], "one number above 0 for each of 2 sets"),
+        (["rec=[a,b]", "exclude=c.txt"], "one list for each of 2 sets"),
+        (["samples_per_class=3"], "batch_size=128 is no multiple of it"),
+        (["samples_per_class=4", "shuffle_block=64"], "choose one"),
+        (["shuffle_block=-1"], "at least 0"),
+        (["on_bad_record=pass"], "allowed are error, skip"),
+        (["worker_type=fibres"], "allowed are threads, processes"),
+    ],
+)
+def test_impossible_data_options_are_explained(tmp_path, words, message):
+    config = tmp_path / "run.py"
+    config.write_text("config = dict(rec='x')\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(config, words)

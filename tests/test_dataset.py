@@ -59,7 +59,7 @@ def records(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def loader(root: Path | str, batch_size: int = 4, **options) -> DataLoader:
+def loader(root: Path | str | list[Path], batch_size: int = 4, **options) -> DataLoader:
     options = {"input_size": SIZE, "seed": 3, "num_workers": 0} | options
     return get_dataloader(root, batch_size, **options)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -13,7 +17,8 @@ import simplejpeg
 
 from data.decode import decode_image
 from data.index import read_index
-from data.recordio import RecordReader, unpack_record
+from data.manifest import manifest_path, verify_records
+from data.recordio import RecordReader, class_of, unpack_record
 from data.sources import DataError, RecordSource
 from scripts import make_synthetic as synthetic
 from scripts import pack
@@ -146,7 +151,13 @@ def test_existing_records_are_replaced_only_by_force(
     assert hashlib.sha1((out / "train.rec").read_bytes()).digest() == before
     assert run(folder, out, "--size", SIZE, "--include", "1_*", "--force") == 0
     assert len(RecordSource(out, input_size=SIZE)) == 4
-    assert files_below(out) == ["label_map.txt", "property", "train.idx", "train.rec"]
+    assert files_below(out) == [
+        "label_map.txt",
+        "property",
+        "train.idx",
+        "train.manifest",
+        "train.rec",
+    ]
 
 
 @pytest.mark.parametrize("options", [["--size", "0"], ["--quality", "101"], ["--num-thread", "0"]])
@@ -161,6 +172,239 @@ def test_a_missing_folder_ends_with_exit_code_2(
 ) -> None:
     assert run(tmp_path / "nowhere", tmp_path / "out") == 2
     assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+def packed(out: Path) -> list[tuple[int, int, bytes]]:
+    """(key, class, image) of every image of a set, in the order of its keys."""
+    source = RecordSource(out, input_size=SIZE)
+    read = map(source.read_encoded, range(len(source)))
+    return [(int(k), label, bytes(e)) for k, (e, label) in zip(source.keys, read, strict=True)]
+
+
+def is_verified(out: Path) -> bool:
+    reader = RecordReader(out / "train.rec")
+    index = read_index(out / "train.idx", reader.size)
+    return not list(verify_records(reader, index, manifest_path(reader.path)))
+
+
+@pytest.mark.parametrize("labels", ["{label}", "{label}.000000"])
+def test_an_im2rec_list_keeps_its_keys_labels_and_order(
+    labels: str, folder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        (70, 5, "1_cy/1_cy_0001.jpg"),
+        (3, 0, "0_ann/0_ann_0002.jpg"),
+        (4, 5, "0_bob/0_bob_0001.jpg"),
+    ]
+    text = "".join(f"{key}\t{labels.format(label=label)}\t{path}\n" for key, label, path in rows)
+    (tmp_path / "a.lst").write_text(text)
+    out = tmp_path / "out"
+    assert run(tmp_path / "a.lst", out, "--root", folder, "--size", SIZE) == 0
+    reader = RecordReader(out / "train.rec")
+    index = read_index(out / "train.idx", reader.size)
+    assert index.keys.tolist() == [70, 3, 4]
+    for (key, label, path), offset in zip(rows, index.offsets.tolist(), strict=True):
+        header, image = unpack_record(reader.read_at(offset))
+        assert (class_of(header), header.id, bytes(image)) == (
+            label,
+            key,
+            (folder / path).read_bytes(),
+        )
+    assert (out / "property").read_text() == f"6,{SIZE},{SIZE}\n"
+    assert not (out / "label_map.txt").exists()
+    assert is_verified(out)
+
+
+def test_several_labels_of_a_list_are_kept_in_the_record(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.lst").write_text("0\t2\t0.5\t-1\t1_cy/1_cy_0001.jpg\n")
+    out = tmp_path / "out"
+    assert run(tmp_path / "a.lst", out, "--root", folder, "--size", SIZE) == 0
+    header, _ = unpack_record(RecordReader(out / "train.rec").read_at(0))
+    assert (header.flag, header.labels.tolist()) == (3, [2, 0.5, -1])
+
+
+@pytest.mark.parametrize("style", ["insightface", "im2rec"])
+def test_class_ids_beyond_2_24_are_packed_exactly(style: str, folder: Path, tmp_path: Path) -> None:
+    wide = [2**24, 2**24 + 1, 42_474_557]
+    lines = [f"{i + 1}\t{label}\t0_ann/0_ann_0001.jpg\n" for i, label in enumerate(wide)]
+    (tmp_path / "a.lst").write_text("".join(lines))
+    out = tmp_path / "out"
+    assert run(tmp_path / "a.lst", out, "--root", folder, "--size", SIZE, "--style", style) == 0
+    assert [label for _, label, _ in packed(out)] == wide
+    assert is_verified(out)
+
+
+CSV_NAMES = (
+    "identity,path\nbob,0_bob/0_bob_0001.jpg\nann,0_ann/0_ann_0001.jpg\nbob,0_bob/0_bob_0002.jpg\n"
+)
+CSV_NUMBERS = "0_bob/0_bob_0001.jpg,1\n0_ann/0_ann_0001.jpg,0\n0_bob/0_bob_0002.jpg,1\n"
+
+
+@pytest.mark.parametrize("text", [CSV_NAMES, CSV_NUMBERS])
+def test_a_csv_is_packed_class_by_class_with_names_or_numbers(
+    text: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    out = tmp_path / "out"
+    assert run(tmp_path / "a.csv", out, "--root", folder, "--size", SIZE) == 0
+    paths = ["0_ann/0_ann_0001.jpg", "0_bob/0_bob_0001.jpg", "0_bob/0_bob_0002.jpg"]
+    contents = [(folder / path).read_bytes() for path in paths]
+    assert packed(out) == [(1, 0, contents[0]), (2, 1, contents[1]), (3, 1, contents[2])]
+    named = out / "label_map.txt"
+    assert not named.exists() if text == CSV_NUMBERS else named.read_text() == "0\tann\n1\tbob\n"
+
+
+def test_include_selects_paths_of_a_list(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(CSV_NUMBERS)
+    out = tmp_path / "out"
+    arguments = ("--root", folder, "--size", SIZE, "--include", "0_b*")
+    assert run(tmp_path / "a.csv", out, *arguments) == 0
+    assert [label for _, label, _ in packed(out)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.lst", "0\t0\tx.jpg\n1\tx.jpg\n", "line 2: expected 'key<tab>label<tab>path'"),
+        ("a.lst", "0\t0.5\tx.jpg\n", "line 1: expected"),
+        ("a.lst", "0\t-1\tx.jpg\n", "line 1: expected"),
+        ("a.lst", "7\t0\tx.jpg\n7\t0\ty.jpg\n", "key 7 appears twice"),
+        ("a.lst", "0\t0\tx\n1\t0\t1\tx\n", "different numbers of labels"),
+        ("a.lst", "", "lists no image"),
+        ("a.csv", "path,label\nx.jpg\n", "line 2: expected 'path,label'"),
+        ("a.txt", "x.jpg 0", "allowed are a folder, a .lst file"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_an_error_that_names_the_line(
+    name: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert run(tmp_path / name, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_shuffle_changes_the_order_by_the_seed_and_nothing_else(
+    folder: Path, tmp_path: Path
+) -> None:
+    outs = {}
+    for name, options in (("plain", ""), ("a", "--shuffle"), ("b", "--shuffle --seed=1")):
+        assert run(folder, tmp_path / name, "--size", SIZE, *options.split()) == 0
+        outs[name] = [record[1:] for record in packed(tmp_path / name)]
+        assert is_verified(tmp_path / name)
+    assert sorted(outs["a"]) == sorted(outs["b"]) == sorted(outs["plain"])
+    assert outs["a"] != outs["plain"] != outs["b"] != outs["a"]
+
+
+@pytest.fixture
+def large_folder(tmp_path: Path) -> Path:
+    """600 images of 12 people: several tasks for several processes."""
+    root = tmp_path / "many"
+    for i in range(600):
+        path = root / f"p{i // 50:02d}" / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(simplejpeg.encode_jpeg(np.full((SIZE, SIZE, 3), i % 256, np.uint8)))
+    return root
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha1(p.read_bytes()).hexdigest() for p in out.iterdir()}
+
+
+def test_several_processes_write_the_same_files_as_one(large_folder: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        assert run(large_folder, out, "--size", SIZE, "--num-thread", processes) == 0
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from data import record_set
+from scripts import pack
+record_set._NOTE_EVERY_SECONDS = 0
+note, calls = record_set.RecordSetWriter.note, 0
+def note_and_die(self, **progress):
+    global calls
+    note(self, **progress)
+    calls += 1
+    if calls == int(sys.argv[1]):
+        self.add(b"half a chunk that nobody noted", 99)
+        self._files[0].flush()
+        os.kill(os.getpid(), int(sys.argv[2]))
+record_set.RecordSetWriter.note = note_and_die
+sys.exit(pack.main(sys.argv[3:]))
+"""
+
+
+def run_and_kill(after: int, number: int, *arguments: object) -> int:
+    command = [sys.executable, "-c", KILLED_AFTER, after, number, *arguments]
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True).returncode
+
+
+@pytest.mark.parametrize("options", [[], ["--shuffle"]])
+def test_a_killed_packing_goes_on_and_ends_with_the_same_files(
+    options: list[str], large_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (large_folder, tmp_path / "killed", "--size", SIZE, "--num-thread", 1, *options)
+    assert run_and_kill(3, signal.SIGKILL, *arguments) == -signal.SIGKILL
+    assert files_below(tmp_path / "killed").count("state.json") == 1
+    assert not (tmp_path / "killed" / "train.rec").exists()
+    assert run(*arguments) == 0
+    assert "going on after 192 of 600 images" in capsys.readouterr().err
+    assert run(large_folder, tmp_path / "whole", "--size", SIZE, "--num-thread", 1, *options) == 0
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    assert is_verified(tmp_path / "killed")
+
+
+def test_the_beginning_of_another_job_is_dropped_only_by_restart(
+    large_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert (
+        run_and_kill(2, signal.SIGINT, large_folder, out, "--size", SIZE, "--num-thread", 1) == 130
+    )
+    assert run(large_folder, out, "--size", SIZE, "--include", "p00") == 2
+    assert "holds the beginning of another job" in capsys.readouterr().err
+    assert run(large_folder, out, "--size", SIZE, "--include", "p00", "--restart") == 0
+    assert len(packed(out)) == 50
+
+
+def test_a_kill_while_files_are_put_in_place_is_mended_by_the_next_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert run(folder, whole, "--size", SIZE) == 0
+    for renames in range(5):
+        replace, calls = os.replace, [0]
+
+        def dying_replace(source: Path, target: Path) -> None:
+            if Path(source).parent.name == ".packing" and Path(target).parent == out:
+                calls[0] += 1  # noqa: B023 (used within the iteration)
+                if calls[0] > renames:  # noqa: B023
+                    raise KeyboardInterrupt
+            replace(source, target)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying_replace)
+            assert run(folder, out, "--size", SIZE, "--force") == 130
+        assert not (out / "train.idx").exists()  # so nothing opens the half-finished set
+        assert run(folder, out, "--size", SIZE, "--force") == 0
+        assert digests(out) == digests(whole)
+
+
+def test_two_writers_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
+    with pack.RecordSetWriter(tmp_path, SIZE), pytest.raises(DataError, match="another process"):
+        pack.pack_folder(folder, tmp_path, size=SIZE)
+
+
+def test_a_class_name_that_would_break_the_label_map_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "0_ann").rename(folder / "a\tb")
+    with pytest.raises(DataError, match="one line, no tabs"):
+        pack.pack_folder(folder, tmp_path / "out", size=SIZE)
 
 
 LFW_LAYOUT = "1\t2\n0_ann\t1\t2\n1_cy\t4\t1\n0_ann\t1\t0_bob\t3\n0_bob\t1\t1_cy\t2\n"

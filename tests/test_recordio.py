@@ -23,11 +23,14 @@ from data.recordio import (
     RecordError,
     RecordReader,
     RecordWriter,
+    class_of,
     frame_record,
+    pack_range,
     pack_record,
+    range_of,
     unpack_record,
 )
-from data.sources import RecordSource
+from data.sources import DataError, RecordSource
 
 GOLDEN = (
     "insightface_style",
@@ -345,3 +348,37 @@ def test_an_error_of_the_disk_while_reading_names_the_file(tmp_path: Path) -> No
     reader.close()  # stands for the disk that fails
     with pytest.raises(RecordError, match=r"train\.rec: cannot be read \(Bad file descriptor\)"):
         reader.read_at(0)
+
+
+WIDE = [2**24 - 1, 2**24, 2**24 + 1, 2**24 + 2, 33_554_433, 42_474_557, 2**31 + 1, 2**40 + 1]
+
+
+@pytest.mark.parametrize("label", WIDE)
+def test_a_class_beyond_float32_is_exact_and_still_a_rounded_label(label: int) -> None:
+    for payload in (pack_record(b"x", label, 5), pack_record(b"x", (label, 2.5), 5)):
+        header, image = unpack_record(payload)
+        assert class_of(header) == label
+        assert (float(header.labels[0]), header.id) == (float(np.float32(label)), 5)
+        assert header.id2 == (label if label > 2**24 else 0)
+        assert bytes(image) == b"x"
+    assert range_of(unpack_record(pack_range(label, label + 7, 5))[0]) == (label, label + 7)
+
+
+def test_a_wide_label_without_its_exact_class_is_refused(tmp_path: Path) -> None:
+    rounded = float(np.float32(2**24 + 2))
+    for name, payload in {
+        "no_id2": pack_record(b"x", rounded),
+        "other_id2": pack_record(b"x", rounded, 0, 2**24 + 5),
+    }.items():
+        path = write_records(tmp_path, [payload], name)
+        with pytest.raises(DataError, match=r"record with key 0 .* exact only up to 16777216"):
+            RecordSource(path, num_classes=2**25).read_encoded(0)
+    with pytest.raises(RecordError, match="takes the place of id2"):
+        pack_record(b"x", 2**24 + 2, 0, 7)
+
+
+def test_wide_classes_are_read_and_counted(tmp_path: Path) -> None:
+    path = write_records(tmp_path, [pack_record(b"x", label) for label in WIDE[:6]])
+    source = RecordSource(path)
+    assert [source.read_encoded(i)[1] for i in range(6)] == WIDE[:6]
+    assert source.num_classes == 42_474_558

@@ -21,6 +21,7 @@ from backbones import get_model
 from backbones.base import Backbone
 from backbones.weights import ModelMetadata, load_matching
 from configs.base import Config
+from data.dali import dali_is_installed
 from dataset import DataLoader, get_dataloader
 from eval.embedder import Embedder
 from eval.verification import VerificationSet, find_verification_sets, load_verification_set
@@ -133,7 +134,7 @@ def build(cfg: Config, world: World) -> Parts:
     steps_per_epoch = len(loader) // cfg.gradient_acc
     if steps_per_epoch == 0:
         raise SetupError(
-            f"the set has {loader.num_images} images, less than one global batch of "
+            f"an epoch has {loader.images_per_epoch} images, less than one global batch of "
             f"{global_batch} (batch_size {cfg.batch_size} x {world.world_size} ranks x "
             f"gradient_acc {cfg.gradient_acc}): lower batch_size or gradient_acc"
         )
@@ -184,16 +185,6 @@ def _refuse_what_is_not_there_yet(cfg: Config) -> None:
         raise SetupError(
             f"resume={cfg.resume!r}: resuming is not available in this version; set resume=False "
             "(init_backbone=RUN starts from a run's weights)"
-        )
-    if cfg.dali and cfg.dali_aug:
-        raise SetupError(
-            "dali_aug=True: this augmentation is not available in this version; dali_aug=False "
-            "trains without it"
-        )
-    if cfg.dali:
-        logger.warning(
-            "dali=True: DALI is not available in this version; our own reader gives the same "
-            "images in the same order"
         )
     if cfg.save_all_states:
         logger.warning("save_all_states=True: checkpoints are not available in this version")
@@ -265,6 +256,22 @@ def _make_backbone(cfg: Config) -> Backbone:
 
 def _make_loader(cfg: Config, world: World) -> DataLoader:
     assert cfg.rec is not None
+    use_dali = cfg.dali and dali_is_installed()
+    if cfg.dali and not use_dali:
+        logger.warning(
+            "dali=True, but NVIDIA DALI is not installed (docs/installing_dali.md): our own reader "
+            "gives the same images in the same order, with the same augmentation"
+        )
+    augment = list(cfg.augment)
+    if cfg.dali_aug and cfg.dali:
+        augment.insert(0, "dali_aug")
+    elif cfg.dali_aug:
+        logger.warning(
+            "dali_aug=True has an effect only with dali=True, as in arcface_torch; "
+            "augment=[dali_aug] works without DALI too"
+        )
+    on_gpu = world.device.type == "cuda"
+    lists = cfg.exclude if isinstance(cfg.exclude, list) else [cfg.exclude or "-"]
     return get_dataloader(
         cfg.rec,
         cfg.batch_size,
@@ -275,7 +282,16 @@ def _make_loader(cfg: Config, world: World) -> DataLoader:
         input_size=cfg.input_size,
         num_classes=None if cfg.num_classes == "auto" else int(cfg.num_classes),
         num_images=None if cfg.num_image == "auto" else int(cfg.num_image),
-        pin_memory=world.device.type == "cuda",
+        augment=augment,
+        weights=cfg.rec_weights,
+        samples_per_class=cfg.samples_per_class,
+        shuffle_block=cfg.shuffle_block,
+        exclude=[None if path == "-" else path for path in lists],
+        on_bad_record=cfg.on_bad_record,
+        worker_type=cfg.worker_type,
+        dali=use_dali,
+        pin_memory=on_gpu,
+        device=world.device if on_gpu else None,
     )
 
 
@@ -283,7 +299,7 @@ def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
     if not cfg.val_targets:
         return []
     assert cfg.rec is not None
-    folder = Path(cfg.val_dir or cfg.rec)
+    folder = Path(cfg.val_dir or (cfg.rec if isinstance(cfg.rec, str) else cfg.rec[0]))
     if folder.suffix == ".rec":
         folder = folder.parent
     return [
@@ -376,7 +392,7 @@ def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
     logger.info(
         "%d images of %d classes in %s; %d dropped per epoch; head of %d classes, %d here%s",
         loader.num_images, loader.num_classes, cfg.rec,
-        loader.num_images - parts.steps_per_epoch * parts.global_batch,
+        loader.images_per_epoch - parts.steps_per_epoch * parts.global_batch,
         head.num_classes, head.num_classes_local,
         " (more than the labels need)" if head.num_classes > loader.num_classes else "",
     )  # fmt: skip

@@ -14,6 +14,9 @@ from utils.meter import Rates
 
 logger = logging.getLogger("train")
 
+MAX_DATA_WAIT_SHARE = 0.2
+_WARN_AGAIN_AFTER = 100  # log lines
+
 
 class Reporter:
     """Writes on rank 0 and does nothing on the others.
@@ -27,6 +30,7 @@ class Reporter:
     def __init__(self, folder: Path, is_main: bool, wandb_run: Any = None) -> None:
         self._metrics = self._board = None
         self._wandb = wandb_run
+        self._lines_until_wait_warning = 1  # the first line has the start of the workers in it
         if is_main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -50,6 +54,7 @@ class Reporter:
                 "at most %d in a row",
                 report.bad_steps, report.longest_streak,
             )  # fmt: skip
+        self._warn_of_data_wait(rates.data_wait_share)
         self._write(
             step,
             {
@@ -66,6 +71,18 @@ class Reporter:
                 "hours_left": rates.hours_left,
             },
         )
+
+    def _warn_of_data_wait(self, share: float) -> None:
+        if self._lines_until_wait_warning:
+            self._lines_until_wait_warning -= 1
+        elif share > MAX_DATA_WAIT_SHARE:
+            self._lines_until_wait_warning = _WARN_AGAIN_AFTER
+            logger.warning(
+                "%.0f%% of the time goes into waiting for data: raise num_workers towards cores / "
+                "ranks, put the records on a local disk (or set shuffle_block=1024), or try "
+                "dali=True; see docs/speed.md",
+                100 * share,
+            )
 
     def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, float]]) -> None:
         """One line per target in the log, one object in metrics.jsonl."""

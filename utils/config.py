@@ -193,7 +193,7 @@ def _parse(text: str, kind: Any) -> Any:
         return text.lower() == "true"
     for alternative in alternatives:
         origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
-        if origin in (list, tuple):
+        if origin in (list, tuple) and (str not in alternatives or text.strip()[:1] in ("[", "(")):
             inner = text.strip().removeprefix("[").removeprefix("(")
             inner = inner.removesuffix("]").removesuffix(")")
             words = [word.strip() for word in inner.split(",") if word.strip()]

@@ -1,0 +1,149 @@
+"""One rank's batches as a pure function of (epoch, step): which images, read and augmented."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.augment import Augmentation, Draws, apply, draw, write_flipped
+from data.decode import ImageError
+from data.order import batch_positions, steps_per_epoch
+from data.recordio import RecordError
+from data.sampling import Order
+from data.sources import DataError, ImageSource
+
+# What a damaged or unsuitable data set raises: the message is for the user, not a traceback.
+DATA_ERRORS = (DataError, RecordError, ImageError)
+ON_BAD_RECORD = ("error", "skip")
+
+
+class Loaded(NamedTuple):
+    """images: uint8 [b, H, W, 3], RGB; labels: int64 [b]; skipped: why each bad image was
+    replaced."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    skipped: list[str]
+
+
+class BatchMaker:
+    """Calling it with (epoch, step) makes that batch of this rank; threads and processes may.
+
+    on_bad_record: "error" raises; "skip" puts another image of the same batch (the next good one,
+    with its label) in the place of one that cannot be read, so that batches keep their size and
+    ranks stay in step. A batch without any good image is an error in either case.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        order: Order,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 2048,
+        augmentation: Augmentation | None = None,
+        drop_last: bool = True,
+        on_bad_record: str = "error",
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise DataError(
+                f"batch_size={batch_size}, rank={rank}, world_size={world_size}: allowed are "
+                "batch_size of 1 or more, rank from 0 to world_size - 1"
+            )
+        if on_bad_record not in ON_BAD_RECORD:
+            raise DataError(f"on_bad_record={on_bad_record!r}: allowed are 'error' and 'skip'")
+        if pin_memory and not torch.cuda.is_available():
+            raise DataError(
+                "pin_memory=True is for copies to a CUDA device, and PyTorch sees none here: "
+                "set pin_memory=False"
+            )
+        self.source, self.order, self.batch_size = source, order, batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.augmentation = Augmentation() if augmentation is None else augmentation
+        self.skips_bad_records, self.pin_memory = on_bad_record == "skip", pin_memory
+        self.global_batch = batch_size * world_size
+        self.num_steps = steps_per_epoch(len(order), self.global_batch, drop_last)
+        if not self.num_steps:
+            raise DataError(
+                f"a global batch of {self.global_batch} ({batch_size} per rank x {world_size} "
+                f"ranks) is more than the {len(order)} images of the set: no step fits. Use a "
+                "smaller batch_size or fewer ranks."
+            )
+
+    def indices(self, epoch: int, step: int) -> np.ndarray:
+        """Which images this rank's batch holds: int64 [b], in order."""
+        positions = batch_positions(
+            step, self.rank, self.world_size, self.batch_size, len(self.order)
+        )
+        return self.order(positions, epoch)
+
+    def draws(self, epoch: int, indices: np.ndarray) -> Draws:
+        """What happens to these images (int64 [b]) in this epoch."""
+        return draw(self.augmentation, indices, self.seed, epoch, self.source.input_size)
+
+    def __call__(self, epoch: int, step: int) -> Loaded:
+        """Read and decode one batch. Raises DATA_ERRORS."""
+        self.fetch_ahead(epoch, step)
+        indices = self.indices(epoch, step)
+        draws = self.draws(epoch, indices)
+        size = self.source.input_size
+        images = np.empty((len(indices), size, size, 3), np.uint8)
+        labels = np.empty(len(indices), np.int64)
+        bad: dict[int, Exception] = {}
+        only_flips, scratch = self.augmentation.only_flips, np.empty((size, size, 3), np.uint8)
+        for row, (index, flip) in enumerate(
+            zip(indices.tolist(), draws.flip.tolist(), strict=True)
+        ):
+            image = scratch if flip and only_flips else images[row]
+            try:
+                labels[row] = self.source.read_into(index, image)
+            except DATA_ERRORS as error:
+                if not self.skips_bad_records:
+                    raise
+                bad[row] = error
+                continue
+            if not only_flips:
+                apply(draws, row, image)
+            elif flip:
+                write_flipped(image, images[row])
+        for row, other in stand_ins(bad, len(indices)).items():
+            images[row], labels[row] = images[other], labels[other]
+        return self.loaded(torch.from_numpy(images), labels, bad)
+
+    def loaded(self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]) -> Loaded:
+        """The parts of a batch as one, in page-locked memory where that was asked for."""
+        classes = torch.from_numpy(labels)
+        if self.pin_memory:
+            images, classes = images.pin_memory(), classes.pin_memory()
+        return Loaded(images, classes, [str(error) for error in bad.values()])
+
+    def fetch_ahead(self, epoch: int, step: int, first: bool = False) -> None:
+        """At the start, and whenever a batch enters a new window of a block-wise order: let the
+        source fetch what the next window needs."""
+        window = self.order.window_size
+        if not window:
+            return
+        begin = step * self.global_batch
+        if first or begin // window != (begin - self.global_batch) // window:
+            position = min(begin if first else begin + window, len(self.order) - 1)
+            for low, high in self.order.window(position, epoch):
+                self.source.will_need(low, high)
+
+
+def stand_ins(bad: dict[int, Exception], count: int) -> dict[int, int]:
+    """Which good row of a batch takes the place of each bad one. Raises when there is none."""
+    if bad and len(bad) == count:
+        first = next(iter(bad.values()))
+        raise type(first)(f"none of the {count} images of a batch can be used; the first: {first}")
+    found: dict[int, int] = {}
+    for row in bad:
+        other = (row + 1) % count
+        while other in bad:
+            other = (other + 1) % count
+        found[row] = other
+    return found

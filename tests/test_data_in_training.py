@@ -1,0 +1,100 @@
+"""The config's data keys reach the loader, and late data is announced with its remedy."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.base import Config
+from data.augment import Augmentation
+from data.sampling import BlockShuffled, ClassBalanced, Shares, Shuffled
+from tests.test_dataset import SIZE, folder, jpeg, records, write_set
+from train_v2 import train
+from training import build as building
+from training.report import Reporter
+from training.watch import WatchReport
+from utils.distributed import World
+from utils.meter import Rates
+
+__all__ = ["folder", "records"]
+
+CPU = World(0, 0, 1, torch.device("cpu"))
+SETTINGS = {
+    "network": "r_nano", "embedding_size": 16, "input_size": SIZE, "batch_size": 6,
+    "device": "cpu", "verbose": 0, "frequent": 1, "max_steps": 2, "num_epoch": 1,
+}  # fmt: skip
+
+
+def parts_of(rec: object, **changes: object) -> building.Parts:
+    cfg = Config(**{**SETTINGS, "rec": rec, **changes})  # type: ignore[arg-type]
+    assert not cfg.problems()
+    return building.build(cfg, CPU)
+
+
+def test_every_data_key_reaches_the_loader(records: Path, tmp_path: Path) -> None:
+    root = str(records)
+    assert isinstance(parts_of(root).loader._make.order, Shuffled)
+    assert isinstance(parts_of(root, shuffle_block=4).loader._make.order, BlockShuffled)
+    assert isinstance(parts_of(root, samples_per_class=2).loader._make.order, ClassBalanced)
+    (tmp_path / "list.txt").write_text("class 0\n")
+    parts = parts_of(
+        [root, root], rec_weights=[1.0, 2.0], exclude=["-", str(tmp_path / "list.txt")],
+        augment=["erase=0.3"], on_bad_record="skip",
+    )  # fmt: skip
+    make = parts.loader._make
+    assert isinstance(make.order, Shares)
+    assert make.order.shares.tolist() == [27, 54]
+    assert (parts.loader.num_classes, parts.head.num_classes) == (10, 10)
+    assert make.augmentation == Augmentation(erase=0.3)
+    assert make.skips_bad_records
+
+
+def test_the_published_augmentation_goes_with_dali_and_is_announced_without(
+    records: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "dali_is_installed", lambda: False)
+    published = Augmentation(resize=0.1, blur=0.2, hsv=0.2, gray=0.1)
+    assert parts_of(str(records), dali=True, dali_aug=True).loader._make.augmentation == published
+    assert "NVIDIA DALI is not installed" in caplog.text
+    caplog.clear()
+    assert parts_of(str(records), dali_aug=True).loader._make.augmentation == Augmentation()
+    assert "augment=[dali_aug] works without DALI too" in caplog.text
+
+
+def test_a_run_goes_on_over_bad_records_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [(jpeg(i), float(i % 3)) for i in range(12)]
+    images[5] = (b"bad", 2.0)
+    root = write_set(tmp_path, images, f"3,{SIZE},{SIZE}\n")
+    cfg = Config(**{**SETTINGS, "rec": str(root), "on_bad_record": "skip"})  # type: ignore[arg-type]
+    parts = building.build(cfg, CPU)
+    train(cfg, CPU, parts, tmp_path)
+    assert parts.loader.num_skipped == 1
+    assert "bad record skipped (1 so far): " in caplog.text
+    assert "record with key 5 at byte" in caplog.text
+    assert (tmp_path / "model.pt").is_file()
+
+
+def test_late_data_is_announced_with_its_remedy_but_not_on_every_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    reporter = Reporter(tmp_path, is_main=True)
+    report = WatchReport(1.0, 0, 0, 1.0, 1.0)
+
+    def line(step: int, share: float) -> int:
+        caplog.clear()
+        reporter.step(step, 0, 0.1, report, Rates(100.0, share, 1.0, 1.0))
+        return caplog.text.count("raise num_workers towards cores / ranks")
+
+    assert line(1, 0.9) == 0  # workers were starting
+    assert line(2, 0.2) == 0
+    assert line(3, 0.21) == 1
+    assert "21% of the time goes into waiting for data" in caplog.text
+    assert [line(step, 0.9) for step in range(4, 104)] == [0] * 100
+    assert line(104, 0.9) == 1
+    reporter.close()
