@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.decode import ImageError, decode_image, read_image_file
+from data.pairs import read_pairs
 from data.prefetch import OrderedPrefetch
 from data.recordio import RecordError, RecordWriter, pack_record
 from data.sources import MAX_EXACT_LABEL, DataError, MissingDataError, list_class_folders
@@ -206,52 +206,6 @@ def encode_jpeg(image: np.ndarray, quality: int = DEFAULT_QUALITY) -> bytes:
     )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One line of a pairs file: two (name, number) and whether they are the same person."""
-
-    first: tuple[str, int]
-    second: tuple[str, int]
-    same: bool
-    line: int
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """Parse a pairs file: the lines of LFW's `pairs.txt` (name n1 n2, or name1 n1 name2 n2, after
-    a line of one or two counts), or name1 n1 name2 n2 same, with same 0 or 1.
-
-    Raises DataError naming the line.
-    """
-    if not path.is_file():
-        raise MissingDataError(f"{path} does not exist; give a pairs file after --pairs")
-    pairs: list[Pair] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        columns = line.split()
-        counts_line = number == 1 and len(columns) <= 2 and all(c.isdigit() for c in columns)
-        if not columns or counts_line:
-            continue
-        match columns:
-            case [name, a, b] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (name, int(b)), True, number))
-            case [name, a, other, b] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (other, int(b)), False, number))
-            case [name, a, other, b, ("0" | "1") as same] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (other, int(b)), same == "1", number))
-            case _:
-                raise DataError(
-                    f"{path}, line {number}: expected 'name n1 n2', 'name1 n1 name2 n2' or "
-                    f"'name1 n1 name2 n2 same', got {line[:80]!r}"
-                )
-    if not pairs:
-        raise DataError(f"{path}: holds no pairs")
-    return pairs
-
-
-def _numbers(*texts: str) -> bool:
-    return all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts)
-
-
 def pack_pairs(
     path_pairs: Path,
     folder: Path,
@@ -268,11 +222,9 @@ def pack_pairs(
     pairs = read_pairs(path_pairs)
     images: list[bytes] = []
     for pair in tqdm(pairs, unit=" pairs"):
-        for name, number in (pair.first, pair.second):
-            path = folder / name / f"{name}_{number:04d}.jpg"
+        for relative in pair.paths:
+            path = folder / relative
             where = f"{path_pairs}, line {pair.line}: {path}"
-            if os.path.basename(name) != name or name in (".", ".."):
-                raise DataError(f"{path_pairs}, line {pair.line}: {name!r} is no folder name")
             if not path.is_file():
                 raise MissingDataError(f"{where} does not exist; images lie at FOLDER/name/")
             images.append(fit_image(read_image_file(path, where), where, size, quality)[0])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.embedder import Embedder
+from eval.embedding import share_of_batches
 from eval.verification import (
     VerificationSet,
     VerificationSetError,
@@ -25,7 +26,6 @@ from eval.verification import (
     find_verification_sets,
     load_verification_set,
     main,
-    share_of_batches,
     verify,
 )
 from tests.conftest import RankFailure
