@@ -97,8 +97,8 @@ def choose_world(device: str | None) -> World:
         return join_world(device or "auto")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
-            f"--device {device} with several ranks: each takes the GPU of its number; give --device "
-            "cuda or cpu"
+            f"--device {device} with several ranks: each takes the GPU of its number; give "
+            "--device cuda or cpu"
         )
     return World(0, 0, 1, torch.device(device))
 

@@ -131,8 +131,8 @@ def _open_onnx(
     ]
     if missing:
         raise ModelOptionsError(
-            f"{path} does not say {', '.join(missing)} of its images, and guessing would give wrong "
-            f"numbers: pass {' '.join('--' + option for option in missing)}. Usual are "
+            f"{path} does not say {', '.join(missing)} of its images, and guessing would give "
+            f"wrong numbers: pass {' '.join('--' + option for option in missing)}. Usual are "
             "--mean 127.5 --std 127.5 --color RGB (InsightFace) and --mean 123.675,116.28,103.53 "
             "--std 58.395,57.12,57.375 --color RGB (ImageNet); --mean 0 --std 1 if the graph "
             "normalises by itself"

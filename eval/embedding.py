@@ -88,9 +88,8 @@ class FileImages:
 
     def pixels(self, index: int, encoded: bytes) -> NDArray[np.uint8]:
         """See Images. Raises ImageError, also for another size unless `resize`."""
-        return fit(
-            decode_image(encoded, self.place(index)), self.input_size, self.resize, self.place(index)
-        )
+        where = self.place(index)
+        return fit(decode_image(encoded, where), self.input_size, self.resize, where)
 
 
 class AlignedImages(FileImages):

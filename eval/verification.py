@@ -454,7 +454,10 @@ def _pair_report(
     }
     if resamples:
         intervals = bootstrap_intervals(distances, issame, fars, resamples=resamples)
-        report["confidence_95"] = {name: list(interval) for name, interval in intervals.items()}
+        report["confidence_95"] = {
+            "accuracy_flip" if name == "accuracy" else name: list(interval)
+            for name, interval in intervals.items()
+        }
         report["bootstrap_resamples"] = resamples
     return report
 
@@ -501,7 +504,7 @@ def format_results(results: dict[str, dict[str, Any]]) -> str:
     rows = [[*head, *(f"TAR@{rate_name(far)}" for far in fars)]]
     notes, grouped = [], []
     for name, report in results.items():
-        low, high = report.get("confidence_95", {}).get("accuracy", (math.nan, math.nan))
+        low, high = report.get("confidence_95", {}).get("accuracy_flip", (math.nan, math.nan))
         rows.append([
             name, str(report["num_pairs"]),
             f"{report['accuracy']:.5f} ± {report['accuracy_std']:.5f}",
