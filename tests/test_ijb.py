@@ -220,7 +220,7 @@ PAIRS, MEDIA, POINTS = (
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_replace(PAIRS, "10 12 0", "10 99 0"), r"pair_label\.txt, line 2: .*names a template that"),
+        (_replace(PAIRS, "10 12 0", "10 99 0"), r"label\.txt, line 2: .*names a template that"),
         (_replace(PAIRS, "10 12 0", "10 12 2"), r"pair_label\.txt, line 2: .*neither 0 nor 1"),
         (_replace(PAIRS, "10 12 0", "10 12"), r"pair_label\.txt, line 2: expected two templates"),
         (_replace(PAIRS, "10 12 0", "10 12 0 1"), r"pair_label\.txt, line 2: expected"),
@@ -238,8 +238,8 @@ PAIRS, MEDIA, POINTS = (
         (_replace(POINTS, "3.jpg 38", "3.jpg"), r"5pts_score\.txt, line 4: expected a name, ten"),
         (_replace(POINTS, "3.jpg 38", "3.jpg nan"), r"5pts_score\.txt, line 4: expected"),
         (_replace(POINTS, "3.jpg 38", "../3.jpg 38"), "line 4: '../3.jpg' is no file of loose"),
-        (lambda meta: (meta / "../loose_crop/7.jpg").unlink(), r"1 of 12 images are missing.*7\.jpg"),
-        (lambda meta: (meta / "ijbc_1N_probe_mixed.csv").write_text(""), "needs ijbc_1N_gallery_G1"),
+        (lambda meta: (meta / "../loose_crop/7.jpg").unlink(), r"1 of 12 .* missing.*7\.jpg"),
+        (lambda meta: (meta / "ijbc_1N_probe_mixed.csv").write_text(""), "needs ijbc_1N_"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_with_its_line(
