@@ -88,9 +88,9 @@ class _Bracket:
         if all(count is None for count in self.counts):
             every = np.concatenate(self.values)
             every.sort()
-            value = every[len(every) - (rank - self.above)]
-            better = len(every) - int(np.searchsorted(every, value, side="right"))
-            return float(value), self.above + better
+            value = float(every[len(every) - (rank - self.above)])
+            beyond = len(every) - int(np.searchsorted(every, np.float32(value), side="right"))
+            return value, self.above + beyond
         values, counts = self.collected()
         better = self.above + int(counts.sum()) - np.cumsum(counts)  # than values[i], falling
         at = int(np.argmax(better < rank))
@@ -398,7 +398,7 @@ def _next_down(value: float) -> float:
     return float(np.nextafter(np.float32(value), np.float32(-np.inf)))
 
 
-class _full_precision:  # noqa: N801, a context manager
+class _full_precision:
     """fp32 products on a GPU in fp32, whatever the process has chosen for training."""
 
     def __enter__(self) -> None:

@@ -191,12 +191,14 @@ class EmbeddingCache:
 class Progress:
     """How far, how fast, how long still: a bar on a terminal, a line now and then in a log."""
 
-    def __init__(self, total: int, what: str, show: bool) -> None:
-        self.total, self.what = total, what
+    def __init__(self, total: int, what: str, show: bool, unit: str = "images") -> None:
+        self.total, self.what, self.unit = total, what, unit
         self.done = 0
         self._start = self._last = time.monotonic()
         is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=what, unit=" images") if show and is_terminal else None
+        self._bar = None
+        if show and is_terminal:
+            self._bar = tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True)
         self._lines = show and not is_terminal
 
     def add(self, count: int) -> None:
@@ -209,7 +211,7 @@ class Progress:
             self._last = now
             rate = self.done / max(now - self._start, 1e-9)
             print(
-                f"{self.what}: {self.done:,} of {self.total:,} images, {rate:.1f} per second, "
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} a second, "
                 f"{(self.total - self.done) / max(rate, 1e-9) / 60:.1f} minutes left",
                 file=sys.stderr,
                 flush=True,

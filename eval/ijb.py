@@ -411,7 +411,7 @@ def pair_scores(
     used_first, used_second = np.unique(first), np.unique(second)
     products = len(used_first) * len(used_second)
     dtype = np.float64 if products <= _EXACT_PRODUCTS else np.float32
-    scores = np.empty(len(first), dtype)
+    scores: NDArray[np.floating] = np.empty(len(first), dtype)
     if products > _PRODUCTS_PER_PAIR * len(first):
         for start in range(0, len(first), _ROWS_PER_BLOCK):
             part = slice(start, start + _ROWS_PER_BLOCK)

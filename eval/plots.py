@@ -93,7 +93,7 @@ def plot_scores(
         far, tar, _ = roc_curve(values, same)
         curves[name] = (far, tar)
     figure = Figure(figsize=(12, max(5.0, 1.9 * len(scores))), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
     _draw_roc(left.subplots(), curves)
     axes = right.subplots(len(scores), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, (values, same)) in zip(axes, scores.items(), strict=True):

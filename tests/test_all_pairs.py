@@ -97,7 +97,7 @@ def test_one_pass_is_enough_with_a_sample_of_the_usual_size(
     monkeypatch.setattr(module, "_SAMPLED_PAIRS", 200_000)
     random = np.random.default_rng(2)
     rows = random.standard_normal((2000, 16)).astype(np.float32)
-    computed = []
+    computed: list[int] = []
     all_pairs(rows, np.arange(2000) // 4, [1e-6, 1e-3, 0.1], on_block=computed.append)
     assert sum(computed) < 1.5 * 2000**2 / 2 * 1.3  # one triangle of blocks, and the diagonal
 
