@@ -228,11 +228,20 @@ def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelPro
 
 
 def _name_normalisation(model: onnx.ModelProto, folded: bool) -> None:
-    """Call the folded nodes Sub and Mul: tools that look for them (MFR's checker) go by names."""
-    if folded:
-        for node in model.graph.node[:2]:
-            if node.op_type in ("Sub", "Mul"):
-                node.name = f"{node.op_type}_normalise"
+    """Put the folded nodes first and call them Sub and Mul: MFR's checker looks for such names."""
+    if not folded:
+        return
+    graph, first, at = model.graph, [], INPUT_NAME
+    maker = {node.output[0]: node for node in graph.node}
+    for kind in ("Sub", "Mul"):
+        step = next(n for n in graph.node if n.op_type == kind and at in n.input)
+        step.name, at = f"{kind}_normalise", step.output[0]
+        first += [maker[name] for name in step.input if name in maker and maker[name] not in first]
+        first.append(step)
+    rest = [node for node in graph.node if node not in first]
+    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*first, *rest)]
+    graph.ClearField("node")
+    graph.node.extend(ordered)
 
 
 def _describe(model: onnx.ModelProto, metadata: ModelMetadata, precision: str) -> None:

@@ -227,7 +227,7 @@ def begins_with_normalisation(graph: onnx.GraphProto) -> bool:
     at = next((one.name for one in graph.input if one.name not in weights), None)
     kinds: list[str] = []
     while at is not None and len(kinds) < 2:
-        users = [node for node in graph.node if at in node.input]
+        users = [node for node in graph.node if at in node.input and node.op_type != "Shape"]
         if len(users) != 1 or users[0].op_type not in ("Sub", "Add", "Mul", "Div"):
             break
         others = [name for name in users[0].input if name != at]
