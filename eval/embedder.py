@@ -94,7 +94,7 @@ def open_model(
     used_std = metadata.std if std is None else std
     used_color = metadata.color if color is None else color
     file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
-    facts = {
+    facts: dict[str, Any] = {
         "path": str(path),
         "network": metadata.network,
         "mean": used_mean,
@@ -105,12 +105,9 @@ def open_model(
             [mean, std, color], "the file" if own else "arcface_torch's usual (the file says none)"
         ),
     }
-    return Model(
-        Embedder(backbone.to(device), used_mean, used_std, color=used_color),
-        metadata.input_size,
-        _key(content_key(file), facts),
-        facts,
-    )
+    facts["key"] = _key(content_key(file), facts)
+    embed = Embedder(backbone.to(device), used_mean, used_std, color=used_color)
+    return Model(embed, metadata.input_size, facts["key"], facts)
 
 
 def _open_onnx(
@@ -146,7 +143,7 @@ def _open_onnx(
         path, used_mean, used_std, used_color,
         layout=layout, input_size=input_size, output=output, device=device,
     )  # fmt: skip
-    facts = {
+    facts: dict[str, Any] = {
         "path": str(path),
         "network": said.get("network", "ONNX"),
         "mean": used_mean,
@@ -157,7 +154,8 @@ def _open_onnx(
         "input_size": embed.input_size,
         "preprocessing_from": _origin([mean, std, color], "the file"),
     }
-    return Model(embed, embed.input_size, _key(content_key(path), facts, output), facts)
+    facts["key"] = _key(content_key(path), facts, output)
+    return Model(embed, embed.input_size, facts["key"], facts)
 
 
 def parse_channels(name: str, text: str) -> float | tuple[float, ...]:

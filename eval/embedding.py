@@ -293,9 +293,11 @@ def embed_images(
     failure: Exception | None = None
     progress = Progress(own.end - own.start, f"embedding {name}", show_progress)
     try:
-        for first, rows in _share_batches(
-            embed, images, own, batch_size, input_size, name, flip, cache
-        ):
+        for first, rows in embedded_batches(
+            embed, images, range(own.start, own.end, batch_size), name=name, flip=flip,
+            batch_size=batch_size, input_size=input_size, cache=cache,
+        ):  # fmt: skip
+            first -= own.start
             if sum_flip and flip:
                 half = rows.shape[1] // 2
                 rows = rows[:, :half] + rows[:, half:]
@@ -320,17 +322,21 @@ def embed_images(
     return local
 
 
-def _share_batches(
+def embedded_batches(
     embed: Embed,
     images: Images,
-    share: Share,
-    batch_size: int,
-    input_size: int,
-    name: str,
-    flip: bool,
-    cache: EmbeddingCache | None,
+    starts: Sequence[int],
+    *,
+    name: str = "images",
+    flip: bool = True,
+    batch_size: int = 64,
+    input_size: int = 112,
+    cache: EmbeddingCache | None = None,
 ) -> Iterator[tuple[int, NDArray]]:
-    """(position in the share, rows of a batch), the next batch being read and decoded meanwhile."""
+    """(start, rows) of the batches that begin at `starts`; the next one is decoded meanwhile.
+
+    A batch ends after `batch_size` images, or with the images. Rows are those of `embed_batch`.
+    """
     settings = f"flip={flip} input_size={input_size}"
 
     def read(index: int) -> tuple[bytes, NDArray[np.uint8] | None]:
@@ -347,12 +353,13 @@ def _share_batches(
         return pixels
 
     def submit(first: int) -> list[Future[tuple[bytes, NDArray[np.uint8] | None]]]:
-        return [pool.submit(read, i) for i in range(first, min(first + batch_size, share.end))]
+        return [pool.submit(read, i) for i in range(first, min(first + batch_size, len(images)))]
 
     with ThreadPoolExecutor(max_workers=_DECODE_THREADS) as pool:
-        upcoming = submit(share.start)
-        for first in range(share.start, share.end, batch_size):
-            current, upcoming = upcoming, submit(first + batch_size)
+        upcoming = submit(starts[0]) if starts else []
+        for number, first in enumerate(starts):
+            current = upcoming
+            upcoming = submit(starts[number + 1]) if number + 1 < len(starts) else []
             read_now = [future.result() for future in current]
             path = kept = None
             if cache is not None:
@@ -367,7 +374,7 @@ def _share_batches(
                 kept = embed_batch(embed, pixels, flip)
                 if cache is not None and path is not None:
                     cache.put(path, kept)
-            yield first - share.start, kept
+            yield first, kept
 
 
 def embed_batch(embed: Embed, pixels: Sequence[NDArray[np.uint8]], flip: bool = True) -> NDArray:

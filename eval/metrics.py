@@ -229,7 +229,7 @@ def auc(scores: ArrayLike, issame: ArrayLike) -> float:
     impostor, genuine = np.sort(values[~same]), np.sort(values[same])
     below = np.searchsorted(impostor, genuine, side="left")
     doubled = int(below.sum()) + int(np.searchsorted(impostor, genuine, side="right").sum())
-    return doubled / (2.0 * num_same * num_different)
+    return float(doubled / (2.0 * num_same * num_different))
 
 
 def eer(scores: ArrayLike, issame: ArrayLike) -> float:
@@ -448,4 +448,4 @@ def _crossing(far: Floats, tar: Floats) -> float:
 def rate_name(rate: float) -> str:
     """0.001 as `1e-3`: how keys of metrics spell a rate."""
     mantissa, exponent = f"{rate:.12e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if rate < 1 else f"{rate:g}"
+    return f"{float(mantissa):g}e{int(exponent)}" if 0 < rate < 1 else f"{rate:g}"

@@ -38,8 +38,9 @@ def _write(
 ) -> Path:
     """A folder with a graph that keeps the rules, but for what the arguments say."""
     folder.mkdir(exist_ok=True)
-    made, at = [], "data"
-    weights = [numpy_helper.from_array(np.float32(127.5), "c")]
+    made: list[onnx.NodeProto] = []
+    at = "data"
+    weights = [numpy_helper.from_array(np.array(127.5, np.float32), "c")]
     for kind in normalises:
         made.append(helper.make_node(kind, [at, "c"], [f"n{len(made)}"]))
         at = f"n{len(made) - 1}"
@@ -186,7 +187,7 @@ def test_a_run_is_packed_checked_and_zipped_or_nothing_is_written(
     from backbones import get_model
     from backbones.weights import ModelMetadata, save_model
 
-    options = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    options: dict[str, Any] = {"embed_dim": 16, "depth": 1, "num_heads": 2}
     net = get_model("vit_t", num_features=32, input_size=112, **options)
     metadata = ModelMetadata("vit_t", 32, 112, mean=0.0, std=255.0, options=options)
     save_model(tmp_path / "run" / "model.pt", net, metadata)
