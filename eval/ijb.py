@@ -557,6 +557,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         features = _embed(model, one, options, world)
         if not world.is_main:
             continue
+        _check_features(features, one, name)
         templates = template_features(
             features, one, use_norm=switches["N"], use_detector=switches["D"]
         )
@@ -601,6 +602,19 @@ def _embed(
         cache=cache_of(options, model),
         show_progress=world.is_main,
     )
+
+
+def _check_features(features: NDArray[np.floating], one: IjbSet, name: str) -> None:
+    """One image without direction would make its template, and every metric, undefined."""
+    for start in range(0, len(features), _ROWS_PER_BLOCK):
+        block = features[start : start + _ROWS_PER_BLOCK]
+        bad = np.flatnonzero(~np.isfinite(block).all(1) | ~block.any(1))
+        if len(bad):
+            at = start + int(bad[0])
+            raise IjbError(
+                f"{one.places[at]}: {name} gives {one.paths[at].name} an embedding that is zero or "
+                "not finite; nothing was evaluated"
+            )
 
 
 def _groups_of_pairs(file: Path, one: IjbSet) -> dict[str, NDArray[np.str_]]:
