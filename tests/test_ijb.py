@@ -225,7 +225,9 @@ PAIRS, MEDIA, POINTS = (
         (_replace(PAIRS, "10 12 0", "10 12"), r"pair_label\.txt, line 2: expected two templates"),
         (_replace(PAIRS, "10 12 0", "10 12 0 1"), r"pair_label\.txt, line 2: expected"),
         (_replace(PAIRS, "10 11 1\n10 12 0", "10 11\n10 12 0 1"), r"line 1: expected"),
-        (_replace(PAIRS, "10 12 0", "10 -12 0"), r"pair_label\.txt, line 2: .*names a template"),
+        (_replace(PAIRS, "10 12 0", "10 -12 0"), r"pair_label\.txt, line 2: expected"),
+        (_replace(PAIRS, "10 12 0", "10 9 0"), r"line 2: \[10, 9, 0\] names a template"),
+        (_replace(PAIRS, "10 12 0", "10 ١ 0"), r"line 2: expected"),
         (_replace(PAIRS, "10 12 0", "10 b 0"), r"pair_label\.txt, line 2: expected"),
         (_replace(PAIRS, "10 12 0", "10 99999999999999999999 0"), r"line 2: "),
         (lambda meta: (meta / PAIRS).write_text(""), "pair_label.txt: is empty"),
@@ -274,6 +276,25 @@ def test_a_damaged_photograph_is_named_and_leaves_no_result(
 
     assert re.search(words, error), error
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("spread", [1, 10**9])  # a table of templates, or a search among them
+def test_pairs_are_read_in_blocks_of_any_size(
+    tmp_path: Path, spread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    ids = np.unique(random.integers(1, 3000, 500)) * spread
+    rows = np.stack([random.choice(ids, 900), random.choice(ids, 900), np.arange(900) % 2], axis=1)
+    path = tmp_path / "pairs.txt"
+    for separator, end in ((" ", "\n"), ("\t", "\r\n"), ("  ", "\n")):
+        lines = [separator.join(map(str, row)) for row in rows.tolist()]
+        path.write_bytes(end.join(lines).encode())  # the last line without an end
+        for size in (64, 1000, 1 << 24):
+            monkeypatch.setattr(ijb, "_BYTES_PER_READ", size)
+            first, second, same = ijb._read_pairs(path, ids, Path("media"))
+            np.testing.assert_array_equal(ids[first], rows[:, 0])
+            np.testing.assert_array_equal(ids[second], rows[:, 1])
+            np.testing.assert_array_equal(same, rows[:, 2] == 1)
 
 
 def test_another_order_of_the_media_file_means_the_same(tmp_path: Path) -> None:
