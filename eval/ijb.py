@@ -247,6 +247,7 @@ def _read_pairs(
     firsts, seconds, sames = [], [], []
     largest = int(template_ids[-1])
     position: NDArray[np.int32] | None = None
+    pair: NDArray[np.integer]
     if largest <= 100 * len(template_ids) + 1_000_000:  # a table is quicker than searching
         position = np.full(largest + 1, -1, np.int32)
         position[template_ids] = np.arange(len(template_ids))
@@ -569,15 +570,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--no-flip", action="store_true", help="F0: without the mirror image")
     add("--far", type=parse_rates, default=list(DEFAULT_FARS), help="default 1e-6, .., 1e-1")
     add("--groups", type=Path, help="CSV: template, then columns to group by")
-    add("--out", type=Path, help="folder for result.json, scores_<model>.npy, roc.pdf and roc.png")
+    add(
+        "--out", type=Path,
+        help="folder for result.json, scores_<model>.npy, roc.pdf, roc.png (default TARGET_result)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     return run_command(lambda: _evaluate(options))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    out: Path | None = options.out
-    if out is not None:
-        check_outputs({"--out": out / "result.json"})
+    out: Path = options.out or Path(f"{options.target}_result")
     names = [model_name(path) for path in options.model]
     if len(set(names)) < len(names):
         raise ValueError(f"two models share the name {names}: give copies of other names")
@@ -588,6 +590,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         counted = ", ".join(f"{count:,} {what}" for what, count in one.counts().items())
         print(f"{options.target}: {counted}".replace("_", " "), file=sys.stderr)
     models = open_models(options, world)
+    if world.is_main:
+        check_outputs({"--out": out / "result.json"})
     switches = {"N": not options.no_norm, "D": not options.no_detector, "F": not options.no_flip}
     reports: dict[str, Any] = {}
     all_scores: dict[str, NDArray[np.floating]] = {}
@@ -619,8 +623,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         all_scores[name] = scores
     if world.is_main:
         print(format_reports(options.target, switches, reports))
-        if out is not None:
-            _write(out, options.target, switches, one, reports, all_scores)
+        _write(out, options.target, switches, one, reports, all_scores)
+        print(f"{out}: result.json, scores, roc.pdf and roc.png", file=sys.stderr)
     return 0
 
 

@@ -1,7 +1,7 @@
 """MFR: check and pack a submission, or run the protocol on images of one's own.
 
     python -m eval.mfr check work_dirs/ms1mv3_r50 --track ms1m
-    python -m eval.mfr pack work_dirs/ms1mv3_r50 submission.zip --track ms1m
+    python -m eval.mfr pack work_dirs/ms1mv3_r50 submission.zip
     python -m eval.mfr run --model work_dirs/ms1mv3_r50 --data FOLDER --groups groups.csv
 
 The protocol: every image against every other one, TAR at FAR 1e-6 over all pairs, for each group
@@ -41,6 +41,7 @@ from eval.embedding import FileImages, Progress, embed_images
 from eval.groups import Groups
 from eval.identification import list_images
 from eval.metrics import rate_name
+from eval.onnx_embedder import metadata_of
 from eval.submission import Report, SubmissionError, check_submission, find_track
 
 DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -58,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pack.add_argument("run", type=Path, help="output folder of a run, or a model.pt")
     pack.add_argument("zip", type=Path, metavar="OUT.zip")
     pack.add_argument("--network", help="architecture, for a model.pt that does not say")
+    pack.add_argument("--track", help="default: ms1m, or glint for embeddings wider than 512")
+    check.add_argument("--track", required=True, help="ms1m.., glint.., cfat.., unconstrained..")
     for one in (check, pack):
-        one.add_argument("--track", required=True, help="ms1m.., glint.., cfat.., unconstrained..")
         one.add_argument("--enforce-time", action="store_true", help="fail if it is too slow here")
         one.add_argument("--json", type=Path, help="write the report there")
     run = commands.add_parser("run", help="the all-to-all protocol on a folder of images")
@@ -95,7 +97,8 @@ def _say(report: Report, json_file: Path | None) -> int:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    find_track(options.track)
+    if options.track:
+        find_track(options.track)
     check_outputs({"OUT.zip": options.zip, "--json": options.json})
     facts = open_model(options.run, network=options.network).facts
     if facts["color"] != "RGB":
@@ -111,7 +114,11 @@ def _pack(options: argparse.Namespace) -> int:
         exported = subprocess.run(export, capture_output=True, text=True)
         if exported.returncode:
             raise SubmissionError(f"the export failed: {exported.stderr.strip()[-500:]}")
-        report = check_submission(folder, options.track, options.enforce_time)
+        track = options.track
+        if track is None:
+            said = metadata_of(folder / "model.onnx")
+            track = "ms1m" if int(said["embedding_size"]) <= 512 else "glint"
+        report = check_submission(folder, track, options.enforce_time)
         report.folder = str(options.run)
         code = _say(report, options.json)
         if code:

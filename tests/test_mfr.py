@@ -192,7 +192,8 @@ def test_a_run_is_packed_checked_and_zipped_or_nothing_is_written(
     metadata = ModelMetadata("vit_t", 32, 112, mean=0.0, std=255.0, options=options)
     save_model(tmp_path / "run" / "model.pt", net, metadata)
     out = tmp_path / "out.zip"
-    assert main(["pack", str(tmp_path / "run"), str(out), "--track", "ms1m"]) == 0
+    assert main(["pack", str(tmp_path / "run"), str(out)]) == 0
+    assert "passes the rules of track ms1m" in capfd.readouterr().out
     with zipfile.ZipFile(out) as archive:
         assert archive.namelist() == ["model.onnx"]
         archive.extractall(tmp_path / "unpacked")
