@@ -1,6 +1,6 @@
 """What evaluation costs after the embeddings are there, against what people run today.
 
-    python -m benchmarks.bench_eval [--quick] [--json FILE] [--markdown FILE]
+    python -m benchmarks.bench_eval [--quick] [--only ijb|pairs] [--json FILE] [--markdown FILE]
 
 IJB at a tenth and at the full size of IJB-C (469,375 images, 23,124 templates, 15,658,489 pairs;
 made-up features of 512 numbers): aggregation, pair scores, TAR at six FARs. The baseline is the
@@ -33,6 +33,7 @@ from eval.metrics import tars_at_fars
 WIDTH = 512
 FULL = {"images": 469_375, "templates": 23_124, "gallery": 3_531, "pairs": 15_658_489}
 SAME = 19_557  # of IJB-C's pairs
+REPEATS = 3  # of all but the slowest rows, which run once
 STEPS = ("templates", "pair scores", "TAR at FAR")
 
 
@@ -165,57 +166,65 @@ def _in_process(work: Callable[..., None], *arguments: Any) -> tuple[list[float]
     return result
 
 
+def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> None:
+    """Loops and ours at a share of IJB-C's size: a table, and rows for JSON."""
+    lines += [
+        "", f"| IJB, {share:g} of IJB-C | templates s | pair scores s | TAR s | sum s | faster, times "
+        "| peak MiB |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    print(lines[-2], flush=True)
+    baseline = 0.0
+    for how in ("loops", "ours"):
+        repeats = REPEATS if how == "ours" or share < 1 else 1
+        seconds, peak = _in_process(measure_ijb, how, share, repeats)
+        total = sum(seconds)
+        baseline = total if how == "loops" else baseline
+        steps = " | ".join(f"{one:.2f}" for one in seconds)
+        lines.append(f"| {how} | {steps} | {total:.2f} | {baseline / total:.1f} | {peak:.0f} |")
+        print(lines[-1], flush=True)
+        rows.append({
+            "name": f"ijb {how}", "params": {"share": share, "width": WIDTH},
+            "median_ms": total * 1e3, "peak_mib": peak, "ratio_to_baseline": total / baseline,
+            "steps_ms": {s: t * 1e3 for s, t in zip(STEPS, seconds, strict=True)},
+        })  # fmt: skip
+
+
+def _compare_all_pairs(count: int, lines: list[str], rows: list[dict[str, Any]]) -> None:
+    """The matmul alone, the protocol and, where it fits, the dense way: likewise."""
+    lines += ["", f"| all pairs of {count:,} | s | of the matmul | peak MiB |", "|---|---|---|---|"]
+    print(lines[-2], flush=True)
+    baseline = 0.0
+    for how in ("matmul", "ours", "dense") if count <= 10_000 else ("matmul", "ours"):
+        repeats = REPEATS if count <= 20_000 else 1
+        (total,), peak = _in_process(measure_all_pairs, how, count, repeats)
+        baseline = total if how == "matmul" else baseline
+        lines.append(f"| {how} | {total:.2f} | {total / baseline:.2f} | {peak:.0f} |")
+        print(lines[-1], flush=True)
+        rows.append({
+            "name": f"all pairs {how}", "params": {"images": count, "width": WIDTH},
+            "median_ms": total * 1e3, "peak_mib": peak, "ratio_to_baseline": total / baseline,
+        })  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints tables, and writes rows as JSON and the report where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth only; about a minute")
+    parser.add_argument("--only", choices=("ijb", "pairs"), help="one half of it")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, help="write the report here")
     options = parser.parse_args(arguments)
-    repeats = 3
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, numpy {np.__version__}, medians of {repeats}",
-        "",
-        "| IJB-C | way | templates s | pair scores s | TAR s | sum s | times faster | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{torch.__version__}, numpy {np.__version__}, medians of {REPEATS}",
     ]
     rows: list[dict[str, Any]] = []
-    for share in (0.1,) if options.quick else (0.1, 1.0):
-        baseline = 0.0
-        for how in ("loops", "ours"):
-            seconds, peak = _in_process(
-                measure_ijb, how, share, repeats if how == "ours" or share < 1 else 1
-            )
-            total = sum(seconds)
-            baseline = total if how == "loops" else baseline
-            steps = " | ".join(f"{one:.2f}" for one in seconds)
-            lines.append(
-                f"| {share:g} | {how} | {steps} | {total:.2f} | {baseline / total:.1f} | "
-                f"{peak:.0f} |"
-            )
-            print(lines[-1], flush=True)
-            rows.append({
-                "name": f"ijb {how}", "params": {"share": share, "width": WIDTH},
-                "median_ms": total * 1e3, "peak_mib": peak, "ratio_to_baseline": total / baseline,
-                "steps_ms": {s: t * 1e3 for s, t in zip(STEPS, seconds, strict=True)},
-            })  # fmt: skip
-    lines += ["", "| all to all | way | s | of the matmul | peak MiB |", "|---|---|---|---|---|"]
-    for count in (10_000, 20_000) if options.quick else (10_000, 20_000, 100_000):
-        baseline = 0.0
-        for how in ("matmul", "ours", "dense") if count <= 10_000 else ("matmul", "ours"):
-            (total,), peak = _in_process(
-                measure_all_pairs, how, count, repeats if count <= 20_000 else 1
-            )
-            baseline = total if how == "matmul" else baseline
-            lines.append(
-                f"| {count:,} | {how} | {total:.2f} | {total / baseline:.2f} | {peak:.0f} |"
-            )
-            print(lines[-1], flush=True)
-            rows.append({
-                "name": f"all pairs {how}", "params": {"images": count, "width": WIDTH},
-                "median_ms": total * 1e3, "peak_mib": peak, "ratio_to_baseline": total / baseline,
-            })  # fmt: skip
+    if options.only != "pairs":
+        for share in (0.1,) if options.quick else (0.1, 1.0):
+            _compare_ijb(share, lines, rows)
+    if options.only != "ijb":
+        for count in (10_000, 20_000) if options.quick else (10_000, 20_000, 100_000):
+            _compare_all_pairs(count, lines, rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.markdown:

@@ -46,6 +46,7 @@ DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _GALLERIES = {"IJBB": ("S1", "S2"), "IJBC": ("G1", "G2")}
 _ROWS_PER_BLOCK = 2048  # float64 rows: 8 MiB at 512 numbers
 _SCORES_PER_BLOCK = 4_000_000
+_PAIRS_PER_BLOCK = 1_000_000
 # Up to here products are computed in float64, as published; beyond it in float32 (1e-7 apart).
 _EXACT_PRODUCTS = 100_000_000
 # How many products the blocked matrix may compute for each pair that is asked for, before
@@ -437,26 +438,32 @@ def pair_scores(
     used_second, column_of = _used(second, len(templates))
     products = len(used_first) * len(used_second)
     dtype = np.float64 if products <= _EXACT_PRODUCTS else np.float32
-    scores: NDArray[np.floating] = np.empty(len(first), dtype)
     if products > _PRODUCTS_PER_PAIR * len(first):
+        picked: NDArray[np.floating] = np.empty(len(first), dtype)
         for start in range(0, len(first), _ROWS_PER_BLOCK):
             part = slice(start, start + _ROWS_PER_BLOCK)
             left = templates[first[part]].astype(dtype)
-            scores[part] = np.einsum("nd,nd->n", left, templates[second[part]].astype(dtype))
-        return scores
+            picked[part] = np.einsum("nd,nd->n", left, templates[second[part]].astype(dtype))
+        return picked
     rows = torch.from_numpy(templates[used_first].astype(dtype))
     columns = torch.from_numpy(templates[used_second].astype(dtype)).T
-    row = row_of[first]
+    # Among 15 million pairs every array counts: a pair's place in the whole matrix grows out of its
+    # row, in the same memory.
+    place = row_of[first] if products < 2**31 else row_of[first].astype(np.int64)
+    ends = np.cumsum(np.bincount(place, minlength=len(used_first)))
     order = None
-    if (np.diff(row) < 0).any():
+    if (place[1:] < place[:-1]).any():
         # Sorting 16-bit numbers takes NumPy a tenth of the time.
-        narrow = row.astype(np.uint16) if len(used_first) <= 2**16 else row
+        narrow = place.astype(np.uint16) if len(used_first) <= 2**16 else place
         order = np.argsort(narrow, kind="stable")
-    place = row.astype(np.int32 if products < 2**31 else np.int64)  # in the whole matrix
+        if len(first) < 2**31:
+            order = order.astype(np.int32)
+        del narrow
     place *= len(used_second)
-    place += column_of[second]
-    ends = np.cumsum(np.bincount(row, minlength=len(used_first)))
-    del row
+    for start in range(0, len(place), _PAIRS_PER_BLOCK):
+        part = slice(start, start + _PAIRS_PER_BLOCK)
+        place[part] += column_of[second[part]]
+    scores: NDArray[np.floating] = np.empty(len(first), dtype)
     step = max(1, _SCORES_PER_BLOCK // len(used_second))
     product = torch.empty(min(step, len(used_first)), len(used_second), dtype=rows.dtype)
     begin = 0

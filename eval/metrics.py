@@ -163,9 +163,10 @@ def tars_at_fars(scores: ArrayLike, issame: ArrayLike, fars: Sequence[float]) ->
     all_allowed = [allowed_false_accepts(far, total) for far in fars]
     needed = min(max(all_allowed, default=0) + 1, total)
     if needed < total:
-        impostor = np.partition(impostor, total - needed)[total - needed :]
+        impostor.partition(total - needed)
+        impostor = impostor[total - needed :]
     genuine.sort()
-    impostor = np.sort(impostor)  # [needed], the best ones, rising
+    impostor.sort()  # [needed], the best ones, rising
     results = []
     for allowed in all_allowed:
         if allowed == total:
