@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from eval.all_pairs import BLOCK, all_pairs
-from eval.ijb import DEFAULT_FARS, IjbSet, pair_scores, template_features
+from eval.ijb import DEFAULT_FARS, pair_scores, template_features
+from eval.ijb_files import IjbSet
 from eval.metrics import tars_at_fars
 
 WIDTH = 512
@@ -169,7 +170,7 @@ def _in_process(work: Callable[..., None], *arguments: Any) -> tuple[list[float]
 def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> None:
     """Loops and ours at a share of IJB-C's size: a table, and rows for JSON."""
     lines += [
-        "", f"| IJB, {share:g} of IJB-C | templates s | pair scores s | TAR s | sum s | faster, times "
+        "", f"| IJB, {share:g} of IJB-C | templates s | pair scores s | TAR s | sum s | faster "
         "| peak MiB |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     print(lines[-2], flush=True)

@@ -405,7 +405,7 @@ def report_set(
     of the pairs in it}}, where the two sides of a pair differ as "a / b".
     """
     distances = set_distances(one, plain, flipped)
-    report: dict[str, Any] = dict(score_set(one, plain, flipped, warn=False))
+    report: dict[str, Any] = dict(score_set(one, plain, flipped))
     report["threshold_cosine"] = 1 - report["threshold"] / 2
     report |= _pair_report(distances, one.issame, fars, resamples)
     if groups is not None:
@@ -596,7 +596,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         if not world.is_main:
             reports[one.name] = {}
             continue
-        score_set(one, plain, flipped)  # for its warning
         # A million pairs are as sure after a few hundred draws.
         resamples = min(options.bootstrap, max(100, 20_000_000 // one.num_pairs))
         reports[one.name] = report_set(

@@ -13,8 +13,9 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import ijb
-from eval.ijb import IjbError, IjbSet, main, pair_scores, read_ijb, template_features
+from eval import ijb, ijb_files
+from eval.ijb import main, pair_scores, template_features
+from eval.ijb_files import IjbError, IjbSet, read_ijb
 from eval.metrics import tars_at_fars
 from tests.models import OURS, write_pooling_model
 
@@ -290,8 +291,8 @@ def test_pairs_are_read_in_blocks_of_any_size(
         lines = [separator.join(map(str, row)) for row in rows.tolist()]
         path.write_bytes(end.join(lines).encode())  # the last line without an end
         for size in (64, 1000, 1 << 24):
-            monkeypatch.setattr(ijb, "_BYTES_PER_READ", size)
-            first, second, same = ijb._read_pairs(path, ids, Path("media"))
+            monkeypatch.setattr(ijb_files, "_BYTES_PER_READ", size)
+            first, second, same = ijb_files._read_pairs(path, ids, Path("media"))
             np.testing.assert_array_equal(ids[first], rows[:, 0])
             np.testing.assert_array_equal(ids[second], rows[:, 1])
             np.testing.assert_array_equal(same, rows[:, 2] == 1)

@@ -655,3 +655,22 @@ def test_the_command_on_two_ranks_writes_what_it_writes_alone(
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
     assert done.stdout.count("AUC") == 1  # one rank speaks
+
+
+def test_a_collapsed_model_is_reported_as_undefined_and_can_be_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from eval.plots import plot_contact_sheet, plot_scores
+    from eval.verification import format_results, set_distances, wrong_pairs
+
+    one, rows = _set(20), np.ones((40, 6), np.float32)
+    report = report_set(one, rows, rows, resamples=10)
+    assert math.isnan(report["tar_at_far"][0]["tar"])
+    assert math.isnan(report["confidence_95"]["auc"][0])
+    assert "undefined" in caplog.text
+    assert "nan" in format_results({"made_up": report})
+    distances = set_distances(one, rows, rows)
+    assert wrong_pairs(one, distances, report["threshold"]) == []
+    plot_scores({"made_up": (1 - distances / 2, one.issame)}, tmp_path / "a.png", "t")
+    plot_contact_sheet([], tmp_path / "b.png", "t")
+    assert (tmp_path / "a.png").exists()
