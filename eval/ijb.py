@@ -298,12 +298,12 @@ def _evaluate(options: argparse.Namespace) -> int:
             "verification": verification_report(scores, one.issame, options.far),
             "groups": {
                 column: {
-                    str(value): verification_report(
-                        scores[values == value], one.issame[values == value], options.far
+                    label: verification_report(
+                        scores[of_pair == number], one.issame[of_pair == number], options.far
                     )
-                    for value in np.unique(values)
+                    for number, label in enumerate(labels)
                 }
-                for column, values in groups.items()
+                for column, (labels, of_pair) in groups.items()
             },
         }
         if one.probe is not None:
@@ -347,10 +347,12 @@ def _check_features(features: NDArray[np.floating], one: IjbSet, name: str) -> N
             )
 
 
-def _groups_of_pairs(file: Path, one: IjbSet) -> dict[str, NDArray[np.str_]]:
+def _groups_of_pairs(
+    file: Path, one: IjbSet
+) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
     columns = Groups.read(file, ("template",)).of([str(i) for i in one.template_ids.tolist()])
     return {
-        column: pair_groups(values[one.pair_first], values[one.pair_second])
+        column: pair_groups(values, one.pair_first, one.pair_second)
         for column, values in columns.items()
     }
 

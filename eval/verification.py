@@ -411,10 +411,10 @@ def report_set(
     if groups is not None:
         report["groups"] = {
             column: {
-                str(value): _group_report(distances, one.issame, values == value, fars)
-                for value in np.unique(values)
+                label: _group_report(distances, one.issame, of_pair == number, fars)
+                for number, label in enumerate(labels)
             }
-            for column, values in _groups_of_pairs(one, groups).items()
+            for column, (labels, of_pair) in _groups_of_pairs(one, groups).items()
         }
     return report
 
@@ -480,10 +480,14 @@ def _group_report(
     }
 
 
-def _groups_of_pairs(one: VerificationSet, groups: Groups) -> dict[str, NDArray[np.str_]]:
-    """{column: group [N] of every pair}."""
+def _groups_of_pairs(
+    one: VerificationSet, groups: Groups
+) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
+    """{column: (names of groups, group [N] of every pair)}."""
+    pairs = np.arange(one.num_pairs)
     if groups.key == "pair":
-        return groups.of([str(index) for index in range(one.num_pairs)])
+        of_pairs = groups.of([str(index) for index in pairs.tolist()])
+        return {column: pair_groups(values, pairs, pairs) for column, values in of_pairs.items()}
     if groups.key == "name":
         if one.image_names is None:
             raise VerificationSetError(
@@ -493,7 +497,8 @@ def _groups_of_pairs(one: VerificationSet, groups: Groups) -> dict[str, NDArray[
         sides = groups.of(one.image_names)
     else:
         sides = groups.of([str(index) for index in range(2 * one.num_pairs)])
-    return {column: pair_groups(values[0::2], values[1::2]) for column, values in sides.items()}
+    left, right = 2 * pairs, 2 * pairs + 1
+    return {column: pair_groups(values, left, right) for column, values in sides.items()}
 
 
 def format_results(results: dict[str, dict[str, Any]]) -> str:
