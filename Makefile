@@ -58,6 +58,7 @@ gpu-check: $(READY)  ## the checks that need a GPU; says so where there is none
 bench: $(READY)  ## quick benchmarks
 	$(PY) -m benchmarks.bench_head --quick
 	$(PY) -m benchmarks.bench_data --quick
+	$(PY) -m benchmarks.bench_eval --quick
 
 clean:  ## remove what the demo and the tools made; runs of yours and .venv stay
 	rm -rf work_dirs/demo demo_data .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
     python torch2onnx.py work_dirs/ms1mv3_r50
     python torch2onnx.py model.pt --network r50 --output face.onnx --simplify
+    python torch2onnx.py work_dirs/ms1mv3_r50 --precision fp16 --verify DATA/lfw.bin
 
 The file appears only if its outputs agree with PyTorch's; docs/export.md has the details. Weights
 beyond 2 GiB lie in a second file beside it. Exit code 0: written; 1: the ONNX model disagrees or is
@@ -20,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,14 @@ from onnx.shape_inference import InferenceError
 
 from backbones import Backbone, model_names
 from backbones.weights import ModelMetadata, WeightsError, load_model
+from eval.embedder import Embedder, open_model
+from eval.verification import VerificationSet, load_verification_set, verify
 
 INPUT_NAME, OUTPUT_NAME = "data", "embedding"
 LOWEST_OPSET = DEFAULT_OPSET = 18  # torch writes no lower one, and the most runtimes read it
 CHECKED_BATCHES = (1, 3, 32)
 TOLERANCE = 1e-4  # of the largest output
+HALF_TOLERANCE = 0.05  # the same for fp16, whose steps are 1e-3 and add up through the layers
 # Bytes of weights that fit into the .onnx: protobuf ends at 2 GiB, and the graph is in there too.
 LARGEST_SINGLE_FILE = 2 * 1024**3 - 16 * 1024**2
 
@@ -58,6 +62,7 @@ class ExportReport:
         opset: of the default ONNX domain.
         nodes: operators in the graph.
         differences: batch size -> largest |ONNX - PyTorch| over the largest |PyTorch|.
+        accuracies: set -> (PyTorch's, the file's through onnxruntime), accuracy_flip; where asked.
     """
 
     files: tuple[Path, ...]
@@ -65,6 +70,7 @@ class ExportReport:
     opset: int
     nodes: int
     differences: dict[int, float]
+    accuracies: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def max_relative_difference(self) -> float:
@@ -79,6 +85,9 @@ def export_onnx(
     *,
     opset: int = DEFAULT_OPSET,
     simplify: bool = False,
+    precision: str = "fp32",
+    fold_normalisation: bool = False,
+    verify_on: Sequence[VerificationSet] = (),
 ) -> ExportReport:
     """Write `backbone` in eval mode as an ONNX file, whole and checked, or not at all.
 
@@ -88,34 +97,47 @@ def export_onnx(
     `<output>.data` beside it.
 
     Args:
-        backbone: of any network; exported in fp32.
+        backbone: of any network.
         metadata: goes into the file; its sizes must be the backbone's.
         output: the file to write; its folder is made if it is not there.
         opset: 18 or more.
         simplify: fold constants and fuse norms into convolutions first.
+        precision: fp32, or fp16: weights and arithmetic of half the size; input and output stay
+            float32.
+        fold_normalisation: put (pixel - mean) / std into the graph, which then takes pixels 0..255;
+            the metadata says mean 0 and std 1.
+        verify_on: sets whose accuracy is measured with PyTorch and with the file; in fp32 the two
+            must be equal.
 
     Raises:
         ExportRefusedError: a size, the opset or the weights do not allow the export.
         ParityError: the ONNX model disagrees with PyTorch on a batch of 1, 3 or 32 images.
     """
     output = Path(output)
-    _check_request(backbone, metadata, opset, output)
+    _check_request(backbone, metadata, opset, output, precision)
     backbone = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
-    weight_bytes = sum(4 * tensor.numel() for tensor in backbone.state_dict().values())
+    width = 2 if precision == "fp16" else 4
+    weight_bytes = sum(width * tensor.numel() for tensor in backbone.state_dict().values())
+    exported = _Exported(backbone, metadata, precision, fold_normalisation)
+    said = replace(metadata, mean=0.0, std=1.0) if fold_normalisation else metadata
     data, outside = output.with_name(f"{output.name}.data"), weight_bytes > LARGEST_SINGLE_FILE
 
     output.parent.mkdir(parents=True, exist_ok=True)
     # A folder, because the model names its file of weights, which must have its final name in it.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unchecked = Path(folder) / output.name
-        model = _translate(backbone, opset, simplify)
-        _describe(model, metadata)
+        model = _translate(exported, opset, simplify)
+        _name_normalisation(model, fold_normalisation)
+        _describe(model, said, precision)
         for tensor in model.graph.initializer:
             if outside and len(tensor.raw_data) > 1024:  # shapes, which are small, stay inside
                 onnx.external_data_helper.set_external_data(tensor, data.name)
         onnx.save_model(model, unchecked, format="protobuf")
         onnx.checker.check_model(str(unchecked), full_check=True)
-        differences = _compare(backbone, unchecked)
+        differences = _compare(backbone, metadata, unchecked, precision, fold_normalisation)
+        accuracies = {
+            one.name: _verify(backbone, metadata, unchecked, one, precision) for one in verify_on
+        }
         if outside:
             output.unlink(missing_ok=True)  # a kill here must not leave old graph and new weights
             unchecked_data = unchecked.with_name(data.name)
@@ -131,10 +153,35 @@ def export_onnx(
         opset=opset,
         nodes=len(model.graph.node),
         differences=differences,
+        accuracies=accuracies,
     )
 
 
-def _check_request(backbone: Backbone, metadata: ModelMetadata, opset: int, output: Path) -> None:
+class _Exported(torch.nn.Module):
+    """What goes into the file: the backbone, with normalisation before it and casts around it."""
+
+    def __init__(
+        self, backbone: Backbone, metadata: ModelMetadata, precision: str, fold: bool
+    ) -> None:
+        super().__init__()
+        self.is_half = precision == "fp16"
+        self.backbone = copy.deepcopy(backbone).half() if self.is_half else backbone
+        self.shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
+        self.fold, self.mean, self.scale = fold, float(metadata.mean), 1 / float(metadata.std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.fold:
+            images = (images - self.mean) * self.scale
+        if not self.is_half:
+            return self.backbone(images)
+        return self.backbone(images.half()).float()
+
+
+def _check_request(
+    backbone: Backbone, metadata: ModelMetadata, opset: int, output: Path, precision: str
+) -> None:
+    if precision not in ("fp32", "fp16"):
+        raise ExportRefusedError(f"precision is {precision!r}; allowed are fp32 and fp16")
     highest = onnx.defs.onnx_opset_version()
     if not LOWEST_OPSET <= opset <= highest:
         raise ExportRefusedError(f"opset {opset} is not possible: {LOWEST_OPSET} to {highest} are")
@@ -148,14 +195,13 @@ def _check_request(backbone: Backbone, metadata: ModelMetadata, opset: int, outp
         raise ExportRefusedError(f"{output} is a folder: give the name of a file to write")
 
 
-def _translate(backbone: Backbone, opset: int, simplify: bool) -> onnx.ModelProto:
-    """The ONNX form of the backbone, with a symbolic batch from the start, not relabelled later."""
-    side = backbone.input_size
+def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelProto:
+    """The ONNX form of the module, with a symbolic batch from the start, not relabelled later."""
     # Two images, because torch.export takes a size of 1 for a constant.
-    example = torch.zeros(2, backbone.in_channels, side, side)
+    example = torch.zeros(2, *exported.shape)
     with _quiet():
         program = torch.onnx.export(
-            backbone,
+            exported.eval(),
             (example,),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
@@ -168,6 +214,10 @@ def _translate(backbone: Backbone, opset: int, simplify: bool) -> onnx.ModelProt
         )
     assert program is not None  # it is None only for the old exporter
     model = program.model_proto
+    for tensor in model.graph.initializer:  # weights keep their names of the state dict
+        tensor.name = tensor.name.removeprefix("backbone.")
+    for node in model.graph.node:
+        node.input[:] = [name.removeprefix("backbone.") for name in node.input]
     written = next(entry.version for entry in model.opset_import if not entry.domain)
     if written != opset:
         raise ExportRefusedError(
@@ -177,7 +227,24 @@ def _translate(backbone: Backbone, opset: int, simplify: bool) -> onnx.ModelProt
     return model
 
 
-def _describe(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
+def _name_normalisation(model: onnx.ModelProto, folded: bool) -> None:
+    """Put the folded nodes first and call them Sub and Mul: MFR's checker looks for such names."""
+    if not folded:
+        return
+    graph, first, at = model.graph, [], INPUT_NAME
+    maker = {node.output[0]: node for node in graph.node}
+    for kind in ("Sub", "Mul"):
+        step = next(n for n in graph.node if n.op_type == kind and at in n.input)
+        step.name, at = f"{kind}_normalise", step.output[0]
+        first += [maker[name] for name in step.input if name in maker and maker[name] not in first]
+        first.append(step)
+    rest = [node for node in graph.node if node not in first]
+    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*first, *rest)]
+    graph.ClearField("node")
+    graph.node.extend(ordered)
+
+
+def _describe(model: onnx.ModelProto, metadata: ModelMetadata, precision: str) -> None:
     """Put our metadata in, and take the exporter's notes out: they hold paths of this machine."""
     graph = model.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
@@ -188,17 +255,22 @@ def _describe(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
     facts = asdict(metadata)
     facts["embedding_size"] = facts.pop("num_features")
     facts["options"] = json.dumps(facts["options"]) if facts["options"] else None
+    if precision != "fp32":
+        facts["precision"] = precision
     facts["exported_with"] = f"torch {torch.__version__}, onnx {onnx.__version__}"
     onnx.helper.set_model_props(
         model, {key: str(value) for key, value in facts.items() if value is not None}
     )
 
 
-def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
+def _compare(
+    backbone: Backbone, metadata: ModelMetadata, path: Path, precision: str, folded: bool
+) -> dict[int, float]:
     """Batch size -> relative difference between the file in onnxruntime and the backbone.
 
-    Raises ParityError: one is above TOLERANCE, or not a number, or the file does not load.
+    Raises ParityError: one is above the tolerance, or not a number, or the file does not load.
     """
+    tolerance = TOLERANCE if precision == "fp32" else HALF_TOLERANCE
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
@@ -219,20 +291,43 @@ def _compare(backbone: Backbone, path: Path) -> dict[int, float]:
             raise ParityError(
                 "in PyTorch itself embeddings are not finite: the weights are broken or untrained"
             )
-        found = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: images})[0])
+        given = images * np.float32(metadata.std) + np.float32(metadata.mean) if folded else images
+        found = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: given})[0])
         if found.shape != expected.shape:
             raise ParityError(
                 f"for {batch} images the ONNX model gives {found.shape}, PyTorch {expected.shape}"
             )
         difference = float(np.abs(found - expected).max() / np.abs(expected).max())
-        if not difference <= TOLERANCE:  # also catches NaN
+        if not difference <= tolerance:  # also catches NaN
+            way_out = "try another --opset, or without --simplify"
+            if precision == "fp16":
+                way_out = "this network does not bear fp16; export it in fp32"
             raise ParityError(
                 f"for {batch} images the ONNX model differs from PyTorch by {difference:.1e} of "
-                f"the largest output, more than {TOLERANCE:.0e}: try another --opset, or "
-                "without --simplify"
+                f"the largest output, more than {tolerance:.0e}: {way_out}"
             )
         differences[batch] = difference
     return differences
+
+
+def _verify(
+    backbone: Backbone, metadata: ModelMetadata, path: Path, one: VerificationSet, precision: str
+) -> tuple[float, float]:
+    """Accuracy (flip) on a set: PyTorch's, and the file's as any user of it would measure it.
+
+    Raises ParityError if they differ by more than a pair in fp32, or the file's is not a number.
+    """
+    ours = Embedder(backbone, metadata.mean, metadata.std, color=metadata.color)
+    size = metadata.input_size
+    expected = verify(ours, [one], input_size=size)[one.name]["accuracy_flip"]
+    found = verify(open_model(path).embed, [one], input_size=size)[one.name]["accuracy_flip"]
+    # Rounding may carry one pair across a threshold of the grid; more is another network.
+    allowed = 1.5 / one.num_pairs if precision == "fp32" else 1.0
+    if not abs(expected - found) <= allowed:
+        raise ParityError(
+            f"on {one.name} the ONNX model has accuracy {found:.5f}, PyTorch {expected:.5f}"
+        )
+    return expected, found
 
 
 @contextmanager
@@ -259,7 +354,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.model}: {metadata.network}, {metadata.in_channels} x {metadata.input_size} x "
             f"{metadata.input_size} -> {metadata.num_features}"
         )
-        report = export_onnx(backbone, metadata, output, opset=args.opset, simplify=args.simplify)
+        report = export_onnx(
+            backbone,
+            metadata,
+            output,
+            opset=args.opset,
+            simplify=args.simplify,
+            precision=args.precision,
+            fold_normalisation=args.fold_normalisation,
+            verify_on=[load_verification_set(path, None, metadata.input_size)
+                       for path in args.verify],
+        )  # fmt: skip
     except (WeightsError, ValueError, OSError) as error:
         print(f"torch2onnx: {error}", file=sys.stderr)
         return 2
@@ -272,6 +377,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"agrees with PyTorch on batches of {', '.join(map(str, report.differences))}: largest "
         f"relative difference {report.max_relative_difference:.1e}"
     )
+    for name, (before, after) in report.accuracies.items():
+        print(
+            f"{name}: accuracy {before:.5f} with PyTorch in fp32, {after:.5f} with the file in "
+            f"{args.precision}"
+        )
     return 0
 
 
@@ -285,6 +395,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--network", help=f"for weights that do not say it themselves: {', '.join(model_names())}")
     add("--opset", type=int, default=DEFAULT_OPSET, help="ONNX opset (default: %(default)s)")
     add("--simplify", action="store_true", help="fold constants, fuse norms into convolutions")
+    add("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic")
+    add("--fold-normalisation", action="store_true", help="the graph takes pixels 0..255")
+    add("--verify", nargs="+", type=Path, default=[], metavar="SET", help=".bin sets to compare on")
     return parser
 
 

@@ -7,67 +7,83 @@ import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data.files import write_atomically
 from data.sources import DataError, MissingDataError
 
+Face = tuple[str, int | None]
+"""(name, number) of LFW's layout, or (path, None)."""
+
 
 @dataclass(frozen=True)
 class Pair:
-    """One line of a pairs file: two (name, number) and whether they are the same person."""
+    """One line of a pairs file: two faces and whether they are the same person."""
 
-    first: tuple[str, int]
-    second: tuple[str, int]
+    first: Face
+    second: Face
     same: bool
     line: int
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """Where the two lie in the folder: name/name_0001.jpg, or the path as it was given."""
+        return _path(self.first), _path(self.second)
 
 
 def read_pairs(path: Path) -> list[Pair]:
     """Parse a pairs file: the lines of LFW's `pairs.txt` (name n1 n2, or name1 n1 name2 n2, after
-    a line of one or two counts), or name1 n1 name2 n2 same, with same 0 or 1.
+    a line of one or two counts), name1 n1 name2 n2 same, or path1 path2 same, with same 0 or 1.
 
-    Raises DataError naming the line.
+    Columns are separated by white space, or, in a line that has tabs, by tabs only. Raises
+    DataError naming the line, also for a path that leads out of the folder.
     """
     if not path.is_file():
-        raise MissingDataError(f"{path} does not exist; give a pairs file")
+        raise MissingDataError(f"{path} does not exist; give a pairs file after --pairs")
     pairs: list[Pair] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        columns = line.split()
+        columns = [c.strip() for c in line.split("\t")] if "\t" in line else line.split()
         counts_line = number == 1 and len(columns) <= 2 and all(c.isdigit() for c in columns)
-        if not columns or counts_line:
+        if not line.strip() or counts_line:
             continue
         match columns:
             case [name, a, b] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (name, int(b)), True, number))
+                pair = Pair((name, int(a)), (name, int(b)), True, number)
             case [name, a, other, b] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (other, int(b)), False, number))
+                pair = Pair((name, int(a)), (other, int(b)), False, number)
             case [name, a, other, b, ("0" | "1") as same] if _numbers(a, b):
-                pairs.append(Pair((name, int(a)), (other, int(b)), same == "1", number))
+                pair = Pair((name, int(a)), (other, int(b)), same == "1", number)
+            case [one, other, ("0" | "1") as same] if not _numbers(one, other):
+                pair = Pair((one, None), (other, None), same == "1", number)
             case _:
                 raise DataError(
-                    f"{path}, line {number}: expected 'name n1 n2', 'name1 n1 name2 n2' or "
-                    f"'name1 n1 name2 n2 same', got {line[:80]!r}"
+                    f"{path}, line {number}: expected 'name n1 n2', 'name1 n1 name2 n2', "
+                    f"'name1 n1 name2 n2 same' or 'path1 path2 same', got {line[:80]!r}"
                 )
+        for face in (pair.first, pair.second):
+            _check(face, f"{path}, line {number}")
+        pairs.append(pair)
     if not pairs:
         raise DataError(f"{path}: holds no pairs")
     return pairs
 
 
+def _path(face: Face) -> str:
+    name, number = face
+    return name if number is None else f"{name}/{name}_{number:04d}.jpg"
+
+
+def _check(face: Face, where: str) -> None:
+    name, number = face
+    if number is not None and (os.path.basename(name) != name or name in (".", "..")):
+        raise DataError(f"{where}: {name!r} is no folder name")
+    if number is None and (PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts):
+        raise DataError(f"{where}: {name!r} leads out of the folder; give a path below it")
+
+
 def _numbers(*texts: str) -> bool:
     return all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts)
-
-
-def image_path(folder: Path, name: str, number: int, where: str) -> Path:
-    """FOLDER/name/name_0001.jpg. Raises DataError, beginning with `where`, for a name that is no
-    folder name (pairs files are downloaded) and MissingDataError where the image is not there."""
-    if os.path.basename(name) != name or name in (".", ".."):
-        raise DataError(f"{where}: {name!r} is no folder name")
-    path = folder / name / f"{name}_{number:04d}.jpg"
-    if not path.is_file():
-        raise MissingDataError(f"{where}: {path} does not exist; images lie at FOLDER/name/")
-    return path
 
 
 def write_verification_set(

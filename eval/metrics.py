@@ -11,6 +11,7 @@ numpy only; nothing here knows about files, models or ranks. Conventions through
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -131,23 +132,8 @@ def ten_fold_accuracy(
         nothing = np.full(folds, np.nan)
         return FoldResult(nothing, nothing.copy(), math.nan, math.nan)
 
-    # A pair is accepted from the first threshold above its distance on, so one histogram over
-    # those positions and a running sum count every threshold at once.
-    num_thresholds = len(DISTANCE_THRESHOLDS)
-    accepted_from = np.searchsorted(DISTANCE_THRESHOLDS, distances, side="right")
-    sizes = np.full(folds, len(distances) // folds)
-    sizes[: len(distances) % folds] += 1
-    correct = np.empty((folds, num_thresholds), dtype=np.int64)
-    ends = np.cumsum(sizes)
-    for fold, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
-        part, part_same = accepted_from[start:end], same[start:end]
-        length = num_thresholds + 1
-        true_accepts = np.cumsum(np.bincount(part[part_same], minlength=length)[:-1])
-        false_accepts = np.cumsum(np.bincount(part[~part_same], minlength=length)[:-1])
-        correct[fold] = true_accepts + (np.count_nonzero(~part_same) - false_accepts)
-
-    best = np.argmax(correct.sum(axis=0) - correct, axis=1)  # [folds], chosen on the others
-    accuracies = correct[np.arange(folds), best] / sizes
+    cells, sizes = _fold_cells(distances, same, folds)
+    accuracies, best = _judge_folds(cells, sizes)
     return FoldResult(
         accuracies, DISTANCE_THRESHOLDS[best], float(accuracies.mean()), float(accuracies.std())
     )
@@ -160,29 +146,54 @@ def tar_at_far(scores: ArrayLike, issame: ArrayLike, far: float) -> TarAtFar:
     threshold that exists. With fewer than 1 / far different pairs no false accept is allowed.
     (Reading the ROC at the point nearest to `far`, as is often done, may exceed it.)
     """
-    if not 0 <= far <= 1:
-        raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
+    return tars_at_fars(scores, issame, [far])[0]
+
+
+def tars_at_fars(scores: ArrayLike, issame: ArrayLike, fars: Sequence[float]) -> list[TarAtFar]:
+    """`tar_at_far` for several targets, sorting once, and of the different pairs only the best."""
+    for far in fars:
+        if not 0 <= far <= 1:
+            raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
     values, same = _pairs(scores, issame)
     genuine, impostor = values[same], values[~same]
     if not (len(genuine) and len(impostor) and np.isfinite(values).all()):
-        return TarAtFar(math.nan, math.nan, 0)
+        return [TarAtFar(math.nan, math.nan, 0) for _ in fars]
 
-    allowed = min(math.floor(far * len(impostor)), len(impostor))
+    total = len(impostor)
+    all_allowed = [allowed_false_accepts(far, total) for far in fars]
+    needed = min(max(all_allowed, default=0) + 1, total)
+    if needed < total:
+        impostor.partition(total - needed)
+        impostor = impostor[total - needed :]
+    genuine.sort()
+    impostor.sort()  # [needed], the best ones, rising
+    results = []
+    for allowed in all_allowed:
+        if allowed == total:
+            results.append(TarAtFar(1.0, float(values.min()), total))
+            continue
+        # The best impostor that must stay out; everything above it may come in.
+        barred = impostor[needed - 1 - allowed]
+        first_genuine = int(np.searchsorted(genuine, barred, side="right"))
+        first_impostor = int(np.searchsorted(impostor, barred, side="right"))
+        threshold = min(
+            genuine[first_genuine] if first_genuine < len(genuine) else math.inf,
+            impostor[first_impostor] if first_impostor < needed else math.inf,
+        )
+        accepted = len(genuine) - first_genuine
+        results.append(TarAtFar(accepted / len(genuine), float(threshold), needed - first_impostor))
+    return results
+
+
+def allowed_false_accepts(far: float, num_different: int) -> int:
+    """The largest count of false accepts that is a rate of at most `far`."""
+    allowed = min(math.floor(far * num_different), num_different)
     # The product is rounded; what counts is whether the quotient exceeds `far`.
-    while allowed < len(impostor) and (allowed + 1) / len(impostor) <= far:
+    while allowed < num_different and (allowed + 1) / num_different <= far:
         allowed += 1
-    while allowed / len(impostor) > far:
+    while allowed and allowed / num_different > far:
         allowed -= 1
-    if allowed == len(impostor):
-        return TarAtFar(1.0, float(values.min()), allowed)
-
-    # The best impostor that must stay out; everything above it may come in.
-    position = len(impostor) - 1 - allowed
-    barred = np.partition(impostor, position)[position]
-    accepted = genuine[genuine > barred]
-    false_accepts = impostor[impostor > barred]
-    threshold = min(accepted.min(initial=math.inf), false_accepts.min(initial=math.inf))
-    return TarAtFar(len(accepted) / len(genuine), float(threshold), len(false_accepts))
+    return allowed
 
 
 def roc_curve(scores: ArrayLike, issame: ArrayLike) -> RocCurve:
@@ -214,9 +225,11 @@ def auc(scores: ArrayLike, issame: ArrayLike) -> float:
     num_different = len(same) - num_same
     if not (num_same and num_different and np.isfinite(values).all()):
         return math.nan
-    false_accepts, true_accepts, _ = _accept_counts(values, same)
-    # Trapezoids in whole numbers: exact up to 4e9 pairs of either kind.
-    doubled = np.sum(np.diff(false_accepts) * (true_accepts[1:] + true_accepts[:-1]))
+    # For each same pair the different ones below it, and those that tie as halves; in whole
+    # numbers, so exact up to 4e9 pairs of either kind.
+    impostor, genuine = np.sort(values[~same]), np.sort(values[same])
+    below = np.searchsorted(impostor, genuine, side="left")
+    doubled = int(below.sum()) + int(np.searchsorted(impostor, genuine, side="right").sum())
     return float(doubled / (2.0 * num_same * num_different))
 
 
@@ -226,13 +239,63 @@ def eer(scores: ArrayLike, issame: ArrayLike) -> float:
     NaN without a same pair, without a different pair, or with a score that is not finite.
     """
     far, tar, _ = roc_curve(scores, issame)
-    excess = far - (1 - tar)  # rises from -1 (nothing accepted) to 1 (everything accepted)
-    if not np.isfinite(excess).all():
-        return math.nan
-    after = int(np.argmax(excess >= 0))
-    before = after - 1
-    weight = -excess[before] / (excess[after] - excess[before])
-    return float(far[before] + weight * (far[after] - far[before]))
+    return _crossing(far, tar) if np.isfinite(far + tar).all() else math.nan
+
+
+def bootstrap_intervals(
+    distances: ArrayLike,
+    issame: ArrayLike,
+    fars: Sequence[float] = (),
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    folds: int = 10,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals of the metrics of pairs at squared `distances` [N].
+
+    Pairs are drawn with replacement: for `accuracy` within each fold, the whole k-fold protocol
+    then being repeated; for `auc`, `eer` and `tar_at_far_<far>` the same and the different pairs
+    by themselves. The same seed gives the same intervals. Pairs are taken as independent; where
+    they share people, as in LFW, the true intervals are somewhat wider.
+
+    Returns {metric: (low, high)}; NaN where the metric itself is NaN.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"resamples is {resamples} and confidence {confidence}; at least 1, and between 0 and 1"
+        )
+    values, same = _pairs(distances, issame)
+    names = ["accuracy", "auc", "eer", *(f"tar_at_far_{rate_name(far)}" for far in fars)]
+    drawn = np.full((len(names), resamples), np.nan)
+    finite = bool(np.isfinite(values).all())
+    random = np.random.default_rng(seed)
+    if finite and len(values) >= folds:
+        cells, sizes = _fold_cells(values, same, folds)
+        ends = np.cumsum(sizes)
+        fold_start, fold_size = np.repeat(ends - sizes, sizes), np.repeat(sizes, sizes)
+        for turn in range(resamples):
+            draw = fold_start + (random.random(len(values)) * fold_size).astype(np.int64)
+            drawn[0, turn] = _judge_folds(cells[draw], sizes)[0].mean()
+    num_same = int(np.count_nonzero(same))
+    num_different = len(same) - num_same
+    if finite and num_same and num_different:
+        # Position of each pair's distance among the distinct ones: the most alike come first.
+        distinct, position = np.unique(values, return_inverse=True)
+        genuine, impostor = position[same], position[~same]
+        allowed = [allowed_false_accepts(far, num_different) for far in fars]
+        for turn in range(resamples):
+            true_accepts = _accepted(random.choice(genuine, num_same), len(distinct))
+            false_accepts = _accepted(random.choice(impostor, num_different), len(distinct))
+            drawn[1, turn] = _area(false_accepts, true_accepts)
+            drawn[2, turn] = _crossing(false_accepts / num_different, true_accepts / num_same)
+            for row, limit in enumerate(allowed, start=3):
+                at = np.searchsorted(false_accepts, limit, side="right") - 1
+                drawn[row, turn] = true_accepts[at] / num_same
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(drawn, [tail, 100 - tail], axis=1)
+    return {n: (float(a), float(b)) for n, a, b in zip(names, low, high, strict=True)}
 
 
 def xnorm(*embeddings: ArrayLike) -> float:
@@ -336,3 +399,54 @@ def _all_have_direction(rows: NDArray) -> bool:
         bool(np.isfinite(l2_normalise(rows[start : start + _ROWS_PER_BLOCK])).all())
         for start in range(0, len(rows), _ROWS_PER_BLOCK)
     )
+
+
+def _fold_cells(distances: NDArray, same: Bools, folds: int) -> tuple[NDArray, NDArray]:
+    """(cell of every pair, size of every fold): what `_judge_folds` counts.
+
+    A pair is accepted from the first threshold above its distance on, so one histogram over
+    (fold, same, that position) and a running sum judge every threshold at once.
+    """
+    sizes = np.full(folds, len(distances) // folds)
+    sizes[: len(distances) % folds] += 1
+    accepted_from = np.searchsorted(DISTANCE_THRESHOLDS, distances, side="right")
+    fold = np.repeat(np.arange(folds), sizes)
+    return (fold * 2 + same) * (len(DISTANCE_THRESHOLDS) + 1) + accepted_from, sizes
+
+
+def _judge_folds(cells: NDArray, sizes: NDArray) -> tuple[Floats, NDArray]:
+    """(accuracy, position of the threshold) of every fold, chosen on the others."""
+    folds, length = len(sizes), len(DISTANCE_THRESHOLDS) + 1
+    histogram = np.bincount(cells, minlength=folds * 2 * length).reshape(folds, 2, length)
+    accepts = np.cumsum(histogram[:, :, :-1], axis=2)  # [folds, 2, thresholds]
+    num_different = histogram[:, 0].sum(axis=1)
+    correct = accepts[:, 1] + (num_different[:, None] - accepts[:, 0])
+    best = np.argmax(correct.sum(axis=0) - correct, axis=1)  # [folds]
+    return correct[np.arange(folds), best] / sizes, best
+
+
+def _accepted(positions: NDArray, length: int) -> NDArray:
+    """Pairs accepted [length + 1] when the first 0, 1, ... distinct distances are."""
+    return np.concatenate(([0], np.cumsum(np.bincount(positions, minlength=length))))
+
+
+def _area(false_accepts: NDArray, true_accepts: NDArray) -> float:
+    """Area under the ROC of these counts [P + 1], which end at the totals."""
+    # Trapezoids in whole numbers: exact up to 4e9 pairs of either kind.
+    doubled = np.sum(np.diff(false_accepts) * (true_accepts[1:] + true_accepts[:-1]))
+    return float(doubled / (2.0 * true_accepts[-1] * false_accepts[-1]))
+
+
+def _crossing(far: Floats, tar: Floats) -> float:
+    """Where the ROC, drawn with straight lines, has FAR = 1 - TAR."""
+    excess = far - (1 - tar)  # rises from -1 (nothing accepted) to 1 (everything accepted)
+    after = int(np.argmax(excess >= 0))
+    before = after - 1
+    weight = -excess[before] / (excess[after] - excess[before])
+    return float(far[before] + weight * (far[after] - far[before]))
+
+
+def rate_name(rate: float) -> str:
+    """0.001 as `1e-3`: how keys of metrics spell a rate."""
+    mantissa, exponent = f"{rate:.12e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if 0 < rate < 1 else f"{rate:g}"

@@ -1,4 +1,4 @@
-"""Pictures of a run: the training curve from metrics.jsonl, and ROC curves on a log-FAR axis.
+"""Pictures: the training curve from metrics.jsonl, ROC curves, score histograms, wrong pairs.
 
 matplotlib is imported when a picture is drawn, not before, and used without its global state:
 drawing changes nothing in the process and needs no display.
@@ -6,12 +6,12 @@ drawing changes nothing in the process and needs no display.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 _DOTS_PER_INCH = 120
 
@@ -67,6 +67,89 @@ def plot_roc(
         raise ValueError("no ROC curve was given; give at least one (far, tar)")
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
+    _draw_roc(axes, curves)
+    axes.set_title(title)
+    return _save(figure, out_png)
+
+
+def plot_scores(
+    scores: Mapping[str, tuple[NDArray[np.floating], NDArray[np.bool_]]],
+    out: str | Path,
+    title: str,
+) -> Path:
+    """ROC curves side by side with a histogram of scores per set.
+
+    `scores`: {name: (cosines [N], issame [N])}. A set with scores that are not finite, or with one
+    kind of pair only, is named as undefined in the ROC. The format follows the suffix of `out`.
+    """
+    from matplotlib.figure import Figure
+
+    from eval.metrics import roc_curve
+
+    if not scores:
+        raise ValueError("no set was given; give the scores of at least one")
+    curves = {}
+    for name, (values, same) in scores.items():
+        far, tar, _ = roc_curve(values, same)
+        curves[name] = (far, tar)
+    figure = Figure(figsize=(12, max(5.0, 1.9 * len(scores))), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
+    _draw_roc(left.subplots(), curves)
+    axes = right.subplots(len(scores), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (name, (values, same)) in zip(axes, scores.items(), strict=True):
+        finite = np.isfinite(values)
+        if finite.any():
+            low, high = float(values[finite].min()), float(values[finite].max())
+            bins = np.linspace(low, high if high > low else low + 1e-6, 81)
+            kinds = (~same, "different", "tab:red"), (same, "same", "tab:blue")
+            for kind, label, colour in kinds:
+                count = int(np.count_nonzero(finite & kind))
+                if count:
+                    # Shares of their own kind: sets with a thousand impostors to one same pair
+                    # would otherwise show the impostors only.
+                    axis.hist(
+                        values[finite & kind], bins, weights=np.full(count, 1 / count),
+                        alpha=0.55, color=colour, label=f"{label} ({count:,})",
+                    )  # fmt: skip
+            axis.legend(fontsize="small")
+        else:
+            axis.text(0.5, 0.5, "scores undefined", ha="center", transform=axis.transAxes)
+        axis.set_title(name, fontsize="medium")
+        axis.set_ylabel("share of pairs")
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("score (cosine)")
+    figure.suptitle(title)
+    return _save(figure, out)
+
+
+def plot_contact_sheet(
+    pairs: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
+    out: str | Path,
+    title: str,
+    columns: int = 4,
+) -> Path:
+    """Pairs of images side by side with a caption each; a page that says so if there are none.
+
+    `pairs`: (caption, RGB [H, W, 3], RGB of the same height).
+    """
+    from matplotlib.figure import Figure
+
+    rows = max(-(-len(pairs) // columns), 1)
+    figure = Figure(figsize=(3.4 * columns, 2.0 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes:
+        axis.axis("off")
+    for axis, (caption, left, right) in zip(axes, pairs, strict=False):
+        gap = np.full((left.shape[0], max(left.shape[1] // 28, 1), 3), 255, np.uint8)
+        axis.imshow(np.concatenate([left, gap, right], axis=1))
+        axis.set_title(caption, fontsize=7)
+    if not pairs:
+        axes[0].text(0.0, 0.5, "no pair was judged wrongly")
+    figure.suptitle(title)
+    return _save(figure, out)
+
+
+def _draw_roc(axes: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
     smallest = []
     for name, (far, tar) in curves.items():
         x, y = np.asarray(far, dtype=float), np.asarray(tar, dtype=float)
@@ -83,10 +166,8 @@ def plot_roc(
     axes.set_ylim(0.0, 1.01)
     axes.set_xlabel("false accept rate (log scale)")
     axes.set_ylabel("true accept rate")
-    axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
-    return _save(figure, out_png)
 
 
 def _draw_accuracies(axes: Any, evaluations: list[dict[str, Any]]) -> None:

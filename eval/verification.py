@@ -1,43 +1,63 @@
-"""Face verification on `.bin` sets: read them safely, embed on all ranks together, score.
+"""Face verification on sets of pairs: read them safely, embed on all ranks together, score.
 
 The story: `find_verification_sets` before training starts (a missing target is an error there,
 not after a day), `load_verification_set` once, `verify` whenever the loop asks. The scoring is
-in `eval.metrics`; the same as a command: `python -m eval.verification --help`.
+in `eval.metrics`. As a command (`python -m eval.verification --help`) there is more: pairs files,
+confidence intervals, groups, figures; `report_set` makes what it writes.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import logging
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 
-from backbones.weights import WeightsError, load_model
-from data.decode import ImageError, decode_image, image_size
-from eval.embedder import Embedder
-from eval.metrics import pair_distances, roc_curve, verification_metrics
+from data.decode import ImageError, decode_image, image_size, read_image_file
+from data.pairs import read_pairs
+from data.sources import DataError
+from eval.command import (
+    add_model_options,
+    cache_of,
+    check_outputs,
+    choose_world,
+    open_models,
+    parse_rates,
+    run_command,
+    table,
+    write_json,
+)
+from eval.embedding import Embed, EmbeddingCache, embed_images
+from eval.groups import Groups, pair_groups
+from eval.metrics import (
+    allowed_false_accepts,
+    auc,
+    bootstrap_intervals,
+    eer,
+    pair_distances,
+    rate_name,
+    tars_at_fars,
+    ten_fold_accuracy,
+    verification_metrics,
+)
 from eval.safe_pickle import PickledArray, PickleRefused, read_plain_pickle
 
 logger = logging.getLogger(__name__)
 
-Embed = Callable[[Tensor], Tensor]
 VerificationResult = dict[str, float]
 
 MIN_PAIRS = 10
 """The 10-fold protocol needs a pair per fold."""
 
-_PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+DEFAULT_FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
 class VerificationSetError(ValueError):
@@ -49,12 +69,19 @@ class VerificationSet:
     """N pairs of faces, held as they were stored: about 10 kB an image instead of 150.
 
     `images` has 2N entries, 2i and 2i + 1 being pair i: encoded files, as bytes or as uint8 arrays
-    [length], or uint8 RGB pixels [H, W, 3]. `issame` is bool [N].
+    [length], or uint8 RGB pixels [H, W, 3]. `issame` is bool [N]. `image_names` has 2N names where
+    the images are files.
     """
 
     name: str
     images: list[bytes | NDArray[np.uint8]]
     issame: NDArray[np.bool_]
+    image_names: list[str] | None = None
+
+    def describe(self, index: int) -> str:
+        """How errors name image `index`."""
+        name = "" if self.image_names is None else f" ({self.image_names[index]})"
+        return f"verification set {self.name}, image {index}{name}"
 
     @property
     def num_pairs(self) -> int:
@@ -133,6 +160,34 @@ def load_verification_set(
     return VerificationSet(name or path.stem, images, issame)
 
 
+def load_pairs(pairs_file: str | Path, folder: str | Path) -> VerificationSet:
+    """A set from a pairs file and the folder of its images, for the layouts of `data.pairs`.
+
+    Raises VerificationSetError naming file and line of a pair that cannot be read.
+    """
+    pairs_file, folder = Path(pairs_file), Path(folder)
+    images: list[bytes | NDArray[np.uint8]] = []
+    names: list[str] = []
+    try:
+        pairs = read_pairs(pairs_file)
+        read: dict[str, bytes] = {}  # an image may be in many pairs
+        for pair in pairs:
+            for name in pair.paths:
+                if name not in read:
+                    where = f"{pairs_file}, line {pair.line}: {folder / name}"
+                    read[name] = read_image_file(folder / name, where)
+                images.append(read[name])
+                names.append(name)
+    except (DataError, ImageError) as error:
+        raise VerificationSetError(str(error)) from error
+    if len(pairs) < MIN_PAIRS:
+        raise VerificationSetError(
+            f"{pairs_file}: {len(pairs)} pairs; the 10-fold protocol needs at least {MIN_PAIRS}"
+        )
+    same = np.array([pair.same for pair in pairs], dtype=np.bool_)
+    return VerificationSet(pairs_file.stem, images, same, names)
+
+
 def _check_sizes(path: Path, images: list[bytes | NDArray[np.uint8]], input_size: int) -> None:
     for index, image in enumerate(images):
         where = f"{path}, image {index}"
@@ -208,22 +263,26 @@ def _kind(value: Any) -> str:
 # --------------------------------------------------------------------------------------------
 
 
-def share_of_batches(
-    num_images: int, batch_size: int, rank: int, world_size: int
-) -> tuple[int, int]:
-    """Images [start, end) of `rank`: whole batches, contiguous, at most one batch apart.
+@dataclass(frozen=True)
+class _SetImages:
+    """The images of a set, as `embed_images` takes them."""
 
-    Cutting between batches only means that every image sits in the same batch whatever the
-    number of ranks, so a network gives it the same embedding to the bit.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}; with world_size {world_size} it is in [0, {world_size})")
-    num_batches = -(-num_images // batch_size)
-    start = num_batches * rank // world_size * batch_size
-    end = num_batches * (rank + 1) // world_size * batch_size
-    return min(start, num_images), min(end, num_images)
+    one: VerificationSet
+
+    def __len__(self) -> int:
+        return len(self.one.images)
+
+    def encoded(self, index: int) -> bytes:
+        image = self.one.images[index]
+        if isinstance(image, bytes) or image.ndim == 1:
+            return bytes(image)
+        return f"pixels {image.shape} ".encode() + image.tobytes()
+
+    def pixels(self, index: int, encoded: bytes) -> NDArray[np.uint8]:
+        image = self.one.images[index]
+        if isinstance(image, bytes) or image.ndim == 1:
+            return decode_image(encoded, self.one.describe(index))
+        return image
 
 
 def verify(
@@ -301,127 +360,182 @@ def embed_set(
     group: dist.ProcessGroup | None = None,
     batch_size: int = 64,
     input_size: int = 112,
+    cache: EmbeddingCache | None = None,
+    show_progress: bool = False,
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """(embeddings, embeddings of the mirror images), each [2N, D], whole on every rank.
 
     Arguments and errors as for `verify`.
     """
-    start, end = share_of_batches(len(one.images), batch_size, rank, world_size)
-    local: Tensor | None = None
-    failure: Exception | None = None
-    try:
-        local = _embed_share(embed, one, start, end, batch_size, input_size)  # [end - start, 2D]
-    except Exception as error:
-        if world_size == 1:
-            raise
-        failure = error  # the other ranks must hear of it before it is raised
-    if world_size > 1:
-        counts = [
-            other_end - other_start
-            for other_start, other_end in (
-                share_of_batches(len(one.images), batch_size, other, world_size)
-                for other in range(world_size)
-            )
-        ]
-        local = _gather_rows(local, failure, counts, one.name, world_size, group)
-    assert local is not None  # a set is never empty
-    rows = local.numpy()
+    rows = embed_images(
+        embed,
+        _SetImages(one),
+        name=f"verification set {one.name}",
+        rank=rank,
+        world_size=world_size,
+        group=group,
+        batch_size=batch_size,
+        input_size=input_size,
+        cache=cache,
+        show_progress=show_progress,
+    )
     width = rows.shape[1] // 2
     return rows[:, :width], rows[:, width:]
 
 
-def _embed_share(
-    embed: Embed, one: VerificationSet, start: int, end: int, batch_size: int, input_size: int
-) -> Tensor | None:
-    """Plain and mirrored embeddings side by side [end - start, 2D] on the CPU; None if no image."""
-    rows = []
-    for batch in _decoded_batches(one, start, end, batch_size, input_size):
-        both = []
-        for images in (batch, batch.flip(3)):
-            embeddings = embed(images)
-            if embeddings.ndim != 2 or len(embeddings) != len(batch) or not embeddings.shape[1]:
-                raise ValueError(
-                    f"embed gave shape {list(embeddings.shape)} for {len(batch)} images; "
-                    f"[{len(batch)}, D] is what is needed"
-                )
-            wide = embeddings.dtype == torch.float64
-            both.append(embeddings.detach().to("cpu", torch.float64 if wide else torch.float32))
-        rows.append(torch.cat(both, dim=1))
-    return torch.cat(rows) if rows else None
+# --------------------------------------------------------------------------------------------
+# A whole report of a set
+# --------------------------------------------------------------------------------------------
 
 
-def _decoded_batches(
-    one: VerificationSet, start: int, end: int, batch_size: int, input_size: int
-) -> Iterator[Tensor]:
-    """uint8 [n, 3, H, W], a batch at a time, the next one being decoded meanwhile."""
+def report_set(
+    one: VerificationSet,
+    plain: NDArray[np.floating],
+    flipped: NDArray[np.floating],
+    *,
+    fars: Sequence[float] = DEFAULT_FARS,
+    resamples: int = 1000,
+    groups: Groups | None = None,
+) -> dict[str, Any]:
+    """All there is to say of a set whose embeddings are [2N, D], as JSON has it.
 
-    def decode(index: int) -> NDArray[np.uint8]:
-        image = one.images[index]
-        where = f"verification set {one.name}, image {index}"
-        if isinstance(image, bytes) or image.ndim == 1:
-            pixels = decode_image(bytes(image), where)
-        else:
-            pixels = image
-        if pixels.shape != (input_size, input_size, 3):
-            raise ValueError(
-                f"{where}: shape is {list(pixels.shape)}; the model takes "
-                f"[{input_size}, {input_size}, 3]. Pack the set again at that size"
-            )
-        return pixels
-
-    def submit(first: int) -> list[Future[NDArray[np.uint8]]]:
-        return [pool.submit(decode, i) for i in range(first, min(first + batch_size, end))]
-
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        upcoming = submit(start)
-        for first in range(start, end, batch_size):
-            current, upcoming = upcoming, submit(first + batch_size)
-            pixels = np.stack([future.result() for future in current])  # [n, H, W, 3]
-            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-
-
-def _gather_rows(
-    local: Tensor | None,
-    failure: Exception | None,
-    counts: list[int],
-    set_name: str,
-    world_size: int,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """All ranks' rows in rank order, on the CPU; or an error on every rank if one has failed.
-
-    Two collectives: what everybody has (failed, width, float64), then the rows, padded to the
-    largest share because shares differ.
+    The flat metrics of `verify`; `threshold_cosine`; `tar_at_far`: a list of {far, tar,
+    threshold_cosine, false_accepts, num_impostors, allowed_false_accepts}; `confidence_95`:
+    {metric: [low, high]} by bootstrap (none with resamples=0); `groups`: {column: {value: the same
+    of the pairs in it}}, where the two sides of a pair differ as "a / b".
     """
-    device = torch.device("cpu")
-    if "nccl" in dist.get_backend(group):
-        device = torch.device("cuda", torch.cuda.current_device())
-    width = 0 if local is None else local.shape[1]
-    wide = local is not None and local.dtype == torch.float64
-    status = torch.tensor([failure is not None, width, wide], dtype=torch.int64, device=device)
-    gathered = [torch.empty_like(status) for _ in range(world_size)]
-    dist.all_gather(gathered, status, group=group)
-    everyone = torch.stack(gathered).cpu()  # [world_size, 3]
+    distances = set_distances(one, plain, flipped)
+    report: dict[str, Any] = dict(score_set(one, plain, flipped))
+    report["threshold_cosine"] = 1 - report["threshold"] / 2
+    report |= _pair_report(distances, one.issame, fars, resamples)
+    if groups is not None:
+        report["groups"] = {
+            column: {
+                label: _group_report(distances, one.issame, of_pair == number, fars)
+                for number, label in enumerate(labels)
+            }
+            for column, (labels, of_pair) in _groups_of_pairs(one, groups).items()
+        }
+    return report
 
-    if failure is not None:
-        raise failure
-    failed = everyone[:, 0].nonzero().flatten().tolist()
-    if failed:
-        raise RuntimeError(
-            f"verification on {set_name} failed on rank {', '.join(map(str, failed))}; "
-            "the error raised there says why"
+
+def set_distances(
+    one: VerificationSet, plain: NDArray[np.floating], flipped: NDArray[np.floating]
+) -> NDArray[np.floating]:
+    """Squared distances [N] of the summed embeddings; NaN throughout where they are collapsed."""
+    distances = pair_distances(plain.astype(np.float64) + flipped)
+    values = verification_metrics(plain, flipped, one.issame)
+    if math.isnan(values["accuracy_flip"]):  # rounding errors are no distances
+        distances[:] = np.nan
+    return distances
+
+
+def _pair_report(
+    distances: NDArray[np.floating],
+    issame: NDArray[np.bool_],
+    fars: Sequence[float],
+    resamples: int,
+) -> dict[str, Any]:
+    num_impostors = int(np.count_nonzero(~issame))
+    report: dict[str, Any] = {
+        "num_same": len(issame) - num_impostors,
+        "num_impostors": num_impostors,
+        "tar_at_far": [
+            {
+                "far": far,
+                "tar": at.tar,
+                "threshold_cosine": 1 + at.threshold / 2,  # the score is minus the distance
+                "false_accepts": at.false_accepts,
+                "num_impostors": num_impostors,
+                "allowed_false_accepts": allowed_false_accepts(far, num_impostors),
+            }
+            for far, at in zip(fars, tars_at_fars(-distances, issame, fars), strict=True)
+        ],
+    }
+    if resamples:
+        intervals = bootstrap_intervals(distances, issame, fars, resamples=resamples)
+        report["confidence_95"] = {
+            "accuracy_flip" if name == "accuracy" else name: list(interval)
+            for name, interval in intervals.items()
+        }
+        report["bootstrap_resamples"] = resamples
+    return report
+
+
+def _group_report(
+    distances: NDArray[np.floating],
+    issame: NDArray[np.bool_],
+    members: NDArray[np.bool_],
+    fars: Sequence[float],
+) -> dict[str, Any]:
+    """What can be said of some of the pairs; folds too where there are enough of them."""
+    inside, same = distances[members], issame[members]
+    enough = len(inside) >= MIN_PAIRS
+    return {
+        "num_pairs": len(inside),
+        "accuracy_flip": ten_fold_accuracy(inside, same).mean if enough else math.nan,
+        "auc": auc(-inside, same),
+        "eer": eer(-inside, same),
+        **_pair_report(inside, same, fars, 0),
+    }
+
+
+def _groups_of_pairs(
+    one: VerificationSet, groups: Groups
+) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
+    """{column: (names of groups, group [N] of every pair)}."""
+    pairs = np.arange(one.num_pairs)
+    if groups.key == "pair":
+        of_pairs = groups.of([str(index) for index in pairs.tolist()])
+        return {column: pair_groups(values, pairs, pairs) for column, values in of_pairs.items()}
+    if groups.key == "name":
+        if one.image_names is None:
+            raise VerificationSetError(
+                f"{groups.path}: the images of {one.name} have no names; let the first column be "
+                "pair (0, 1, ..) or image (0, 1, ..)"
+            )
+        sides = groups.of(one.image_names)
+    else:
+        sides = groups.of([str(index) for index in range(2 * one.num_pairs)])
+    left, right = 2 * pairs, 2 * pairs + 1
+    return {column: pair_groups(values, left, right) for column, values in sides.items()}
+
+
+def format_results(results: dict[str, dict[str, Any]]) -> str:
+    """Tables of reports: a line per set, then a line per group."""
+    fars = [at["far"] for report in results.values() for at in report["tar_at_far"]]
+    fars = list(dict.fromkeys(fars))
+    head = ["set", "pairs", "accuracy", "flip", "95%", "threshold", "AUC", "EER"]
+    rows = [[*head, *(f"TAR@{rate_name(far)}" for far in fars)]]
+    notes, grouped = [], []
+    for name, report in results.items():
+        low, high = report.get("confidence_95", {}).get("accuracy_flip", (math.nan, math.nan))
+        rows.append([
+            name, str(report["num_pairs"]),
+            f"{report['accuracy']:.5f} ± {report['accuracy_std']:.5f}",
+            f"{report['accuracy_flip']:.5f} ± {report['accuracy_flip_std']:.5f}",
+            "" if math.isnan(low) else f"{low:.4f}-{high:.4f}",
+            f"{report['threshold_cosine']:.3f}", f"{report['auc']:.5f}", f"{report['eer']:.5f}",
+            *(f"{at['tar']:.5f}" for at in report["tar_at_far"]),
+        ])  # fmt: skip
+        allowed = ", ".join(
+            f"{at['allowed_false_accepts']} at {rate_name(at['far'])}"
+            for at in report["tar_at_far"]
         )
-    widths = set(everyone[:, 1].tolist()) - {0}
-    if len(widths) > 1:
-        raise RuntimeError(f"ranks gave embeddings of different widths: {sorted(widths)}")
-
-    dtype = torch.float64 if everyone[:, 2].any() else torch.float32
-    padded = torch.zeros(max(counts), widths.pop(), dtype=dtype, device=device)
-    if local is not None:
-        padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).cpu()
+        notes.append(f"{name}: {report['num_impostors']} impostors, so allowed are {allowed}")
+        for column, values in report.get("groups", {}).items():
+            for value, part in values.items():
+                grouped.append([
+                    f"{name} {column}={value}", str(part["num_pairs"]),
+                    str(part["num_impostors"]), f"{part['accuracy_flip']:.5f}",
+                    f"{part['auc']:.5f}", f"{part['eer']:.5f}",
+                    *(f"{at['tar']:.5f}" for at in part["tar_at_far"]),
+                ])  # fmt: skip
+    text = table(rows) + "\n" + "\n".join(notes)
+    if grouped:
+        head = ["group", "pairs", "impostors", "flip", "AUC", "EER"]
+        text += "\n" + table([[*head, *(f"TAR@{rate_name(far)}" for far in fars)], *grouped])
+    return text
 
 
 # --------------------------------------------------------------------------------------------
@@ -429,119 +543,115 @@ def _gather_rows(
 # --------------------------------------------------------------------------------------------
 
 
-def format_results(results: dict[str, VerificationResult]) -> str:
-    """A table of `verify`'s answer, one line per set."""
-    lines = [f"{'set':<16}{'pairs':>7}{'accuracy':>19}{'flip':>19}{'TAR@FAR1e-3':>13}{'AUC':>9}"]
-    for name, values in results.items():
-        plain = f"{values['accuracy']:.5f} ± {values['accuracy_std']:.5f}"
-        flip = f"{values['accuracy_flip']:.5f} ± {values['accuracy_flip_std']:.5f}"
-        lines.append(
-            f"{name:<16}{values['num_pairs']:>7.0f}{plain:>19}{flip:>19}"
-            f"{values['tar_at_far_1e-3']:>13.5f}{values['auc']:>9.5f}"
-        )
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code (2: wrong input, as argparse has it)."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.verification", description="Verify a model on LFW-style .bin sets."
+        prog="python -m eval.verification", description="Verify a model on sets of pairs."
     )
-    parser.add_argument("--model", required=True, help="folder of a run, or its model.pt")
-    parser.add_argument(
-        "--data", required=True, nargs="+", help=".bin files, or folders (every .bin in them)"
-    )
-    parser.add_argument("--network", help="architecture, for a model.pt that does not say")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--json", type=Path, help="write the metrics there (NaN as null)")
-    parser.add_argument("--plot", type=Path, help="write the ROC curves there (.png, .pdf, .svg)")
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], help=".bin files, or folders (every .bin in them)")
+    add("--pairs", type=Path, help="a pairs file, whose images are in --folder")
+    add("--folder", type=Path, help="folder of the images of --pairs")
+    add("--far", type=parse_rates, default=list(DEFAULT_FARS), help="default 1e-1,1e-2,1e-3,1e-4")
+    add("--bootstrap", type=int, default=1000, help="resamples (0: no intervals; default 1000)")
+    add("--groups", type=Path, help="CSV: pair (or image, or name), then columns to group by")
+    add("--json", type=Path, help="write the metrics there (NaN as null)")
+    add("--plot", type=Path, help="ROC and histograms of scores (.png, .pdf, .svg)")
+    add("--wrong", type=Path, help="contact sheet of the wrongly judged pairs (.png, .pdf, .svg)")
     options = parser.parse_args(arguments)
-    try:
-        _check_outputs(options.json, options.plot)
-        results, curves = _evaluate(options)
-        print(format_results(results))
-        if options.json:
-            _write_json(results, options.json)
-        if options.plot:
-            from eval.plots import plot_roc  # matplotlib takes a second to import
+    return run_command(lambda: _evaluate(options))
 
-            plot_roc(curves, options.plot, "Verification ROC, flip embeddings")
-    except (OSError, ValueError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _evaluate(options: argparse.Namespace) -> int:
+    check_outputs(
+        {"--json": options.json, "--plot": options.plot, "--wrong": options.wrong},
+        plots=("--plot", "--wrong"),
+    )
+    if bool(options.pairs) != bool(options.folder):
+        raise ValueError("--pairs and --folder go together: the file and where its images are")
+    if not options.data and not options.pairs:
+        raise ValueError("nothing to verify on: give --data, or --pairs with --folder")
+    if options.bootstrap < 0:
+        raise ValueError(f"--bootstrap {options.bootstrap}: 0 or more resamples")
+    world = choose_world(options.device)
+    paths = [path for given in options.data for path in _bin_files(Path(given))]
+    groups = Groups.read(options.groups, ("pair", "image", "name")) if options.groups else None
+    (model,) = open_models(options, world)
+    reports: dict[str, dict[str, Any]] = {}
+    distances: dict[str, tuple[NDArray, NDArray]] = {}
+    wrong: list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]] = []
+    sources: list[tuple[Path, VerificationSet | None]] = [(path, None) for path in paths]
+    if options.pairs:
+        sources.append((options.pairs, load_pairs(options.pairs, options.folder)))
+    for path, loaded in sources:
+        one = loaded or load_verification_set(path)
+        if one.name in reports:
+            raise VerificationSetError(f"{path}: a set named {one.name} was already given")
+        plain, flipped = embed_set(
+            model.embed,
+            one,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=options.batch_size,
+            input_size=model.input_size,
+            cache=cache_of(options, model),
+            show_progress=world.is_main,
+        )
+        if not world.is_main:
+            reports[one.name] = {}
+            continue
+        # A million pairs are as sure after a few hundred draws.
+        resamples = min(options.bootstrap, max(100, 20_000_000 // one.num_pairs))
+        reports[one.name] = report_set(
+            one, plain, flipped, fars=options.far,
+            resamples=resamples if options.bootstrap else 0, groups=groups,
+        )  # fmt: skip
+        distances[one.name] = set_distances(one, plain, flipped), one.issame
+        if options.wrong:
+            wrong += wrong_pairs(one, distances[one.name][0], reports[one.name]["threshold"])
+    if world.is_main:
+        print(format_results(reports))
+        if options.json:
+            write_json({**reports, "model": model.facts}, options.json)
+        _draw(options, distances, wrong)
     return 0
 
 
-def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
-    """Make their folders and see that both can be written, before the work they are to hold."""
-    if plot_file and plot_file.suffix not in _PLOT_SUFFIXES:
-        raise ValueError(f"--plot {plot_file}: the name must end in {', '.join(_PLOT_SUFFIXES)}")
-    for option, file in (("--json", json_file), ("--plot", plot_file)):
-        if file is None:
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise ValueError(f"{option} {file} is a folder; give the name of a file to write")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise ValueError(f"{option} {file} is not writable; give another name, or allow it")
+def wrong_pairs(
+    one: VerificationSet, distances: NDArray[np.floating], threshold: float, most: int = 40
+) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
+    """(caption, image, image) of the pairs that `threshold` (squared distance) judges wrongly.
+
+    The most wrong ones first, at most `most` of them.
+    """
+    excess = np.where(one.issame, distances - threshold, threshold - distances)
+    wrong = np.flatnonzero(np.where(one.issame, distances >= threshold, distances < threshold))
+    order = wrong[np.argsort(-excess[wrong], kind="stable")][:most]
+    images = _SetImages(one)
+    found = []
+    for pair in order.tolist():
+        kind = "same person" if one.issame[pair] else "different people"
+        caption = f"{one.name} {pair}: {kind}, cosine {1 - distances[pair] / 2:.3f}"
+        left, right = (images.pixels(i, images.encoded(i)) for i in (2 * pair, 2 * pair + 1))
+        found.append((caption, left, right))
+    return found
 
 
-def _choose_device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
-        usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ValueError(
-            f"--device {name}: PyTorch cannot use such a device here; give one of "
-            f"{', '.join(usable)}, or leave it out"
-        ) from error
-    return torch.device(name)
-
-
-def _write_json(results: dict[str, VerificationResult], path: Path) -> None:
-    """Whole or not at all; NaN, which JSON does not have, as null."""
-    plain = {
-        name: {key: None if math.isnan(value) else value for key, value in values.items()}
-        for name, values in results.items()
-    }
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_text(json.dumps(plain, indent=2) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)  # gone already unless something failed
-
-
-def _evaluate(
+def _draw(
     options: argparse.Namespace,
-) -> tuple[dict[str, VerificationResult], dict[str, tuple[NDArray, NDArray]]]:
-    """(metrics, (FAR, TAR) curve) of every set the options name."""
-    device = _choose_device(options.device)
-    paths = [path for given in options.data for path in _bin_files(Path(given))]
-    backbone, metadata = load_model(options.model, network=options.network)
-    if metadata.color != "RGB" or metadata.in_channels != 3:
-        raise ValueError(
-            f"{options.model} takes {metadata.in_channels} {metadata.color} channels; "
-            "only RGB models can be verified here"
-        )
-    embed = Embedder(backbone.to(device), metadata.mean, metadata.std)
-    results, curves = {}, {}
-    for path in paths:
-        one = load_verification_set(path)
-        if one.name in results:
-            raise VerificationSetError(f"{path}: a set named {one.name} was already given")
-        plain, flipped = embed_set(
-            embed, one, batch_size=options.batch_size, input_size=metadata.input_size
-        )
-        results[one.name] = score_set(one, plain, flipped)
-        scores = -pair_distances(plain.astype(np.float64) + flipped)
-        if math.isnan(results[one.name]["auc"]):  # a curve of rounding errors is no curve
-            scores[:] = np.nan
-        far, tar, _ = roc_curve(scores, one.issame)
-        curves[one.name] = (far, tar)
-    return results, curves
+    distances: dict[str, tuple[NDArray, NDArray]],
+    wrong: list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
+) -> None:
+    if options.plot:
+        from eval.plots import plot_scores  # matplotlib takes a second to import
+
+        scores = {name: (1 - far / 2, same) for name, (far, same) in distances.items()}
+        plot_scores(scores, options.plot, "Verification, image and mirror image summed")
+    if options.wrong:
+        from eval.plots import plot_contact_sheet
+
+        plot_contact_sheet(wrong, options.wrong, "Wrongly judged pairs, the most wrong first")
 
 
 def _bin_files(path: Path) -> list[Path]:

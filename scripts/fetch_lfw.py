@@ -32,7 +32,7 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.decode import ImageError, decode_image, read_image_file
 from data.encode import encode_jpeg, fit_pixels
-from data.pairs import Pair, image_path, read_pairs, write_verification_set
+from data.pairs import Pair, read_pairs, write_verification_set
 from data.record_set import RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError, MissingDataError, list_class_folders
@@ -149,8 +149,13 @@ def _write_pairs(
     pairs = balanced_folds(read_pairs(path_pairs), max(1, num_folds), people)
     encoded: list[bytes] = []
     for pair in tqdm(pairs, desc="pairs", unit=" pairs"):
-        for name, number in (pair.first, pair.second):
-            path = image_path(images, name, number, f"{path_pairs}, line {pair.line}")
+        for relative in pair.paths:
+            path = images / relative
+            if not path.is_file():
+                raise MissingDataError(
+                    f"{path_pairs}, line {pair.line}: {path} does not exist; images lie at "
+                    "FOLDER/name/"
+                )
             encoded.append(centre_crop(read_image_file(path), str(path)))
     write_verification_set(target, encoded, [pair.same for pair in pairs], force=force)
     return len(pairs)

@@ -34,7 +34,7 @@ from data.decode import ImageError, read_image_file
 from data.encode import FitTask, fit_files, fit_image
 from data.files import list_some
 from data.order import shuffled_indices
-from data.pairs import image_path, read_pairs, write_verification_set
+from data.pairs import read_pairs, write_verification_set
 from data.record_set import IM2REC, INSIGHTFACE, STYLES, RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError, MissingDataError, list_class_folders
@@ -290,10 +290,11 @@ def pack_pairs(
     pairs = read_pairs(path_pairs)
     images: list[bytes] = []
     for pair in tqdm(pairs, unit=" pairs"):
-        line = f"{path_pairs}, line {pair.line}"
-        for name, number in (pair.first, pair.second):
-            path = image_path(folder, name, number, line)
-            where = f"{line}: {path}"
+        for relative in pair.paths:
+            path = folder / relative
+            where = f"{path_pairs}, line {pair.line}: {path}"
+            if not path.is_file():
+                raise MissingDataError(f"{where} does not exist; images lie at FOLDER/name/")
             images.append(fit_image(read_image_file(path, where), where, size, quality).encoded)
     write_verification_set(out, images, [pair.same for pair in pairs], force=force)
     return len(pairs)

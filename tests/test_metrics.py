@@ -18,12 +18,15 @@ from sklearn.model_selection import KFold
 from eval.metrics import (
     DISTANCE_THRESHOLDS,
     auc,
+    bootstrap_intervals,
     eer,
     is_collapsed,
     l2_normalise,
     pair_distances,
+    rate_name,
     roc_curve,
     tar_at_far,
+    tars_at_fars,
     ten_fold_accuracy,
     verification_metrics,
     xnorm,
@@ -319,3 +322,77 @@ def test_scores_that_are_not_finite_give_nan() -> None:
 def test_xnorm_is_the_mean_length_over_all_arrays() -> None:
     assert xnorm([[3.0, 4.0]], [[0.0, 1.0]]) == 3.0
     assert math.isnan(xnorm([[3.0, np.inf]]))
+
+
+# --- several targets at once, and intervals ---
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs(), st.lists(st.sampled_from([0.0, 1e-3, 0.1, 0.5, 1.0]), min_size=1, max_size=4))
+def test_several_targets_at_once_are_each_by_itself(
+    data: tuple[np.ndarray, np.ndarray], targets: list[float]
+) -> None:
+    scores, same = data
+    assert tars_at_fars(scores, same, targets) == [tar_at_far(scores, same, t) for t in targets]
+
+
+def test_intervals_hold_the_metrics_shrink_with_pairs_and_repeat_with_the_seed() -> None:
+    generator = np.random.default_rng(0)
+    widths = []
+    for count in (200, 5000):
+        same = np.arange(count) % 2 == 0
+        distances = np.clip(generator.normal(1.8 - 0.7 * same, 0.35), 0, 4)
+        found = bootstrap_intervals(distances, same, [0.01, 0.1], resamples=300)
+        values = {
+            "accuracy": ten_fold_accuracy(distances, same).mean,
+            "auc": auc(-distances, same),
+            "eer": eer(-distances, same),
+            "tar_at_far_1e-2": tar_at_far(-distances, same, 0.01).tar,
+            "tar_at_far_1e-1": tar_at_far(-distances, same, 0.1).tar,
+        }
+        assert found.keys() == values.keys()
+        for name, (low, high) in found.items():
+            assert low <= values[name] <= high
+        widths.append({name: high - low for name, (low, high) in found.items()})
+        assert found == bootstrap_intervals(distances, same, [0.01, 0.1], resamples=300)
+    assert all(widths[1][name] < 0.5 * widths[0][name] for name in widths[0])
+
+
+def test_the_interval_of_accuracy_has_the_binomial_width() -> None:
+    generator = np.random.default_rng(1)
+    same = np.arange(2000) % 2 == 0
+    distances = np.where(same, 0.5, 2.5)
+    wrong = generator.random(2000) < 0.1
+    distances[wrong] = np.where(same, 2.5, 0.5)[wrong]
+    low, high = bootstrap_intervals(distances, same, resamples=600)["accuracy"]
+    expected = 2 * 1.96 * math.sqrt(0.1 * 0.9 / 2000)
+    assert high - low == pytest.approx(expected, rel=0.15)
+
+
+def test_intervals_of_nothing_are_nan_and_bad_arguments_errors() -> None:
+    same = np.array([True, False] * 10)
+    found = bootstrap_intervals(np.full(20, np.nan), same, [0.1], resamples=5)
+    assert all(math.isnan(value) for pair in found.values() for value in pair)
+    found = bootstrap_intervals(np.arange(20.0), np.ones(20, bool), [0.1], resamples=5)
+    assert not math.isnan(found["accuracy"][0])
+    assert math.isnan(found["auc"][0])
+    with pytest.raises(ValueError, match="resamples is 0"):
+        bootstrap_intervals(np.arange(20.0), same, resamples=0)
+
+
+def test_rates_are_spelt_as_keys() -> None:
+    names = [rate_name(rate) for rate in (1e-3, 1e-1, 0.05, 1.0, 1e-6, 0.0)]
+    assert names == ["1e-3", "1e-1", "5e-2", "1", "1e-6", "0"]
+
+
+def test_the_published_interpolation_of_val_crashes_where_fars_repeat_and_ours_does_not() -> None:
+    # The published `calculate_val` interpolates the threshold over the FARs at the 400 thresholds;
+    # at any separable set most of them are equal, which SciPy refuses.
+    from scipy.interpolate import interp1d
+
+    same = np.arange(200) % 2 == 0
+    distances = np.where(same, 0.5, 2.0) + np.linspace(0, 0.4, 200)
+    fars = (distances[:, None] < DISTANCE_THRESHOLDS)[~same].mean(0)
+    with pytest.raises(ValueError, match="duplicates"):
+        interp1d(fars, DISTANCE_THRESHOLDS, kind="slinear")
+    assert tar_at_far(-distances, same, 1e-3).tar == 1.0

@@ -303,3 +303,89 @@ def test_every_network_agrees(name: str, tmp_path: Path):
         trained(name, 512, 112, {}), ModelMetadata(name), tmp_path / "m.onnx", simplify=True
     )
     assert report.max_relative_difference <= 1e-4
+
+
+# --- precision, normalisation, verification ---
+
+
+@pytest.fixture(scope="module")
+def verification_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pickle
+
+    pixels = np.random.default_rng(4).integers(0, 256, (40, 36, 36, 3), dtype=np.uint8)
+    pixels[1::4] = np.clip(pixels[0::4].astype(int) + 30, 0, 255).astype(np.uint8)  # a same pair
+    path = tmp_path_factory.mktemp("sets") / "made_up.bin"
+    path.write_bytes(pickle.dumps((list(pixels), [True, False] * 10), protocol=4))
+    return path
+
+
+def test_fp16_is_half_the_size_takes_and_gives_floats_and_says_what_it_cost(
+    run: Path, tiny: Backbone, verification_bin: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([str(run)]) == 0
+    full = (run / "model.onnx").stat().st_size
+    assert main([str(run), "--precision", "fp16", "--verify", str(verification_bin)]) == 0
+    printed = capsys.readouterr().out
+    assert "made_up: accuracy" in printed
+    assert "with the file in fp16" in printed
+    weights = 4 * sum(parameter.numel() for parameter in tiny.parameters())
+    assert full - (run / "model.onnx").stat().st_size > 0.4 * weights
+    session = onnxruntime.InferenceSession(run / "model.onnx")
+    assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float)"
+    images = np.random.default_rng(1).uniform(-1, 1, (5, 3, 36, 36)).astype(np.float32)
+    with torch.no_grad():
+        expected = tiny.eval()(torch.from_numpy(images)).numpy()
+    found = np.asarray(session.run(None, {"data": images})[0])
+    cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1)
+    assert (cosines / np.linalg.norm(expected, axis=1) > 0.9999).all()
+
+
+def test_folded_normalisation_is_the_same_network_on_pixels(
+    run: Path, tiny: Backbone, verification_bin: Path, capsys: pytest.CaptureFixture[str]
+):
+    from eval.submission import begins_with_normalisation
+
+    assert not begins_with_normalisation(onnx.load(_export(run)).graph)
+    path = _export(run, "--fold-normalisation", "--verify", str(verification_bin))
+    assert "with the file in fp32" in capsys.readouterr().out
+    model = onnx.load(path)
+    assert begins_with_normalisation(model.graph)
+    names = [node.name for node in model.graph.node[:4]]  # the two, and their constants
+    assert {"Sub_normalise", "Mul_normalise"} <= set(names)
+    session = onnxruntime.InferenceSession(path)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert (facts["mean"], facts["std"]) == ("0.0", "1.0")
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 3, 36, 36)).astype(np.float32)
+    with torch.no_grad():
+        expected = tiny.eval()(torch.from_numpy((pixels - 127.5) / 127.5)).numpy()
+    found = np.asarray(session.run(None, {"data": pixels})[0])
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def _export(run: Path, *options: str) -> Path:
+    assert main([str(run), *options]) == 0
+    return run / "model.onnx"
+
+
+def test_another_accuracy_through_onnxruntime_leaves_no_file(
+    run: Path,
+    verification_bin: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    class Constant:
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.arange(len(images) * 2.0).reshape(-1, 2)
+
+    monkeypatch.setattr(torch2onnx, "open_model", lambda path: Constant())
+    assert main([str(run), "--verify", str(verification_bin)]) == 1
+    assert "on made_up the ONNX model has accuracy" in capsys.readouterr().err
+    assert os.listdir(run) == ["model.pt"]
+
+
+def test_a_verification_set_of_another_size_is_refused_before_the_export(
+    run: Path, shared_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = shared_dir / "data" / "lfw112" / "lfw_part.bin"
+    assert main([str(run), "--verify", str(path)]) == 2
+    assert "112 x 112 pixels; the model takes 36 x 36" in capsys.readouterr().err

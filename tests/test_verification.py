@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from eval.embedder import Embedder
+from eval.embedding import share_of_batches
+from eval.groups import Groups
 from eval.verification import (
     VerificationSet,
     VerificationSetError,
     embed_set,
     find_verification_sets,
+    load_pairs,
     load_verification_set,
     main,
-    share_of_batches,
+    report_set,
     verify,
 )
 from tests.conftest import RankFailure
@@ -531,3 +534,143 @@ def test_pictures_are_drawn_from_torn_and_nan_records_and_bad_ones_are_named(
     assert plot_roc(curves, tmp_path / "roc.pdf", "made up").read_bytes()[:4] == b"%PDF"
     with pytest.raises(ValueError, match="no ROC curve"):
         plot_roc({}, tmp_path / "roc.png", "none")
+
+
+# --- pairs files, groups, figures, ranks ---
+
+
+@pytest.fixture(scope="module")
+def pooling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.models import OURS, write_pooling_model
+
+    return write_pooling_model(tmp_path_factory.mktemp("models") / "pool.onnx", metadata=OURS)
+
+
+def _people(folder: Path, people: int = 12, size: int = 112) -> str:
+    """Two images each of some people, and the lines of a pairs file: same and different."""
+    random = np.random.default_rng(0)
+    lines = []
+    for person in range(people):
+        base = random.integers(0, 256, (7, 7, 3))
+        (folder / f"p{person}").mkdir(parents=True)
+        for number in (1, 2):
+            small = np.clip(base + random.normal(0, 70, base.shape), 0, 255).astype(np.uint8)
+            pixels = np.ascontiguousarray(small.repeat(size // 7, 0).repeat(size // 7, 1))
+            path = folder / f"p{person}" / f"p{person}_{number:04d}.jpg"
+            path.write_bytes(simplejpeg.encode_jpeg(pixels, 95))
+        other = (person + 1) % people
+        lines += [f"p{person} 1 2", f"p{person}/p{person}_0001.jpg\tp{other}/p{other}_0001.jpg\t0"]
+    return "\n".join(lines)
+
+
+def test_a_pairs_file_is_judged_with_intervals_groups_and_figures(
+    tmp_path: Path, pooling: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pairs.txt").write_text(_people(tmp_path / "faces"))
+    names = [f"p{p}/p{p}_{n:04d}.jpg" for p in range(12) for n in (1, 2)]
+    rows = [f"{name},{'ab'[i // 2 % 2]}\n" for i, name in enumerate(names)]
+    (tmp_path / "groups.csv").write_text("name,race\n" + "".join(rows))
+    arguments = ["--model", str(pooling), "--pairs", str(tmp_path / "pairs.txt")]
+    arguments += ["--folder", str(tmp_path / "faces"), "--groups", str(tmp_path / "groups.csv")]
+    for option, name in (("--json", "o.json"), ("--plot", "roc.pdf"), ("--wrong", "wrong.png")):
+        arguments += [option, str(tmp_path / name)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "o.json").read_text())
+    report = content["pairs"]
+    assert (report["num_pairs"], report["num_impostors"]) == (24, 12)
+    assert [at["far"] for at in report["tar_at_far"]] == [0.1, 0.01, 0.001, 0.0001]
+    assert [at["allowed_false_accepts"] for at in report["tar_at_far"]] == [1, 0, 0, 0]
+    low, high = report["confidence_95"]["accuracy_flip"]
+    assert low <= report["accuracy_flip"] <= high
+    assert {k: v["num_pairs"] for k, v in report["groups"]["race"].items()} == {
+        "a": 6, "b": 6, "a / b": 12,
+    }  # fmt: skip
+    assert "12 impostors, so allowed are 1 at 1e-1, 0 at 1e-2" in printed
+    assert "pairs race=a / b" in printed
+    assert (tmp_path / "roc.pdf").read_bytes()[:4] == b"%PDF"
+    assert (tmp_path / "wrong.png").read_bytes()[:4] == b"\x89PNG"
+    assert content["model"]["key"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("p0 1 7", r"pairs\.txt, line 24: .*p0_0007\.jpg: cannot be read"),
+        ("../x.jpg p0/p0_0001.jpg 1", r"pairs\.txt, line 24: '\.\./x\.jpg' leads out"),
+        ("a b c d e f", r"pairs\.txt, line 24: expected 'name n1 n2'"),
+    ],
+)
+def test_a_bad_line_of_a_pairs_file_is_named(tmp_path: Path, line: str, words: str) -> None:
+    lines = _people(tmp_path / "faces").splitlines()
+    (tmp_path / "pairs.txt").write_text("\n".join([*lines[:-1], line]))
+    with pytest.raises(VerificationSetError, match=words):
+        load_pairs(tmp_path / "pairs.txt", tmp_path / "faces")
+
+
+def test_groups_by_pair_and_by_image_number(tmp_path: Path) -> None:
+    one = _set(20)
+    rows = np.random.default_rng(0).standard_normal((40, 6))
+    (tmp_path / "a.csv").write_text("pair,k\n" + "".join(f"{i},{i // 10}\n" for i in range(20)))
+    (tmp_path / "b.csv").write_text("image,k\n" + "".join(f"{i},{i // 20}\n" for i in range(40)))
+    found = [
+        report_set(one, rows, rows, resamples=0, groups=groups)
+        for groups in (
+            Groups.read(tmp_path / name, ("pair", "image")) for name in ("a.csv", "b.csv")
+        )
+    ]
+    assert found[0]["groups"] == found[1]["groups"]
+    assert found[0]["groups"]["k"]["0"]["num_pairs"] == 10
+    (tmp_path / "c.csv").write_text("name,k\nx,1\n")
+    with pytest.raises(VerificationSetError, match="images of made_up have no names"):
+        report_set(one, rows, rows, groups=Groups.read(tmp_path / "c.csv", ("name",)))
+
+
+def test_the_golden_set_has_its_accuracies_and_an_interval_around_them(shared_dir: Path) -> None:
+    one = load_verification_set(shared_dir / "data" / "lfw112" / "lfw_part.bin")
+    with np.load(shared_dir / "golden" / "eval" / "lfw_part.npz") as golden:
+        report = report_set(one, golden["embeddings"], golden["embeddings_flip"], resamples=200)
+    assert (report["accuracy"], report["accuracy_flip"]) == pytest.approx((0.9925, 0.995))
+    low, high = report["confidence_95"]["accuracy_flip"]
+    assert low < 0.995 < high
+    assert high - low < 0.02
+
+
+def test_the_command_on_two_ranks_writes_what_it_writes_alone(
+    tmp_path: Path, pooling: Path
+) -> None:
+    import subprocess
+    import sys
+
+    images = [simplejpeg.encode_jpeg(i, 95) for i in np.repeat(_pixels(24), 7, 1).repeat(7, 2)]
+    _write(tmp_path / "a.bin", (images, [True, False] * 6))
+    arguments = ["--model", str(pooling), "--data", str(tmp_path), "--device", "cpu"]
+    assert main([*arguments, "--batch-size", "5", "--json", str(tmp_path / "1.json")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
+               str(20000 + os.getpid() % 20000), "-m", "eval.verification"]  # fmt: skip
+    done = subprocess.run(
+        [*command, *arguments, "--batch-size", "5", "--json", str(tmp_path / "2.json")],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+    assert done.stdout.count("AUC") == 1  # one rank speaks
+
+
+def test_a_collapsed_model_is_reported_as_undefined_and_can_be_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from eval.plots import plot_contact_sheet, plot_scores
+    from eval.verification import format_results, set_distances, wrong_pairs
+
+    one, rows = _set(20), np.ones((40, 6), np.float32)
+    report = report_set(one, rows, rows, resamples=10)
+    assert math.isnan(report["tar_at_far"][0]["tar"])
+    assert math.isnan(report["confidence_95"]["auc"][0])
+    assert "undefined" in caplog.text
+    assert "nan" in format_results({"made_up": report})
+    distances = set_distances(one, rows, rows)
+    assert wrong_pairs(one, distances, report["threshold"]) == []
+    plot_scores({"made_up": (1 - distances / 2, one.issame)}, tmp_path / "a.png", "t")
+    plot_contact_sheet([], tmp_path / "b.png", "t")
+    assert (tmp_path / "a.png").exists()
