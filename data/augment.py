@@ -246,12 +246,12 @@ def apply(draws: Draws, row: int, image: np.ndarray) -> None:
     if height:
         image[top : top + height, left : left + width] = ERASED
     if draws.flip[row]:
-        image[...] = cv2.flip(image, 1)
+        mirror(image)
 
 
-def write_flipped(image: np.ndarray, out: np.ndarray) -> None:
-    """Write the mirror image (left and right exchanged) of uint8 [H, W, 3] into `out`."""
-    cv2.flip(image, 1, dst=out)
+def mirror(image: np.ndarray) -> None:
+    """Exchange left and right of uint8 [H, W, 3] in place, while it is still in the cache."""
+    cv2.flip(image, 1, dst=image)  # it swaps pairs of pixels, so source and target may be one
 
 
 def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

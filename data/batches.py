@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.augment import Augmentation, Draws, apply, draw, write_flipped
+from data.augment import Augmentation, Draws, apply, draw, mirror
 from data.decode import ImageError
 from data.order import batch_positions, steps_per_epoch
 from data.recordio import RecordError
@@ -95,11 +95,9 @@ class BatchMaker:
         images = np.empty((len(indices), size, size, 3), np.uint8)
         labels = np.empty(len(indices), np.int64)
         bad: dict[int, Exception] = {}
-        only_flips, scratch = self.augmentation.only_flips, np.empty((size, size, 3), np.uint8)
-        for row, (index, flip) in enumerate(
-            zip(indices.tolist(), draws.flip.tolist(), strict=True)
-        ):
-            image = scratch if flip and only_flips else images[row]
+        only_flips, flips = self.augmentation.only_flips, draws.flip.tolist()
+        for row, index in enumerate(indices.tolist()):
+            image = images[row]
             try:
                 labels[row] = self.source.read_into(index, image)
             except DATA_ERRORS as error:
@@ -109,8 +107,8 @@ class BatchMaker:
                 continue
             if not only_flips:
                 apply(draws, row, image)
-            elif flip:
-                write_flipped(image, images[row])
+            elif flips[row]:
+                mirror(image)
         for row, other in stand_ins(bad, len(indices)).items():
             images[row], labels[row] = images[other], labels[other]
         return self.loaded(torch.from_numpy(images), labels, bad)

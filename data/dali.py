@@ -120,6 +120,8 @@ class DaliPool:
                 except StopIteration:
                     break
                 except RuntimeError as error:
+                    if not feed.in_flight:
+                        raise  # not about any batch
                     self._repair(feed.in_flight[0], error)
                     feed.start_again()
                     pipeline = None

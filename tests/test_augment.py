@@ -14,6 +14,7 @@ from data.augment import (
     Draws,
     apply,
     draw,
+    mirror,
     parse_augmentation,
 )
 from data.order import flip_mask
@@ -153,6 +154,14 @@ def test_flipping_comes_last_and_mirrors() -> None:
     draws.flip[:] = False
     apply(draws, 0, plain)
     assert np.array_equal(mirrored, plain[:, ::-1])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 15, 16, 17, 33, 63, 64, 65, 111, 112, 224])
+def test_mirroring_in_place_is_mirroring(width: int) -> None:
+    original = np.random.default_rng(width).integers(0, 256, (5, width, 3), dtype=np.uint8)
+    mirrored = original.copy()
+    mirror(mirrored)
+    assert np.array_equal(mirrored, original[:, ::-1])
 
 
 def test_presets_are_what_was_published() -> None:
