@@ -20,7 +20,7 @@ An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -159,7 +159,7 @@ class PartialFC(nn.Module):
                 "call head.step(learning_rate)",
             )
         self._host = (
-            HostCentres(self.weight, row_update, self.device, self._likely_rows)
+            HostCentres(self.weight, row_update, self.device, self._next_rows)
             if centre_device is not None and row_update is not None
             else None
         )
@@ -193,8 +193,9 @@ class PartialFC(nn.Module):
 
         Raises:
             ValueError: shapes, dtypes or labels that do not fit. On CPUs every rank raises, also
-                for another rank's batch. On CUDA, where looking would wait for the device, a
-                label outside the range makes the loss NaN.
+                for another rank's batch. On CUDA, where looking would wait for the device, the
+                rank with a wrong shape or dtype raises alone (torchrun then ends the others) and
+                a label outside the range makes the loss NaN.
             RuntimeError: r < 1 and a second forward before `step`, without `prepare`.
         """
         with torch.autocast(local_embeddings.device.type, enabled=False):
@@ -214,7 +215,7 @@ class PartialFC(nn.Module):
             )
             context = self._begin_margin(norms, target, batch.is_real)
             if self.engine is not None:
-                veto = batch.has_unknown
+                veto = batch.has_unknown | ~batch.is_real.any()
                 arguments = (target, context, centres, row_weight, learning_rate, veto)
                 loss: Tensor = EngineLoss.apply(unit, norms, self.weight, self.engine, arguments)
                 return loss
@@ -265,7 +266,8 @@ class PartialFC(nn.Module):
         if self.engine is not None:
             if not self.engine.has_moved_since_finish and not self.engine.has_pending:
                 raise RuntimeError("no gradient: call loss.backward() before head.step()")
-            self.engine.finish(learning_rate, bad, gradient_scale)
+            with torch.autocast(self.device.type, enabled=False):
+                self.engine.finish(learning_rate, bad, gradient_scale)
         else:
             self._move_by_weight_grad(learning_rate, bad, gradient_scale)
         if bad is not None:
@@ -279,15 +281,20 @@ class PartialFC(nn.Module):
         """What sampling and draws need to go on as if they had not been interrupted."""
         return {
             "samples_drawn": self._samples_drawn, "forwards": self._forwards, "seed": self.seed,
-            "roundings": 0 if self.row_update is None else self.row_update.roundings,
+            "roundings": [rule.roundings for _, rule in self.moved_parameters()],
         }  # fmt: skip
+
+    def moved_parameters(self) -> list[tuple[nn.Parameter, RowUpdate]]:
+        """Each parameter that moves by rows, with the rule that owns its optimizer state."""
+        pairs = ((self.weight, self.row_update), (self.bias, self._bias_update))
+        return [(p, rule) for p, rule in pairs if p is not None and rule is not None]
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over `get_extra_state` of a saved head."""
         self._samples_drawn, self.seed = state["samples_drawn"], state["seed"]
         self._forwards = state["forwards"]
-        if self.row_update is not None:
-            self.row_update.roundings = state["roundings"]
+        for (_, rule), count in zip(self.moved_parameters(), state["roundings"], strict=True):
+            rule.roundings = count
 
     def describe_memory(self) -> str:
         """What the head holds on this rank, for the log."""
@@ -348,13 +355,20 @@ class PartialFC(nn.Module):
         """Rows of the shard that take part in this step, None for all."""
         return None if self._sample is None else self._rows
 
-    def _likely_rows(self) -> Tensor:
-        """Rows the next step will probably want: its negatives, were there no positives."""
-        classes = likely_classes(
-            self.num_classes_local, self.sample_rate,
-            seed=self.seed, rank=self.rank, step=self._samples_drawn,
-        )  # fmt: skip
-        return self._rows_of(classes)
+    def _next_rows(self) -> Callable[[], Tensor]:
+        """How to find the rows the next step will probably want: its negatives, were there no
+        positives. The draw is named now, the finding may come later and in another thread."""
+        draw = self._samples_drawn
+
+        def find() -> Tensor:
+            return self._rows_of(
+                likely_classes(
+                    self.num_classes_local, self.sample_rate,
+                    seed=self.seed, rank=self.rank, step=draw,
+                )
+            )  # fmt: skip
+
+        return find
 
     def _centres(self) -> Centres:
         rows = self._sampled_rows()
@@ -398,9 +412,8 @@ class PartialFC(nn.Module):
         if self.weight.grad is None:
             raise RuntimeError("no gradient: call loss.backward() before head.step()")
         rows = self._sampled_rows()
-        for parameter, rule in ((self.weight, self.row_update), (self.bias, self._bias_update)):
-            if parameter is None or parameter.grad is None or rule is None:
-                continue
+        for parameter, rule in self.moved_parameters():
+            assert parameter.grad is not None
             gradient = parameter.grad if rows is None else parameter.grad[rows]
             if gradient_scale is not None:
                 gradient = gradient / gradient_scale

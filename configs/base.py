@@ -390,6 +390,13 @@ class Config:
             'head_weight_dtype="bf16" needs head_update="fused"',
         )
         require(
+            self.margin is not None
+            or self.loss not in ("arcface", "cosface", "sphereface", "subcentre_arcface")
+            or self.margin_list == Config.margin_list,
+            f"margin_list={self.margin_list!r} belongs to loss='combined': for "
+            f"loss={self.loss!r} set margin=..., or leave loss out",
+        )
+        require(
             self.margin is None or self.loss not in ("combined", "softmax", "normface", "magface"),
             f"margin={self.margin!r} has no meaning for loss={self.loss!r}: set margin_list or "
             "magface_margins, or leave margin=None",
@@ -407,9 +414,9 @@ class Config:
         require(self.clip_grad_norm >= 0.0, f"clip_grad_norm={self.clip_grad_norm!r}: at least 0")
         require(self.scale > 0.0, f"scale={self.scale!r}: above 0")
         require(
-            -1.0 <= self.interclass_filtering_threshold <= 1.0,
-            f"interclass_filtering_threshold={self.interclass_filtering_threshold!r}: a cosine, "
-            "0 for off",
+            0.0 <= self.interclass_filtering_threshold <= 1.0,
+            f"interclass_filtering_threshold={self.interclass_filtering_threshold!r}: a cosine "
+            "in (0, 1], 0 for off",
         )
         require(
             self.lr_base_batch is None or self.lr_base_batch >= 1,
@@ -434,3 +441,31 @@ class Config:
                 "val_targets=[]",
             )
         return found
+
+    def unused(self) -> list[str]:
+        """Keys that were set but mean nothing for this loss, one sentence each, for a warning.
+
+        They may come from a published config whose loss was exchanged on the command line.
+        """
+        angular = ("combined", "arcface", "cosface", "sphereface", "subcentre_arcface")
+        belongs_to = {
+            "margin_list": ("combined",),
+            "margin_gradient": angular,
+            "interclass_filtering_threshold": angular,
+            "scale": tuple(name for name in LOSSES if name != "softmax"),
+            "softmax_bias": ("softmax",),
+            "adaface_h": ("adaface",),
+            "adaface_t_alpha": ("adaface",),
+            "magface_norms": ("magface",),
+            "magface_margins": ("magface",),
+            "magface_lambda_g": ("magface",),
+            "curricular_alpha": ("curricularface",),
+            "elastic_std": ("elasticface_arc", "elasticface_cos"),
+            "elastic_plus": ("elasticface_arc", "elasticface_cos"),
+        }
+        return [
+            f"{key}={getattr(self, key)!r} is not used: it belongs to {', '.join(losses)}, and the "
+            f"loss is {self.loss}"
+            for key, losses in belongs_to.items()
+            if self.loss not in losses and getattr(self, key) != getattr(Config, key)
+        ]

@@ -20,6 +20,8 @@ class Centres(Protocol):
     num_rows: int
     reads_copies: bool
     """`read` gives a copy (sampled rows, half precision) rather than a view of the shard."""
+    rule_matrices: int
+    """Matrices [rows, D] that moving a block makes on the way."""
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """[stop - start, D] in working precision; `out` is used for it where it is a copy."""
@@ -77,14 +79,18 @@ class ShardCentres:
         self.rows, self.state = rows, state
         self.num_rows = weight.shape[0] if rows is None else rows.shape[0]
         self.reads_copies = rows is not None or weight.dtype == torch.bfloat16
+        self.rule_matrices = 0
+        if rule is not None:
+            self.rule_matrices = rule.matrices_per_block(weight, rows is not None, state)
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """[stop - start, D]: a view of the shard, or copies of the sampled rows."""
         weight = self.weight.detach()
-        if self.rows is None:
-            return _working(weight[start:stop])
         if weight.dtype == torch.bfloat16:
-            return weight.index_select(0, self.rows[start:stop]).float()
+            block = weight[start:stop] if self.rows is None else weight[self.rows[start:stop]]
+            return block.float() if out is None else out.copy_(block)
+        if self.rows is None:
+            return weight[start:stop]
         return torch.index_select(weight, 0, self.rows[start:stop], out=out)
 
     def read_rows(self, rows: Tensor) -> Tensor:

@@ -76,16 +76,16 @@ class Engine:
             BufferTooSmallError: not one class fits the budget.
         """
         half = self.matmul_dtype(like) != like.dtype
-        batch_matrices = 1 + half  # z, and its copy in half precision
+        batch_matrices = 1 + half  # z, and what it is rounded from or to
         batch_matrices += 3 if self.margin.touches_others else 0  # values, slope, mask
         batch_matrices += 3 if self.centres_per_class > 1 else 0  # best values and their places
         cost = BlockCost(
             batch, width, like.itemsize,
             kept_bytes=self.matmul_dtype(like).itemsize,
             batch_matrices=batch_matrices,
-            # gradient, before and after the normalisation; the centres' copy in half precision;
-            # for sampled rows the centres' copy and that of the rule's state (AdamW has two)
-            width_matrices=2 + half + 3 * centres.reads_copies,
+            # gradient, before and after the normalisation; operands in half precision; what
+            # reading the centres and moving them copies
+            width_matrices=2 + 2 * half + centres.reads_copies + centres.rule_matrices,
             reads_copies=centres.reads_copies,
         )  # fmt: skip
         share = WORK_SHARE.get(like.device.type, 1 / 2)
@@ -136,7 +136,8 @@ class Engine:
                 assert one.upstream is not None
                 one.upstream = one.upstream / gradient_scale
         if len(passes) > 1:
-            self._buffer_user = None  # their numerators have overwritten one another
+            for one in passes:  # the buffer will be laid out, and scratched, for the largest
+                one.forget_kept()
         self.lend_buffer(largest)
         update = Update(self, passes, learning_rate, bad)
         for start, stop in largest.plan.blocks():
@@ -145,6 +146,7 @@ class Engine:
                 update.add(one, one.block(start, stop, rows), rows)
             update.apply(start, stop, rows)
         update.finish()
+        self.release_buffer()
         self.has_moved_since_finish = False
 
     @property
@@ -173,6 +175,12 @@ class Engine:
         one.forget_kept()
         self._buffer.arrange(one.plan, *one.unit.shape)
         self._buffer_user = one
+
+    def release_buffer(self) -> None:
+        """The step's passes are done: let go of them and of the centres they hold."""
+        if self._buffer_user is not None:
+            self._buffer_user.forget_kept()
+            self._buffer_user = None
 
     def matmul_dtype(self, like: Tensor) -> torch.dtype:
         """Dtype of the operands of the large products."""
@@ -268,6 +276,7 @@ class Pass:
                 update.apply(start, stop, rows)
         if update is not None:
             update.finish()
+            self.engine.release_buffer()
         return gradient, self._norm_gradient()
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -335,10 +344,10 @@ class Pass:
         engine, margin, k = self.engine, self.margin, self.engine.centres_per_class
         store = engine.buffer.kept_numerators(start, stop) if keep else None
         into = store if store is not None and store.dtype == self.unit.dtype else None
+        scratch = engine.buffer.batch_matrix(len(self.unit), stop - start)
         z = matmul(
-            self.unit, rows.t(), self._matmul_dtype,
-            out=engine.buffer.batch_matrix(stop - start) if into is None else into,
-        )  # fmt: skip
+            self.unit, rows.t(), self._matmul_dtype, out=scratch if into is None else into
+        )
         inverse_norm = inverse_norms(rows) if margin.normalise else None
         factor = 1.0 if margin.touches_others else margin.scale
         if inverse_norm is not None:
@@ -382,7 +391,8 @@ class EngineLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, norm_gradient = ctx.one.backward(gradients[0])
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            gradient, norm_gradient = ctx.one.backward(gradients[0])
         return gradient, norm_gradient, None, None, None
 
 

@@ -6,7 +6,9 @@ thread already gathers the rows the next step will most likely want: its random 
 known ahead, only the batch's own classes are not. The thread starts after the rows of the last
 step are back, so it never reads a row that is about to change.
 
-Bringing rows over needs their numbers on the host: one wait for the device per step.
+Costs: bringing rows over and putting them back wait for the device; of the transfers only the
+gathering on the host is hidden. The device holds two copies of a sample's centres and state for a
+moment, one otherwise; the host as many again, page-locked.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class HostCentres:
         weight: [num_rows_local, D] on the CPU.
         rule: moves rows, and owns their state, also on the CPU.
         device: where the head computes.
-        likely_rows: the rows the next step will probably want, ascending, on the CPU; called
-            after every step.
+        next_rows: called after every step; what it returns gives, in the thread, the rows the
+            next step will probably want, ascending, on the CPU.
     """
 
     def __init__(
@@ -47,10 +49,10 @@ class HostCentres:
         weight: Tensor,
         rule: RowUpdate,
         device: torch.device,
-        likely_rows: Callable[[], Tensor],
+        next_rows: Callable[[], Callable[[], Tensor]],
     ) -> None:
         self.weight, self.rule, self.device = weight, rule, device
-        self._likely_rows = likely_rows
+        self._next_rows = next_rows
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="centres")
         self._ahead: Future[_Ahead] | None = None
         self._lent: LentCentres | None = None
@@ -70,15 +72,23 @@ class HostCentres:
             for name, part in self._parts().items():
                 part.index_copy_(0, rows, parts[name].to(part.device))
         self._lent = None
-        self._ahead = self._thread.submit(self._gather, self._likely_rows())
+        stream = None
+        if self.device.type == "cuda":  # a thread has a current stream of its own
+            stream = torch.cuda.current_stream(self.device)
+        self._ahead = self._thread.submit(self._gather, self._next_rows(), stream)
 
     def _parts(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach(), **self.rule.state(self.weight)}
 
-    def _gather(self, rows: Tensor) -> _Ahead:
+    def _gather(
+        self, rows_wanted: Callable[[], Tensor], stream: torch.cuda.Stream | None
+    ) -> _Ahead:
+        """In the thread: the rows the next step will want, on the stream the step runs on."""
+        rows = rows_wanted()
         parts = self._parts()
         versions = {name: part._version for name, part in parts.items()}
-        fetched = {name: self._fetch(part, rows) for name, part in parts.items()}
+        with torch.cuda.stream(stream):
+            fetched = {name: self._fetch(part, rows) for name, part in parts.items()}
         return _Ahead(rows, fetched, versions)
 
     def _fetch(self, part: Tensor, rows: Tensor) -> Tensor:
@@ -109,7 +119,7 @@ class HostCentres:
         place, there = place.to(self.device), missing.to(self.device)
         brought = {}
         for name, part in parts.items():
-            brought[name] = ahead.parts[name].index_select(0, place)
+            brought[name] = ahead.parts.pop(name).index_select(0, place)
             brought[name].index_copy_(0, there, self._fetch(part, rows[missing]))
         return brought
 

@@ -25,9 +25,14 @@ Rows = slice | Tensor
 class RowUpdate(ABC):
     """A rule and its state for one shard of class centres.
 
+    Attributes:
+        matrices_for_veto: copies `move` makes where it may not look at `bad` (accelerators).
+
     Args:
         state_dtype: of the averages it keeps; None is the weight's. bfloat16 halves them.
     """
+
+    matrices_for_veto = 0
 
     def __init__(self, state_dtype: torch.dtype | None = None) -> None:
         if state_dtype not in (None, torch.bfloat16):
@@ -58,6 +63,17 @@ class RowUpdate(ABC):
             learning_rate: of this step.
             bad: boolean scalar on the device; where true nothing may move. None: go ahead.
         """
+
+    def matrices_per_block(
+        self, weight: Tensor, is_sampled: bool, state: dict[str, Tensor] | None = None
+    ) -> int:
+        """Matrices of the shape of a block's rows that `update_rows` makes on the way."""
+        state = self.state(weight) if state is None else state
+        averages = [part for part in state.values() if part.dim() == weight.dim()]
+        copied = [part for part in averages if is_sampled or part.dtype == torch.bfloat16]
+        rounds = any(part.dtype == torch.bfloat16 for part in (weight, *averages))
+        vetoed = 0 if weight.device.type == "cpu" else self.matrices_for_veto
+        return len(copied) + (5 if rounds else 0) + vetoed
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state for `weight`, created at first use, on its device."""
@@ -178,6 +194,8 @@ class SGDRows(RowUpdate):
 
 class AdamWRows(RowUpdate):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with a step count per row."""
+
+    matrices_for_veto = 4
 
     def __init__(
         self,

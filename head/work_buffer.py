@@ -115,6 +115,8 @@ class WorkBuffer:
         self, device: torch.device, dtype: torch.dtype, kept_dtype: torch.dtype
     ) -> None:
         self.device, self.dtype, self.kept_dtype = device, dtype, kept_dtype
+        # Products of half-precision operands come in tensors of their own.
+        self._is_half = kept_dtype != dtype
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
         self._rows = self._batch = self._width = 0
 
@@ -122,7 +124,7 @@ class WorkBuffer:
         """Lay the buffer out for a plan; what it held before is lost."""
         self._rows, self._batch, self._width = plan.rows_per_block, batch, width
         item = self.dtype.itemsize
-        self._kept_at = item * self._rows * (batch + width)
+        self._kept_at = 0 if self._is_half else _up(item * self._rows * (batch + width))
         self._norms_at = self._kept_at + _up(plan.kept_rows * batch * self.kept_dtype.itemsize)
         self._copies_at = self._norms_at + _up(plan.kept_rows * item)
         self._copied_rows = plan.copied_rows
@@ -131,12 +133,16 @@ class WorkBuffer:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # let go of the old one first
             self._bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def batch_matrix(self, rows: int) -> Tensor:
-        """Scratch [B, rows]."""
-        return self._cut(0, self._batch * rows, self.dtype).view(self._batch, rows)
+    def batch_matrix(self, batch: int, rows: int) -> Tensor | None:
+        """Scratch [batch, rows], batch at most B; None for half-precision operands."""
+        if self._is_half:
+            return None
+        return self._cut(0, batch * rows, self.dtype).view(batch, rows)
 
-    def width_matrix(self, rows: int) -> Tensor:
-        """Scratch [rows, D]."""
+    def width_matrix(self, rows: int) -> Tensor | None:
+        """Scratch [rows, D]; None for half-precision operands."""
+        if self._is_half:
+            return None
         start = self.dtype.itemsize * self._rows * self._batch
         return self._cut(start, rows * self._width, self.dtype).view(rows, self._width)
 

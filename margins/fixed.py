@@ -96,9 +96,9 @@ class CombinedMargin(Margin):
                 f"gradient={self.gradient!r}: exact or straight_through",
             ),
             (
-                -1 <= self.interclass_filtering_threshold <= 1,
+                0 <= self.interclass_filtering_threshold <= 1,
                 f"interclass_filtering_threshold={self.interclass_filtering_threshold!r}: "
-                "a cosine in [-1, 1], 0 for off",
+                "a cosine in (0, 1], 0 for off",
             ),
             (
                 self.interclass_filtering_mode in ("remove", "legacy"),

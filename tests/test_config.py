@@ -263,3 +263,17 @@ def test_impossible_data_options_are_explained(tmp_path, words, message):
     config.write_text("config = dict(rec='x')\n")
     with pytest.raises(ConfigError, match=message):
         load_config(config, words)
+
+
+def test_a_margin_list_beside_a_named_loss_is_refused_or_announced(write_config):
+    path = write_config(SMALL)
+    with pytest.raises(ConfigError, match="set margin="):
+        load_config(path, ["loss=arcface", "margin_list=(1.0,0.3,0.0)"])
+    load_config(path, ["loss=arcface", "margin_list=(1.0,0.3,0.0)", "margin=0.3"])
+    exchanged = load_config(
+        path, ["loss=adaface", "margin_list=(1.0,0.0,0.4)", "elastic_std=0.1", "margin=0.3"]
+    )
+    assert [sentence.split("=")[0] for sentence in exchanged.unused()] == [
+        "margin_list", "elastic_std",
+    ]  # fmt: skip
+    assert load_config(path, ["margin_list=(1.0,0.0,0.4)"]).unused() == []

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from head.row_update import AdamWRows, SGDRows
 from head.sampling import hash_key
@@ -277,10 +281,120 @@ def test_blocks_cover_all_rows_in_whole_classes_within_the_budget(
     assert plan.kept_rows in {0, classes * k} or plan.kept_rows % plan.rows_per_block == 0
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators make, while they live."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor):
+                storage = one.untyped_storage()
+                key = storage._cdata
+                if key not in self.known and key not in self.live and storage.nbytes():
+                    self.live[key] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, key, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rule", "sample_rate", "options"),
+    [
+        (SGDRows(), 1.0, {}),
+        (SGDRows(), 0.2, {}),
+        (AdamWRows(), 1.0, {}),
+        (AdamWRows(), 0.2, {}),
+        (SGDRows(), 1.0, {"half": BF16}),
+        (SGDRows(state_dtype=BF16), 1.0, {}),
+        (SGDRows(state_dtype=BF16), 1.0, {"dtype": BF16}),
+        (AdamWRows(state_dtype=BF16), 0.2, {"dtype": BF16, "half": BF16}),
+        (SGDRows(), 1.0, {"margin": CurricularFace()}),
+        (SGDRows(), 1.0, {"margin": CosFace(interclass_filtering_threshold=0.3)}),
+        (SGDRows(), 1.0, {"centres_per_class": 3}),
+        (SGDRows(), 0.2, {"centres_per_class": 3, "half": BF16}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mib", [4, 24])
+@pytest.mark.parametrize("learning_rate", [None, 0.1])
+def test_all_that_lives_during_a_step_fits_the_work_buffer(
+    rule, sample_rate, options, mib, learning_rate
+):
+    batch, width = 64, 64
+    rule = copy.deepcopy(rule)
+    head = PartialFC(
+        **{"margin": CosFace(), "embedding_size": width, "num_classes": 30_000,
+           "sample_rate": sample_rate, "row_update": rule, "batch_size_per_rank": batch,
+           "buffer_mib": mib, **options}
+    )  # fmt: skip
+    known = [head.weight, *rule.state(head.weight).values()]
+    embeddings = torch.randn(batch, width, requires_grad=True)
+    labels = torch.randint(30_000, (batch,))
+    with LiveBytes(known) as memory:
+        for _ in range(2):
+            head(embeddings, labels, learning_rate).backward()
+            head.step(0.1)
+    sampling = 200 * 8 + 30_000 * sample_rate * 8 * 4 if sample_rate < 1 else 0
+    assert memory.peak <= mib * 2**20 + 40 * batch * width * 4 + sampling
+    assert memory.peak > 2**20
+
+
+@pytest.mark.parametrize("buffer_mib", [256, 0.02, 0.006])
+@pytest.mark.parametrize("sizes", [(8, 4), (4, 8), (8, 4, 2), (4, 4)])
+@pytest.mark.parametrize("k", [1, 2])
+def test_micro_batches_of_any_size_add_up(sizes, k, buffer_mib):
+    """Each with a backward of its own, or all with one; no batch size announced."""
+
+    def moved(update: Any, together: bool) -> torch.Tensor:
+        head = PartialFC(
+            CosFace(0.2, 8.0), 8, 41, row_update=SGDRows(), dtype=torch.float64, update=update,
+            buffer_mib=buffer_mib, centres_per_class=k,
+        )  # fmt: skip
+        losses = []
+        for number, size in enumerate(sizes):
+            embeddings, labels, _, _ = batch_for(0, [size], 41, 8, seed=number)
+            losses.append(head(embeddings, labels))
+            if not together:
+                losses[-1].backward()
+        if together:
+            sum(losses).backward()
+        head.step(0.1)
+        return head.weight.detach()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as resizing an `out`
+        for together in (False, True):
+            torch.testing.assert_close(
+                moved("fused", together), moved("autograd", together), rtol=1e-9, atol=1e-12
+            )
+
+
+def test_backward_and_step_inside_autocast_compute_as_outside():
+    def moved(inside: bool) -> list[Any]:
+        head = PartialFC(ArcFace(), 64, 300, row_update=SGDRows())
+        generator = torch.Generator().manual_seed(0)
+        embeddings = torch.randn(16, 64, generator=generator, requires_grad=True)
+        loss = head(embeddings, torch.arange(16))
+        with torch.autocast("cpu", dtype=BF16, enabled=inside):
+            loss.backward()
+            head.step(0.1)
+        return [embeddings.grad, head.weight.detach()]
+
+    for inside, outside in zip(moved(True), moved(False), strict=True):
+        assert torch.equal(inside, outside)
+
+
 def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centres_exists():
     """The largest tensor any operator makes stays within the work buffer."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Largest(TorchDispatchMode):
         bytes = 0
 
@@ -367,20 +481,22 @@ def test_host_centres_bring_most_rows_ahead_of_time_and_notice_a_loaded_checkpoi
     assert host.rows_ahead > 10 * (host.rows_fetched - 2 * 400)
 
 
-def test_a_saved_head_goes_on_as_if_it_had_not_been_interrupted():
+@pytest.mark.parametrize("margin", [ElasticFace(), Softmax(bias=True)])
+def test_a_saved_head_goes_on_as_if_it_had_not_been_interrupted(margin):
     def run(stop: int | None) -> torch.Tensor:
-        def make() -> tuple[PartialFC, SGDRows]:
+        def make() -> PartialFC:
             rule = SGDRows(state_dtype=torch.bfloat16)
-            return PartialFC(ElasticFace(), 8, 301, 0.1, row_update=rule), rule
+            return PartialFC(margin, 8, 301, 0.1, row_update=rule)
 
-        head, rule = make()
+        head = make()
         for step in range(8):
             if step == stop:
-                saved, old = head.state_dict(), rule
-                head, rule = make()
+                saved, old = head.state_dict(), head.moved_parameters()
+                head = make()
                 head.load_state_dict(saved)
-                for name, part in rule.state(head.weight).items():
-                    part.copy_(old.state(head.weight)[name])
+                for (new, new_rule), (was, rule) in zip(head.moved_parameters(), old, strict=True):
+                    for name, part in new_rule.state(new).items():
+                        part.copy_(rule.state(was)[name])
             embeddings, labels, _, _ = batch_for(0, [6], 301, 8, seed=step)
             head(embeddings.detach().float().requires_grad_(True), labels, 0.1).backward()
             head.step(0.1)

@@ -121,6 +121,8 @@ def build(cfg: Config, world: World) -> Parts:
         SetupError, and the errors of the parts (data, weights, verification sets).
     """
     _refuse_what_is_not_there_yet(cfg)
+    for sentence in cfg.unused():
+        logger.warning(sentence)
     precision, warning = choose_precision(cfg.precision, cfg.fp16, world.device)
     if warning:
         logger.warning(warning)

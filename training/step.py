@@ -1,4 +1,8 @@
-"""One optimizer step: forward, head, backward, clip, update; nothing waits for the device."""
+"""One optimizer step: forward, head, backward, clip, update; nothing waits for the device.
+
+Two heads do wait, once per step: class centres in host memory, and a sample smaller than the
+global batch (sample_rate x classes per rank), whose size depends on the labels.
+"""
 
 import inspect
 from collections.abc import Sequence
