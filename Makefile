@@ -46,7 +46,7 @@ test-mxnet: $(READY)  ## real MXNet reads what we write and writes what we read
 	@$(MAKE) --no-print-directory $(MXNET)/.tried
 	REQUIRE_MXNET=1 $(PY) -m pytest tests/test_mxnet.py
 
-test: lint $(MXNET)/.tried  ## lint, types and the tests (about 3 minutes on 2 cores)
+test: lint $(MXNET)/.tried  ## lint, types and the tests (about 6 minutes on 2 cores)
 	$(PY) -m pytest -m "not slow"
 
 test-all: lint $(MXNET)/.tried  ## also the long versions
