@@ -238,5 +238,6 @@ class AdamWRows(RowUpdate):
         gradient.div_(correction).add_(self.eps)
         torch.div(first, gradient, out=gradient)
         weight.mul_(1 - learning_rate * self.weight_decay).sub_(gradient.mul_(step_size))
-        for part, old in zip(parts, before, strict=False):
-            part.copy_(torch.where(bad, old, part))  # type: ignore[arg-type]
+        if bad is not None:
+            for part, old in zip(parts, before, strict=True):
+                part.copy_(torch.where(bad, old, part))

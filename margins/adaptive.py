@@ -198,8 +198,6 @@ class CurricularFace(Margin):
     margin: float = 0.5
     alpha: float = 0.01
     scale: float = 64.0
-    reads_all_targets: ClassVar[bool] = True  # type: ignore[misc]
-    touches_others: ClassVar[bool] = True  # type: ignore[misc]
     reads_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -208,6 +206,16 @@ class CurricularFace(Margin):
             (0 < self.alpha <= 1, f"alpha={self.alpha!r}: in (0, 1]"),
             (0 < self.scale < math.inf, f"scale={self.scale!r}: above 0"),
         )
+
+    @property
+    def reads_all_targets(self) -> bool:
+        """True: t is their mean."""
+        return True
+
+    @property
+    def touches_others(self) -> bool:
+        """True: harder classes are reweighted."""
+        return True
 
     def describe(self) -> str:
         """The formula in force, for the log."""
@@ -276,7 +284,7 @@ class ElasticFace(Margin):
         )
 
     @property
-    def reads_all_targets(self) -> bool:  # type: ignore[override]
+    def reads_all_targets(self) -> bool:
         """True for ElasticFace+, which sorts the batch by its target cosines."""
         return self.plus
 

@@ -59,9 +59,17 @@ class Margin(ABC):
     normalise: bool = True
     bias: bool = False
     reads_norms: ClassVar[bool] = False
-    reads_all_targets: bool = False
-    touches_others: bool = False
     reads_batch: ClassVar[bool] = False
+
+    @property
+    def reads_all_targets(self) -> bool:
+        """False, unless a margin says otherwise."""
+        return False
+
+    @property
+    def touches_others(self) -> bool:
+        """False, unless a margin says otherwise."""
+        return False
 
     @abstractmethod
     def describe(self) -> str:

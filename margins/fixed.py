@@ -107,7 +107,7 @@ class CombinedMargin(Margin):
         )
 
     @property
-    def touches_others(self) -> bool:  # type: ignore[override]
+    def touches_others(self) -> bool:
         """True with inter-class filtering."""
         return self.interclass_filtering_threshold > 0
 
