@@ -8,7 +8,8 @@ Continue flag 0 is a whole record. A record whose payload contains the magic at 
 bytes is cut there into parts with the flags 1 (first), 2 (middle), 3 (last), and the magic itself
 is left out: joining the parts puts it back. So the magic never appears at a multiple of 4 bytes
 except at the start of a part, and whatever follows a whole record is the start of another one or
-the end of the file. The reader insists on that: it is how a damaged length is noticed.
+the end of the file. The reader insists on that, and on zeros in the padding: it is how a damaged
+length is noticed. Only a length that grows into its own padding cannot be told from a sound one.
 
 A record's payload is the struct `<IfQQ` (flag, label, id, id2), then, if flag > 0, flag float32
 labels that replace the scalar one, then the bytes of the image.
@@ -319,7 +320,7 @@ class RecordReader:
             magic, follows = PART_HEADER.unpack_from(window, at)
             if magic != MAGIC or follows >> 29 not in (WHOLE, FIRST):
                 return None
-        if at > len(window) or limit > self.size:
+        if at > len(window) or limit > self.size or any(window[PART_HEADER.size + length : at]):
             return None
         return window[PART_HEADER.size : PART_HEADER.size + length]
 
@@ -354,10 +355,16 @@ class RecordReader:
             at = begin + padded(length)
             if at > limit:
                 raise self._truncated(where, length, begin - PART_HEADER.size, limit)
-            part = take(begin, length)
-            if len(part) != length:
+            part = take(begin, padded(length))
+            if len(part) != padded(length):
                 raise RecordError(f"{where}: the file became shorter while it was read")
-            parts.append(part)
+            if any(part[length:]) or (flag in (FIRST, MIDDLE) and length % 4):
+                raise RecordError(
+                    f"{where}: the part at byte {begin - PART_HEADER.size} claims {length} bytes, "
+                    "but its padding is not zero or another part follows in mid-word: the length "
+                    "is damaged. Copy the file again or pack it anew."
+                )
+            parts.append(part[:length])
             if flag in (WHOLE, LAST):
                 break
         if at < limit:  # else the index or the end of the file confirms where the record ends

@@ -19,6 +19,7 @@ from data.recordio import (
     FIRST,
     MAGIC_BYTES,
     PART_HEADER,
+    RECORD_HEADER,
     WHOLE,
     RecordError,
     RecordReader,
@@ -151,6 +152,21 @@ def test_a_damaged_byte_of_the_framing_is_refused_or_harmless(
             continue
         # Padding cannot be told from payload: a length may grow into it.
         assert read.rstrip(b"\0") == payload.rstrip(b"\0")
+
+
+@pytest.mark.parametrize(("parts", "damaged_part"), [(1, 0), (2, 0), (2, 1)])
+def test_a_length_that_shrinks_within_its_word_is_refused(
+    tmp_path: Path, parts: int, damaged_part: int
+) -> None:
+    payload = pack_record(MAGIC_BYTES * (parts - 1) + b"image 0", 3)
+    path = write_records(tmp_path, [payload, pack_record(b"next", 4)])
+    damaged = bytearray(path.read_bytes())
+    at = damaged_part * (PART_HEADER.size + RECORD_HEADER.size)
+    magic, word = PART_HEADER.unpack_from(damaged, at)
+    PART_HEADER.pack_into(damaged, at, magic, word - 2)
+    path.write_bytes(damaged)
+    with pytest.raises(RecordError, match="the length is damaged"):
+        RecordReader(path).read_at(0)
 
 
 def test_every_truncation_is_an_error_that_names_the_offset(tmp_path: Path) -> None:
