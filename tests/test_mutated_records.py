@@ -43,8 +43,9 @@ class Sound:
         wide = 2**24 + 1 if style == "wide" else 0
         payloads = []
         for i in range(NUM_IMAGES):
-            image = jpeg(i) + (MAGIC_BYTES * 2 if i % 3 == 0 else b"")  # in several parts
-            image += bytes((4 - len(image)) % 4)  # no padding: lengthening into it cannot be seen
+            image = jpeg(i)
+            if i % 3 == 0:  # in several parts: the magic at a multiple of 4 bytes
+                image += bytes(-len(image) % 4) + MAGIC_BYTES * 2 + b"more"[: i % 4]
             label = i * NUM_CLASSES // NUM_IMAGES + wide
             payloads.append(pack_record(image, (label, 0.5) if style == "vector" else label, i))
         if style == "insightface":
