@@ -2,9 +2,11 @@
 
     python train_v2.py configs/demo
     torchrun --nproc_per_node=8 train_v2.py configs/ms1mv3_r50 rec=/data/ms1m lr=0.05
+    torchrun --nproc_per_node=4 train_v2.py configs/ms1mv3_r50 resume=auto
 
 Exit codes: 0 done; 2 bad input (config, data, weights, device), found before or while training,
-with the reason on stderr; 3 diverged.
+with the reason on stderr; 3 diverged; 4 stopped by a signal, with the state saved: start again
+with resume=auto; 6 checkpoints could not be written; 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,71 +22,86 @@ from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS, Batch, DataLoader
 from eval.verification import VerificationSetError
-from training.build import Parts, SetupError, build, check_output, set_aside_earlier_run
+from training import resume
+from training.build import (
+    Parts,
+    SetupError,
+    build,
+    check_output,
+    set_aside_earlier_run,
+    share_global_batch,
+)
+from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, sweep
+from training.keeper import Keeper, SavesFailed, Stopped
 from training.report import Reporter, start_wandb
+from training.signals import StopSignals
+from training.state import Progress, RunState
 from training.validation import Validation
 from training.watch import Diverged, Watch, stop_if_diverged
-from utils.config import ConfigError, describe_fields, load_config, save_config
+from utils.config import ConfigError, describe_fields, load_config, plain_values, save_config
 from utils.distributed import DeviceError, World, barrier, join_world, leave_world
 from utils.log import init_logging
 from utils.memory import keep_freed_memory
 from utils.meter import SpeedMeter
 
 BAD_INPUT = (
-    ConfigError, DeviceError, SetupError, WeightsError, VerificationSetError, *DATA_ERRORS, OSError,
+    ConfigError, DeviceError, SetupError, CheckpointError, WeightsError, VerificationSetError,
+    *DATA_ERRORS, OSError,
 )  # fmt: skip
-EXIT_BAD_INPUT, EXIT_DIVERGED = 2, 3
+EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 6
 
 logger = logging.getLogger("train")
 
 
-def train(cfg: Config, world: World, parts: Parts, folder: Path) -> None:
-    """The loop: data, step, and every so often a log line, a verification, a saved model."""
+def train(
+    cfg: Config, world: World, parts: Parts, folder: Path,
+    progress: Progress, watch: Watch, keeper: Keeper,
+) -> None:  # fmt: skip
+    """The loop: data, step, and every so often a log line, a verification, a checkpoint."""
     limit = parts.total_steps if cfg.max_steps is None else cfg.max_steps
     last_step = min(parts.total_steps, limit)
-    reporter = Reporter(folder, world.is_main, _wandb(cfg, world, folder))
-    validation = Validation(parts, world, folder, cfg.val_batch_size, cfg.input_size)
-    watch = Watch(world.device)
+    reporter = Reporter(folder, world.is_main, _wandb(cfg, world, folder), progress.step)
+    validation = Validation(parts, world, folder, cfg.val_batch_size, cfg.input_size, progress)
     meter = SpeedMeter(parts.global_batch, last_step)
+    meter.restart(progress.step)
     parts.step.model.train()
 
-    def verify_now(step: int, epoch: int) -> None:
-        if parts.verification_sets and validation.last_step != step:
-            reporter.evaluation(step, epoch, validation.run(step, epoch))
-            meter.restart(step)
-
-    step = epoch = 0
-    while step < last_step:
-        epoch = step // parts.steps_per_epoch
-        parts.loader.set_epoch(epoch)
+    while progress.step < last_step:
+        epoch, steps_done = divmod(progress.position, parts.steps_per_epoch)
+        parts.loader.set_epoch(epoch, steps_done * cfg.gradient_acc)
         for batches in micro_batches(parts.loader, cfg.gradient_acc, meter):
-            learning_rate = parts.schedule(step)
+            learning_rate = parts.schedule(progress.step)
             outcome = parts.step(batches, learning_rate)
             watch.see(outcome)
-            step += 1
-            if step % cfg.frequent == 0 or step == last_step:
+            progress.step += 1
+            progress.position += 1
+            step, is_last = progress.step, progress.step == last_step
+            epoch_ends = progress.position % parts.steps_per_epoch == 0
+
+            if step % cfg.frequent == 0 or is_last:
                 report = watch.report()  # the only place that waits for the device
                 reporter.step(step, epoch, learning_rate, report, meter.read(step, world.device))
                 stop_if_diverged(report, cfg.max_bad_steps, step, learning_rate)
-            if cfg.verbose and step % cfg.verbose == 0:
-                verify_now(step, epoch)
-            if step == last_step:
+            if parts.verification_sets and (is_last or (cfg.verbose and step % cfg.verbose == 0)):
+                reporter.evaluation(step, epoch, validation.run(step, epoch))
+                meter.restart(step)
+            if epoch_ends or is_last:
+                validation.save("model.pt", step, epoch + epoch_ends)
+                meter.restart(step)
+            keeper.after_step(
+                progress, epoch_ends=epoch_ends, is_best=progress.best_step == step, is_last=is_last
+            )
+            if is_last:
                 break
-        if step % parts.steps_per_epoch == 0 and step < last_step:
-            validation.save("model.pt", step, epoch + 1)
-            meter.restart(step)
 
-    verify_now(step, epoch)
-    validation.save("model.pt", step, step // parts.steps_per_epoch)
+    keeper.finish()
     if cfg.save_artifacts and world.is_main:
         reporter.upload(folder / "model.pt")
     reporter.close()
-    logger.info("done after %d steps; the model is %s", step, folder / "model.pt")
+    logger.info("done after %d steps; the model is %s", progress.step, folder / "model.pt")
 
 
-def micro_batches(
-    loader: DataLoader, count: int, meter: SpeedMeter
-) -> Iterator[list[Batch]]:
+def micro_batches(loader: DataLoader, count: int, meter: SpeedMeter) -> Iterator[list[Batch]]:
     """The epoch's batches in groups of `count`, one group per optimizer step; a group that
     stays incomplete at the end is dropped. Time spent waiting goes to the meter."""
     batches = iter(loader)
@@ -132,16 +149,7 @@ def run(words: Sequence[str]) -> int:
             keep_freed_memory()
         folder = check_output(cfg.output or "")
         init_logging(world.is_main, folder)
-        parts = build(cfg, world)
-        if world.is_main:
-            set_aside_earlier_run(folder)
-            save_config(
-                cfg, folder / "config.json", world_size=world.world_size,
-                num_classes=parts.head.num_classes, num_images=parts.loader.num_images,
-                total_steps=parts.total_steps,
-            )  # fmt: skip
-        barrier(world)  # everyone has passed its checks
-        train(cfg, world, parts, folder)
+        run_on(cfg, world, folder)
         barrier(world)  # leave together: rank 0 still writes while the others are done
     except BAD_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
@@ -149,7 +157,64 @@ def run(words: Sequence[str]) -> int:
     except Diverged as error:
         logger.error("%s", error)
         return EXIT_DIVERGED
+    except Stopped as error:
+        logger.warning("%s", error)
+        return EXIT_STOPPED
+    except SavesFailed as error:
+        logger.error("%s", error)
+        return EXIT_NOT_SAVED
     return 0
+
+
+def run_on(cfg: Config, world: World, folder: Path) -> Parts:
+    """A whole run on ranks that have met, its files in a folder that can be written."""
+    cfg = share_global_batch(cfg, world.world_size)
+    with StopSignals() as signals:
+        parts = build(cfg, world)
+        progress, watch, keeper = begin(cfg, world, parts, folder, signals)
+        train(cfg, world, parts, folder, progress, watch, keeper)
+    return parts
+
+
+def begin(
+    cfg: Config, world: World, parts: Parts, folder: Path, signals: StopSignals
+) -> tuple[Progress, Watch, Keeper]:
+    """A new run, or one that goes on from a checkpoint; all ranks have passed their checks."""
+    watch, ranks = Watch(world.device), Ranks(world)
+    state = RunState(parts, world, watch, cfg.seed)
+    facts = {
+        "config": plain_values(cfg),
+        "data": {
+            "num_classes": parts.head.num_classes,
+            "num_images": parts.loader.num_images,
+            "global_batch": parts.global_batch,
+            "steps_per_epoch": parts.steps_per_epoch,
+        },
+    }
+    found = resume.find(cfg.resume, folder, ranks)
+    progress = Progress()
+    if found is not None:
+        resume.check(found.manifest.facts, facts)
+        progress = state.load(found, ranks)
+        logger.info("resuming at step %d from %s", progress.step, found.path)
+    if world.is_main:
+        if found is None or not found.path.resolve().is_relative_to(folder.resolve()):
+            set_aside_earlier_run(folder)
+        sweep(folder / FOLDER)
+        save_config(
+            cfg, folder / "config.json", world_size=world.world_size,
+            num_classes=parts.head.num_classes, num_images=parts.loader.num_images,
+            total_steps=parts.total_steps,
+        )  # fmt: skip
+    barrier(world)
+    keep = max(cfg.keep_checkpoints, 1)
+    keeper = Keeper(
+        world, state, facts,
+        Checkpointer(folder / FOLDER, ranks, keep, cfg.max_failed_saves), signals,
+        every_steps=cfg.checkpoint_every, every_minutes=cfg.checkpoint_minutes,
+        is_on=cfg.keep_checkpoints > 0,
+    )  # fmt: skip
+    return progress, watch, keeper
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ HEAD_UPDATES = ("fused", "autograd")
 HEAD_DTYPES = ("fp32", "bf16")
 ON_BAD_RECORD = ("error", "skip")
 WORKER_TYPES = ("threads", "processes")
+ON_DIVERGENCE = ("stop", "rollback")
 LR_SCHEDULES = ("polynomial", "cosine", "constant")
 
 
@@ -191,6 +192,10 @@ class Config:
     batch_size: int = 128
     """Images per rank and micro-step. Global batch = batch_size x world size x gradient_acc."""
 
+    global_batch_size: int | None = None
+    """Images per optimizer step over all ranks. If set, it stays the same on any number of ranks:
+    each takes its share, in as many micro-steps as batch_size, now the most at a time, needs."""
+
     gradient_acc: int = 1
     """Micro-steps per optimizer step; one step equals the step on the whole global batch."""
 
@@ -224,6 +229,13 @@ class Config:
     clip_grad_norm: float = 5.0
     """The backbone's gradient norm is clipped to this; 0 switches clipping off."""
 
+    on_divergence: str = "stop"
+    """"stop", or "rollback": go back to the last good checkpoint and leave the data that led to
+    the divergence out."""
+
+    max_rollbacks: int = 3
+    """on_divergence="rollback": so often at most, then the run stops."""
+
     max_bad_steps: int = 20
     """Steps in a row with a non-finite loss (nothing moves in them) after which the run stops
     with exit code 3. Checked at log steps."""
@@ -239,6 +251,10 @@ class Config:
 
     device: str = "auto"
     """"auto" (CUDA if there is one), "cuda" or "cpu"."""
+
+    collective_timeout_s: float = 600.0
+    """Seconds without progress after which ranks that lag behind are named and the run ends with
+    exit code 5."""
 
     seed: int = 2048
     """Seed of initial weights, class sampling, image order and augmentation."""
@@ -259,10 +275,29 @@ class Config:
     """Folder of the run's files. None: work_dirs/<config name>."""
 
     resume: bool | str = False
-    """Continue a run. Not available yet (checkpoints are next): anything but False is an error."""
+    """Go on from a checkpoint: "auto" (or True) takes the newest intact one in `output`, if there
+    is any; a path takes that one. False starts anew, except where torchrun has restarted the ranks
+    of this run: they go on as with "auto"; "never" starts anew even then. What may change in
+    between: docs/checkpoints.md."""
+
+    checkpoint_every: int = 0
+    """Optimizer steps between two checkpoints; 0: not by steps. The ends of epochs, a new best
+    accuracy and the end of the run are saved in any case."""
+
+    checkpoint_minutes: float = 15.0
+    """Minutes between two checkpoints; 0: not by time."""
+
+    keep_checkpoints: int = 3
+    """Checkpoints kept, the newest; the best is kept besides. 0: none are written, except when a
+    signal stops the run."""
+
+    max_failed_saves: int = 3
+    """Checkpoints in a row that could not be written after which the run stops, with exit code 6;
+    up to then it goes on."""
 
     save_all_states: bool = False
-    """arcface_torch's switch for whole checkpoints. Not available yet: announced and ignored."""
+    """arcface_torch's switch for whole checkpoints. They are on anyway; keep_checkpoints=0
+    switches them off."""
 
     frequent: int = 10
     """Optimizer steps between two log lines."""
@@ -330,12 +365,15 @@ class Config:
         one_of("on_bad_record", ON_BAD_RECORD)
         one_of("worker_type", WORKER_TYPES)
         one_of("device", ("auto", "cuda", "cpu"))
+        one_of("on_divergence", ON_DIVERGENCE)
         if self.precision is not None:
             one_of("precision", PRECISIONS)
         for key, low in (
             ("batch_size", 1), ("gradient_acc", 1), ("num_epoch", 1), ("frequent", 1),
             ("embedding_size", 1), ("input_size", 16), ("num_workers", 0), ("verbose", 0),
             ("samples_per_class", 0), ("shuffle_block", 0),
+            ("checkpoint_every", 0), ("keep_checkpoints", 0), ("max_failed_saves", 1),
+            ("checkpoint_minutes", 0), ("max_rollbacks", 0), ("collective_timeout_s", 1),
             ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0), ("head_buffer_mib", 1),
         ):  # fmt: skip
             at_least(key, low)
@@ -359,6 +397,12 @@ class Config:
         require(
             lists is None or len(lists) == len(sets),
             f'exclude={self.exclude!r}: one list for each of {len(sets)} sets, "-" for none',
+        )
+        require(
+            self.global_batch_size is None
+            or (self.global_batch_size >= 1 and self.gradient_acc == 1),
+            f"global_batch_size={self.global_batch_size!r}: at least 1, and gradient_acc (here "
+            f"{self.gradient_acc}) follows from it: leave that at 1",
         )
         orders = [k for k in ("rec_weights", "samples_per_class", "shuffle_block")
                   if getattr(self, k)]  # fmt: skip

@@ -12,7 +12,7 @@ from configs.base import Config
 from data.augment import Augmentation
 from data.sampling import BlockShuffled, ClassBalanced, Shares, Shuffled
 from tests.test_dataset import SIZE, folder, jpeg, records, write_set
-from train_v2 import train
+from train_v2 import run_on
 from training import build as building
 from training.report import Reporter
 from training.watch import WatchReport
@@ -71,8 +71,7 @@ def test_a_run_goes_on_over_bad_records_and_says_so(
     images[5] = (b"bad", 2.0)
     root = write_set(tmp_path, images, f"3,{SIZE},{SIZE}\n")
     cfg = Config(**{**SETTINGS, "rec": str(root), "on_bad_record": "skip"})  # type: ignore[arg-type]
-    parts = building.build(cfg, CPU)
-    train(cfg, CPU, parts, tmp_path)
+    parts = run_on(cfg, CPU, tmp_path)
     assert parts.loader.num_skipped == 1
     assert "bad record skipped (1 so far): " in caplog.text
     assert "record with key 5 at byte" in caplog.text

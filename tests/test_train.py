@@ -16,7 +16,7 @@ from backbones.weights import ModelMetadata, load_model, save_model
 from configs.base import LOSSES, Config
 from eval.verification import VerificationSet
 from tests.conftest import Ranks
-from train_v2 import main, train
+from train_v2 import main, run_on
 from training.build import SetupError, build
 from training.precision import batch_norms
 from utils.distributed import World
@@ -35,8 +35,7 @@ def run_training(rank: int, world_size: int, folder: str, changes: dict[str, Any
     assert not cfg.problems()
     world = World(rank, rank, world_size, torch.device("cpu"))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    parts = build(cfg, world)
-    train(cfg, world, parts, Path(folder))
+    run_on(cfg, world, Path(folder))
     if rank:
         return []
     return [record["loss"] for record in read_metrics(folder) if "loss" in record]
@@ -133,8 +132,7 @@ def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, c
     cfg = Config(**{**TINY, **settings})
     world = World(0, 0, 1, torch.device("cpu"))
     with caplog.at_level(logging.INFO):
-        parts = build(cfg, world)
-        train(cfg, world, parts, tmp_path)
+        parts = run_on(cfg, world, tmp_path)
     assert parts.head.margin.describe() in caplog.text
     assert parts.head.centres_per_class == (3 if loss == "subcentre_arcface" else 1)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -400,7 +398,9 @@ def test_a_good_run_exits_with_0(run_main, records):
         (["batch_size=1000"], "1000"),
         (["val_targets=[lfw]", "val_dir=/not/there"], "lfw"),
         (["init_backbone=/not/there.pt"], "/not/there.pt"),
-        (["resume=True"], "resume=True"),
+        (["resume=/not/there"], "no usable checkpoint"),
+        (["global_batch_size=12", "gradient_acc=2"], "gradient_acc"),
+        (["on_divergence=ignore"], "allowed are stop, rollback"),
         (["augment=[blurr]"], "augment: 'blurr'; allowed are"),
         (["on_bad_record=ignore"], "allowed are error, skip"),
         (["using_wandb=True"], "pip install wandb"),

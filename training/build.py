@@ -5,6 +5,7 @@ This is the only place where the config is taken apart; every part gets plain ar
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import logging
@@ -43,7 +44,7 @@ from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
 from training.precision import Precision, TrainedBackbone, choose_precision
 from training.schedule import Schedule
-from training.step import TrainStep, distribute
+from training.step import TrainStep, distribute, settle_buckets
 from utils.distributed import World
 
 logger = logging.getLogger("train")
@@ -51,7 +52,7 @@ logger = logging.getLogger("train")
 VERSION = "ArcShard 0.1.0"
 RUN_FILES = (
     "model.pt", "model_best.pt", "model.onnx", "model.onnx.data", "config.json", "metrics.jsonl",
-    "tensorboard",
+    "metrics_discarded.jsonl", "tensorboard", "checkpoints",
 )  # fmt: skip
 
 
@@ -114,13 +115,33 @@ def set_aside_earlier_run(folder: Path) -> None:
     logger.info("an earlier run's files are now in %s", target)
 
 
+def share_global_batch(cfg: Config, world_size: int) -> Config:
+    """The config with `global_batch_size` turned into batch_size and gradient_acc.
+
+    Raises:
+        SetupError: the ranks cannot share it equally.
+    """
+    if cfg.global_batch_size is None:
+        return cfg
+    share, rest = divmod(cfg.global_batch_size, world_size)
+    if rest or not share:
+        raise SetupError(
+            f"global_batch_size={cfg.global_batch_size} cannot be shared equally by {world_size} "
+            "ranks: choose a multiple of every number of ranks the run may have"
+        )
+    micro_steps = next(
+        k for k in range(1, share + 1) if share % k == 0 and share <= k * cfg.batch_size
+    )
+    return dataclasses.replace(cfg, batch_size=share // micro_steps, gradient_acc=micro_steps)
+
+
 def build(cfg: Config, world: World) -> Parts:
     """All parts of the run, with every check that needs files, networks or devices.
 
     Raises:
         SetupError, and the errors of the parts (data, weights, verification sets).
     """
-    _refuse_what_is_not_there_yet(cfg)
+    _check_wandb(cfg)
     for sentence in cfg.unused():
         logger.warning(sentence)
     precision, warning = choose_precision(cfg.precision, cfg.fp16, world.device)
@@ -148,8 +169,10 @@ def build(cfg: Config, world: World) -> Parts:
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
     head = _make_head(cfg, world, num_classes, precision)
     optimizer = _make_optimizer(cfg, model)
+    distributed = distribute(model, world.world_size, world.device)
+    settle_buckets(distributed, cfg.input_size, world.device, batch_norm)
     step = TrainStep(
-        distribute(model, world.world_size, world.device),
+        distributed,
         head,
         optimizer,
         batch_norm,
@@ -181,15 +204,7 @@ def build(cfg: Config, world: World) -> Parts:
     return parts
 
 
-def _refuse_what_is_not_there_yet(cfg: Config) -> None:
-    """Keys of published configs whose subject this version does not have; never in silence."""
-    if cfg.resume is not False:
-        raise SetupError(
-            f"resume={cfg.resume!r}: resuming is not available in this version; set resume=False "
-            "(init_backbone=RUN starts from a run's weights)"
-        )
-    if cfg.save_all_states:
-        logger.warning("save_all_states=True: checkpoints are not available in this version")
+def _check_wandb(cfg: Config) -> None:
     if cfg.using_wandb and importlib.util.find_spec("wandb") is None:
         raise SetupError(
             "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
@@ -310,9 +325,7 @@ def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
     ]
 
 
-def _make_head(
-    cfg: Config, world: World, num_classes: int, precision: Precision
-) -> PartialFC:
+def _make_head(cfg: Config, world: World, num_classes: int, precision: Precision) -> PartialFC:
     margin = make_margin(cfg)
     centres_per_class = cfg.sub_centres or (3 if cfg.loss == "subcentre_arcface" else 1)
     dtype = torch.bfloat16 if cfg.head_weight_dtype == "bf16" else precision.dtype
@@ -384,9 +397,7 @@ def _make_schedule(cfg: Config, global_batch: int, steps_per_epoch: int) -> Sche
             "learning rate %g x %d / %d = %g", cfg.lr, global_batch, cfg.lr_base_batch, peak
         )
     total = cfg.num_epoch * steps_per_epoch
-    return Schedule(
-        peak, total, round(max(cfg.warmup_epoch, 0) * steps_per_epoch), cfg.lr_schedule
-    )
+    return Schedule(peak, total, round(max(cfg.warmup_epoch, 0) * steps_per_epoch), cfg.lr_schedule)
 
 
 def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:

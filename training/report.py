@@ -25,17 +25,22 @@ class Reporter:
         folder: the run's output folder.
         is_main: True on rank 0.
         wandb_run: from `start_wandb`, or None.
+        step: optimizer steps done before, of a resumed run.
     """
 
-    def __init__(self, folder: Path, is_main: bool, wandb_run: Any = None) -> None:
+    def __init__(self, folder: Path, is_main: bool, wandb_run: Any = None, step: int = 0) -> None:
         self._metrics = self._board = None
         self._wandb = wandb_run
         self._lines_until_wait_warning = 1  # the first line has the start of the workers in it
         if is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            if step:
+                discard_after(folder, step)
+            self._metrics = (folder / "metrics.jsonl").open("a" if step else "w", buffering=1)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=step + 1 if step else None
+            )
 
     def step(
         self, step: int, epoch: int, learning_rate: float, report: WatchReport, rates: Rates
@@ -124,6 +129,28 @@ class Reporter:
             self._wandb.log(scalars, step=step)
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Take the lines of steps beyond `step` out of metrics.jsonl: they will be run again.
+
+    They go to metrics_discarded.jsonl; what a killed process wrote half goes, too.
+    """
+    path = folder / "metrics.jsonl"
+    kept: list[str] = []
+    discarded: list[str] = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            is_kept = int(json.loads(line)["step"]) <= step and line.endswith("\n")
+        except (ValueError, KeyError, TypeError):
+            is_kept = False
+        (kept if is_kept else discarded).append(line)
+    if discarded:
+        with (folder / "metrics_discarded.jsonl").open("a") as file:
+            file.write("".join(line.rstrip("\n") + "\n" for line in discarded))
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text("".join(kept))
+        aside.replace(path)
+
+
 def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for key, value in record.items():
@@ -145,8 +172,7 @@ def start_wandb(
     *, name: str, entity: str | None, project: str | None, resume: bool, notes: str,
     group: str | None, settings: dict[str, Any], folder: Path,
 ) -> Any:  # fmt: skip
-    """A wandb run. The key comes from WANDB_API_KEY or `wandb login`, never from a config.
-    """
+    """A wandb run. The key comes from WANDB_API_KEY or `wandb login`, never from a config."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")

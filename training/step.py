@@ -181,6 +181,29 @@ def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Mo
     return DistributedDataParallel(model, device_ids=devices, **options)
 
 
+def settle_buckets(
+    model: nn.Module, input_size: int, device: torch.device, batch_norm: BatchNormStatistics
+) -> None:
+    """Let DDP choose its buckets of gradients before the first step instead of after it.
+
+    It starts with a guess and rebuilds the buckets by the order in which gradients arrived in the
+    first backward pass. On three ranks or more another cut means another order of the sums: the
+    first step after a resumption would not be what it was in the uninterrupted run. Two passes
+    over two blank images per rank; nothing of them remains.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    state = _random_state(device)
+    model.train()  # frozen batch norms learn of it only now
+    batch_norm.keep()
+    images = torch.zeros(2, 3, input_size, input_size, dtype=torch.uint8, device=device)
+    for _ in range(2):  # the second rebuilds
+        model(images.to(memory_format=torch.channels_last)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    batch_norm.restore_if(torch.ones((), dtype=torch.bool, device=device))
+    _set_random_state(device, state)
+
+
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Of the generators dropout and masks draw from."""
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None

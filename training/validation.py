@@ -9,6 +9,7 @@ from pathlib import Path
 from backbones.weights import save_model
 from eval.verification import verify
 from training.build import Parts
+from training.state import Progress
 from utils.distributed import World
 
 
@@ -21,15 +22,16 @@ class Validation:
         folder: where model.pt and model_best.pt go.
         batch_size: images per rank embedded at a time.
         input_size: height and width of the images.
+        progress: of the run; its best accuracy is kept here.
     """
 
     def __init__(
-        self, parts: Parts, world: World, folder: Path, batch_size: int, input_size: int
-    ) -> None:
+        self, parts: Parts, world: World, folder: Path, batch_size: int, input_size: int,
+        progress: Progress,
+    ) -> None:  # fmt: skip
         self.parts, self.world, self.folder = parts, world, folder
         self.batch_size, self.input_size = batch_size, input_size
-        self.best = -math.inf
-        self.last_step = -1
+        self.progress = progress
 
     def run(self, step: int, epoch: int) -> dict[str, dict[str, float]]:
         """Metrics of every target; the same on every rank. Saves model_best.pt if it is."""
@@ -42,11 +44,11 @@ class Validation:
             batch_size=self.batch_size,
             input_size=self.input_size,
         )
-        self.last_step = step
+        self.progress.evaluated_step = step
         scores = [metrics["accuracy_flip"] for metrics in results.values()]
         score = sum(scores) / len(scores) if scores else math.nan
-        if score > self.best:  # never for NaN
-            self.best = score
+        if score > self.progress.best:  # never for NaN
+            self.progress.best, self.progress.best_step = score, step
             self.save("model_best.pt", step, epoch)
         return {name: dict(metrics) for name, metrics in results.items()}
 

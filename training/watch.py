@@ -48,6 +48,13 @@ class Watch:
         self._longest = torch.maximum(self._longest, self._streak)
         self._last = outcome
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running values themselves, for a checkpoint to copy or to fill."""
+        return {
+            "loss_sum": self._loss_sum, "good": self._good, "bad": self._bad,
+            "streak": self._streak, "longest": self._longest,
+        }  # fmt: skip
+
     def report(self) -> WatchReport:
         """Read the counts (waits for the device) and begin anew; a running streak goes on."""
         assert self._last is not None, "report() before the first step"

@@ -99,9 +99,15 @@ def find_config_file(path: str | Path) -> Path:
 def save_config(config: Config, path: str | Path, **resolved: object) -> None:
     """Write the resolved config as JSON; secrets are left out. `resolved` adds what the run
     found out itself (world size, number of classes, ...)."""
-    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in NEVER_SAVED}
-    text = json.dumps({**values, "resolved": resolved}, indent=2, sort_keys=True) + "\n"
-    Path(path).write_text(text)
+    values = {**plain_values(config), "resolved": resolved}
+    Path(path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def plain_values(config: Config) -> dict[str, object]:
+    """Every key as JSON knows values, without secrets."""
+    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in NEVER_SAVED}
+    values: dict[str, object] = json.loads(json.dumps(told))
+    return values
 
 
 def describe_fields() -> str:

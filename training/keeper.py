@@ -1,0 +1,126 @@
+"""Keeps the run: at the end of every step, all ranks decide alike whether to save or to stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from signal import Signals
+from typing import Any
+
+from training.agreement import Agreement, Votes
+from training.checkpoint import Checkpointer
+from training.signals import StopSignals
+from training.state import Progress, RunState
+from utils.distributed import World
+
+logger = logging.getLogger("train")
+
+
+class Stopped(Exception):
+    """A signal ended the run; its state is saved, unless the message says otherwise."""
+
+
+class SavesFailed(RuntimeError):
+    """Too many checkpoints in a row could not be written."""
+
+
+class Keeper:
+    """Saves and stops on time.
+
+    Args:
+        world: this rank. state: collects what is saved. facts: plain values saved beside it.
+        checkpointer: writes. signals: of this process.
+        every_steps, every_minutes: between two checkpoints, 0: not by that measure. The ends of
+            epochs, a new best accuracy and the end of the run are saved in any case.
+        is_on: False: only what a signal asks for is saved.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        state: RunState,
+        facts: Mapping[str, Any],
+        checkpointer: Checkpointer,
+        signals: StopSignals,
+        *,
+        every_steps: int,
+        every_minutes: float,
+        is_on: bool,
+    ) -> None:
+        self.world, self.state, self.facts = world, state, dict(facts)
+        self.checkpointer, self.signals = checkpointer, signals
+        self.every_steps, self.every_minutes, self.is_on = every_steps, every_minutes, is_on
+        self.agreement = Agreement(world)
+        self._last_save = time.monotonic()
+
+    def after_step(
+        self, progress: Progress, *, epoch_ends: bool, is_best: bool, is_last: bool
+    ) -> None:
+        """Save if it is time to; what the ranks want is known one step later.
+
+        Raises:
+            Stopped: a signal came to some rank.
+            SavesFailed: max_failed_saves of them in a row.
+        """
+        agreed = self.agreement.result()
+        if agreed.stop and not is_last:
+            self._stop(progress)
+        if agreed.give_up:
+            raise SavesFailed(
+                f"{self.checkpointer.failed_in_a_row} checkpoints in a row could not be written "
+                f"(max_failed_saves={self.checkpointer.max_failed}), the last because: "
+                f"{self.checkpointer.last_error}. Make room or mend the disk and start again with "
+                "resume=auto"
+            )
+        if self.is_on:
+            due = bool(self.every_steps) and progress.step % self.every_steps == 0
+            if epoch_ends or is_best or is_last:
+                self.save(progress, is_best=is_best)
+            elif (due or agreed.save) and agreed.busy:
+                logger.warning(
+                    "the checkpoint of step %d is left out: the one before is still being "
+                    "written. A faster disk or fewer checkpoints would do",
+                    progress.step,
+                )
+            elif due or agreed.save:
+                self.save(progress)
+        if not is_last:
+            self.agreement.cast(
+                Votes(
+                    stop=self.signals.received is not None,
+                    save=self._time_is_up(),
+                    busy=self.checkpointer.is_busy,
+                    give_up=self.checkpointer.gave_up,
+                )
+            )
+
+    def save(self, progress: Progress, *, is_best: bool = False, wait: bool = False) -> None:
+        """A checkpoint of now."""
+        self._last_save = time.monotonic()
+        facts = {**self.facts, **self.state.facts(progress)}
+        self.checkpointer.save(
+            progress.step, self.state.tensors(), facts, is_best=is_best, wait=wait
+        )
+
+    def finish(self) -> None:
+        """Until what is being written is written."""
+        self.checkpointer.wait()
+
+    def _time_is_up(self) -> bool:
+        minutes = (time.monotonic() - self._last_save) / 60
+        return self.world.is_main and 0 < self.every_minutes <= minutes
+
+    def _stop(self, progress: Progress) -> None:
+        failed_before = self.checkpointer.failed_in_a_row
+        self.save(progress, wait=True)
+        name = Signals(self.signals.received).name if self.signals.received else "another rank's"
+        if self.checkpointer.failed_in_a_row > failed_before:
+            raise Stopped(
+                f"stopped by {name} signal at step {progress.step}, and this state could NOT be "
+                f"saved: {self.checkpointer.last_error}. resume=auto goes on from the last one"
+            )
+        raise Stopped(
+            f"stopped by {name} signal at step {progress.step}; the state is saved, resume=auto "
+            "goes on from it"
+        )

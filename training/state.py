@@ -1,0 +1,243 @@
+"""The complete state of a run: what a checkpoint holds, and how it goes back to its place.
+
+Tensors are named as where they live:
+
+    backbone/<name>            parameters and buffers
+    optimizer/<key>/<name>     the backbone's optimizer
+    head/weight, head/bias     class centres, by rows; head/<parameter>/<key>: their optimizer's
+    head/margin_<name>         running values of the margin
+    watch/<name>               running values of the watch
+    ranks/<what>               one row per rank: batch-norm statistics, generators, counts
+
+Everything else is plain: see `facts`. On another number of ranks the centres and their state go to
+whoever owns them now, batch-norm statistics become the mean over the ranks that were, and
+generators (dropout, masks) start anew from the seed, the step and the rank.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from head.sampling import hash_key
+from training import storage
+from training.build import Parts
+from training.checkpoint import Found, Ranks
+from training.storage import State, StorageError, Stored
+from training.watch import Watch
+from utils.distributed import World
+
+RANKS = "ranks/"
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    step: optimizer steps done. position: global batches of the data order used up; beyond step
+    by those that a rollback left out. best, best_step: highest mean accuracy and when.
+    evaluated_step: of the last verification. rollbacks: so far.
+    """
+
+    step: int = 0
+    position: int = 0
+    best: float = float("-inf")
+    best_step: int = -1
+    evaluated_step: int = -1
+    rollbacks: int = 0
+
+
+class RunState:
+    """Collects the state of a run, and puts a saved one back.
+
+    Args:
+        parts: of the run. world: this rank. watch: of the loop. seed: of the run.
+    """
+
+    def __init__(self, parts: Parts, world: World, watch: Watch, seed: int) -> None:
+        self.parts, self.world, self.watch, self.seed = parts, world, watch, seed
+
+    def tensors(self) -> State:
+        """Every tensor, each where it lives; nothing is copied."""
+        return {**self._on_all_ranks(), **self._by_class(), **self._by_rank()}
+
+    def facts(self, progress: Progress) -> dict[str, Any]:
+        """What is not a tensor, as plain values (waits for the device under fp16)."""
+        scaler = self.parts.step.scaler
+        head = self.parts.head.get_extra_state()
+        return {
+            "progress": asdict(progress),
+            "world_size": self.world.world_size,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "head": {key: head[key] for key in ("samples_drawn", "forwards", "seed")},
+        }
+
+    def bytes_on_disk(self) -> int:
+        """Size of the whole state, over all ranks."""
+        return sum(
+            stored.shape.numel() * stored.local.itemsize for stored in self.tensors().values()
+        )
+
+    def load(self, found: Found, ranks: Ranks) -> Progress:
+        """Put a checkpoint's state in place, all ranks together; each reads its own rows.
+
+        Raises:
+            CheckpointError: it does not hold what this run needs.
+        """
+        ranks.together(lambda: self._make_room(found.path))
+        wanted = {**self._on_all_ranks(), **self._by_class()}
+        facts = found.manifest.facts
+        saved_ranks = int(facts["world_size"])
+        same_ranks = saved_ranks == self.world.world_size
+        by_rank = self._by_rank()
+        if not same_ranks:
+            by_rank = {
+                name: Stored.whole(
+                    stored.local.new_empty(saved_ranks, *stored.local.shape[1:]), False
+                )
+                for name, stored in by_rank.items()
+                if "generator" not in name
+            }
+        ranks.together(
+            lambda: storage.read(found.path, {**wanted, **by_rank}, ranks.group, ranks.is_alone)
+        )
+        rows = {name: stored.local.squeeze(0) if same_ranks else stored.local
+                for name, stored in by_rank.items()}  # fmt: skip
+        if same_ranks:
+            self._set_generators(rows)
+        else:
+            rows = {name: self._joined(name, each) for name, each in rows.items()}
+            torch.manual_seed(hash_key(self.seed, found.manifest.step, 1 + self.world.rank))
+        self._set_rows(rows, facts)
+        if self.parts.step.scaler is not None and facts["scaler"] is not None:
+            self.parts.step.scaler.load_state_dict(facts["scaler"])
+        return Progress(**facts["progress"])
+
+    # --- the three kinds of tensors ----------------------------------------------------------
+
+    def _on_all_ranks(self) -> dict[str, Stored]:
+        """What every rank holds alike; the writing is shared out by size."""
+        tensors = self._backbone() | self._optimizer()
+        for name, buffer in self.parts.head.named_buffers():
+            tensors[f"head/{name}"] = buffer
+        for name, value in self.watch.state_dict().items():
+            tensors[f"watch/{name}"] = value
+        total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        stored, before = {}, 0
+        for name, tensor in tensors.items():
+            writer = before * self.world.world_size // max(total, 1)
+            stored[name] = Stored.whole(tensor.detach(), writer == self.world.rank)
+            before += tensor.numel() * tensor.itemsize
+        return stored
+
+    def _by_class(self) -> dict[str, Stored]:
+        """Class centres, biases and what their update rules keep: this rank's rows."""
+        head = self.parts.head
+        names = {id(parameter): name for name, parameter in head.named_parameters()}
+        first = head.class_range.start * head.centres_per_class
+        rows = head.num_classes * head.centres_per_class
+        stored = {}
+        for parameter, rule in head.moved_parameters():
+            name = f"head/{names[id(parameter)]}"
+            stored[name] = Stored(parameter.detach(), first, rows)
+            for key, value in rule.state(parameter).items():
+                stored[f"{name}/{key}"] = Stored(value, first, rows)
+        return stored
+
+    def _by_rank(self) -> dict[str, Stored]:
+        """What every rank has of its own."""
+        _, numpy_words, *numpy_place, numpy_gauss = np.random.get_state(legacy=True)
+        kind, words, gauss = random.getstate()
+        rows: dict[str, Tensor] = {
+            "counts": torch.tensor(
+                [self.parts.loader.num_skipped, *self.parts.head.get_extra_state()["roundings"]]
+            ),
+            "generator_torch": torch.get_rng_state(),
+            "generator_numpy": torch.tensor([*map(int, numpy_words), *numpy_place]),
+            "generator_numpy_gauss": torch.tensor(numpy_gauss, dtype=torch.float64),
+            "generator_python": torch.tensor([kind, *words, gauss is not None]),
+            "generator_python_gauss": torch.tensor(gauss or 0.0, dtype=torch.float64),
+        }
+        if self.world.device.type == "cuda":
+            rows["generator_cuda"] = torch.cuda.get_rng_state(self.world.device)
+        if self.parts.batch_norm.statistics.numel():
+            rows["batch_norm"] = self.parts.batch_norm.statistics
+            rows["batch_norm_counts"] = self.parts.batch_norm.counts
+        rank, world_size = self.world.rank, self.world.world_size
+        return {RANKS + n: Stored.of_rank(row, rank, world_size) for n, row in rows.items()}
+
+    # --- details -----------------------------------------------------------------------------
+
+    def _backbone(self) -> dict[str, Tensor]:
+        """Parameters and buffers, without the statistics that every rank has of its own."""
+        own = {t.untyped_storage().data_ptr()
+               for t in (self.parts.batch_norm.statistics, self.parts.batch_norm.counts)
+               if t.numel()}  # fmt: skip
+        return {
+            f"backbone/{name}": tensor
+            for name, tensor in self.parts.backbone.state_dict().items()
+            if tensor.untyped_storage().data_ptr() not in own
+        }
+
+    def _optimizer(self) -> dict[str, Tensor]:
+        state = self.parts.step.optimizer.state
+        return {
+            f"optimizer/{key}/{name}": value
+            for name, parameter in self.parts.backbone.named_parameters()
+            for key, value in state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def _make_room(self, folder: Path) -> None:
+        """Create what the optimizer makes at its first step only, and compare all names."""
+        saved = storage.describe(folder)
+        optimizer = self.parts.step.optimizer
+        for name, parameter in self.parts.backbone.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"optimizer/{key}/{name}" in saved:
+                    shape, dtype = saved[f"optimizer/{key}/{name}"]
+                    optimizer.state[parameter].setdefault(
+                        key, torch.zeros(shape, dtype=dtype, device=parameter.device)
+                    )
+        here = {**self._on_all_ranks(), **self._by_class(), **self._by_rank()}
+        extra = sorted(n for n in saved.keys() - here.keys() if not n.startswith(RANKS))
+        missing = sorted(n for n in here.keys() - saved.keys() if not n.startswith(RANKS))
+        if extra or missing:
+            raise StorageError(
+                f"{folder} belongs to another kind of run: only there {extra[:4]}, only here "
+                f"{missing[:4]}"
+            )
+
+    def _joined(self, name: str, rows: Tensor) -> Tensor:
+        """This rank's row, made from the rows of another number of ranks."""
+        if name == RANKS + "batch_norm":
+            return rows.mean(dim=0)
+        if name == RANKS + "counts":  # images skipped: all told; draws of the rounding: the most
+            skipped = rows[:, 0].sum() if self.world.is_main else rows.new_zeros(())
+            return torch.cat([skipped[None], rows[:, 1:].amax(dim=0)])
+        return rows.amax(dim=0)
+
+    def _set_rows(self, rows: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if self.parts.batch_norm.statistics.numel():
+            self.parts.batch_norm.statistics.copy_(rows[RANKS + "batch_norm"])
+            self.parts.batch_norm.counts.copy_(rows[RANKS + "batch_norm_counts"])
+        skipped, *roundings = rows[RANKS + "counts"].tolist()
+        self.parts.loader.num_skipped = skipped
+        self.parts.head.set_extra_state({**facts["head"], "roundings": roundings})
+
+    def _set_generators(self, rows: dict[str, Tensor]) -> None:
+        torch.set_rng_state(rows[RANKS + "generator_torch"])
+        if RANKS + "generator_cuda" in rows:
+            torch.cuda.set_rng_state(rows[RANKS + "generator_cuda"].cpu(), self.world.device)
+        *key, position, has_gauss = rows[RANKS + "generator_numpy"].tolist()
+        gauss = float(rows[RANKS + "generator_numpy_gauss"])
+        np.random.set_state(("MT19937", np.array(key, np.uint32), position, has_gauss, gauss))
+        kind, *words, has_gauss = rows[RANKS + "generator_python"].tolist()
+        gauss = float(rows[RANKS + "generator_python_gauss"])
+        random.setstate((kind, tuple(words), gauss if has_gauss else None))
