@@ -201,9 +201,10 @@ class RunState:
         for name, parameter in self.parts.backbone.named_parameters():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"optimizer/{key}/{name}" in saved:
-                    shape, dtype = saved[f"optimizer/{key}/{name}"]
+                    # The averages in their parameter's memory format: fused kernels rely on it.
+                    like = parameter.new_zeros((), dtype=torch.float32)
                     optimizer.state[parameter].setdefault(
-                        key, torch.zeros(shape, dtype=dtype, device=parameter.device)
+                        key, like if key == "step" else torch.zeros_like(parameter)
                     )
         here = {**self._on_all_ranks(), **self._by_class(), **self._by_rank()}
         extra = sorted(n for n in saved.keys() - here.keys() if not n.startswith(RANKS))

@@ -126,7 +126,7 @@ def write(
     """
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     writer.fs = files = _HashedFiles()
-    with _plain_errors():
+    with _plain_errors(files):
         dcp.save(
             dict(state), storage_writer=writer, planner=_SavePlanner(), process_group=group,
             no_dist=is_alone,
@@ -153,11 +153,16 @@ def read(folder: Path, state: State, group: dist.ProcessGroup | None, is_alone: 
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What failed on some rank as one sentence; DCP raises it below BaseException only."""
+def _plain_errors(files: _HashedFiles | None = None) -> Iterator[None]:
+    """What failed on some rank as one sentence; DCP raises it below BaseException only.
+
+    Where this rank's own files failed, that is said: PyTorch's writer hides it.
+    """
     try:
         yield
     except CheckpointException as error:
+        if files is not None and files.failure is not None:
+            raise StorageError(str(files.failure)) from error
         causes = {
             f"rank {rank}: {cause} ({type(cause).__name__})"
             for rank, (cause, _) in error.failures.items()
@@ -315,6 +320,7 @@ class _HashedFiles(FileSystem):
 
     def __init__(self) -> None:
         self.digests: dict[str, FileDigest] = {}
+        self.failure: OSError | None = None
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -322,7 +328,7 @@ class _HashedFiles(FileSystem):
             if "w" not in mode:
                 yield raw
                 return
-            stream = _HashingStream(raw)
+            stream = _HashingStream(raw, self)
             yield stream
             self.digests[Path(path).name] = FileDigest(stream.size, stream.sha256.hexdigest())
 
@@ -332,16 +338,20 @@ class _HashedFiles(FileSystem):
 
 
 class _HashingStream(io.RawIOBase):
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: Any, files: _HashedFiles) -> None:
         super().__init__()
-        self.raw, self.size, self.sha256 = raw, 0, hashlib.sha256()
+        self.raw, self.files, self.size, self.sha256 = raw, files, 0, hashlib.sha256()
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         block = memoryview(data).cast("B")
-        self.raw.write(block)
+        try:
+            self.raw.write(block)
+        except OSError as error:
+            self.files.failure = error
+            raise
         self.sha256.update(block)
         self.size += len(block)
         return len(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 FORMAT = "Training: %(asctime)s-%(message)s"  # as arcface_torch writes them; scripts parse it
@@ -14,6 +15,8 @@ def init_logging(is_main: bool, folder: str | Path | None = None) -> None:
 
     Ranks other than 0 only speak up with warnings of their own errors.
     """
+    # One process needs no process group; torch's checkpoints remark on it at every save.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)

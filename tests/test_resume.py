@@ -1,0 +1,321 @@
+"""A run that is interrupted and resumed is the run that was not.
+
+Bit for bit on the same number of ranks; in float64 with frozen batch norm on any other number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unittest.mock
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.base import Config
+from tests.conftest import RankFailure, Ranks
+from train_v2 import run_on
+from training.checkpoint import FOLDER, Checkpointer, Manifest, named, pointed_to
+from utils.distributed import World
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY: dict[str, Any] = {
+    "rec": "synthetic", "num_classes": 23, "num_image": 96, "network": "r_nano",
+    "embedding_size": 16, "input_size": 32, "batch_size": 12, "num_epoch": 2, "lr": 0.05,
+    "frequent": 1, "verbose": 0, "num_workers": 1, "scale": 16.0, "margin_list": (1.0, 0.0, 0.2),
+    "device": "cpu", "checkpoint_every": 5, "keep_checkpoints": 100,
+}  # fmt: skip
+EXACT = {"precision": "fp64", "freeze_batch_norm": True}
+
+
+class Unhurried(Checkpointer):
+    """Waits for every save: such short steps would leave checkpoints out, here or there."""
+
+    def save(self, *arguments: Any, **options: Any) -> None:
+        super().save(*arguments, **{**options, "wait": True})
+
+
+def whole_run(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """A run in this process: its losses by step, and its final weights."""
+    settings = {**TINY, "batch_size": 12 // world_size, "output": folder, **changes}
+    cfg = Config(**settings)
+    assert not cfg.problems()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    world = World(rank, rank, world_size, torch.device("cpu"))
+    with unittest.mock.patch("train_v2.Checkpointer", Unhurried):
+        parts = run_on(cfg, world, Path(folder))
+    backbone = hashlib.sha256()
+    for value in parts.backbone.state_dict().values():
+        backbone.update(value.numpy().tobytes())
+    state = [p.detach().clone() for p in parts.head.parameters()]
+    for parameter, rule in parts.head.moved_parameters():
+        state += [value.clone() for value in rule.state(parameter).values()]
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
+    losses = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+    return {"losses": losses, "backbone": backbone.hexdigest(), "head": state}
+
+
+def copy_of_run(run: Path, target: Path, step: int) -> Path:
+    """The run's folder as it was left just after the checkpoint of `step`."""
+    shutil.copytree(run, target)
+    for path in named(target / FOLDER):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return target
+
+
+def assert_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    for one, two in zip(run, other, strict=True):
+        assert one["losses"] == two["losses"]
+        assert one["backbone"] == two["backbone"]
+        for part, expected in zip(one["head"], two["head"], strict=True):
+            assert torch.equal(part, expected)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "sampled, adamw": {"optimizer": "adamw", "lr": 1e-3, "sample_rate": 0.3},
+    "adaface, accumulated": {"loss": "adaface", "gradient_acc": 2, "num_epoch": 3},
+    "curricularface, bf16 centres": {"loss": "curricularface", "head_weight_dtype": "bf16"},
+    "magface, host centres": {"loss": "magface", "sample_rate": 0.5, "head_device": "cpu"},
+    "dropout, autograd": {"dropout": 0.4, "head_update": "autograd", "loss": "elasticface_arc"},
+    "softmax with bias, clipped, fp16": {
+        "loss": "softmax", "precision": "fp16", "lr": 0.01, "max_steps": 8,
+    },
+    "sub-centres, cosine, photometric": {
+        "loss": "subcentre_arcface", "margin_list": (1.0, 0.5, 0.0), "lr_schedule": "cosine",
+        "augment": ["photometric"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("world_size", "variant"),
+    [(n, "sgd") for n in (1, 2, 3)] + [(1 + i % 3, name) for i, name in enumerate(VARIANTS) if i],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    ranks: Ranks, tmp_path: Path, world_size: int, variant: str
+) -> None:
+    changes = {**VARIANTS[variant], "frequent": 2}
+    left_alone = ranks.run(world_size, whole_run, str(tmp_path / "run"), changes)
+    resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 5)
+    again = ranks.run(world_size, whole_run, str(resumed), {**changes, "resume": "auto"})
+    assert_same(again, left_alone)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sample_rate"),
+    [(1, 2, 1.0), (2, 3, 1.0), (3, 1, 1.0), (4, 3, 0.0), (2, 4, 1.0)],
+)
+def test_on_another_number_of_ranks_the_losses_are_those_of_the_uninterrupted_run(
+    ranks: Ranks, tmp_path: Path, before: int, after: int, sample_rate: float
+) -> None:
+    # r = 0: only the batch's own classes, so that the sample does not depend on the ranks
+    changes = {**EXACT, "num_epoch": 5, "sample_rate": sample_rate}
+    left_alone = ranks.run(before, whole_run, str(tmp_path / "run"), changes)
+    resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 5)
+    again = ranks.run(after, whole_run, str(resumed), {**changes, "resume": "auto"})
+    expected = left_alone[0]["losses"]
+    assert len(expected) == 40
+    for step, loss in again[0]["losses"].items():
+        assert loss == pytest.approx(expected[step], rel=0, abs=1e-8)
+    assert again[0]["losses"].keys() == expected.keys()
+    for i in range(2):  # centres and momentum, joined over the ranks
+        whole = torch.cat([each["head"][i] for each in again])
+        torch.testing.assert_close(
+            whole, torch.cat([each["head"][i] for each in left_alone]), rtol=0, atol=1e-8
+        )
+
+
+def state_after_loading(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> Any:
+    """Head and its state right after resuming: max_steps is where it was saved."""
+    return whole_run(rank, world_size, folder, {**changes, "resume": "auto"})["head"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 4), (4, 1), (1, 3)])
+def test_centres_momentum_and_step_counts_arrive_at_their_owner_unchanged(
+    ranks: Ranks, tmp_path: Path, before: int, after: int
+) -> None:
+    changes = {
+        "max_steps": 7, "optimizer": "adamw", "sample_rate": 0.4, "sub_centres": 2,
+        "head_state_dtype": "bf16", "num_classes": 29,
+    }  # fmt: skip
+    saved = ranks.run(before, whole_run, str(tmp_path), changes)
+    loaded = ranks.run(after, state_after_loading, str(tmp_path), changes)
+    for i in range(4):  # weight, exp_avg, exp_avg_sq, step
+        assert torch.equal(
+            torch.cat([each["head"][i] for each in saved]), torch.cat([each[i] for each in loaded])
+        )
+
+
+def test_batch_statistics_become_their_mean_on_another_number_of_ranks(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    changes = {"max_steps": 6, "checkpoint_every": 3}
+    whole = ranks.run(2, whole_run, str(tmp_path / "run"), changes)
+    resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 6)
+    (alone,) = ranks.run(1, whole_run, str(resumed), {**changes, "resume": True})
+    assert alone["backbone"] == whole[0]["backbone"]  # the end of a run averages them, too
+
+
+def test_metrics_of_steps_that_are_run_again_are_not_told_twice(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks.run(1, whole_run, str(tmp_path / "run"), {"max_steps": 9})
+    resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 5)
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')  # the line a killed process was writing
+    ranks.run(1, whole_run, str(resumed), {"max_steps": 9, "resume": "auto"})
+    lines = (resumed / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
+    assert len((resumed / "metrics_discarded.jsonl").read_text().splitlines()) == 5
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content[: -len(content) // 3] if how == "truncated" else content)
+    if how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("name", ["checkpoint.json", ".metadata", "__0_0.distcp", "__1_0.distcp"])
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(
+    ranks: Ranks, tmp_path: Path, name: str, how: str, damaged_run: tuple[Path, Any]
+) -> None:
+    run, left_alone = damaged_run
+    folder = copy_of_run(run, tmp_path / "run", 10)
+    damage(folder / FOLDER / "step_00000010" / name, how)
+    again = ranks.run(2, whole_run, str(folder), {"resume": "auto", "max_steps": 12})
+    assert_same(again, left_alone)
+    path = folder / FOLDER / "step_00000010.damaged"
+    with pytest.raises(RankFailure) as refused:
+        ranks.run(2, whole_run, str(tmp_path / "new"), {"resume": str(path), "max_steps": 12})
+    wanted = "no usable checkpoint" if (name, how) == ("checkpoint.json", "missing") else name
+    assert len(refused.value.errors) == 2
+    assert all(wanted in str(error) for error in refused.value.errors.values())
+
+
+@pytest.fixture(scope="module")
+def damaged_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run of 12 steps on 2 ranks with checkpoints at 5, 8, 10 and 12."""
+    folder = tmp_path_factory.mktemp("damaged") / "run"
+    return folder, ranks.run(2, whole_run, str(folder), {"max_steps": 12})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_classes": 24}, "num_classes was 23, is 24"),
+        ({"embedding_size": 8}, "embedding_size was 16, is 8"),
+        ({"network": "mbf"}, "network was 'r_nano', is 'mbf'"),
+        ({"batch_size": 3}, "global_batch was 12, is 6; set batch_size and gradient_acc"),
+        ({"num_image": 100}, "num_images was 96, is 100"),
+        ({"optimizer": "adamw"}, "optimizer was 'sgd', is 'adamw'"),
+        ({"seed": 1}, "seed was 2048, is 1"),
+    ],
+)
+def test_what_would_be_another_run_is_refused_with_the_difference_named(
+    ranks: Ranks, tmp_path: Path, damaged_run: tuple[Path, Any], changes: Any, words: str
+) -> None:
+    folder = copy_of_run(damaged_run[0], tmp_path / "run", 12)
+    with pytest.raises(RankFailure) as refused:
+        ranks.run(2, whole_run, str(folder), {"resume": "auto", **changes})
+    assert all(words in str(error) for error in refused.value.errors.values())
+    assert len(named(folder / FOLDER)) == 4
+
+
+def test_ranks_batch_accumulation_workers_and_output_may_change(
+    ranks: Ranks, tmp_path: Path, damaged_run: tuple[Path, Any]
+) -> None:
+    run, _ = damaged_run
+    changes = {
+        "resume": str(run), "batch_size": 2, "gradient_acc": 3, "num_workers": 0, "max_steps": 14,
+    }  # fmt: skip
+    again = ranks.run(2, whole_run, str(tmp_path / "elsewhere"), changes)
+    assert sorted(again[0]["losses"]) == [13, 14]
+    elastic = {"resume": str(run), "global_batch_size": 12, "batch_size": 4, "max_steps": 14}
+    again = ranks.run(1, whole_run, str(tmp_path / "elastic"), elastic)
+    assert sorted(again[0]["losses"]) == [13, 14]
+
+
+def test_the_newest_are_kept_and_the_pointer_names_the_last(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(2, whole_run, str(tmp_path), {"checkpoint_every": 1, "keep_checkpoints": 2})
+    folder = tmp_path / FOLDER
+    assert [path.name for path in named(folder)] == ["step_00000015", "step_00000016"]
+    assert pointed_to(folder, "latest") == folder / "step_00000016"
+    assert Manifest.read(folder / "step_00000016").facts["progress"]["step"] == 16
+    assert {p.name for p in folder.iterdir()} == {"latest", "step_00000015", "step_00000016"}
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    settings = {**TINY, "output": folder, "margin_list": "[1,0,0.2]"}
+    return [
+        sys.executable, "train_v2.py", "configs/demo", "val_targets=[]", "lr_base_batch=None",
+        *(f"{key}={value}" for key, value in settings.items()), *words,
+    ]  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Until the run has logged `step`."""
+    for _ in range(1200):
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_ends_with_code_4_and_the_run_goes_on_exactly(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    words = ("num_epoch=40", "max_steps=30", "checkpoint_every=0")
+    whole = subprocess.run(
+        command(tmp_path / "whole", *words), cwd=ROOT, env=environment(), capture_output=True
+    )
+    assert whole.returncode == 0
+    process = subprocess.Popen(
+        command(tmp_path / "run", *words), cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+    )
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == 4
+    assert f"stopped by {number.name}" in text.decode()
+    assert len(named(tmp_path / "run" / FOLDER)) == 1
+    again = subprocess.run(
+        command(tmp_path / "run", *words, "resume=auto"), cwd=ROOT, env=environment()
+    )
+    assert again.returncode == 0
+    files = [tmp_path / name / "model.pt" for name in ("whole", "run")]
+    weights = [torch.load(path, weights_only=True) for path in files]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "num_epoch=1000"), cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+    )
+    wait_for_step(tmp_path, 2)
+    process.send_signal(signal.SIGSTOP)  # both arrive before a step can end
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
