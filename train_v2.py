@@ -65,6 +65,9 @@ def train(
     meter = SpeedMeter(parts.global_batch, last_step)
     meter.restart(progress.step)
     parts.step.model.train()
+    if progress.step >= last_step:  # nothing left to do; the files of the run all the same
+        keeper.save_now(progress)
+        validation.save("model.pt", progress.step, progress.position // parts.steps_per_epoch)
 
     while progress.step < last_step:
         epoch, steps_done = divmod(progress.position, parts.steps_per_epoch)

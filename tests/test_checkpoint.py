@@ -336,7 +336,7 @@ def fails_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, str
     saver.save(1, state, {}, wait=True)
     if rank == 1:
         original = storage._HashingStream.write
-        storage._HashingStream.write = _no_space  # type: ignore[method-assign]
+        storage._HashingStream.write = _no_space  # type: ignore[assignment,method-assign]
     saver.save(2, state, {}, wait=True)
     if rank == 1:
         storage._HashingStream.write = original  # type: ignore[method-assign]

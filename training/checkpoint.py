@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -220,8 +221,9 @@ def check_intact(path: Path, ranks: Ranks) -> Found:
 class Checkpointer:
     """Saves states of the run into its folder, in the background unless told to wait.
 
-    The staging copy is the only thing the caller waits for: every tensor that this rank writes is
-    copied to host memory (kept from save to save, so it costs that much memory once).
+    In the background the staging copy is the only thing the caller waits for: every tensor that
+    this rank writes is copied to host memory, which is kept from save to save. That is one copy of
+    the rank's share of the state, and no more.
 
     Args:
         folder: of the checkpoints; on a file system that all ranks share.
@@ -234,7 +236,6 @@ class Checkpointer:
         self.folder, self.ranks, self.keep, self.max_failed = folder, ranks, keep, max_failed
         self.failed_in_a_row = 0
         self.last_error = ""
-        self.seconds = 0.0  # what the last save took, in the background
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
 
@@ -256,14 +257,17 @@ class Checkpointer:
 
         A failure is logged and counted, never raised: the run goes on, the checkpoint before
         stays as it was. A save that is still being written is waited for.
+
+        Args:
+            wait: return when it is written; nothing is copied for that.
         """
         self.wait()
-        staged = self._stage(state)
-        arguments = (step, staged, facts, is_best)
+        if wait:
+            self._save(step, state, facts, is_best)
+            return
+        arguments = (step, self._stage(state), facts, is_best)
         self._thread = threading.Thread(target=self._save, args=arguments, daemon=True)
         self._thread.start()
-        if wait:
-            self.wait()
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -289,15 +293,14 @@ class Checkpointer:
             torch.cuda.synchronize()
         return staged
 
-    def _save(
-        self, step: int, staged: dict[str, Stored], facts: dict[str, Any], is_best: bool
-    ) -> None:
+    def _save(self, step: int, state: State, facts: dict[str, Any], is_best: bool) -> None:
+        start = time.perf_counter()
         target = self.folder / f"step_{step:08d}"
         aside = self.folder / (target.name + _SAVING)
         try:
             self.ranks.together(lambda: _make_empty(aside), only_main=True)
             digests = self.ranks.together(
-                lambda: storage.write(aside, staged, self.ranks.group, self.ranks.is_alone)
+                lambda: storage.write(aside, state, self.ranks.group, self.ranks.is_alone)
             )
             files = {name: digest for each in digests for name, digest in each.items()}
             manifest = Manifest(step, json.loads(json.dumps(facts)), files)  # as it reads back
@@ -316,7 +319,8 @@ class Checkpointer:
                 )  # fmt: skip
         else:
             self.failed_in_a_row = 0
-            logger.info("checkpoint %s", target)
+            seconds = time.perf_counter() - start
+            logger.info("checkpoint %s written in %.3f s", target, seconds)
 
     def _publish(self, aside: Path, target: Path, manifest: Manifest, is_best: bool) -> None:
         """Name a checkpoint that all ranks have written, then point to it, then tidy up."""

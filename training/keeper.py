@@ -76,7 +76,7 @@ class Keeper:
         if self.is_on:
             due = bool(self.every_steps) and progress.step % self.every_steps == 0
             if epoch_ends or is_best or is_last:
-                self.save(progress, is_best=is_best)
+                self._save(progress, is_best=is_best)
             elif (due or agreed.save) and agreed.busy:
                 logger.warning(
                     "the checkpoint of step %d is left out: the one before is still being "
@@ -84,7 +84,7 @@ class Keeper:
                     progress.step,
                 )
             elif due or agreed.save:
-                self.save(progress)
+                self._save(progress)
         if not is_last:
             self.agreement.cast(
                 Votes(
@@ -95,8 +95,12 @@ class Keeper:
                 )
             )
 
-    def save(self, progress: Progress, *, is_best: bool = False, wait: bool = False) -> None:
-        """A checkpoint of now."""
+    def save_now(self, progress: Progress) -> None:
+        """A checkpoint, unless they are switched off; returns when it is written."""
+        if self.is_on:
+            self._save(progress, wait=True)
+
+    def _save(self, progress: Progress, *, is_best: bool = False, wait: bool = False) -> None:
         self._last_save = time.monotonic()
         facts = {**self.facts, **self.state.facts(progress)}
         self.checkpointer.save(
@@ -113,7 +117,7 @@ class Keeper:
 
     def _stop(self, progress: Progress) -> None:
         failed_before = self.checkpointer.failed_in_a_row
-        self.save(progress, wait=True)
+        self._save(progress, wait=True)
         name = Signals(self.signals.received).name if self.signals.received else "another rank's"
         if self.checkpointer.failed_in_a_row > failed_before:
             raise Stopped(

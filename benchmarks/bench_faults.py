@@ -1,0 +1,318 @@
+"""Runs that are killed at random moments, and what the restarted ones end with.
+
+    python -m benchmarks.bench_faults [--quick] [--json FILE] [--seed 0]
+
+Real processes on the CPU, 2 to 4 ranks, drawn faces (scripts/make_synthetic.py), configs/demo made
+small. A run is left to itself until a random moment; then one rank or all are killed (SIGKILL), in
+two of three runs just while a checkpoint is being written. Ranks that are left end by themselves or
+are killed as well. The run is started again with resume=auto:
+
+same      on the same number of ranks: everything in its last checkpoint (weights, centres,
+          momentum, generators, counts) has to equal, bit for bit, that of the run left alone.
+changed   on another number of ranks, in float64 with frozen batch norm: centres, momentum and data
+          position have to arrive unchanged, and all losses have to be within 1e-8.
+
+In the end nothing but named checkpoints may lie in the folder. One line per run, and a count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scripts.make_synthetic import make_synthetic
+from training import storage
+from training.checkpoint import FOLDER, LATEST, Found, Manifest, damage, named, step_of
+from training.storage import Stored
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GLOBAL_BATCH = 12
+STEPS = 30
+SETTINGS = (
+    "configs/demo", "val_targets=[]", "num_workers=1", "lr_base_batch=None", "lr=0.05",
+    "frequent=1", "checkpoint_every=3", "keep_checkpoints=3", "num_epoch=100", f"max_steps={STEPS}",
+)  # fmt: skip
+FP64 = ("precision=fp64", "freeze_batch_norm=True")
+SECONDS_TO_END = 30  # for ranks whose peer is gone, as torchrun gives them
+
+
+@dataclass
+class Result:
+    """One killed run. problems: what was not as it has to be."""
+
+    name: str
+    kind: str
+    ranks: str
+    victims: str
+    killed_at_step: int
+    while_saving: bool
+    resumed_at_step: int
+    seconds: float
+    problems: list[str]
+
+    def line(self) -> str:
+        """For the table."""
+        moment = "saving" if self.while_saving else "between"
+        return (
+            f"{self.name:>4} {self.kind:8} {self.ranks:>6} {self.victims:>7} {moment:>8} "
+            f"{self.killed_at_step:>6} {self.resumed_at_step:>7} {self.seconds:>7.1f}  "
+            + ("ok" if not self.problems else "; ".join(self.problems))
+        )
+
+
+class Run:
+    """The ranks of one training run, as processes."""
+
+    def __init__(self, output: Path, data: Path, world_size: int, words: Sequence[str]) -> None:
+        self.output = output
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {
+            **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size),
+        }  # fmt: skip
+        command = [
+            sys.executable, "train_v2.py", *SETTINGS, f"rec={data}", f"output={output}",
+            f"batch_size={GLOBAL_BATCH // world_size}", *words,
+        ]  # fmt: skip
+        self.log = (output.parent / f"{output.name}.log").open("ab")
+        self.processes = [
+            subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=self.log, stderr=self.log,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )  # fmt: skip
+            for rank in range(world_size)
+        ]
+
+    def wait(self) -> list[int]:
+        """Exit codes; ranks that outlive the others by too long are killed."""
+        deadline = None
+        while any(process.poll() is None for process in self.processes):
+            failed = any(process.poll() for process in self.processes)
+            if failed and deadline is None:
+                deadline = time.monotonic() + SECONDS_TO_END
+            if deadline is not None and time.monotonic() > deadline:
+                for process in self.processes:
+                    process.kill()
+            time.sleep(0.01)
+        self.log.close()
+        return [process.returncode for process in self.processes]
+
+    def step(self) -> int:
+        """The last logged step."""
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except ValueError:
+                continue  # being written just now
+        return 0
+
+    def is_saving(self) -> bool:
+        """A checkpoint is being written just now."""
+        return any(self.output.glob(f"{FOLDER}/*.saving"))
+
+
+def kill_at_random(run: Run, rng: random.Random, while_saving: bool) -> tuple[str, int]:
+    """Kill one rank or all; returns whom, and the last logged step."""
+    wanted_step = rng.randrange(1, STEPS - 4)
+    while run.step() < wanted_step:
+        if any(process.poll() is not None for process in run.processes):
+            raise RuntimeError(f"a rank ended before it was killed: see {run.log.name}")
+        time.sleep(0.005)
+    if while_saving:
+        while not run.is_saving() and run.step() < STEPS:
+            time.sleep(0.0005)
+        time.sleep(rng.random() * 0.1)
+    else:
+        time.sleep(rng.random() * 0.3)
+    everyone = rng.random() < 0.5
+    victims = run.processes if everyone else [rng.choice(run.processes)]
+    saved = run.is_saving()
+    for process in victims:
+        process.send_signal(signal.SIGKILL)
+    who = "all" if everyone else f"rank {run.processes.index(victims[0])}"
+    if while_saving and not saved:
+        who += "*"  # the checkpoint was finished a moment too early
+    return who, run.step()
+
+
+def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    state = {
+        name: Stored.whole(torch.empty(shape, dtype=dtype), False)
+        for name, (shape, dtype) in storage.describe(checkpoint).items()
+    }
+    storage.read(checkpoint, state, None, True)
+    return {name: stored.local for name, stored in state.items()}
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Loss of every logged step."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def differences(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not bit for bit the same."""
+    return sorted(
+        name for name in one.keys() | two.keys()
+        if name not in one or name not in two or not torch.equal(one[name], two[name])
+    )  # fmt: skip
+
+
+def leftovers(output: Path) -> list[str]:
+    """What lies beside named, intact checkpoints."""
+    folder = output / FOLDER
+    known = {LATEST, *(path.name for path in named(folder))}
+    found = [path.name for path in folder.iterdir() if path.name not in known]
+    for path in named(folder):
+        problem = damage(Found(path, Manifest.read(path)))
+        if problem:
+            found.append(problem)
+    return found
+
+
+def arrives_unchanged(
+    checkpoint: Path, data: Path, world_size: int, words: Sequence[str]
+) -> list[str]:
+    """What is not the same after `world_size` ranks have loaded a checkpoint and saved it again."""
+    step = step_of(checkpoint)
+    output = checkpoint.parent.parent.with_name(f"{checkpoint.parent.parent.name}_resharded")
+    words = (*words, f"resume={checkpoint}", f"max_steps={step}")
+    codes = Run(output, data, world_size, words).wait()
+    if any(codes):
+        return [f"loading it on {world_size} ranks ended with {codes}: see {output}.log"]
+    again = output / FOLDER / checkpoint.name
+    before, after = whole_state(checkpoint), whole_state(again)
+    shared = [name for name in before if not name.startswith("ranks/")]
+    changed = [name for name in shared if not torch.equal(before[name], after[name])]
+    facts = [Manifest.read(path).facts["progress"] for path in (checkpoint, again)]
+    return changed + ([] if facts[0] == facts[1] else [f"data position {facts}"])
+
+
+def one_run(
+    number: int, folder: Path, data: Path, before: int, after: int, rng: random.Random,
+    while_saving: bool, reference: Path,
+) -> Result:  # fmt: skip
+    """Start, kill, start again, compare."""
+    start = time.monotonic()
+    kind = "same" if before == after else "changed"
+    words = FP64 if kind == "changed" else ()
+    output = folder / f"run_{number}"
+    run = Run(output, data, before, words)
+    who, killed_at = kill_at_random(run, rng, while_saving)
+    run.wait()
+    intact = named(output / FOLDER)
+    resumed_at = step_of(intact[-1]) if intact else 0
+    problems: list[str] = []
+    if intact and after != before:
+        problems += arrives_unchanged(intact[-1], data, after, words)
+    codes = Run(output, data, after, (*words, "resume=auto")).wait()
+    if any(codes):
+        problems.append(f"the restarted run ended with {codes}: see {output}.log")
+        return Result(str(number), kind, f"{before}>{after}", who, killed_at, while_saving,
+                      resumed_at, time.monotonic() - start, problems)  # fmt: skip
+    problems += leftovers(output)
+    expected, found = losses(reference), losses(output)
+    if expected.keys() != found.keys():
+        problems.append(f"steps {sorted(expected.keys() ^ found.keys())} are missing or too many")
+    last = f"step_{STEPS:08d}"
+    if kind == "same":
+        one, two = (whole_state(each / FOLDER / last) for each in (reference, output))
+        problems += differences(one, two)
+        problems += [] if expected == found else ["losses differ"]
+    else:
+        worst = max(abs(found[step] - expected[step]) for step in found)
+        problems += [] if worst <= 1e-8 else [f"losses differ by {worst:.1e}"]
+    return Result(
+        str(number), kind, f"{before}>{after}", who, killed_at, while_saving and "*" not in who,
+        resumed_at, time.monotonic() - start, problems,
+    )  # fmt: skip
+
+
+def reference_run(folder: Path, data: Path, world_size: int, words: Sequence[str]) -> Path:
+    """A run that is left alone."""
+    output = folder / f"reference_{world_size}{'_fp64' if words else ''}"
+    if not output.exists():
+        codes = Run(output, data, world_size, words).wait()
+        if any(codes):
+            raise RuntimeError(f"the run that is left alone ended with {codes}: see {output}.log")
+    return output
+
+
+def campaign(
+    same: int, changed: int, seed: int, folder: Path, data: Path
+) -> list[Result]:
+    """`same` and `changed` killed runs, two of three while saving; prints a line for each."""
+    rng = random.Random(seed)
+    print(f"{'run':>4} {'kind':8} {'ranks':>6} {'killed':>7} {'moment':>8} {'step':>6} "
+          f"{'resumed':>7} {'seconds':>7}")  # fmt: skip
+    results = []
+    for number in range(same + changed):
+        before = rng.choice([2, 3, 4])
+        after = before
+        if number >= same:
+            before = rng.choice([1, 2, 3, 4])
+            after = rng.choice([n for n in (1, 2, 3, 4) if n != before])
+        reference = reference_run(folder, data, before, FP64 if number >= same else ())
+        result = one_run(
+            number, folder, data, before, after, rng, number % 3 != 2, reference
+        )
+        results.append(result)
+        print(result.line(), flush=True)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three runs, about two minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--keep", type=Path, help="leave the runs' folders here")
+    options = parser.parse_args(arguments)
+    same, changed = (2, 1) if options.quick else (20, 10)
+    with tempfile.TemporaryDirectory(prefix="bench_faults_") as temporary:
+        folder = options.keep or Path(temporary)
+        data = folder / "faces"
+        make_synthetic(data, identities=20, images_per_identity=8, verification_pairs=40, seed=1)
+        results = campaign(same, changed, options.seed, folder, data)
+    lost = [result for result in results if result.problems]
+    saving = sum(result.while_saving for result in results)
+    print(f"{len(results) - len(lost)} of {len(results)} runs lost nothing; {saving} of them were "
+          "killed while a checkpoint was being written")  # fmt: skip
+    if options.json:
+        rows = [
+            {
+                "name": f"kill {result.name}",
+                "params": {
+                    "kind": result.kind, "ranks": result.ranks, "killed": result.victims,
+                    "while_saving": result.while_saving, "killed_at_step": result.killed_at_step,
+                    "resumed_at_step": result.resumed_at_step, "problems": result.problems,
+                },
+                "median_ms": 1000 * result.seconds,
+            }
+            for result in results
+        ]  # fmt: skip
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
