@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.augment import Augmentation, Draws, apply, draw, mirror
-from data.decode import ImageError
+from data.decode import ImageError, empty_pixels
 from data.order import batch_positions, steps_per_epoch
 from data.recordio import RecordError
 from data.sampling import Order
@@ -92,7 +92,7 @@ class BatchMaker:
         indices = self.indices(epoch, step)
         draws = self.draws(epoch, indices)
         size = self.source.input_size
-        images = np.empty((len(indices), size, size, 3), np.uint8)
+        images = empty_pixels(len(indices), size, size, 3)
         labels = np.empty(len(indices), np.int64)
         bad: dict[int, Exception] = {}
         only_flips, flips = self.augmentation.only_flips, draws.flip.tolist()

@@ -7,6 +7,7 @@ cuts the files back to the last note and goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -80,6 +81,7 @@ class RecordSetWriter:
                     "images). Run that job's command again to go on with it, or drop it with "
                     "--restart."
                 )
+        self._out_is_new = not out.exists()
         self._staging.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
@@ -279,6 +281,9 @@ class RecordSetWriter:
         self._finished = True
         self._close_files()
         shutil.rmtree(self._staging, ignore_errors=True)
+        if self._out_is_new:
+            with contextlib.suppress(OSError):  # somebody has put something there meanwhile
+                self.out.rmdir()
 
 
 class _ClassRuns:

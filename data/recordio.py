@@ -10,6 +10,7 @@ is left out: joining the parts puts it back. So the magic never appears at a mul
 except at the start of a part, and whatever follows a whole record is the start of another one or
 the end of the file. The reader insists on that, and on zeros in the padding: it is how a damaged
 length is noticed. Only a length that grows into its own padding cannot be told from a sound one.
+(A whole record that ends where the index starts the next one is not searched for the magic.)
 
 A record's payload is the struct `<IfQQ` (flag, label, id, id2), then, if flag > 0, flag float32
 labels that replace the scalar one, then the bytes of the image.
@@ -174,17 +175,19 @@ def frame_record(payload: bytes) -> bytes:
     """The bytes of a record in the file: one part, or several where the payload has the magic."""
     parts: list[bytes] = []
     begin = 0
-    last_word = len(payload) & ~3
-    at = payload.find(MAGIC_BYTES)
-    while 0 <= at < last_word:
-        if at % 4:
-            at = payload.find(MAGIC_BYTES, at + 1)
-            continue
+    while (at := _find_magic(payload, begin)) >= 0:
         parts.append(_frame_part(FIRST if not parts else MIDDLE, payload[begin:at]))
         begin = at + 4
-        at = payload.find(MAGIC_BYTES, begin)
     parts.append(_frame_part(LAST if parts else WHOLE, payload[begin:]))
     return b"".join(parts)
+
+
+def _find_magic(payload: bytes, begin: int = 0) -> int:
+    """Where from `begin` on the magic stands at a multiple of 4 bytes; -1: nowhere."""
+    at = payload.find(MAGIC_BYTES, begin)
+    while at % 4 and at >= 0:
+        at = payload.find(MAGIC_BYTES, at + 1)
+    return at
 
 
 def _frame_part(continue_flag: int, data: bytes) -> bytes:
@@ -322,7 +325,9 @@ class RecordReader:
                 return None
         if at > len(window) or limit > self.size or any(window[PART_HEADER.size + length : at]):
             return None
-        return window[PART_HEADER.size : PART_HEADER.size + length]
+        payload = window[PART_HEADER.size : PART_HEADER.size + length]
+        sure = offset + at == limit < self.size  # the index says so too
+        return payload if sure or _find_magic(payload) < 0 else None
 
     def _read(self, offset: int, key: int | None, limit: int) -> tuple[bytes, int]:
         """Payload and end of a record. One system call when it fits the window, else a few."""
@@ -363,6 +368,12 @@ class RecordReader:
                     f"{where}: the part at byte {begin - PART_HEADER.size} claims {length} bytes, "
                     "but its padding is not zero or another part follows in mid-word: the length "
                     "is damaged. Copy the file again or pack it anew."
+                )
+            if (inside := _find_magic(part[:length])) >= 0:
+                raise RecordError(
+                    f"{where}: the part at byte {begin - PART_HEADER.size} holds the magic at byte "
+                    f"{begin + inside}, where only a part may start: its length is damaged. Copy "
+                    "the file again or pack it anew."
                 )
             parts.append(part[:length])
             if flag in (WHOLE, LAST):

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cache import Built, open_or_build, stamp_of
-from data.decode import ImageError, ImageSizeError, decode_into, read_image_file
+from data.decode import ImageError, ImageSizeError, decode_into, empty_pixels, read_image_file
 from data.index import Property, open_index, read_property
 from data.order import derive_key, hash_indices
 from data.recordio import (
@@ -76,7 +76,7 @@ class ImageSource(ABC):
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Image `index` as RGB uint8 [input_size, input_size, 3], and its label."""
-        image = np.empty((self.input_size, self.input_size, 3), np.uint8)
+        image = empty_pixels(self.input_size, self.input_size, 3)
         return image, self.read_into(index, image)
 
     def find(self, name: str) -> int:

@@ -20,7 +20,7 @@ import simplejpeg
 import torch
 
 from data.augment import normalise
-from data.decode import ImageError, decode_image
+from data.decode import ImageError, decode_image, empty_pixels
 from data.order import flip_mask
 from data.prefetch import OrderedPrefetch
 from data.recordio import RecordError, RecordWriter, pack_record
@@ -503,6 +503,21 @@ def test_grey_images_become_rgb() -> None:
     decoded = decode_image(simplejpeg.encode_jpeg(grey, colorspace="GRAY"), "grey")
     assert decoded.shape == (16, 16, 3)
     assert abs(decoded.astype(int) - 90).max() <= 1
+
+
+@pytest.mark.parametrize("size", [112, 96, 128, 160, 224])
+def test_no_row_of_pixels_lies_where_the_decoder_would_write_past_the_cache(size: int) -> None:
+    source = SyntheticSource(2, 4, size)
+    batch = torch.from_numpy(empty_pixels(3, size, size, 3))
+    for pixels in (batch.numpy(), source.read(1)[0][None], decode_image(jpeg(1, size), "x")[None]):
+        assert pixels.flags.c_contiguous
+        rows = pixels.ctypes.data + np.arange(len(pixels) * size) * size * 3
+        assert (rows % 16 == 8).all()
+
+
+def test_batches_are_decoded_into_such_rows(records: Path) -> None:
+    for images, _ in get_dataloader(records, 4, input_size=SIZE, num_workers=2):
+        assert images.data_ptr() % 16 == 8
 
 
 def test_an_image_that_claims_to_be_huge_is_refused_unread() -> None:

@@ -169,6 +169,29 @@ def test_a_length_that_shrinks_within_its_word_is_refused(
         RecordReader(path).read_at(0)
 
 
+def test_a_length_that_grows_over_the_next_part_or_record_is_refused(tmp_path: Path) -> None:
+    head = RECORD_HEADER.size
+    parts = [pack_record(MAGIC_BYTES * 2 + b"tail", 3)]  # in parts of head, 0 and 4 bytes
+    whole = [pack_record(b"four", 1), pack_record(b"next", 2), pack_record(b"last", 3)]
+    for payloads, grown in (
+        (parts, head + PART_HEADER.size),  # the first part swallows the empty middle one
+        (whole, 2 * head + 4 + PART_HEADER.size + 4),  # the first record swallows the second
+        (whole, 3 * head + 8 + 2 * PART_HEADER.size + 4),  # ... and the last, to the file's end
+    ):
+        path = write_records(tmp_path, payloads)
+        damaged = bytearray(path.read_bytes())
+        flag = int.from_bytes(damaged[4:8], "little") >> 29
+        damaged[4:8] = (flag << 29 | grown).to_bytes(4, "little")
+        path.write_bytes(damaged)
+        for read in (
+            lambda reader: reader.read_at(0),
+            lambda reader: reader.read_at(0, end=reader.size),
+            lambda reader: next(reader.scan()),
+        ):
+            with pytest.raises(RecordError, match=r"at byte 0: .* holds the magic"):
+                read(RecordReader(path))
+
+
 def test_every_truncation_is_an_error_that_names_the_offset(tmp_path: Path) -> None:
     path = write_records(tmp_path, [pack_record(b"only one image here", 0)])
     whole = path.read_bytes()
@@ -223,7 +246,8 @@ def test_a_record_may_not_reach_into_the_next_one_of_the_index(tmp_path: Path) -
     content = bytearray(path.read_bytes())
     content[4] = 72  # 32 + 8 + 32: the first record now ends exactly where the second does
     path.write_bytes(content)
-    assert len(RecordReader(path).read_at(0)) == 72  # without the index nothing looks wrong
+    with pytest.raises(RecordError, match="holds the magic at byte 40"):
+        RecordReader(path).read_at(0)
     with pytest.raises(RecordError, match="past byte 40, where the index starts the next record"):
         RecordReader(path).read_at(0, end=40)
 
