@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from head.arguments import check_arguments
-from head.batch import PAD_LABEL, BatchRules
+from head.batch import PAD_LABEL, BatchRules, alikeness
 from head.centres import Centres, ShardCentres
 from head.collectives import gather_labels, sum_over_ranks
 from head.engine import Engine, EngineLoss
@@ -80,6 +80,8 @@ class PartialFC(nn.Module):
         bias: [num_classes_local * K] parameter or None, as the margin has it.
         class_range: `range` of the global classes they belong to.
         work_dtype: what it computes in: float32, or float64 with float64 centres.
+        alikeness: scalar in [0, 1] of the last global batch, 1 if all its embeddings point the
+            same way; None before the first.
 
     Raises:
         ValueError: an argument outside its domain; a work buffer too small for one class.
@@ -166,6 +168,7 @@ class PartialFC(nn.Module):
         self._rows = torch.empty(0, dtype=torch.int64)  # of the shard that hold the sample
         self._sample: ClassSample | None = None  # of the optimizer step in progress
         self._sample_is_prepared = False
+        self.alikeness: Tensor | None = None
         self._samples_drawn = 0
         self._forwards = 0
         if self.engine is not None and batch_size_per_rank is not None:
@@ -205,6 +208,9 @@ class PartialFC(nn.Module):
             column = self._begin_sample(self._localise(batch.labels))  # [B]
             centres = self._centres()
             unit = normalize(batch.embeddings) if self.margin.normalise else batch.embeddings
+            self.alikeness = alikeness(
+                unit if self.margin.normalise else normalize(unit.detach()), batch.is_real
+            )
             norms = None
             if self.margin.reads_norms:
                 norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import Dataset, Sampler
 
 from data.batches import DATA_ERRORS, BatchMaker, Loaded
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class _Steps(Sampler[tuple[int, int]]):
@@ -44,7 +52,7 @@ class ProcessPool:
         self._loader: TorchLoader[Any] = TorchLoader(
             _Batches(make), batch_size=None, sampler=self._steps, num_workers=num_workers,
             collate_fn=_as_it_is, multiprocessing_context="forkserver", persistent_workers=True,
-            pin_memory=make.pin_memory,
+            pin_memory=make.pin_memory, worker_init_fn=_begin_worker,
         )  # fmt: skip
         make.pin_memory = False  # the loader's own thread does it; workers must not touch CUDA
 
@@ -52,7 +60,7 @@ class ProcessPool:
         """The batches of these steps in order; an error comes in the place of its batch."""
         self._steps.pairs = [(epoch, step) for step in steps]
         error: Exception | None = None
-        for loaded in self._loader:
+        for loaded in self._start():
             if isinstance(loaded, Exception):
                 error = loaded
                 break
@@ -62,6 +70,40 @@ class ProcessPool:
             # its queues may be gone before it is. The next iteration starts new ones.
             self._loader._iterator = None
             raise error
+
+    def _start(self) -> Iterator[Any]:
+        with _signals_held_back():
+            return iter(self._loader)  # starts the workers, the first time
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started in here never see the signals that ask a run to stop.
+
+    torchrun, Slurm and a terminal send them to every process there is. Workers, and the server
+    that forks them, would die at once, and with them the steps that are left until all ranks
+    have saved. A blocked signal stays blocked in children, whatever they execute; in this process
+    it is only late.
+    """
+    resource_tracker.ensure_running()  # as it starts it lets two of the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(number: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the server may be older than this pool
+    threading.Thread(target=_end_when_our_process_says_so, daemon=True).start()
+
+
+def _end_when_our_process_says_so() -> None:
+    """The process that reads the batches ends its workers by SIGTERM; nobody else does."""
+    parent = multiprocessing.parent_process()
+    while parent is not None:
+        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == parent.pid:
+            os._exit(0)
 
 
 def _as_it_is(loaded: Any) -> Any:

@@ -109,3 +109,23 @@ class BatchRules:
             f"in [0, {self.num_classes}); set num_classes to at least the largest label + 1, or "
             "mend the set"
         )
+
+
+@torch.no_grad()
+def alikeness(unit: Tensor, is_real: Tensor) -> Tensor:
+    """How alike different rows of a batch are: 0 as random ones, 1 all the same.
+
+    The mean cosine of two different rows, at least 0; by the norm of the sum of n unit rows it is
+    (|sum|^2 - n) / (n (n - 1)). Fewer than two rows are not alike. O(B D), no collective, no wait
+    for the device: of the gathered batch every rank works out the same number.
+
+    Args:
+        unit: [B, D] rows of length 1. is_real: [B] boolean, False for filling rows.
+
+    Returns:
+        Scalar in [0, 1]; NaN if a row is not finite.
+    """
+    real = is_real.to(unit.dtype)
+    count = real.sum()
+    squared = (real @ unit.detach()).square().sum()
+    return ((squared - count) / (count * (count - 1)).clamp_min(1)).clamp(0, 1)

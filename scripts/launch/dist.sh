@@ -17,6 +17,9 @@ arguments, code and data path; only NODE_RANK differs.
   OMP_NUM_THREADS=2   CPU threads per process (default: cores / NPROC)
   PYTHON=python3      interpreter (default: .venv/bin/python in the repository, else python3)
 
+A fixed set of machines; if one is lost the run ends, with its checkpoints. elastic.sh goes on with
+those that are left. SIGTERM, SIGUSR1 and Ctrl-C on any machine save the run and end it.
+
 example, on the second of four machines:
   NNODES=4 NODE_RANK=1 MASTER_ADDR=host0 scripts/launch/dist.sh configs/wf42m_pfc03_32gpu_r100
 USAGE
@@ -48,19 +51,10 @@ if ((10#$NODE_RANK >= 10#$NNODES)); then
   exit 2
 fi
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-if [[ -z "${PYTHON:-}" ]]; then
-  PYTHON="$root/.venv/bin/python"
-  [[ -x "$PYTHON" ]] || PYTHON=python3
-fi
-if [[ -z "${NPROC:-}" ]]; then
-  NPROC="$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')"
-fi
-cores="$(getconf _NPROCESSORS_ONLN)"
-threads=$((cores / NPROC))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 exec "$PYTHON" -m torch.distributed.run \
-  --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" \
-  --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" \
+  --nnodes="$NNODES" --node-rank="$NODE_RANK" --nproc-per-node="$NPROC" \
+  --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}" \
+  --max-restarts=0 "${torchrun_options[@]}" \
   "$root/train_v2.py" "$@"
