@@ -186,7 +186,7 @@ def convert_parallel_linear(
     if type(model) is nn.Linear:
         return convert(model, "")
     for prefix, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children skips second names
             if type(child) is nn.Linear:
                 setattr(parent, name, convert(child, f"{prefix}.{name}".lstrip(".")))
     return model
