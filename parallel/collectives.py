@@ -60,7 +60,7 @@ def gather(
     group: Group = None,
     *,
     sizes: Sequence[int] | None = None,
-    gradient_scale: float = 1.0,
+    under_ddp: bool = False,
 ) -> Tensor:
     """The parts of all ranks, joined along `dim` in rank order; parts may differ in length.
 
@@ -68,8 +68,8 @@ def gather(
         tensor: this rank's part; integers too (labels).
         sizes: length of each rank's part; None: the ranks tell each other, which costs one tiny
             collective and, on CUDA, a wait for the device.
-        gradient_scale: multiplies the gradient. A batch gathered from a model under DDP gets the
-            size of the group here: DDP divides by all ranks what only its own rows contribute.
+        under_ddp: for a batch gathered from a model under DDP: its gradient is multiplied by the
+            size of the group, because DDP divides by all ranks what one rank's rows contribute.
     """
     group = resolve_group(group)
     if size_of(group) == 1:
@@ -86,7 +86,8 @@ def gather(
             f"sizes={list(sizes)} on rank {dist.get_rank(group)} of {size_of(group)}, whose part "
             f"is {tensor.shape[dim]} long: one length per rank, this rank's own among them"
         )
-    whole: Tensor = _Gather.apply(tensor, dim, group, list(sizes), gradient_scale)
+    factor = size_of(group) if under_ddp else 1
+    whole: Tensor = _Gather.apply(tensor, dim, group, list(sizes), factor)
     return whole
 
 
@@ -144,17 +145,17 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tensor: Tensor, dim: int, group: dist.ProcessGroup, sizes: list[int],
-        gradient_scale: float,
+        factor: int,
     ) -> Tensor:  # fmt: skip
         rank = dist.get_rank(group)
-        ctx.place, ctx.scale = (dim, sum(sizes[:rank]), sizes[rank]), gradient_scale
+        ctx.place, ctx.factor = (dim, sum(sizes[:rank]), sizes[rank]), factor
         return join_parts(tensor, dim, group, sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mine = gradients[0].narrow(*ctx.place)
-        return mine if ctx.scale == 1.0 else mine * ctx.scale, None, None, None, None
+        return mine if ctx.factor == 1 else mine * ctx.factor, None, None, None, None
 
 
 class _Scatter(torch.autograd.Function):

@@ -72,7 +72,8 @@ def run_linear(rank, world_size, state, x, probe, dim, options) -> dict[str, Any
     y = layer(x)
     split = split_of(y)
     (y * (probe if split is None else split.take(probe))).sum().backward()
-    return {"y": y.detach(), "split": split is not None, "dx": x.grad, "gradients": gradients(layer)}
+    is_split = split is not None
+    return {"y": y.detach(), "split": is_split, "dx": x.grad, "gradients": gradients(layer)}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -541,7 +542,7 @@ def run_collectives(rank, world_size, x, batch_sizes) -> dict[str, Any]:
     whole = gather(rows, 0)
     (whole * x.sin()).sum().backward()
     scaled = rows.detach().clone().requires_grad_(True)
-    gather(scaled, 0, gradient_scale=3.0).sum().backward()
+    gather(scaled, 0, under_ddp=True).sum().backward()
     labels = gather(torch.arange(start, start + batch_sizes[rank]), 0)
     return {
         "total": total.detach(), "copy": leaf.grad, "there": there.detach(), "back": back.grad,
@@ -563,7 +564,7 @@ def test_collectives_carry_whole_values_and_whole_gradients(ranks, world_size):
         assert torch.equal(part["whole"], x)
         start = sum(sizes[:rank])
         assert torch.equal(part["rows"], x.sin()[start : start + sizes[rank]])
-        assert torch.equal(part["scaled"], torch.full((sizes[rank], 5), 3.0 if world_size > 1 else 1))
+        assert torch.equal(part["scaled"], torch.full((sizes[rank], 5), float(world_size)))
         assert part["labels"].tolist() == list(range(sum(sizes)))
 
 
