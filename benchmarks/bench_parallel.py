@@ -71,7 +71,7 @@ class Case(NamedTuple):
         copies = {"fp32": 2.0, "amp": 3.0, "zero": 3.0}[self.setting]
         if self.layout == "replicated":
             copies *= self.ranks
-        logits = 3.0 * BATCH * self.num_classes * (self.ranks if self.layout == "row" else 1)
+        logits = 2.2 * BATCH * self.num_classes * (self.ranks if self.layout == "row" else 1)
         return 4 * (copies * self.num_classes * self.width + logits) / 2**30
 
 

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from head.cross_entropy import Spread, sharded_cross_entropy
 from parallel.groups import resolve_group
@@ -85,19 +84,6 @@ class ParallelCrossEntropyLoss(nn.Module):
             )
         is_ignored = labels == self.ignore_index
         unknown = unknown_labels(labels, num_classes, is_ignored)
-        if split is None and not labels.is_cuda:
-            with torch.autocast(logits.device.type, enabled=False):
-                return cross_entropy(
-                    logits.to(torch.promote_types(logits.dtype, torch.float32)), labels,
-                    self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
-                    label_smoothing=self.label_smoothing,
-                )  # fmt: skip
-        return self._sharded(logits, labels, split, num_classes, is_ignored, unknown)
-
-    def _sharded(
-        self, logits: Tensor, labels: Tensor, split: Split | None, num_classes: int,
-        is_ignored: Tensor, unknown: Tensor,
-    ) -> Tensor:  # fmt: skip
         mine = range(num_classes) if split is None else split.mine
         dtype = torch.promote_types(logits.dtype, torch.float32)
         row_weight = torch.ones(len(labels), dtype=dtype, device=logits.device)

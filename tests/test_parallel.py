@@ -34,7 +34,7 @@ RANKS = [1, 2, 3, 4]  # lowest in each stack: a new size means a new process gro
 DIMS = [None, 0, 1, -1]
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor | None) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -227,7 +227,7 @@ def test_options_that_do_not_go_together_are_refused():
         ParallelLinear(3, 4, dim=0)(torch.zeros(2, 5))
 
 
-def initial_values(rank, world_size, dim) -> list[Tensor]:
+def initial_values(rank, world_size, dim):
     torch.manual_seed(5)
     return [ParallelLinear(300, 7, dim=dim).weight.data, ParallelLinear(3, 700, dim=dim).bias.data]
 
@@ -294,7 +294,7 @@ def test_an_index_outside_the_table_is_an_error(dim):
 # --- cross-entropy --------------------------------------------------------------------------
 
 
-def run_loss(rank, world_size, logits, labels, probe, num_classes, options) -> dict[str, Any]:
+def run_loss(rank, world_size, logits, labels, probe, num_classes, options):
     loss = ParallelCrossEntropyLoss(num_classes=num_classes, **options)
     part = loss.split.take(logits).clone().requires_grad_(True)
     value = loss(part, labels)
@@ -423,7 +423,7 @@ def test_what_the_loss_cannot_know_or_take_is_an_error():
 # --- linear and loss together ---------------------------------------------------------------
 
 
-def run_classifier(rank, world_size, state, x, labels, dim) -> dict[str, Any]:
+def run_classifier(rank, world_size, state, x, labels, dim):
     layer = ParallelLinear(*reversed(state["weight"].shape), dim=dim)
     layer.load_state_dict(relocate_state_dict(layer, state))
     x = x.clone().requires_grad_(True)

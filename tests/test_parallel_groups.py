@@ -44,13 +44,12 @@ class Classifier(nn.Module):
         return self.fc(embeddings)
 
 
-def twin() -> nn.Module:
+def twin() -> nn.ModuleDict:
     torch.manual_seed(0)
-    model = nn.ModuleDict({
+    return nn.ModuleDict({
         "backbone": nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh()),
         "fc": nn.Linear(WIDTH, NUM_CLASSES),
     })  # fmt: skip
-    return model
 
 
 def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -66,7 +65,7 @@ def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def optimizers(kind: str, model: nn.Module, groups: Groups) -> list[torch.optim.Optimizer]:
+def optimizers(kind, model, groups):
     options = {"lr": 0.1, "momentum": 0.9}
     if kind == "sgd":
         return [torch.optim.SGD(model.parameters(), **options)]
@@ -109,7 +108,7 @@ def train(rank, world_size, state, sizes, group_size, dim, kind, accumulate=Fals
     return torch.stack(losses), collect_state_dict(model)
 
 
-def train_twin(state: dict[str, Tensor], sizes: list[int], group_size: int):
+def train_twin(state, sizes, group_size):
     """The same on one process: the mean over model groups of the mean over their rows."""
     model = twin()
     model.load_state_dict(state)
@@ -194,7 +193,7 @@ def test_steps_under_fsdp2_equal_one_process(ranks, group_size, dim):
 # --- AMP ------------------------------------------------------------------------------------
 
 
-def run_amp(rank, world_size, state, x, labels, dim) -> dict[str, Any]:
+def run_amp(rank, world_size, state, x, labels, dim):
     fc = ParallelLinear(WIDTH, NUM_CLASSES, dim=dim)
     fc.load_state_dict(relocate_state_dict(fc, state))
     x = x.clone().requires_grad_(True)
@@ -221,7 +220,7 @@ def test_autocast_computes_in_half_and_keeps_the_loss_in_fp32(ranks, world_size,
         torch.testing.assert_close(part["dx"], leaf.grad, rtol=0.05, atol=0.02)
 
 
-def overflow_on_one_rank(rank, world_size) -> tuple[bool, float]:
+def overflow_on_one_rank(rank, world_size):
     """A loss scaler that asks the other ranks: all skip the step, or none."""
     torch.manual_seed(0)
     fc = ParallelLinear(4, 6, dim=1)
@@ -296,7 +295,7 @@ def test_ddp_ignores_split_parameters_only(ranks):
     assert ranks.run(2, ignored, 1) == [[]] * 2  # a group of one holds all of it
 
 
-def ddp_of_one_layer(rank, world_size) -> Tensor:
+def ddp_of_one_layer(rank, world_size):
     """The model is the parallel layer itself: names without a module in front."""
     torch.manual_seed(rank)
     layer = ParallelLinear(3, 4, dim=0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -40,11 +39,11 @@ class FakeSplit(Split):
 
     @property
     def num_parts(self) -> int:
-        return self.group[1]
+        return self.group[1]  # type: ignore[index]
 
     @property
     def rank(self) -> int:
-        return self.group[0]
+        return self.group[0]  # type: ignore[index]
 
 
 @given(
@@ -154,7 +153,7 @@ def test_attributes_map_to_placements():
     assert again["row"].weight is not model["row"].weight
 
 
-def tensor_parallel(rank, world_size, state, x, dim) -> dict[str, Any]:
+def tensor_parallel(rank, world_size, state, x, dim):
     """Our layer beside torch's tensor parallelism of the same nn.Linear."""
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     layer = ParallelLinear(8, 12, dim=dim)
@@ -194,7 +193,7 @@ def test_where_both_cuts_agree_layers_are_torchs_tensor_parallelism(ranks, world
             torch.testing.assert_close(*part[name], rtol=1e-6, atol=1e-6)
 
 
-def uneven_dtensor(rank, world_size) -> None:
+def uneven_dtensor(rank, world_size):
     split = Split(0, 10, dist.group.WORLD)
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     as_dtensor(torch.zeros(len(split.mine)), split, mesh)
@@ -205,7 +204,7 @@ def test_where_cuts_differ_a_dtensor_is_refused(ranks):
         ranks.run(4, uneven_dtensor)
 
 
-def redistributed(rank, world_size, x: Tensor) -> list[bool]:
+def redistributed(rank, world_size, x):
     """Our gather and scatter are DTensor's redistributions, values and gradients."""
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     a, b = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
