@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from head.collectives import Group, sharded_cross_entropy
+from head.collectives import Group
+from head.cross_entropy import sharded_cross_entropy
 from margins.base import Context, Margin
 
 

@@ -24,7 +24,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "eval.metrics": (),
     "data": (),
     "head": ("utils.distributed", "margins.base"),
-    "parallel": ("utils.distributed",),
+    "parallel": (
+        "utils.distributed", "head.shard", "head.collectives", "head.cross_entropy", "margins.base",
+    ),
     "partial_fc": ("head", "losses"),
     "dataset": ("data",),
     "eval": ("utils.distributed", "backbones", "data", "eval"),

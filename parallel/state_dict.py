@@ -1,0 +1,84 @@
+"""State dicts of whole tensors, from and to any number of ranks.
+
+The file says nothing of ranks: `collect_state_dict` puts parts together, `relocate_state_dict`
+takes this rank's part, under the same names a model without splits would have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from parallel.split import Split, parallel_splits
+
+
+def collect_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The whole state dict, in host memory, on the first rank of each model group; {} elsewhere.
+
+    Every rank calls it. One tensor at a time is put together, so that beside the result no
+    more than the largest tensor is held. Parameters under FSDP2 are put together too.
+
+    Args:
+        model: not wrapped in DDP (its `.module`), so that names carry no prefix.
+    """
+    splits = parallel_splits(model)
+    is_first = all(split.rank == 0 for split in splits.values())
+    whole: dict[str, Any] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if name in splits:
+            value = _on_first_rank(value, splits[name])
+        if is_first:
+            whole[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+    return whole
+
+
+def relocate_state_dict(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of a whole state dict, for model.load_state_dict(...).
+
+    Reading with torch.load(path, mmap=True, weights_only=True) touches only what is kept.
+
+    Args:
+        model: the model that will load it; names that it does not have pass through, for
+            load_state_dict to judge.
+        state: of whole tensors, as `collect_state_dict` or any model without splits gives it.
+
+    Raises:
+        ValueError: a tensor of another size than the whole of its parameter; names the tensor.
+    """
+    splits = parallel_splits(model)
+    own = model.state_dict()
+    parts: dict[str, Any] = {}
+    for name, value in state.items():
+        if name in splits:
+            try:
+                value = splits[name].take(value).clone()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        there = own.get(name)
+        if isinstance(there, DTensor):
+            value = distribute_tensor(value, there.device_mesh, there.placements)
+        parts[name] = value
+    return parts
+
+
+def _on_first_rank(part: Tensor, split: Split) -> Tensor | None:
+    """The whole tensor on the group's first rank, None elsewhere."""
+    if split.num_parts == 1:
+        return part
+    sizes = [len(one) for one in split.parts]
+    front = part.detach().movedim(split.dim, 0)
+    padded = front.new_zeros(max(sizes), *front.shape[1:])  # gather wants equal shapes
+    padded[: len(front)] = front
+    if split.rank != 0:
+        dist.gather(padded, None, group=split.group, group_dst=0)
+        return None
+    pieces = [torch.empty_like(padded) for _ in sizes]
+    dist.gather(padded, pieces, group=split.group, group_dst=0)
+    rows = [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
+    return torch.cat(rows).movedim(0, split.dim).contiguous()
