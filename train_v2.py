@@ -3,15 +3,19 @@
     python train_v2.py configs/demo
     torchrun --nproc_per_node=8 train_v2.py configs/ms1mv3_r50 rec=/data/ms1m lr=0.05
     torchrun --nproc_per_node=4 train_v2.py configs/ms1mv3_r50 resume=auto
+    torchrun --nproc_per_node=8 train_v2.py configs/ms1mv3_r50 --dry-run
 
 Exit codes: 0 done; 2 bad input (config, data, weights, device), found before or while training,
 with the reason on stderr; 3 diverged; 4 stopped by a signal, with the state saved: start again
-with resume=auto; 6 checkpoints could not be written; 130 a second Ctrl-C.
+with resume=auto; 5 another rank was lost; 6 checkpoints could not be written; 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +28,7 @@ from dataset import DATA_ERRORS, Batch, DataLoader
 from eval.verification import VerificationSetError
 from training import resume
 from training.build import (
+    VERSION,
     Parts,
     SetupError,
     build,
@@ -31,13 +36,21 @@ from training.build import (
     set_aside_earlier_run,
     share_global_batch,
 )
-from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, sweep
+from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named, sweep
+from training.heartbeat import EXIT_RANK_LOST, Heartbeat, heartbeat_store, is_of_a_collective
 from training.keeper import Keeper, SavesFailed, Stopped
+from training.preflight import (
+    PreflightError,
+    code_version,
+    device_kind,
+    library_versions,
+    preflight,
+)
 from training.report import Reporter, start_wandb
 from training.signals import StopSignals
 from training.state import Progress, RunState
 from training.validation import Validation
-from training.watch import Diverged, Watch, stop_if_diverged
+from training.watch import Diverged, DivergencePolicy, RollBack, Watch
 from utils.config import ConfigError, describe_fields, load_config, plain_values, save_config
 from utils.distributed import DeviceError, World, barrier, join_world, leave_world
 from utils.log import init_logging
@@ -45,8 +58,8 @@ from utils.memory import keep_freed_memory
 from utils.meter import SpeedMeter
 
 BAD_INPUT = (
-    ConfigError, DeviceError, SetupError, CheckpointError, WeightsError, VerificationSetError,
-    *DATA_ERRORS, OSError,
+    ConfigError, DeviceError, SetupError, CheckpointError, PreflightError, WeightsError,
+    VerificationSetError, *DATA_ERRORS, OSError,
 )  # fmt: skip
 EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 6
 
@@ -55,7 +68,7 @@ logger = logging.getLogger("train")
 
 def train(
     cfg: Config, world: World, parts: Parts, folder: Path,
-    progress: Progress, watch: Watch, keeper: Keeper,
+    progress: Progress, watch: Watch, keeper: Keeper, heartbeat: Heartbeat,
 ) -> None:  # fmt: skip
     """The loop: data, step, and every so often a log line, a verification, a checkpoint."""
     limit = parts.total_steps if cfg.max_steps is None else cfg.max_steps
@@ -64,18 +77,22 @@ def train(
     validation = Validation(parts, world, folder, cfg.val_batch_size, cfg.input_size, progress)
     meter = SpeedMeter(parts.global_batch, last_step)
     meter.restart(progress.step)
+    policy = DivergencePolicy(
+        cfg.max_bad_steps, cfg.on_divergence, cfg.max_rollbacks, progress.rollbacks  # type: ignore[arg-type]
+    )
     parts.step.model.train()
     if progress.step >= last_step:  # nothing left to do; the files of the run all the same
         keeper.save_now(progress)
         validation.save("model.pt", progress.step, progress.position // parts.steps_per_epoch)
 
-    while progress.step < last_step:
+    def run_epoch() -> None:
         epoch, steps_done = divmod(progress.position, parts.steps_per_epoch)
         parts.loader.set_epoch(epoch, steps_done * cfg.gradient_acc)
         for batches in micro_batches(parts.loader, cfg.gradient_acc, meter):
+            heartbeat.mark("step", progress.step)
             learning_rate = parts.schedule(progress.step)
             outcome = parts.step(batches, learning_rate)
-            watch.see(outcome)
+            watch.see(outcome, parts.head.alikeness)
             progress.step += 1
             progress.position += 1
             step, is_last = progress.step, progress.step == last_step
@@ -84,18 +101,28 @@ def train(
             if step % cfg.frequent == 0 or is_last:
                 report = watch.report()  # the only place that waits for the device
                 reporter.step(step, epoch, learning_rate, report, meter.read(step, world.device))
-                stop_if_diverged(report, cfg.max_bad_steps, step, learning_rate)
+                for warning in policy.decide(report, step, learning_rate):
+                    logger.warning(warning)
             if parts.verification_sets and (is_last or (cfg.verbose and step % cfg.verbose == 0)):
+                heartbeat.mark("verification", step)
                 reporter.evaluation(step, epoch, validation.run(step, epoch))
                 meter.restart(step)
             if epoch_ends or is_last:
+                heartbeat.mark("model.pt", step)
                 validation.save("model.pt", step, epoch + epoch_ends)
                 meter.restart(step)
             keeper.after_step(
                 progress, epoch_ends=epoch_ends, is_best=progress.best_step == step, is_last=is_last
             )
             if is_last:
-                break
+                return
+
+    while progress.step < last_step:
+        try:
+            run_epoch()
+        except RollBack as bad:
+            keeper.roll_back(progress, bad)
+            meter.restart(progress.step)
 
     keeper.finish()
     if cfg.save_artifacts and world.is_main:
@@ -137,23 +164,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Keys of a config, with defaults:\n")
         print(describe_fields())
         return 0 if words else EXIT_BAD_INPUT
+    is_dry = "--dry-run" in words
     try:
-        return run(words)
+        return run([word for word in words if word != "--dry-run"], is_dry)
     finally:
         leave_world()
 
 
-def run(words: Sequence[str]) -> int:
-    """Set up and train; returns the exit code. Nothing of the run outlives this call."""
+def run(words: Sequence[str], is_dry: bool = False) -> int:
+    """Set up and train; returns the exit code. Nothing of the run outlives this call.
+
+    A dry run makes every check and two steps in a folder beside the output, and removes it.
+    """
     try:
         cfg = load_config(words[0], words[1:])
         world = join_world(cfg.device)
+        if is_dry:
+            cfg = dataclasses.replace(
+                cfg, output=f"{cfg.output}.dry_run", max_steps=2, resume="never", frequent=1,
+                using_wandb=False,
+            )  # fmt: skip
         if world.device.type == "cpu":
             keep_freed_memory()
         folder = check_output(cfg.output or "")
         init_logging(world.is_main, folder)
         run_on(cfg, world, folder)
         barrier(world)  # leave together: rank 0 still writes while the others are done
+        if is_dry and world.is_main:
+            logging.shutdown()
+            shutil.rmtree(folder)
+            print("dry run: two steps done; all is well, nothing is left behind", file=sys.stderr)
     except BAD_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -175,7 +215,23 @@ def run_on(cfg: Config, world: World, folder: Path) -> Parts:
     with StopSignals() as signals:
         parts = build(cfg, world)
         progress, watch, keeper = begin(cfg, world, parts, folder, signals)
-        train(cfg, world, parts, folder, progress, watch, keeper)
+        store = heartbeat_store() if world.world_size > 1 else None
+        heartbeat = Heartbeat(
+            world.rank, world.world_size, store, world.device, cfg.collective_timeout_s
+        )
+        try:
+            train(cfg, world, parts, folder, progress, watch, keeper, heartbeat)
+        except RuntimeError as error:
+            if not is_of_a_collective(error):
+                heartbeat.close(f"{type(error).__name__}: {error}")
+                raise
+            logger.error("%s", heartbeat.describe_lost(error))
+            logging.shutdown()
+            os._exit(EXIT_RANK_LOST)  # threads that wait for the lost rank cannot be ended
+        except Exception as error:
+            heartbeat.close(f"{type(error).__name__}: {error}")
+            raise
+        heartbeat.close()
     return parts
 
 
@@ -194,6 +250,19 @@ def begin(
             "steps_per_epoch": parts.steps_per_epoch,
         },
     }
+    checkpoints = cfg.keep_checkpoints + 2 - len(named(folder / FOLDER))  # and one being written
+    preflight(
+        world,
+        {
+            "config": resume.config_sha256(plain_values(cfg)),
+            "data": str(facts["data"]),
+            "code": code_version(VERSION, Path(__file__).resolve().parent),
+            "device": device_kind(world.device),
+            **library_versions(),
+        },
+        folder,
+        state.bytes_on_disk() * max(checkpoints, 1) if cfg.keep_checkpoints else 0,
+    )
     found = resume.find(cfg.resume, folder, ranks)
     progress = Progress()
     if found is not None:

@@ -94,7 +94,7 @@ class Run:
             subprocess.Popen(
                 command, cwd=REPOSITORY, stdout=self.log, stderr=self.log,
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )  # fmt: skip
+            )
             for rank in range(world_size)
         ]
 

@@ -199,7 +199,8 @@ def compare(
             say(f"\n## {title}\n\n{HEADER}")
         if case.gib_in_all > memory_gib:
             say(
-                f"| {case.layout} | {case.ranks} | {case.gib_in_all:.1f} GiB in all: left out | | | | |"
+                f"| {case.layout} | {case.ranks} | {case.gib_in_all:.1f} GiB in all: left out "
+                "| | | | |"
             )
             continue
         seconds, peak = run(case, repeats)

@@ -10,7 +10,7 @@ import torch
 from training.precision import choose_precision
 from training.schedule import Schedule
 from training.step import StepOutcome
-from training.watch import Diverged, Watch, stop_if_diverged
+from training.watch import Diverged, DivergencePolicy, Watch
 
 
 def test_warm_up_rises_from_zero_in_a_straight_line():
@@ -77,8 +77,8 @@ def test_the_mean_loss_leaves_bad_steps_out_and_streaks_cross_reports():
     assert math.isnan(report.loss)
     assert report.longest_streak == 3
     with pytest.raises(Diverged, match="3 steps in a row"):
-        stop_if_diverged(report, 3, 100, 0.1)
-    stop_if_diverged(report, 4, 100, 0.1)
+        DivergencePolicy(3).decide(report, 100, 0.1)
+    DivergencePolicy(4).decide(report, 100, 0.1)
 
 
 def test_a_step_that_only_shrinks_the_loss_scale_is_not_bad():

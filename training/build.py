@@ -10,12 +10,14 @@ import importlib.util
 import itertools
 import logging
 import os
+import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from backbones import get_model
@@ -180,7 +182,10 @@ def build(cfg: Config, world: World) -> Parts:
         scaler=_make_scaler(world.device) if precision.needs_scaler else None,
         embed_ahead=_embeds_ahead(cfg, head.margin),
     )
-    torch.manual_seed(cfg.seed + 1 + world.rank)  # from here on ranks draw their own (dropout)
+    seed = cfg.seed + 1 + world.rank  # from here on ranks draw their own (dropout)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
     parts = Parts(
         loader=loader,
         backbone=backbone,

@@ -121,6 +121,15 @@ def sweep(folder: Path) -> None:
             _remove(path)
 
 
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, as after a rollback."""
+    for path in named(folder):
+        if step_of(path) > step:
+            _remove(path)
+    last = [path for path in named(folder) if step_of(path) <= step]
+    write_whole(folder / LATEST, f"{last[-1].name}\n")
+
+
 def damage(found: Found, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with this rank's share of the files, None if nothing is."""
     for name in sorted(found.manifest.files)[rank::world_size]:

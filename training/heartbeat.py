@@ -334,6 +334,12 @@ def is_collective_error(error: BaseException) -> bool:
     )
 
 
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether a collective raised it: gloo's errors are known by their words only."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
 def heartbeat_store() -> dist.Store:
     """The default process group's store, in a corner and over a connection of its own."""
     store = dist.distributed_c10d._get_default_store()

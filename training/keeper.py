@@ -9,9 +9,10 @@ from signal import Signals
 from typing import Any
 
 from training.agreement import Agreement, Votes
-from training.checkpoint import Checkpointer
+from training.checkpoint import Checkpointer, find_intact, remove_after
 from training.signals import StopSignals
 from training.state import Progress, RunState
+from training.watch import Diverged, RollBack
 from utils.distributed import World
 
 logger = logging.getLogger("train")
@@ -106,6 +107,31 @@ class Keeper:
         self.checkpointer.save(
             progress.step, self.state.tensors(), facts, is_best=is_best, wait=wait
         )
+
+    def roll_back(self, progress: Progress, bad: RollBack) -> None:
+        """To the last checkpoint before the bad steps, and past their data; all ranks together.
+
+        The learning rate goes on with the step. Checkpoints made since are removed.
+
+        Raises:
+            Diverged: there is none.
+        """
+        self.checkpointer.wait()
+        ranks = self.checkpointer.ranks
+        found = find_intact(self.checkpointer.folder, ranks, at_most=bad.bad_steps.start)
+        if found is None:
+            raise Diverged(f"{bad}. There is no checkpoint to go back to") from bad
+        position = progress.position - (progress.step - bad.bad_steps.stop)
+        logger.error("%s", bad)
+        logger.error(
+            "rolling back (number %d) from step %d to %s, past the data of steps %d to %d",
+            bad.number, progress.step, found.path, bad.bad_steps.start, bad.bad_steps.stop - 1,
+        )  # fmt: skip
+        saved = self.state.load(found, ranks)
+        vars(progress).update({**vars(saved), "position": position, "rollbacks": bad.number})
+        if ranks.is_main:
+            remove_after(self.checkpointer.folder, progress.step)
+        ranks.gather(None)
 
     def finish(self) -> None:
         """Until what is being written is written."""
