@@ -24,6 +24,7 @@ from configs.base import Config
 from tests.conftest import RankFailure, Ranks
 from train_v2 import run_on
 from training.checkpoint import FOLDER, Checkpointer, Manifest, named, pointed_to
+from training.watch import DivergencePolicy, WatchReport
 from utils.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,3 +320,74 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
+
+
+class GivesUpOnce(DivergencePolicy):
+    """Finds step 7 bad, the first time."""
+
+    def decide(self, report: WatchReport, step: int, learning_rate: float) -> list[str]:
+        if step == 7 and not self.rollbacks:
+            self._end("diverged: made up", range(6, 7))
+        return super().decide(report, step, learning_rate)
+
+
+def run_that_rolls_back(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> Any:
+    with unittest.mock.patch("train_v2.DivergencePolicy", GivesUpOnce):
+        return whole_run(rank, world_size, folder, changes)["losses"]
+
+
+def test_a_rollback_goes_to_the_last_good_checkpoint_and_past_the_bad_data(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks.run(2, run_that_rolls_back, str(tmp_path), {"on_divergence": "rollback"})
+    progress = Manifest.read(named(tmp_path / FOLDER)[-1]).facts["progress"]
+    assert (progress["step"], progress["rollbacks"]) == (16, 1)
+    assert progress["position"] == 18  # back from 7 to 5, past the data of step 6
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines] == [*range(1, 8), *range(6, 17)]
+
+
+def test_without_a_checkpoint_a_divergence_ends_the_run(ranks: Ranks, tmp_path: Path) -> None:
+    changes = {"on_divergence": "rollback", "checkpoint_every": 0, "num_epoch": 3}
+    with pytest.raises(RankFailure) as failed:
+        ranks.run(2, run_that_rolls_back, str(tmp_path), changes)
+    assert all("no checkpoint to go back to" in str(e) for e in failed.value.errors.values())
+
+
+def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*command(tmp_path / "run"), "--dry-run"], cwd=ROOT, env=environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "dry run: two steps done" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    """One killed run of benchmarks/bench_faults.py, by torchrun, which restarts it by itself."""
+    words = ("batch_size=6", "num_epoch=40", "max_steps=20")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
+              "--standalone"]  # fmt: skip
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        python, *rest = command(folder, *words)
+        return subprocess.Popen(
+            [python, *launch, *rest], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+        )
+
+    whole = start(tmp_path / "whole")
+    assert whole.communicate(timeout=120)[1] is not None
+    process = start(tmp_path / "run")
+    wait_for_step(tmp_path / "run", 7)
+    listed = subprocess.run(
+        ["pgrep", "-f", f"output={tmp_path / 'run'}"], capture_output=True, text=True
+    )
+    workers = [int(pid) for pid in listed.stdout.split() if int(pid) != process.pid]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == 0, text.decode()
+    assert "resuming at step" in text.decode()
+    files = [tmp_path / name / "model.pt" for name in ("whole", "run")]
+    weights = [torch.load(path, weights_only=True) for path in files]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
