@@ -168,11 +168,18 @@ def losses(output: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Equal to the last bit, NaN included."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
+
+
 def differences(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> list[str]:
     """Names of tensors that are not bit for bit the same."""
     return sorted(
         name for name in one.keys() | two.keys()
-        if name not in one or name not in two or not torch.equal(one[name], two[name])
+        if name not in one or name not in two or not same_bits(one[name], two[name])
     )  # fmt: skip
 
 
@@ -201,7 +208,7 @@ def arrives_unchanged(
     again = output / FOLDER / checkpoint.name
     before, after = whole_state(checkpoint), whole_state(again)
     shared = [name for name in before if not name.startswith("ranks/")]
-    changed = [name for name in shared if not torch.equal(before[name], after[name])]
+    changed = [name for name in shared if not same_bits(before[name], after[name])]
     facts = [Manifest.read(path).facts["progress"] for path in (checkpoint, again)]
     return changed + ([] if facts[0] == facts[1] else [f"data position {facts}"])
 
