@@ -45,6 +45,8 @@ class Cached:
     def __init__(self, path: str, stamp: Stamp) -> None:
         """Map an existing cache. Raises OSError, or ValueError when it is not one of `stamp`."""
         self.path, self._stamp = path, stamp
+        if not Path(path).is_file():  # to open a pipe would wait for ever
+            raise ValueError(f"{path} is no file")
         with open(path, "rb") as file:
             head = file.read(_HEADER_BYTES)
             magic, crc, text = head[: len(_MAGIC)], *head[len(_MAGIC) :].partition(b"\n")[::2]

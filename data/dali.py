@@ -21,11 +21,12 @@ import torch
 
 from data.augment import CUBIC, ERASED, LINEAR, NEAREST, Draws, blur_sigma
 from data.batches import DATA_ERRORS, BatchMaker, Loaded, stand_ins
-from data.decode import decode_into, image_size
+from data.decode import decode_into, empty_pixels, image_size
 from data.prefetch import OrderedPrefetch
 from data.sources import DataError
 
 _IN_FLIGHT = 2  # batches inside the pipeline
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
 def dali_is_installed() -> bool:
@@ -152,7 +153,8 @@ class DaliPool:
         _replace_bad(batch)
 
     def _read(self, epoch: int, step: int) -> _Encoded:
-        """The encoded images of a batch; what cannot be read, or has another size, is found now."""
+        """The encoded images of a batch; what cannot be read, or was cut off, or has another size,
+        is found now."""
         make = self._make
         make.fetch_ahead(epoch, step)
         indices = make.indices(epoch, step)
@@ -163,7 +165,7 @@ class DaliPool:
             try:
                 encoded, labels[row] = make.source.read_encoded(index)
                 files[row] = np.frombuffer(encoded, np.uint8)
-                self._check_size(encoded, index)
+                self._check(encoded, index)
             except DATA_ERRORS as error:
                 if not make.skips_bad_records:
                     raise
@@ -172,7 +174,9 @@ class DaliPool:
         _replace_bad(batch)
         return batch
 
-    def _check_size(self, encoded: bytes | memoryview, index: int) -> None:
+    def _check(self, encoded: bytes | memoryview, index: int) -> None:
+        """Refuse what DALI would take all the same: other sizes, and a JPEG that was cut off, of
+        which it makes up the rest."""
         where, wanted = self._make.source.describe(index), self._make.source.input_size
         height, width = image_size(memoryview(encoded), where)
         if (height, width) != (wanted, wanted):
@@ -181,6 +185,9 @@ class DaliPool:
                 f"{wanted}. Resize the set once with: python scripts/pack.py FOLDER OUT --size "
                 f"{wanted}"
             )
+        file = bytes(encoded)
+        if file.startswith(_JPEG_START) and file.rfind(_JPEG_END) < 0:
+            decode_into(file, empty_pixels(wanted, wanted, 3), where)
 
     def _probe(self, batch: _Encoded) -> dict[int, Exception]:
         """Which images of a batch our own decoder refuses, and why."""

@@ -110,9 +110,7 @@ def _in_buckets(
 ) -> Iterator[list[Item]]:
     """The records in lists that follow each other in the order of the hash, each sorted by it."""
     if num_buckets == 1:
-        items = list(_hashed(records, seed, digest, bar))
-        bar.update(len(items))  # nothing to read again
-        yield sorted(items, key=_by_hash)
+        yield sorted(_hashed(records, seed, digest, bar), key=_by_hash)
         return
     paths = [staging / f"bucket_{i}" for i in range(num_buckets)]
     with ExitStack() as stack:

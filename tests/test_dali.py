@@ -102,13 +102,14 @@ def test_a_ragged_last_batch_and_an_empty_one_pass(records: Path) -> None:
     assert len({content for each in ranks for content in contents(each)}) == NUM_IMAGES
 
 
-@pytest.mark.parametrize("bad", ["truncated", "garbage", "size", "label"])
+@pytest.mark.parametrize("bad", ["truncated", "cut near its end", "garbage", "size", "label"])
 @pytest.mark.parametrize("at", [0, 25, 39])
 def test_a_bad_image_is_named_in_its_place_or_skipped(tmp_path: Path, bad: str, at: int) -> None:
     images = [(jpeg(i), float(i % 3)) for i in range(40)]
     content, label = images[at]
     images[at] = {
-        "truncated": (content[:200], label), "garbage": (b"no image at all", label),
+        "truncated": (content[:200], label), "cut near its end": (content[:-60] + bytes(60), label),
+        "garbage": (b"no image at all", label),
         "size": (jpeg(1, 32), label), "label": (content, 7.0),
     }[bad]  # fmt: skip
     root = write_set(tmp_path, images, "3,24,24\n")

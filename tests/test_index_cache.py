@@ -267,3 +267,17 @@ def test_a_hostile_cache_is_not_believed(tmp_path: Path, spoil: Callable[[bytes]
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(ValueError, match=r"file\.c"):
         Cached(str(path), stamp)
+
+
+def test_a_pipe_in_the_place_of_a_cache_is_replaced_not_read(tmp_path: Path) -> None:
+    made_from, path = tmp_path / "file", tmp_path / "file.c"
+    made_from.write_bytes(b"x")
+    os.mkfifo(path)
+    held = os.open(path, os.O_RDWR)
+    os.write(held, bytes(5000))  # so that whoever reads it all the same does not wait for ever
+    with pytest.raises(ValueError, match="is no file"):
+        Cached(str(path), stamp_of(made_from))
+    built = ({}, {"a": np.arange(3)})
+    assert open_or_build(made_from, ".c", stamp_of(made_from), lambda: built).arrays["a"][2] == 2
+    assert path.is_file()
+    os.close(held)

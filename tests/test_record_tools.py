@@ -136,6 +136,13 @@ def test_a_set_is_never_shuffled_in_place_nor_over_another(tmp_path: Path) -> No
     assert (other / "train.rec").read_bytes() == before
 
 
+def test_shuffling_shows_how_much_of_its_work_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shuffle_rec.shuffle_records(write_set(tmp_path / "faces", [0, 0, 1, 1]), tmp_path / "out")
+    assert "12/12 " in capsys.readouterr().err  # every record read, written, read again
+
+
 @pytest.mark.parametrize("tool", ["shuffle_rec", "make_noise"])
 def test_ctrl_c_leaves_nothing_behind(tool: str, tmp_path: Path) -> None:
     data = write_set(tmp_path / "faces", [0, 0, 1, 1])
