@@ -173,13 +173,6 @@ class Watch:
         if len(self._unread) >= READ_AT_LEAST_EVERY:
             self._read()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The running values themselves, for a checkpoint to copy or to fill."""
-        return {
-            "loss_sum": self._loss_sum, "good": self._good, "bad": self._bad,
-            "streak": self._streak, "longest": self._longest,
-        }  # fmt: skip
-
     def report(self) -> WatchReport:
         """What happened since the last report (waits for the device); begins anew."""
         assert self._last is not None, "report() before the first step"
