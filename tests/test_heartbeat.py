@@ -238,7 +238,14 @@ def test_a_failed_collective_among_ranks_that_all_answer_points_at_the_network(g
     assert "NCCL_DEBUG=INFO" in message
 
 
-def test_a_store_that_is_gone_is_said_and_ends_nothing(caplog):
+@pytest.mark.parametrize(
+    ("with_torchrun", "holder"),
+    [("True", "torchrun on the machine of rank 0 holds it"), ("False", "the process of rank 0")],
+)
+def test_a_store_that_is_gone_points_at_its_holder_and_ends_nothing(
+    caplog, monkeypatch, with_torchrun, holder
+):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", with_torchrun)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
     client = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=5))
     ended = threading.Event()
@@ -247,7 +254,7 @@ def test_a_store_that_is_gone_is_said_and_ends_nothing(caplog):
     )  # fmt: skip
     del server
     until(caplog, "the store of the process group cannot be reached")
-    assert "it lives with rank 0, or with torchrun" in beat.describe_lost(CLOSED)
+    assert f"cannot be reached: {holder}" in beat.describe_lost(CLOSED)
     time.sleep(0.3)
     beat.close()
     assert not ended.is_set()

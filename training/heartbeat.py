@@ -316,9 +316,13 @@ class Heartbeat:
         self._store_has_failed = True
 
     def _without_store(self, error: RuntimeError) -> str:
+        # torchrun may hold the store in its own process, or leave it to rank 0's.
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            holder = "torchrun on the machine of rank 0 holds it"
+        else:
+            holder = "the process of rank 0 holds it and has probably ended"
         return (
-            "the store of the process group cannot be reached, so nobody can be named; it lives "
-            "with rank 0, or with torchrun on its machine: look there first "
+            f"the store of the process group cannot be reached: {holder}; look there first "
             f"({next(iter(str(error).splitlines()), '')})"
         )
 
