@@ -198,10 +198,8 @@ def compare(
             title, baseline = name, None
             say(f"\n## {title}\n\n{HEADER}")
         if case.gib_in_all > memory_gib:
-            say(
-                f"| {case.layout} | {case.ranks} | {case.gib_in_all:.1f} GiB in all: left out "
-                "| | | | |"
-            )
+            left_out = f"{case.gib_in_all:.1f} GiB in all: left out"
+            say(f"| {case.layout} | {case.ranks} | {left_out} | | | | |")
             continue
         seconds, peak = run(case, repeats)
         if case.layout == BASELINE:
@@ -246,12 +244,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             (axes[0][column], "peak_mib", "peak MiB per rank"),
             (axes[1][column], "median_ms", "step, ms"),
         ):
-            for layout in (BASELINE, *DIMS):
+            for colour, layout in enumerate((BASELINE, *DIMS)):
                 points = [(r["params"]["ranks"], r[key]) for r in here if r["name"] == layout]
                 if layout == BASELINE and points:
                     axis.axhline(points[0][1], color="grey", linestyle=":", label=layout)
                 elif points:
-                    axis.plot(*zip(*points, strict=True), "o-", label=layout)
+                    axis.plot(*zip(*points, strict=True), "o-", color=f"C{colour}", label=layout)
             axis.set(xlabel="ranks", ylabel=unit, ylim=(0, None), xticks=[1, 2, 4])
             axis.grid(alpha=0.3)
         axes[0][column].set_title(f"{num_classes:,} classes, D = {width}", fontsize=10)
