@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,7 +278,7 @@ def test_a_pipe_in_the_place_of_a_cache_is_replaced_not_read(tmp_path: Path) -> 
     os.write(held, bytes(5000))  # so that whoever reads it all the same does not wait for ever
     with pytest.raises(ValueError, match="is no file"):
         Cached(str(path), stamp_of(made_from))
-    built = ({}, {"a": np.arange(3)})
+    built: tuple[dict[str, Any], dict[str, np.ndarray]] = ({}, {"a": np.arange(3)})
     assert open_or_build(made_from, ".c", stamp_of(made_from), lambda: built).arrays["a"][2] == 2
     assert path.is_file()
     os.close(held)
