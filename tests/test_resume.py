@@ -373,8 +373,10 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Pat
     def start(folder: Path) -> subprocess.Popen[bytes]:
         python, *rest = command(folder, *words)
         return subprocess.Popen(
-            [python, *launch, *rest], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
-        )
+            [python, *launch, *rest], cwd=ROOT, stderr=subprocess.PIPE,
+            # one store per attempt, as scripts/launch/ has it: gloo finds no dead addresses
+            env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+        )  # fmt: skip
 
     whole = start(tmp_path / "whole")
     assert whole.communicate(timeout=120)[1] is not None
