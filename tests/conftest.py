@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -116,6 +117,10 @@ def pytest_configure() -> None:
     """On a shared machine an example may take its time: no deadline per hypothesis example."""
     hypothesis.settings.register_profile("unhurried", deadline=None)
     hypothesis.settings.load_profile("unhurried")
+    # A shell that starts the tests in the background lets them ignore Ctrl-C, and all their
+    # processes with them: those that are interrupted on purpose would not notice.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
