@@ -73,21 +73,30 @@ class Result:
         )
 
 
+def free_port() -> int:
+    """A TCP port that nobody listens on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Run:
     """The ranks of one training run, as processes."""
 
-    def __init__(self, output: Path, data: Path, world_size: int, words: Sequence[str]) -> None:
+    def __init__(
+        self, output: Path, data: Path, world_size: int, words: Sequence[str],
+        settings: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         self.output = output
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        if settings is None:
+            settings = (*SETTINGS, f"batch_size={GLOBAL_BATCH // world_size}")
         shared = {
             **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world_size),
         }  # fmt: skip
         command = [
-            sys.executable, "train_v2.py", *SETTINGS, f"rec={data}", f"output={output}",
-            f"batch_size={GLOBAL_BATCH // world_size}", *words,
+            sys.executable, "train_v2.py", *settings, f"rec={data}", f"output={output}", *words,
         ]  # fmt: skip
         self.log = (output.parent / f"{output.name}.log").open("ab")
         self.processes = [
