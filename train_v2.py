@@ -33,6 +33,7 @@ from training.build import (
     SetupError,
     build,
     check_output,
+    facts_of,
     set_aside_earlier_run,
     share_global_batch,
 )
@@ -241,15 +242,7 @@ def begin(
     """A new run, or one that goes on from a checkpoint; all ranks have passed their checks."""
     watch, ranks = Watch(world.device), Ranks(world)
     state = RunState(parts, world, watch, cfg.seed)
-    facts = {
-        "config": plain_values(cfg),
-        "data": {
-            "num_classes": parts.head.num_classes,
-            "num_images": parts.loader.num_images,
-            "global_batch": parts.global_batch,
-            "steps_per_epoch": parts.steps_per_epoch,
-        },
-    }
+    facts = facts_of(cfg, parts)
     checkpoints = cfg.keep_checkpoints + 2 - len(named(folder / FOLDER))  # and one being written
     preflight(
         world,

@@ -157,19 +157,34 @@ def read_state_dict(
         WeightsError: the file is broken, hostile, or no file of weights.
     """
     file = _find_file(path)
-    with open(file, "rb") as stream:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is no file of weights; refused below
-                content = torch.load(stream, map_location="cpu", weights_only=True)
-        except Exception as error:  # a crafted or broken file can raise anything at all
-            raise _refusal(file, error) from error
+    content = read_plain_file(file)
     if isinstance(content, Mapping):
         for name in _NESTED:
             if isinstance(content.get(name), Mapping):
                 content = content[name]
                 break
     return _plain_state_dict(content, str(file)), _metadata_of(content, file)
+
+
+def read_plain_file(file: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote, if it is tensors and plain values; on the CPU.
+
+    Args:
+        mmap: leave the tensors on the disk until they are used (files of torch 1.6 and later).
+
+    Raises:
+        WeightsError: the file is broken or hostile.
+        OSError: it cannot be read.
+    """
+    with open(file, "rb") as stream:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is no file of ours; refused below
+                return torch.load(
+                    file if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap
+                )
+        except Exception as error:  # a crafted or broken file can raise anything at all
+            raise _refusal(file, error) from error
 
 
 def load_model(

@@ -29,10 +29,9 @@ import torch.multiprocessing as mp
 
 from benchmarks.bench_faults import Run, free_port
 from benchmarks.bench_head import _peak_mib, _used_mib
-from configs.base import Config
 from dataset import Batch
 from scripts.make_synthetic import make_synthetic
-from training.build import Parts, build
+from training.build import build
 from training.checkpoint import Checkpointer, Ranks, check_intact
 from training.state import Progress, RunState
 from training.watch import Watch
@@ -113,7 +112,7 @@ def measure_memory(rank: int, world_size: int, port: int, classes: int, folder: 
     keep_freed_memory()
     path = Path(folder)
     before = _used_mib("cpu")
-    cfg, parts, state = _built(classes, world)
+    state = _built(classes, world)
     kept = sum(
         stored.local.numel() * stored.local.itemsize for stored in state.tensors().values()
     ) / 2**20  # fmt: skip
@@ -124,9 +123,12 @@ def measure_memory(rank: int, world_size: int, port: int, classes: int, folder: 
     peaks["save"] = _peak_of(lambda: checkpointer.save(1, state.tensors(), facts, wait=True))
     found = check_intact(path / "step_00000001", ranks)
     peaks["load"] = _peak_of(lambda: state.load(found, ranks))
-    peaks["background"] = _peak_of(
-        lambda: (checkpointer.save(2, state.tensors(), facts), checkpointer.wait())
-    )
+
+    def in_the_background() -> None:
+        checkpointer.save(2, state.tensors(), facts)
+        checkpointer.wait()
+
+    peaks["background"] = _peak_of(in_the_background)
     for name in ("save", "load", "background"):
         peaks[name] -= before
     if checkpointer.failed_in_a_row:
@@ -136,8 +138,8 @@ def measure_memory(rank: int, world_size: int, port: int, classes: int, folder: 
     leave_world()
 
 
-def _built(classes: int, world: World) -> tuple[Config, Parts, RunState]:
-    """Parts of a run with all of its state: one step was taken."""
+def _built(classes: int, world: World) -> RunState:
+    """All of a run's state: one step was taken."""
     cfg = load_config("configs/ms1mv3_r50", [
         "network=r_nano", "rec=synthetic", f"num_classes={classes}", "num_image=1000",
         "batch_size=2", "val_targets=[]", "precision=fp32", "embedding_size=512", "num_workers=0",
@@ -148,7 +150,7 @@ def _built(classes: int, world: World) -> tuple[Config, Parts, RunState]:
     parts.loader.set_epoch(0, 0)
     batch: Batch = next(iter(parts.loader))
     parts.step([batch], 0.01)
-    return cfg, parts, RunState(parts, world, Watch(world.device), cfg.seed)
+    return RunState(parts, world, Watch(world.device), cfg.seed)
 
 
 def _peak_of(action: Any) -> float:

@@ -47,6 +47,7 @@ from training.batch_norm import BatchNormStatistics
 from training.precision import Precision, TrainedBackbone, choose_precision
 from training.schedule import Schedule
 from training.step import TrainStep, distribute, settle_buckets
+from utils.config import plain_values
 from utils.distributed import World
 
 logger = logging.getLogger("train")
@@ -207,6 +208,19 @@ def build(cfg: Config, world: World) -> Parts:
     )
     _announce(cfg, world, parts, precision.name)
     return parts
+
+
+def facts_of(cfg: Config, parts: Parts) -> dict[str, Any]:
+    """What a checkpoint says of its run, for training/resume.py to compare."""
+    return {
+        "config": plain_values(cfg),
+        "data": {
+            "num_classes": parts.head.num_classes,
+            "num_images": parts.loader.num_images,
+            "global_batch": parts.global_batch,
+            "steps_per_epoch": parts.steps_per_epoch,
+        },
+    }
 
 
 def _check_wandb(cfg: Config) -> None:

@@ -1,0 +1,192 @@
+"""Take over a run of arcface_torch, so that it goes on here with class centres and momentum.
+
+    python scripts/import_checkpoint.py OLD_RUN CONFIG [key=value ...] [--world-size N] [--epoch E]
+
+OLD_RUN is its output folder with checkpoint_gpu_<rank>.pt of all ranks (save_all_states=True; from
+several machines: copied together), or of older versions rank_<rank>_softmax_weight.pt beside
+backbone.pth, where --epoch says how many epochs were finished. CONFIG and its words are those of
+the run that shall go on, output= included; a checkpoint is written into its folder. Then:
+
+    torchrun --nproc_per_node=N train_v2.py CONFIG [key=value ...] resume=auto
+
+N need not be the number of ranks it had, but --world-size has to be N (default: what it had), as
+the global batch counts. Taken over: weights, class centres, momentum or Adam's averages of both,
+epochs finished. Not in those files: the loss scale, generators, best accuracy; the order of the
+data and the learning rate follow from the epoch. Batch norm goes on from the mean of the ranks'
+statistics. Where the head sampled its classes, the old files have no whole momentum: it starts at
+zero, and this says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if not __package__:  # run as a file: the modules lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from backbones.weights import WeightsError
+from configs.base import Config
+from dataset import DATA_ERRORS
+from training.build import Parts, SetupError, build, check_output, facts_of
+from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named
+from training.published import PublishedRun, read_run
+from training.state import Progress, RunState
+from training.watch import Watch
+from utils.config import ConfigError, load_config
+from utils.distributed import World
+
+logger = logging.getLogger("import_checkpoint")
+
+
+def import_checkpoint(
+    old: Path, cfg: Config, world_size: int | None = None, epoch: int | None = None
+) -> Path:
+    """Write a checkpoint of `cfg`'s run from the files of an old one; returns its folder.
+
+    Args:
+        old: folder of the old run.
+        cfg: of the run that shall go on.
+        world_size: ranks it will have; None: as many as the old one had.
+        epoch: epochs finished, where the old files do not say.
+
+    Raises:
+        WeightsError, SetupError, CheckpointError: what does not fit, and what to change.
+    """
+    folder = check_output(cfg.output or "") / FOLDER
+    if named(folder):
+        raise CheckpointError(f"{folder} has checkpoints already: choose another output=...")
+    run = read_run(old)
+    if run.epoch is None and epoch is None:
+        raise WeightsError(f"the files in {old} do not say how many epochs are done: give --epoch")
+    if run.epoch is not None and epoch not in (None, run.epoch):
+        raise WeightsError(f"the files in {old} are of epoch {run.epoch}, not {epoch}")
+    finished = epoch if run.epoch is None else run.epoch
+    assert finished is not None
+    ranks = world_size or run.world_size
+    # All of it in this process: one rank with the global batch of them all.
+    world = World(0, 0, 1, torch.device("cpu"))
+    parts = build(
+        dataclasses.replace(
+            cfg,
+            batch_size=cfg.global_batch_size or cfg.batch_size * cfg.gradient_acc * ranks,
+            gradient_acc=1, global_batch_size=None, val_targets=[], device="cpu", num_workers=0,
+            dali=False, init_backbone=None,
+        ),
+        world,
+    )  # fmt: skip
+    state = RunState(parts, world, Watch(world.device), cfg.seed)
+    _fill(run, parts, old)
+    steps = min(finished * parts.steps_per_epoch, parts.total_steps)
+    progress = Progress(step=steps, position=steps)
+    facts = {**facts_of(cfg, parts), **state.facts(progress)}
+    checkpointer = Checkpointer(folder, Ranks(world), keep=1, max_failed=1)
+    checkpointer.save(progress.step, state.tensors(), facts, wait=True)
+    if checkpointer.failed_in_a_row:
+        raise CheckpointError(checkpointer.last_error)
+    logger.info(
+        "taken over: %s classes of %d ranks, after %d epochs (step %d)",
+        f"{run.num_classes:,}", run.world_size, finished, progress.step,
+    )  # fmt: skip
+    return folder / f"step_{progress.step:08d}"
+
+
+def _fill(run: PublishedRun, parts: Parts, old: Path) -> None:
+    """Put what the old run had into the parts of this one."""
+    head = parts.head
+    wanted = [head.num_classes, parts.metadata.num_features]
+    if [run.num_classes, run.centres[0].shape[1]] != wanted or head.centres_per_class != 1:
+        raise WeightsError(
+            f"{old} has {run.num_classes} classes of width {run.centres[0].shape[1]}, one centre "
+            f"each; this config wants {wanted[0]} of width {wanted[1]}, {head.centres_per_class} "
+            "each: num_classes, embedding_size and sub_centres have to be the old run's"
+        )
+    try:
+        parts.backbone.load_state_dict(_mean_over_ranks(run))
+    except RuntimeError as error:
+        raise WeightsError(
+            f"the backbone in {old} is not this config's network: {error}"
+        ) from error
+    optimizer = parts.step.optimizer
+    adam = isinstance(optimizer, torch.optim.AdamW)
+    keys = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
+    found = {key for each in run.backbone_state.values() for key in each}
+    if found and found != keys:
+        raise WeightsError(
+            f"{old} was trained with an optimizer that keeps {sorted(found)}, this config's "
+            f"{'adamw' if adam else 'sgd'} keeps {sorted(keys)}: set optimizer= as it was"
+        )
+    if not found:
+        logger.warning("no optimizer state of the backbone in %s: it starts at zero", old)
+    for name, parameter in parts.backbone.named_parameters():
+        for key, value in run.backbone_state.get(name, {}).items():
+            here = optimizer.state[parameter].setdefault(
+                key, torch.zeros_like(parameter if value.dim() else value)
+            )
+            here.copy_(value)
+    _fill_centres(run, parts, old)
+
+
+def _fill_centres(run: PublishedRun, parts: Parts, old: Path) -> None:
+    weight = parts.head.weight
+    state = dict(parts.head.moved_parameters())[weight].state(weight)
+    if not run.centre_state[0].keys() >= state.keys():
+        logger.warning(
+            "no whole optimizer state of the class centres in %s (they were sampled, or moved by "
+            "another optimizer): it starts at zero", old,
+        )  # fmt: skip
+        state = {}
+    start = 0
+    with torch.no_grad():
+        for centres, kept in zip(run.centres, run.centre_state, strict=True):
+            rows = slice(start, start + len(centres))
+            weight[rows] = centres.to(weight.dtype)
+            for key, value in state.items():
+                value[rows] = kept[key].to(value.dtype)
+            start = rows.stop
+
+
+def _mean_over_ranks(run: PublishedRun) -> dict[str, Tensor]:
+    """Rank 0's weights, with the mean of the ranks' batch-norm statistics."""
+    first, *others = run.backbone
+    return {
+        name: torch.stack([each[name] for each in run.backbone]).mean(0)
+        if others and name.endswith(("running_mean", "running_var"))
+        else value
+        for name, value in first.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 with a message on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="import_checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("old", type=Path, metavar="OLD_RUN")
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("--world-size", type=int, help="ranks that will go on (default: as many)")
+    parser.add_argument("--epoch", type=int, help="epochs finished, for old files without it")
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        cfg = load_config(options.config, options.words)
+        path = import_checkpoint(options.old, cfg, options.world_size, options.epoch)
+    except (ConfigError, SetupError, WeightsError, CheckpointError, *DATA_ERRORS, OSError) as error:
+        print(f"import_checkpoint.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: go on with resume=auto and output={cfg.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
