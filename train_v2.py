@@ -50,7 +50,7 @@ from training.preflight import (
 from training.report import Reporter, start_wandb
 from training.signals import StopSignals
 from training.state import Progress, RunState
-from training.validation import Validation
+from training.validation import CUT_SHORT, Validation
 from training.watch import Diverged, DivergencePolicy, RollBack, Watch
 from utils.config import ConfigError, describe_fields, load_config, plain_values, save_config
 from utils.distributed import DeviceError, World, barrier, join_world, leave_world
@@ -75,16 +75,29 @@ def train(
     limit = parts.total_steps if cfg.max_steps is None else cfg.max_steps
     last_step = min(parts.total_steps, limit)
     reporter = Reporter(folder, world.is_main, _wandb(cfg, world, folder), progress.step)
-    validation = Validation(parts, world, folder, cfg.val_batch_size, cfg.input_size, progress)
+    validation = Validation(
+        parts, world, folder, cfg.val_batch_size, cfg.input_size, progress, keeper.is_asked_to_stop
+    )
     meter = SpeedMeter(parts.global_batch, last_step)
     meter.restart(progress.step)
     policy = DivergencePolicy(
         cfg.max_bad_steps, cfg.on_divergence, cfg.max_rollbacks, progress.rollbacks  # type: ignore[arg-type]
     )
     parts.step.model.train()
-    if progress.step >= last_step:  # nothing left to do; the files of the run all the same
-        keeper.save_now(progress)
-        validation.save("model.pt", progress.step, progress.position // parts.steps_per_epoch)
+
+    def verification_is_due() -> bool:
+        is_time = cfg.verbose and progress.step % cfg.verbose == 0
+        return bool(parts.verification_sets) and bool(is_time or progress.step == last_step)
+
+    def verify(epoch: int) -> None:
+        heartbeat.mark("verification", progress.step)
+        try:
+            results = validation.run(progress.step, epoch)
+        except CUT_SHORT:  # on all ranks; made good when the run goes on
+            keeper.stop_if_asked(progress)
+            raise
+        reporter.evaluation(progress.step, epoch, results)
+        meter.restart(progress.step)
 
     def run_epoch() -> None:
         epoch, steps_done = divmod(progress.position, parts.steps_per_epoch)
@@ -104,10 +117,8 @@ def train(
                 reporter.step(step, epoch, learning_rate, report, meter.read(step, world.device))
                 for warning in policy.decide(report, step, learning_rate):
                     logger.warning(warning)
-            if parts.verification_sets and (is_last or (cfg.verbose and step % cfg.verbose == 0)):
-                heartbeat.mark("verification", step)
-                reporter.evaluation(step, epoch, validation.run(step, epoch))
-                meter.restart(step)
+            if verification_is_due():
+                verify(epoch)
             if epoch_ends or is_last:
                 heartbeat.mark("model.pt", step)
                 validation.save("model.pt", step, epoch + epoch_ends)
@@ -118,6 +129,12 @@ def train(
             if is_last:
                 return
 
+    if progress.step and verification_is_due() and progress.evaluated_step != progress.step:
+        verify((progress.position - 1) // parts.steps_per_epoch)  # a signal had cut it short
+        keeper.save_now(progress, is_best=progress.best_step == progress.step)
+    if progress.step >= last_step:  # nothing left to do; the files of the run all the same
+        keeper.save_now(progress)
+        validation.save("model.pt", progress.step, progress.position // parts.steps_per_epoch)
     while progress.step < last_step:
         try:
             run_epoch()

@@ -397,6 +397,10 @@ def embed_batch(embed: Embed, pixels: Sequence[NDArray[np.uint8]], flip: bool = 
     return torch.cat(sides, dim=1).numpy()
 
 
+class OtherRankFailed(RuntimeError):
+    """Embedding failed elsewhere; the error raised there says why."""
+
+
 def gather_rows(
     local: NDArray | None,
     failure: Exception | None,
@@ -425,7 +429,7 @@ def gather_rows(
         raise failure
     failed = everyone[:, 0].nonzero().flatten().tolist()
     if failed:
-        raise RuntimeError(
+        raise OtherRankFailed(
             f"embedding {name} failed on rank {', '.join(map(str, failed))}; "
             "the error raised there says why"
         )

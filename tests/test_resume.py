@@ -22,8 +22,11 @@ import torch
 
 from configs.base import Config
 from tests.conftest import RankFailure, Ranks
+from tests.test_train import write_pairs
 from train_v2 import run_on
 from training.checkpoint import FOLDER, Checkpointer, Manifest, named, pointed_to
+from training.keeper import Keeper, Stopped
+from training.validation import Validation
 from training.watch import DivergencePolicy, WatchReport
 from utils.distributed import World
 
@@ -320,6 +323,64 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
+
+
+def run_that_is_stopped_while_verifying(
+    rank: int, world_size: int, folder: str, changes: dict[str, Any]
+) -> int:
+    """A signal reaches the last rank at its second batch of the verification of step 6."""
+    world = World(rank, rank, world_size, torch.device("cpu"))
+    cfg = Config(**{**TINY, "batch_size": 12 // world_size, "output": folder, **changes})
+    Path(folder).mkdir(exist_ok=True)
+    asked: list[int] = []
+
+    def is_asked(keeper: Keeper) -> bool:
+        asked.append(keeper.progress_of_test.step)  # type: ignore[attr-defined]
+        return rank == world_size - 1 and asked.count(6) > 1
+
+    real_init = Validation.__init__
+
+    def remember(self: Validation, *arguments: Any) -> None:
+        real_init(self, *arguments)
+        arguments[-1].__self__.progress_of_test = self.progress
+
+    with (
+        unittest.mock.patch.object(Keeper, "is_asked_to_stop", is_asked),
+        unittest.mock.patch.object(Validation, "__init__", remember),
+        pytest.raises(Stopped) as stopped,
+    ):
+        run_on(cfg, world, Path(folder))
+    assert "the state is saved" in str(stopped.value)
+    return max(asked)
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "eval" in line]
+
+
+@pytest.mark.parametrize("max_steps", [6, 9])
+def test_a_signal_during_a_verification_stops_all_ranks_and_it_is_made_good(
+    ranks: Ranks, tmp_path: Path, max_steps: int
+) -> None:
+    write_pairs(tmp_path)
+    changes = {
+        "verbose": 3, "val_targets": ["pairs"], "val_dir": str(tmp_path), "val_batch_size": 4,
+        "max_steps": max_steps, "checkpoint_every": 0,
+    }  # fmt: skip
+    left_alone = ranks.run(2, whole_run, str(tmp_path / "whole"), changes)
+    folder = tmp_path / "run"
+    steps = ranks.run(2, run_that_is_stopped_while_verifying, str(folder), changes)
+    assert steps == [6, 6]
+    assert [path.name for path in named(folder / FOLDER)][-1] == "step_00000006"
+    assert [line["step"] for line in evaluations(folder)] == [3]
+    again = ranks.run(2, whole_run, str(folder), {**changes, "resume": "auto"})
+    assert_same(again, left_alone)
+    assert evaluations(folder) == evaluations(tmp_path / "whole")
+    for name in ("model.pt", "model_best.pt"):
+        files = [tmp_path / run / name for run in ("whole", "run")]
+        weights = [torch.load(path, weights_only=True) for path in files]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 class GivesUpOnce(DivergencePolicy):

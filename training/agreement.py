@@ -56,3 +56,10 @@ class Agreement:
         if work is not None:
             work.wait()
         return Votes(*(bool(vote) for vote in ballot.tolist()))
+
+    def now(self, wish: bool) -> bool:
+        """Whether any rank wishes so; all ranks call it together and wait for each other."""
+        ballot = torch.tensor([wish], dtype=torch.uint8)
+        if self._group is not None:
+            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
+        return bool(ballot)

@@ -89,17 +89,30 @@ class Keeper:
         if not is_last:
             self.agreement.cast(
                 Votes(
-                    stop=self.signals.received is not None,
+                    stop=self.is_asked_to_stop(),
                     save=self._time_is_up(),
                     busy=self.checkpointer.is_busy,
                     give_up=self.checkpointer.gave_up,
                 )
             )
 
-    def save_now(self, progress: Progress) -> None:
+    def save_now(self, progress: Progress, *, is_best: bool = False) -> None:
         """A checkpoint, unless they are switched off; returns when it is written."""
         if self.is_on:
-            self._save(progress, wait=True)
+            self._save(progress, is_best=is_best, wait=True)
+
+    def is_asked_to_stop(self) -> bool:
+        """A signal came to this rank."""
+        return self.signals.received is not None
+
+    def stop_if_asked(self, progress: Progress) -> None:
+        """Between steps, all ranks together.
+
+        Raises:
+            Stopped: a signal came to some rank; the state is saved.
+        """
+        if self.agreement.now(self.is_asked_to_stop()):
+            self._stop(progress)
 
     def _save(self, progress: Progress, *, is_best: bool = False, wait: bool = False) -> None:
         self._last_save = time.monotonic()

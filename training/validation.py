@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from backbones.weights import save_model
+from eval.embedding import OtherRankFailed
 from eval.verification import verify
 from training.build import Parts
 from training.state import Progress
 from utils.distributed import World
+
+
+class CutShort(Exception):
+    """A verification that was left on this rank, because it is asked to stop."""
+
+
+CUT_SHORT = (CutShort, OtherRankFailed)
+"""Raised on all ranks together: the one on those that were asked, the other elsewhere."""
 
 
 class Validation:
@@ -23,21 +35,26 @@ class Validation:
         batch_size: images per rank embedded at a time.
         input_size: height and width of the images.
         progress: of the run; its best accuracy is kept here.
+        is_asked_to_stop: looked at before every batch.
     """
 
     def __init__(
         self, parts: Parts, world: World, folder: Path, batch_size: int, input_size: int,
-        progress: Progress,
+        progress: Progress, is_asked_to_stop: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.parts, self.world, self.folder = parts, world, folder
         self.batch_size, self.input_size = batch_size, input_size
-        self.progress = progress
+        self.progress, self.is_asked_to_stop = progress, is_asked_to_stop
 
     def run(self, step: int, epoch: int) -> dict[str, dict[str, float]]:
-        """Metrics of every target; the same on every rank. Saves model_best.pt if it is."""
+        """Metrics of every target; the same on every rank. Saves model_best.pt if it is.
+
+        Raises:
+            CutShort, OtherRankFailed: on all ranks, where one of them is asked to stop.
+        """
         self.parts.batch_norm.average(self.world.world_size)
         results = verify(
-            self.parts.embedder,
+            self._embed,
             self.parts.verification_sets,
             rank=self.world.rank,
             world_size=self.world.world_size,
@@ -51,6 +68,11 @@ class Validation:
             self.progress.best, self.progress.best_step = score, step
             self.save("model_best.pt", step, epoch)
         return {name: dict(metrics) for name, metrics in results.items()}
+
+    def _embed(self, images: Tensor) -> Tensor:
+        if self.is_asked_to_stop():
+            raise CutShort("asked to stop")
+        return self.parts.embedder(images)
 
     def save(self, name: str, step: int, epoch: int) -> None:
         """Write the backbone with its metadata, atomically, on rank 0."""
