@@ -121,7 +121,7 @@ def train(
                 verify(epoch)
             if epoch_ends or is_last:
                 heartbeat.mark("model.pt", step)
-                validation.save("model.pt", step, epoch + epoch_ends)
+                validation.save("model.pt", step, epoch + epoch_ends, must=is_last)
                 meter.restart(step)
             keeper.after_step(
                 progress, epoch_ends=epoch_ends, is_best=progress.best_step == step, is_last=is_last
@@ -134,12 +134,14 @@ def train(
         keeper.save_now(progress, is_best=progress.best_step == progress.step)
     if progress.step >= last_step:  # nothing left to do; the files of the run all the same
         keeper.save_now(progress)
-        validation.save("model.pt", progress.step, progress.position // parts.steps_per_epoch)
+        epochs = progress.position // parts.steps_per_epoch
+        validation.save("model.pt", progress.step, epochs, must=True)
     while progress.step < last_step:
         try:
             run_epoch()
         except RollBack as bad:
             keeper.roll_back(progress, bad)
+            reporter.go_back(progress.step)
             meter.restart(progress.step)
 
     keeper.finish()

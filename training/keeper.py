@@ -68,12 +68,7 @@ class Keeper:
         if agreed.stop and not is_last:
             self._stop(progress)
         if agreed.give_up:
-            raise SavesFailed(
-                f"{self.checkpointer.failed_in_a_row} checkpoints in a row could not be written "
-                f"(max_failed_saves={self.checkpointer.max_failed}), the last because: "
-                f"{self.checkpointer.last_error}. Make room or mend the disk and start again with "
-                "resume=auto"
-            )
+            raise self._saves_failed()
         if self.is_on:
             due = bool(self.every_steps) and progress.step % self.every_steps == 0
             if epoch_ends or is_best or is_last:
@@ -147,8 +142,22 @@ class Keeper:
         ranks.gather(None)
 
     def finish(self) -> None:
-        """Until what is being written is written."""
+        """Until what is being written is written.
+
+        Raises:
+            SavesFailed: the last one was not.
+        """
         self.checkpointer.wait()
+        if self.checkpointer.failed_in_a_row:
+            raise self._saves_failed()
+
+    def _saves_failed(self) -> SavesFailed:
+        return SavesFailed(
+            f"{self.checkpointer.failed_in_a_row} checkpoints in a row could not be written "
+            f"(max_failed_saves={self.checkpointer.max_failed}), the last because: "
+            f"{self.checkpointer.last_error}. Make room or mend the disk and start again with "
+            "resume=auto"
+        )
 
     def _time_is_up(self) -> bool:
         minutes = (time.monotonic() - self._last_save) / 60

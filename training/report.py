@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from training.journal import Journal
 from training.watch import WatchReport
 from utils.meter import Rates
 
@@ -29,18 +29,14 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, is_main: bool, wandb_run: Any = None, step: int = 0) -> None:
-        self._metrics = self._board = None
+        self._folder = folder
+        self._journal: Journal | None = None
+        self._board: Any = None
         self._wandb = wandb_run
         self._lines_until_wait_warning = 1  # the first line has the start of the workers in it
         if is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            if step:
-                discard_after(folder, step)
-            self._metrics = (folder / "metrics.jsonl").open("a" if step else "w", buffering=1)
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=step + 1 if step else None
-            )
+            self._journal = Journal(folder, step)
+            self._open_board(step)
 
     def step(
         self, step: int, epoch: int, learning_rate: float, report: WatchReport, rates: Rates
@@ -109,46 +105,50 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log_artifact(str(model), name=model.parent.name, type="model")
 
+    def go_back(self, step: int) -> None:
+        """Later steps than this will be run again: their lines are set aside."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = Journal(self._folder, step)
+            self._to_board({}, 0, is_last=True)
+            self._open_board(step)
+
     def close(self) -> None:
         """Flush and close everything."""
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        if self._journal is not None:
+            self._journal.close()
+        self._to_board({}, 0, is_last=True)
         if self._wandb is not None:
             self._wandb.finish()
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(_without_nan(record)) + "\n")
         scalars = dict(_scalars(record))
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+        if self._journal is not None:
+            if self._journal.write(_without_nan(record)) and self._board is None:
+                self._open_board(step - 1)  # the disk takes files again
+            self._to_board(scalars, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
+    def _open_board(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-def discard_after(folder: Path, step: int) -> None:
-    """Take the lines of steps beyond `step` out of metrics.jsonl: they will be run again.
+        self._board = SummaryWriter(
+            str(self._folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
-    They go to metrics_discarded.jsonl; what a killed process wrote half goes, too.
-    """
-    path = folder / "metrics.jsonl"
-    kept: list[str] = []
-    discarded: list[str] = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    def _to_board(self, scalars: dict[str, float], step: int, *, is_last: bool = False) -> None:
+        """Its writer is a thread: a full disk shows at a later call, and ends it for good."""
+        if self._board is None:
+            return
         try:
-            is_kept = int(json.loads(line)["step"]) <= step and line.endswith("\n")
-        except (ValueError, KeyError, TypeError):
-            is_kept = False
-        (kept if is_kept else discarded).append(line)
-    if discarded:
-        with (folder / "metrics_discarded.jsonl").open("a") as file:
-            file.write("".join(line.rstrip("\n") + "\n" for line in discarded))
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(kept))
-        aside.replace(path)
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+            if is_last:
+                self._board.close()
+        except OSError as error:
+            logger.error("TensorBoard's file cannot be written (%s); metrics.jsonl has it", error)
+            self._board = None
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from eval.verification import verify
 from training.build import Parts
 from training.state import Progress
 from utils.distributed import World
+
+logger = logging.getLogger("train")
 
 
 class CutShort(Exception):
@@ -74,9 +77,22 @@ class Validation:
             raise CutShort("asked to stop")
         return self.parts.embedder(images)
 
-    def save(self, name: str, step: int, epoch: int) -> None:
-        """Write the backbone with its metadata, atomically, on rank 0."""
+    def save(self, name: str, step: int, epoch: int, *, must: bool = False) -> None:
+        """Write the backbone with its metadata, atomically, on rank 0.
+
+        Raises:
+            OSError: it cannot be written and `must` be; else that is logged only.
+        """
         self.parts.batch_norm.average(self.world.world_size)
-        if self.world.is_main:
-            metadata = dataclasses.replace(self.parts.metadata, step=step, epoch=epoch)
+        if not self.world.is_main:
+            return
+        metadata = dataclasses.replace(self.parts.metadata, step=step, epoch=epoch)
+        try:
             save_model(self.folder / name, self.parts.backbone, metadata)
+        except OSError as error:
+            if must:
+                raise
+            logger.error(
+                "%s OF STEP %d COULD NOT BE WRITTEN (%s). Training goes on; the one before is "
+                "unharmed", self.folder / name, step, error,
+            )  # fmt: skip
