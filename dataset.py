@@ -19,6 +19,7 @@ import torch
 from data.augment import normalise, parse_augmentation
 from data.batches import DATA_ERRORS, BatchMaker, Loaded
 from data.device import prefetch_to_device
+from data.fingerprint import join_samples
 from data.prefetch import OrderedPrefetch
 from data.sampling import BlockShuffled, ClassBalanced, InOrder, Order, Shares, Shuffled
 from data.sets import ExcludingSource, JoinedSource
@@ -119,6 +120,10 @@ class DataLoader:
                 log.error("bad record skipped (%d so far): %s", self.num_skipped, reason)
             elif self.num_skipped % 1000 == 0:
                 log.error("%d bad records skipped so far", self.num_skipped)
+
+    def fingerprint(self) -> str:
+        """One word for the set; the same for copies of it, another where anything shows."""
+        return join_samples(self.source.samples())
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
         """Which images this rank's batch holds: int64 [b], in order."""

@@ -267,7 +267,7 @@ def begin(
         world,
         {
             "config": resume.config_sha256(plain_values(cfg)),
-            "data": str(facts["data"]),
+            "data": f"{facts['data']} {facts['data set']}",
             "code": code_version(VERSION, Path(__file__).resolve().parent),
             "device": device_kind(world.device),
             **library_versions(),

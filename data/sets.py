@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.fingerprint import Sample, sample_bytes
 from data.sources import DataError, ImageSource, MissingDataError
 
 
@@ -27,6 +28,14 @@ class JoinedSource(ImageSource):
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def samples(self) -> list[Sample]:
+        """See ImageSource: of all sets, in their order."""
+        return [
+            sample._replace(name=f"{number}: {sample.name}")
+            for number, source in enumerate(self.sources)
+            for sample in source.samples()
+        ]
 
     def _locate(self, index: int) -> tuple[int, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
@@ -101,6 +110,10 @@ class ExcludingSource(ImageSource):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def samples(self) -> list[Sample]:
+        """See ImageSource: of the whole set, and what is left of it."""
+        return [*self.source.samples(), sample_bytes("kept", self._kept.tobytes())]
 
     def describe(self, index: int) -> str:
         """As the whole set says."""

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.cache import Built, open_or_build, stamp_of
 from data.decode import ImageError, ImageSizeError, decode_into, empty_pixels, read_image_file
+from data.fingerprint import Sample, sample_bytes, sample_file
 from data.index import Property, open_index, read_property
 from data.order import derive_key, hash_indices
 from data.recordio import (
@@ -78,6 +79,10 @@ class ImageSource(ABC):
         """Image `index` as RGB uint8 [input_size, input_size, 3], and its label."""
         image = empty_pixels(self.input_size, self.input_size, 3)
         return image, self.read_into(index, image)
+
+    def samples(self) -> list[Sample]:
+        """What tells this set from others, without reading it (data/fingerprint.py)."""
+        return [sample_bytes(type(self).__name__, f"{len(self)} {self.num_classes}".encode())]
 
     def find(self, name: str) -> int:
         """The number of the image that an exclusion list calls `name`. Raises DataError."""
@@ -204,6 +209,11 @@ class RecordSource(ImageSource):
     def __len__(self) -> int:
         return len(self.index)
 
+    def samples(self) -> list[Sample]:
+        """See ImageSource: beginning and end of each file."""
+        files = (self.path_rec, self.path_idx, self.path_rec.with_name("property"))
+        return [sample_file(path) for path in files if path.is_file()]
+
     def describe(self, index: int) -> str:
         """File, key and byte offset of image `index`."""
         return self.reader.where(int(self.index.offsets[index]), self.index.key(index))
@@ -267,6 +277,11 @@ class FolderSource(ImageSource):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def samples(self) -> list[Sample]:
+        """See ImageSource: all names of classes and files, and how many belong together."""
+        names = "\n".join((*self.class_names, *self.files)).encode(errors="surrogateescape")
+        return [sample_bytes("class folders", names + self._labels.tobytes())]
 
     def describe(self, index: int) -> str:
         """Path of image `index`."""

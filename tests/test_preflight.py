@@ -15,14 +15,11 @@ from tests.test_imports import DOORS, ROOMS
 from training import preflight as module
 from training.preflight import (
     CODE_FOLDERS,
-    SAMPLE_BYTES,
     PreflightError,
     code_version,
-    dataset_fingerprint,
     device_kind,
     library_versions,
     preflight,
-    sample_file,
 )
 from utils.distributed import World
 
@@ -179,33 +176,6 @@ def test_the_code_version_moves_with_any_file_a_rank_runs(tmp_path):
 def test_this_repository_has_a_code_version():
     assert all((ROOT / f"{door}.py").exists() for door in DOORS)
     assert code_version("x", ROOT) == code_version("x", ROOT)
-
-
-def test_a_sample_tells_files_apart_by_size_beginning_and_end(tmp_path):
-    path = tmp_path / "train.rec"
-    content = bytearray(2 * SAMPLE_BYTES + 100)
-    path.write_bytes(content)
-    first = sample_file(path)
-    assert first[:2] == ("train.rec", len(content))
-    for place in (0, len(content) - 1):
-        content[place] ^= 1
-        path.write_bytes(content)
-        assert sample_file(path)[2] != first[2]
-        content[place] ^= 1
-    for size in (0, 5, SAMPLE_BYTES, SAMPLE_BYTES + 5):
-        path.write_bytes(bytes(size))
-        assert sample_file(path)[1] == size
-        if size:
-            before = sample_file(path)
-            path.write_bytes(bytes(size - 1) + b"1")
-            assert sample_file(path)[2] != before[2]
-
-
-def test_a_fingerprint_does_not_depend_on_the_order_of_files():
-    files = [("a.rec", 5, "x"), ("a.idx", 7, "y")]
-    assert dataset_fingerprint(files) == dataset_fingerprint(files[::-1])
-    assert dataset_fingerprint(files).startswith("2 files, 12 bytes (")
-    assert dataset_fingerprint(files) != dataset_fingerprint([("a.rec", 5, "x"), ("a.idx", 7, "z")])
 
 
 def test_versions_and_device_are_words():

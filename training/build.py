@@ -214,6 +214,7 @@ def facts_of(cfg: Config, parts: Parts) -> dict[str, Any]:
     """What a checkpoint says of its run, for training/resume.py to compare."""
     return {
         "config": plain_values(cfg),
+        "data set": parts.loader.fingerprint(),
         "data": {
             "num_classes": parts.head.num_classes,
             "num_images": parts.loader.num_images,

@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from utils.distributed import World
 CODE_FOLDERS = ("backbones", "data", "eval", "head", "margins", "training", "utils")
 TOKEN = ".preflight-"  # files made in the output folder, and taken away again
 VISIBLE_WITHIN_SECONDS = 30.0  # a network file system may show a new file late
-SAMPLE_BYTES = 2**20
 _POLL_SECONDS = 0.02
 
 
@@ -272,31 +271,6 @@ def library_versions() -> dict[str, str]:
 def device_kind(device: torch.device) -> str:
     """The model of the device; ranks on different ones wait for the slowest."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def sample_file(path: Path) -> tuple[str, int, str]:
-    """(name, bytes, hash of the first and last MiB): tells two data sets apart without reading
-    them, and says the same of two copies on two machines, as a time of change would not."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(SAMPLE_BYTES))
-        if size > 2 * SAMPLE_BYTES:
-            file.seek(-SAMPLE_BYTES, 2)
-        digest.update(file.read(SAMPLE_BYTES))
-    return path.name, size, digest.hexdigest()
-
-
-def dataset_fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
-    """One word for a set of files.
-
-    Args:
-        files: (name, bytes, hash or time of change) each, in any order.
-    """
-    listing = sorted(files)
-    total = sum(size for _, size, _ in listing)
-    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return f"{len(listing)} files, {total} bytes ({digest[:16]})"
 
 
 def _ranks(ranks: Sequence[int], hosts: Sequence[str] | None = None) -> str:

@@ -87,7 +87,8 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
     Args:
         saved, now: "config" (every key), and under "data" numbers that have to agree:
-            num_classes, num_images, global_batch, steps_per_epoch.
+            num_classes, num_images, global_batch, steps_per_epoch; "data set": its fingerprint,
+            of which a difference is only announced.
 
     Raises:
         CheckpointError: every difference that would make another run of it.
@@ -113,5 +114,10 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         new = now["data"].get(key)
         if new != old:
             problems.append(f"{key} was {old!r}, is {new!r}{advice.get(key, '')}")
+    if saved["data set"] != now["data set"]:
+        logger.warning(
+            "the data set has as many images and classes as that of the checkpoint, but it is "
+            "another one: %s, was %s", now["data set"], saved["data set"],
+        )  # fmt: skip
     if problems:
         raise CheckpointError("this is not the run of the checkpoint: " + "; ".join(problems))
