@@ -167,12 +167,13 @@ class _Exported(torch.nn.Module):
         self.is_half = precision == "fp16"
         self.backbone = copy.deepcopy(backbone).half() if self.is_half else backbone
         self.shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
-        self.fold, self.mean = fold, _by_channel(metadata.mean)
-        self.scale = 1 / _by_channel(metadata.std)
+        # Named apart from the operators: an exported mean would be called "mean" too.
+        self.fold, self.pixel_mean = fold, _by_channel(metadata.mean)
+        self.pixel_scale = 1 / _by_channel(metadata.std)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.fold:
-            images = (images - self.mean) * self.scale
+            images = (images - self.pixel_mean) * self.pixel_scale
         if not self.is_half:
             return self.backbone(images)
         return self.backbone(images.half()).float()

@@ -2,8 +2,9 @@
 
     python scripts/hold_out.py FOLDER OUT [--every 10]
 
-OUT/train/<class>/ and OUT/val/<class>/ hold links to the pictures of FOLDER/<class>/: of every class
-the pictures number 10, 20, ... in sorted order are held out, so that each keeps most of its own.
+OUT/train/<class>/ and OUT/val/<class>/ hold links to the pictures of FOLDER/<class>/: of every
+class the pictures number 10, 20, ... in sorted order are held out, so that each keeps most of its
+own.
 Everything is made in a folder beside OUT and renamed at the end.
 """
 

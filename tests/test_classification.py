@@ -21,7 +21,13 @@ from torch.nn import functional as F
 
 from backbones import get_model
 from backbones.resnet import ResNet
-from backbones.weights import WeightsError, load_model, read_state_dict
+from backbones.weights import (
+    ModelMetadata,
+    WeightsError,
+    load_model,
+    read_state_dict,
+    save_model,
+)
 from configs.base import Config
 from data.crop import PictureFolder, RandomResizedCrop, centre_crop, resize
 from data.decode import decode_image
@@ -29,13 +35,16 @@ from data.sources import DataError
 from dataset import get_dataloader
 from eval import classification
 from eval.classification import classify, open_pictures
+from eval.embedder import open_model
 from head.ranking import logit_places, target_places
 from head.row_update import AdamWRows, RowUpdate, SGDRows
 from losses import Softmax
 from parallel import ParallelLinear, Split, clip_grad_norm_, grad_norm
 from parallel.state_dict import whole_on_first_rank
+from scripts import hold_out
 from tests.conftest import RankFailure, Ranks
 from tests.test_resume import Unhurried, copy_of_run
+from torch2onnx import export_onnx
 from train_v2 import main, run_on
 from training.build import SetupError, build
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
@@ -119,8 +128,10 @@ def resnet_by_formula(state: dict[str, Tensor], x: Tensor, expansion: int) -> Te
     """The network from its weights' names, with functions only."""
 
     def norm(x: Tensor, name: str) -> Tensor:
-        part = [state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")]
-        return F.batch_norm(x, *part)
+        mean, var, weight, bias = (
+            state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, weight, bias)
 
     x = F.relu(norm(F.conv2d(x, state["conv1.weight"], stride=2, padding=3), "bn1"))
     x = F.max_pool2d(x, 3, 2, 1)
@@ -284,11 +295,11 @@ def test_arguments_outside_their_domain_are_named():
 
 def places_by_sorting(logits: Tensor, labels: Tensor) -> Tensor:
     """Position of each row's own class when classes are sorted by logit, ties by number."""
-    order = [
-        sorted(range(logits.shape[1]), key=lambda j, row=row: (-float(row[j]), j))
-        for row in logits
-    ]
-    return torch.tensor([o.index(int(y)) for o, y in zip(order, labels, strict=True)])
+    places = []
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        by_logit = sorted((-value, number) for number, value in enumerate(row))
+        places.append(by_logit.index((-row[label], label)))
+    return torch.tensor(places)
 
 
 @given(
@@ -482,6 +493,22 @@ def test_labels_of_val_follow_the_names_of_train(folder, tmp_path):
     (tmp_path / "half" / "train").symlink_to(folder / "train")
     with pytest.raises(DataError, match="no val/"):
         open_pictures(tmp_path / "half", 32)
+
+
+def test_every_tenth_picture_of_a_class_is_held_out_by_links(folder, tmp_path, capsys):
+    out = tmp_path / "held"
+    assert hold_out.main([str(folder / "train"), str(out), "--every", "5"]) == 0
+    assert "70 pictures to train on, 14 held out" in capsys.readouterr().out
+    names = {p.name for p in (out / "val" / "bee").iterdir()}
+    assert len(names) == 2
+    assert not names & {p.name for p in (out / "train" / "bee").iterdir()}
+    path = out / "val" / "bee" / min(names)
+    assert path.read_bytes() == (folder / "train" / "bee" / path.name).read_bytes()
+    assert open_pictures(out, 32).num_classes == 7
+    for words, message in (([str(out)], "already exists"), ([str(tmp_path / "n"), "--every", "1"],
+                           "2 or more"), ([str(tmp_path / "m"), "--every", "99"], "no class has")):
+        assert hold_out.main([str(folder / "train"), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -710,6 +737,19 @@ def test_the_command_refuses_classes_it_cannot_match(ranks: Ranks, folder, tmp_p
     assert "has 7 class folders, and the model gives 9 numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_classifier_becomes_an_onnx_file_of_its_logits(tmp_path, fold):
+    torch.manual_seed(0)
+    net = get_model("resnet_nano", num_features=7, input_size=32).eval()
+    metadata = ModelMetadata("resnet_nano", 7, 32, mean=ResNet.MEAN, std=ResNet.STD)
+    file = tmp_path / "model.onnx"
+    export_onnx(net, metadata, file, fold_normalisation=fold)  # compares with PyTorch
+    save_model(tmp_path / "model.pt", net, metadata)
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    expected = open_model(tmp_path / "model.pt").embed(images)
+    torch.testing.assert_close(open_model(file).embed(images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_many_classes_are_measured_on_generated_pictures(ranks: Ranks, tmp_path):
     changes = {"rec": "synthetic", "num_classes": 5003, "num_image": 48, "max_steps": 2}
     run = ranks.run(2, whole_run, str(tmp_path), changes)[0]
@@ -795,6 +835,7 @@ def clipped(rank: int, world_size: int, dims: tuple[Any, Any], max_norm: float) 
     before = grad_norm(model)
     returned = clip_grad_norm_(model, max_norm)
     assert returned == before
+    assert model.scale.grad is not None
     return float(before), float(grad_norm(model)), float(model.scale.grad.norm())
 
 
@@ -809,7 +850,9 @@ def test_the_norm_of_split_gradients_is_that_of_the_whole_and_clipping_is_torchs
     generator = torch.Generator().manual_seed(1)
     model(torch.randn(6, 5, dtype=torch.float64, generator=generator)).square().sum().backward()
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    after = float(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    after = float(nn.utils.get_total_norm(gradients))
+    assert model.scale.grad is not None
     expected = (norm, after, float(model.scale.grad.norm()))
     for found in ranks.run(world_size, clipped, dims, max_norm):
         assert found == pytest.approx(expected, rel=1e-5)
