@@ -18,6 +18,7 @@ import torch
 
 from data.augment import normalise, parse_augmentation
 from data.batches import DATA_ERRORS, BatchMaker, Loaded
+from data.crop import RandomResizedCrop
 from data.device import prefetch_to_device
 from data.fingerprint import join_samples
 from data.prefetch import OrderedPrefetch
@@ -163,6 +164,7 @@ def get_dataloader(
     drop_last: bool = True,
     pin_memory: bool = False,
     augment: Sequence[str] = (),
+    crop: RandomResizedCrop | None = None,
     weights: Sequence[float] | None = None,
     samples_per_class: int = 0,
     shuffle_block: int = 0,
@@ -184,6 +186,8 @@ def get_dataloader(
     num_classes: labels must be below it; None takes what the set has.
     num_images: "synthetic" only; for a set on disk a different number is logged, not obeyed.
     flip: mirror half of the images. augment: what else changes them, see data/augment.py.
+    crop: how pictures of any size are cut and resized to `input_size`; None: all have that size.
+        "synthetic" images have it.
     shuffle: False takes the set as it lies. shuffle_block: images per block of a block-wise
         shuffle, for disks that read neighbours faster; 0: over the whole set.
     weights: each set's share of an epoch, as relative numbers; None: by its size.
@@ -207,6 +211,8 @@ def get_dataloader(
             f"num_workers={num_workers}, worker_type={worker_type!r}: allowed are batch_size of 1 "
             "or more, num_workers of 0 or more, worker_type 'threads' or 'processes'"
         )
+    if crop is not None and dali:
+        raise DataError("dali=True takes images of one size only: leave it out where they are cut")
     try:
         augmentation = parse_augmentation(augment, flip)
     except ValueError as error:
@@ -223,7 +229,7 @@ def get_dataloader(
     make = BatchMaker(
         source, order, batch_size, rank=rank, world_size=world_size, seed=seed,
         augmentation=augmentation, drop_last=drop_last, on_bad_record=on_bad_record,
-        pin_memory=pin_memory,
+        pin_memory=pin_memory, crop=None if isinstance(source, SyntheticSource) else crop,
     )  # fmt: skip
     loader = DataLoader(make, _workers(make, num_workers, worker_type, dali, device), device)
     if num_images is not None and num_images != loader.num_images:

@@ -167,14 +167,21 @@ class _Exported(torch.nn.Module):
         self.is_half = precision == "fp16"
         self.backbone = copy.deepcopy(backbone).half() if self.is_half else backbone
         self.shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
-        self.fold, self.mean, self.scale = fold, float(metadata.mean), 1 / float(metadata.std)
+        # Named apart from the operators: an exported mean would be called "mean" too.
+        self.fold, self.pixel_mean = fold, _by_channel(metadata.mean)
+        self.pixel_scale = 1 / _by_channel(metadata.std)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.fold:
-            images = (images - self.mean) * self.scale
+            images = (images - self.pixel_mean) * self.pixel_scale
         if not self.is_half:
             return self.backbone(images)
         return self.backbone(images.half()).float()
+
+
+def _by_channel(value: float | tuple[float, ...]) -> float | torch.Tensor:
+    """One number as it is, one per channel as [channels, 1, 1]."""
+    return torch.tensor(value).view(-1, 1, 1) if isinstance(value, tuple) else float(value)
 
 
 def _check_request(
@@ -291,7 +298,10 @@ def _compare(
             raise ParityError(
                 "in PyTorch itself embeddings are not finite: the weights are broken or untrained"
             )
-        given = images * np.float32(metadata.std) + np.float32(metadata.mean) if folded else images
+        mean, std = (
+            np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (metadata.mean, metadata.std)
+        )
+        given = images * std + mean if folded else images
         found = np.asarray(session.run([OUTPUT_NAME], {INPUT_NAME: given})[0])
         if found.shape != expected.shape:
             raise ParityError(

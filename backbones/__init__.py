@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from backbones import iresnet, mobilefacenet, vit
+from backbones import iresnet, mobilefacenet, resnet, vit
 from backbones.base import Backbone
 
 __all__ = ["Backbone", "backbone_class", "get_model", "model_names"]
@@ -15,6 +15,7 @@ __all__ = ["Backbone", "backbone_class", "get_model", "model_names"]
 _REGISTRY: Mapping[str, tuple[type[Backbone], Mapping[str, Any]]] = {
     **{name: (iresnet.IResNet, variant) for name, variant in iresnet.VARIANTS.items()},
     **{name: (mobilefacenet.MobileFaceNet, v) for name, v in mobilefacenet.VARIANTS.items()},
+    **{name: (resnet.ResNet, variant) for name, variant in resnet.VARIANTS.items()},
     **{name: (vit.VisionTransformer, variant) for name, variant in vit.VARIANTS.items()},
 }
 

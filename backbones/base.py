@@ -31,6 +31,14 @@ class Backbone(nn.Module):
     # Where a file of weights shows its sizes: [num_features], and [width, in_channels, ...].
     EMBEDDING_KEY: ClassVar[str]
     STEM_KEY: ClassVar[str]
+    # What published weights of this family want, whose files do not say it: height and width in
+    # pixels, and the mean and deviation of pixel values 0..255, one number or one per RGB channel.
+    PUBLISHED_BY: ClassVar[str] = "arcface_torch"
+    INPUT_SIZE: ClassVar[int] = 112
+    MEAN: ClassVar[float | tuple[float, ...]] = 127.5
+    STD: ClassVar[float | tuple[float, ...]] = 127.5
+    # The layer whose outputs are logits, where there is one: classification trains it as its head.
+    CLASSIFIER: ClassVar[str | None] = None
 
     def __init__(
         self, num_features: int, input_size: int, in_channels: int, gradient_checkpointing: bool

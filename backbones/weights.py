@@ -44,8 +44,8 @@ class ModelMetadata:
         num_features: size of the embedding.
         input_size: height and width of the images, pixels.
         in_channels: channels of the images.
-        mean: subtracted from every pixel (0..255).
-        std: then divided by.
+        mean: subtracted from every pixel (0..255); one number, or one per RGB channel.
+        std: then divided by; likewise.
         color: order of the channels.
         step: optimizer steps of the training so far.
         epoch: epochs finished.
@@ -58,8 +58,8 @@ class ModelMetadata:
     num_features: int = 512
     input_size: int = 112
     in_channels: int = 3
-    mean: float = 127.5
-    std: float = 127.5
+    mean: float | tuple[float, ...] = 127.5
+    std: float | tuple[float, ...] = 127.5
     color: str = "RGB"
     step: int | None = None
     epoch: int | None = None
@@ -333,7 +333,9 @@ def _plain_metadata(metadata: ModelMetadata) -> dict[str, Any]:
     plain = {**asdict(metadata), "options": dict(metadata.options)}
     for name, value in [*plain.items(), *plain["options"].items()]:
         # Anything else, a NumPy number for one, would make the file one that is refused.
-        if name != "options" and type(value) not in (str, int, float, bool, type(None)):
+        numbers = value if name in ("mean", "std") and type(value) is tuple else (value,)
+        kinds = (str, int, float, bool, type(None))
+        if name != "options" and not all(type(number) in kinds for number in numbers):
             raise WeightsError(
                 f"metadata {name}={value!r} is a {type(value).__name__}: make it a str, int, "
                 "float, bool or None"
@@ -372,7 +374,14 @@ def _metadata_from_weights(
             f"{family.EMBEDDING_KEY}; {_list('keys are in the file', state)}. Is it another "
             f"network? Names: {', '.join(model_names())}"
         )
-    return ModelMetadata(network, num_features=embedding.shape[0], in_channels=stem.shape[1])
+    return ModelMetadata(
+        network,
+        num_features=embedding.shape[0],
+        input_size=family.INPUT_SIZE,
+        in_channels=stem.shape[1],
+        mean=family.MEAN,
+        std=family.STD,
+    )
 
 
 def _compare(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> MatchReport:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+TASKS = ("recognition", "classification")
+PARALLEL_DIMS = (None, 0, 1, -1)
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 MARGIN_GRADIENTS = ("exact", "straight_through")
 FILTERING_MODES = ("remove", "legacy")
@@ -32,6 +34,10 @@ LR_SCHEDULES = ("polynomial", "cosine", "constant")
 @dataclass
 class Config:
     """All settings of one training run. Units and scope are in each field's words."""
+
+    task: str = "recognition"
+    """"recognition": a margin loss, verification. "classification": plain softmax over the classes
+    of a folder with train/ and val/, top-1 and top-5 (docs/classification.md)."""
 
     # --- data -------------------------------------------------------------------------------
     rec: str | list[str] | None = None
@@ -65,6 +71,10 @@ class Config:
     augment: list[str] = field(default_factory=list)
     """Augmentation besides flips: names (crop, resize, low_res, blur, hsv, gray, photometric,
     erase), each also with a probability ("erase=0.3"), or the sets "dali_aug" and "adaface"."""
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Classification: least and largest share of a picture's area in the random crop it is trained
+    on, in (0, 1]; its width / height lies in 3/4 to 4/3."""
 
     on_bad_record: str = "error"
     """"error" stops at an image that cannot be read and names it; "skip" counts, logs and
@@ -130,6 +140,14 @@ class Config:
 
     softmax_bias: bool = True
     """loss="softmax": learn a bias per class."""
+
+    parallel_dim: int | None = 1
+    """Classification: what of the last layer is spread over the ranks: 1 or -1 its classes, 0 its
+    input features, None nothing (every rank holds all of it). Recognition: 1."""
+
+    label_smoothing: float = 0.0
+    """Classification: share of the target that goes to all classes alike, in [0, 1). Above 0 the
+    last layer's logits and gradients are whole tensors on each rank (docs/classification.md)."""
 
     adaface_h: float = 0.333
     """loss="adaface": the clip of the standardised norms, h."""
@@ -225,6 +243,10 @@ class Config:
 
     weight_decay: float = 5e-4
     """Weight decay of backbone and head: coupled for sgd, decoupled for adamw."""
+
+    zero: bool = False
+    """Spread the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer). Checkpoints
+    and results are the same; each step broadcasts the parameters."""
 
     clip_grad_norm: float = 5.0
     """The backbone's gradient norm is clipped to this; 0 switches clipping off."""
@@ -353,6 +375,7 @@ class Config:
             value = getattr(self, key)
             require(value >= low, f"{key}={value!r}: at least {low}")
 
+        one_of("task", TASKS)
         one_of("margin_gradient", MARGIN_GRADIENTS)
         one_of("interclass_filtering_mode", FILTERING_MODES)
         one_of("optimizer", OPTIMIZERS)
@@ -478,6 +501,11 @@ class Config:
         require(m1 > 0, f"margin_list m1={m1!r}: above 0")
         require(0 <= m2 < math.pi, f"margin_list m2={m2!r}: radians in [0, pi)")
         require(0 <= m3 <= 2, f"margin_list m3={m3!r}: in [0, 2]")
+        require(
+            self.parallel_dim in PARALLEL_DIMS,
+            f"parallel_dim={self.parallel_dim!r}: None, 0, 1 or -1",
+        )
+        found += self._problems_of_the_task()
         if self.val_targets and self.rec == "synthetic":
             require(
                 self.val_dir is not None,
@@ -485,6 +513,63 @@ class Config:
                 "val_targets=[]",
             )
         return found
+
+    def _problems_of_the_task(self) -> list[str]:
+        """What task="classification" needs, or what only it has."""
+        sentences: list[tuple[bool, str]]
+        if self.task != "classification":
+            sentences = [
+                (
+                    self.parallel_dim in (1, -1),
+                    f"parallel_dim={self.parallel_dim!r}: PartialFC splits classes (1); others are "
+                    'for task="classification", or ParallelArcLinear as a layer of your own',
+                ),
+                (
+                    self.label_smoothing == 0.0,
+                    f"label_smoothing={self.label_smoothing!r}: only for task=\"classification\"",
+                ),
+            ]
+        else:
+            low, high = self.crop_area
+            is_layer = self.parallel_dim in (None, 0) or self.label_smoothing > 0
+            sentences = [
+                (
+                    self.loss == "softmax",
+                    f'loss={self.loss!r}: task="classification" is plain softmax: loss="softmax"',
+                ),
+                (
+                    self.rec is None or isinstance(self.rec, str),
+                    f"rec={self.rec!r}: classification takes one folder with train/ and val/, or "
+                    '"synthetic"',
+                ),
+                (
+                    not self.val_targets,
+                    f"val_targets={self.val_targets!r} are pairs of faces: classification scores "
+                    "val/ (or val_dir) by itself",
+                ),
+                (not self.dali, 'dali=True: only for task="recognition"'),
+                (
+                    0.0 <= self.label_smoothing < 1.0,
+                    f"label_smoothing={self.label_smoothing!r}: in [0, 1)",
+                ),
+                (0.0 < low <= high <= 1.0, f"crop_area={self.crop_area!r}: in (0, 1], least first"),
+                (
+                    (self.sub_centres or 1) == 1,
+                    f"sub_centres={self.sub_centres!r}: classification has one row per class",
+                ),
+                (
+                    not is_layer
+                    or (
+                        self.sample_rate == 1.0
+                        and self.head_device == "auto"
+                        and (self.head_weight_dtype, self.head_state_dtype) == ("fp32", "fp32")
+                    ),
+                    f"parallel_dim={self.parallel_dim!r}, label_smoothing="
+                    f"{self.label_smoothing!r}: sample_rate < 1, head_device and bf16 weights or "
+                    "state need parallel_dim=1 and label_smoothing=0",
+                ),
+            ]
+        return [sentence for ok, sentence in sentences if not ok]
 
     def unused(self) -> list[str]:
         """Keys that were set but mean nothing for this loss, one sentence each, for a warning.

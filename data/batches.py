@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data.augment import Augmentation, Draws, apply, draw, mirror
+from data.crop import RandomResizedCrop
 from data.decode import ImageError, empty_pixels
 from data.order import batch_positions, steps_per_epoch
 from data.recordio import RecordError
@@ -34,6 +35,7 @@ class BatchMaker:
     on_bad_record: "error" raises; "skip" puts another image of the same batch (the next good one,
     with its label) in the place of one that cannot be read, so that batches keep their size and
     ranks stay in step. A batch without any good image is an error in either case.
+    crop: how pictures of any size come to the network's; None: they have it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class BatchMaker:
         drop_last: bool = True,
         on_bad_record: str = "error",
         pin_memory: bool = False,
+        crop: RandomResizedCrop | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise DataError(
@@ -65,6 +68,7 @@ class BatchMaker:
         self.source, self.order, self.batch_size = source, order, batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.augmentation = Augmentation() if augmentation is None else augmentation
+        self.crop = crop
         self.skips_bad_records, self.pin_memory = on_bad_record == "skip", pin_memory
         self.global_batch = batch_size * world_size
         self.num_steps = steps_per_epoch(len(order), self.global_batch, drop_last)
@@ -99,7 +103,7 @@ class BatchMaker:
         for row, index in enumerate(indices.tolist()):
             image = images[row]
             try:
-                labels[row] = self.source.read_into(index, image)
+                labels[row] = self._read_into(index, image, epoch)
             except DATA_ERRORS as error:
                 if not self.skips_bad_records:
                     raise
@@ -112,6 +116,11 @@ class BatchMaker:
         for row, other in stand_ins(bad, len(indices)).items():
             images[row], labels[row] = images[other], labels[other]
         return self.loaded(torch.from_numpy(images), labels, bad)
+
+    def _read_into(self, index: int, out: np.ndarray, epoch: int) -> int:
+        if self.crop is None:
+            return self.source.read_into(index, out)
+        return self.crop.read_into(self.source, index, out, self.seed, epoch)
 
     def loaded(self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]) -> Loaded:
         """The parts of a batch as one, in page-locked memory where that was asked for."""

@@ -51,6 +51,7 @@ def empty_pixels(*shape: int) -> np.ndarray:
 def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: str) -> np.ndarray:
     """Decode JPEG, PNG, BMP or WebP to RGB: uint8 [H, W, 3], freshly allocated, contiguous.
 
+    Grey becomes three equal channels, CMYK is converted, transparency is dropped.
     `where` names the image in errors (file, record). JPEG goes through libjpeg-turbo, which
     releases the GIL, and strictly: a truncated image is an error, not a grey lower half.
     Raises ImageError.
@@ -64,6 +65,8 @@ def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: st
         )
     if _is_jpeg(data):
         try:
+            if _is_cmyk(data):
+                return _rgb_of_cmyk(simplejpeg.decode_jpeg(data, "CMYK", strict=True))
             room = empty_pixels(height, width, 3)
             return simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=room)
         except ValueError as error:
@@ -140,6 +143,17 @@ def image_size(data: memoryview, where: str) -> tuple[int, int]:
         f"{where}: no image we can decode ({len(data)} bytes, {kind}); allowed: {_FORMATS}. "
         "Convert or remove it."
     )
+
+
+def _is_cmyk(data: memoryview) -> bool:
+    return str(simplejpeg.decode_jpeg_header(data, strict=True)[2]).upper() in ("CMYK", "YCCK")
+
+
+def _rgb_of_cmyk(inks: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 4] as JPEGs have them, 255 for no ink (Adobe's habit), to RGB without a
+    colour profile: what is left of the light after its own ink and black."""
+    black = inks[:, :, 3:].astype(np.uint16)
+    return ((inks[:, :, :3] * black + 127) // 255).astype(np.uint8)
 
 
 def _is_jpeg(data: memoryview) -> bool:

@@ -102,7 +102,8 @@ def open_model(
         "color": used_color,
         "input_size": metadata.input_size,
         "preprocessing_from": _origin(
-            [mean, std, color], "the file" if own else "arcface_torch's usual (the file says none)"
+            [mean, std, color],
+            "the file" if own else f"{backbone.PUBLISHED_BY}'s usual (the file says none)",
         ),
     }
     facts["key"] = _key(content_key(file), facts)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from head.collectives import Group, gather_rows, largest
+from head.collectives import Group, gather_labels, gather_rows, largest
 
 PAD_LABEL = -(1 << 40)  # marks rows that only fill a ragged batch; no user's label
 POISON_LABEL = PAD_LABEL - 1  # sent by a rank whose batch does not fit, so that all ranks stop
@@ -72,11 +72,31 @@ class BatchRules:
         )
         if problem:
             raise ValueError(problem)
-        is_real = labels != PAD_LABEL
-        unknown = is_real & ((labels < 0) | (labels >= self.num_classes))
+        unknown = self.unknown(labels)
         if device.type == "cpu":
             self._refuse_unknown(labels, unknown, capacity)
-        return GlobalBatch(everyone, labels, is_real, unknown.any())
+        return GlobalBatch(everyone, labels, labels != PAD_LABEL, unknown.any())
+
+    def gather_labels(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The global batch's labels alone, [B] int64, PAD_LABEL where a rank brings fewer rows.
+
+        For a head that needs no other rank's embeddings; errors as `gather`'s.
+        """
+        problem = self._problem(embeddings, labels)
+        device = embeddings.device
+        if problem:
+            labels = torch.full((1,), POISON_LABEL, device=device)
+        capacity = self.capacity(len(labels), device)
+        everyone = gather_labels(labels.to(torch.int64), PAD_LABEL, capacity, self.group)
+        if problem:
+            raise ValueError(problem)
+        if device.type == "cpu":
+            self._refuse_unknown(everyone, self.unknown(everyone), capacity)
+        return everyone
+
+    def unknown(self, labels: Tensor) -> Tensor:
+        """[B] boolean: labels of rows that name no class."""
+        return (labels != PAD_LABEL) & ((labels < 0) | (labels >= self.num_classes))
 
     def _problem(self, embeddings: Tensor, labels: Tensor) -> str:
         """What does not fit about this rank's batch, or an empty string."""

@@ -7,10 +7,12 @@ linear.py        ParallelLinear, convert_parallel_linear
 embedding.py     ParallelEmbedding
 loss.py          ParallelCrossEntropyLoss
 arc.py           ParallelArcLinear, ParallelArcLoss
+clip.py          clip_grad_norm_, grad_norm
 state_dict.py    collect_state_dict, relocate_state_dict
 """
 
 from parallel.arc import ParallelArcLinear, ParallelArcLoss
+from parallel.clip import clip_grad_norm_, grad_norm
 from parallel.collectives import copy, gather, reduce, scatter
 from parallel.embedding import ParallelEmbedding
 from parallel.groups import Groups, init_process_group, register_ddp_parameters_to_ignore
@@ -30,8 +32,9 @@ from parallel.state_dict import collect_state_dict, relocate_state_dict
 
 __all__ = [
     "Groups", "ParallelArcLinear", "ParallelArcLoss", "ParallelCrossEntropyLoss",
-    "ParallelEmbedding", "ParallelLinear", "Split", "as_dtensor", "collect_state_dict",
-    "convert_parallel_linear", "copy", "gather", "get_parallel_dim", "init_process_group",
+    "ParallelEmbedding", "ParallelLinear", "Split", "as_dtensor", "clip_grad_norm_",
+    "collect_state_dict", "convert_parallel_linear", "copy", "gather", "get_parallel_dim",
+    "grad_norm", "init_process_group",
     "mark_split", "parallel_splits", "placements", "reduce", "register_ddp_parameters_to_ignore",
     "register_parallel_dim", "relocate_state_dict", "scatter", "split_of",
 ]  # fmt: skip

@@ -15,12 +15,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel.split import Split, parallel_splits
 
+PIECE_BYTES = 16 * 2**20
+
 
 def collect_state_dict(model: nn.Module) -> dict[str, Any]:
     """The whole state dict, in host memory, on the first rank of each model group; {} elsewhere.
 
-    Every rank calls it. One tensor at a time is put together, so that beside the result no
-    more than the largest tensor is held. Parameters under FSDP2 are put together too.
+    Every rank calls it. One tensor at a time is put together, in small pieces, so that beside the
+    result next to nothing is held. Parameters under FSDP2 are put together too.
 
     Args:
         model: not wrapped in DDP (its `.module`), so that names carry no prefix.
@@ -32,7 +34,7 @@ def collect_state_dict(model: nn.Module) -> dict[str, Any]:
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if name in splits:
-            value = _on_first_rank(value, splits[name])
+            value = whole_on_first_rank(value, splits[name])
         if is_first:
             whole[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
     return whole
@@ -67,18 +69,33 @@ def relocate_state_dict(model: nn.Module, state: dict[str, Any]) -> dict[str, An
     return parts
 
 
-def _on_first_rank(part: Tensor, split: Split) -> Tensor | None:
-    """The whole tensor on the group's first rank, None elsewhere."""
+def whole_on_first_rank(part: Tensor, split: Split) -> Tensor | None:
+    """The whole tensor in host memory on the group's first rank, None elsewhere.
+
+    With one rank in the group it is the part itself, if that is there already.
+    Every rank of the group calls it. Parts travel PIECE_BYTES at a time.
+    """
     if split.num_parts == 1:
-        return part
-    sizes = [len(one) for one in split.parts]
+        return part.detach().cpu()
     front = part.detach().movedim(split.dim, 0)
-    padded = front.new_zeros(max(sizes), *front.shape[1:])  # gather wants equal shapes
-    padded[: len(front)] = front
-    if split.rank != 0:
-        dist.gather(padded, None, group=split.group, group_dst=0)
-        return None
-    pieces = [torch.empty_like(padded) for _ in sizes]
-    dist.gather(padded, pieces, group=split.group, group_dst=0)
-    rows = [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
-    return torch.cat(rows).movedim(0, split.dim).contiguous()
+    sizes = [len(one) for one in split.parts]
+    whole = torch.empty(0)
+    if split.rank == 0:
+        shape = list(part.shape)
+        shape[split.dim] = split.size
+        whole = torch.empty(shape, dtype=part.dtype).movedim(split.dim, 0)
+    step = max(PIECE_BYTES // max(front.shape[1:].numel() * part.itemsize, 1), 1)
+    for start in range(0, max(sizes), step):
+        piece = front[start : start + step]
+        padded = front.new_zeros(min(step, max(sizes) - start), *front.shape[1:])
+        padded[: len(piece)] = piece  # gather wants equal shapes
+        if split.rank != 0:
+            dist.gather(padded, None, group=split.group, group_dst=0)
+            continue
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        dist.gather(padded, pieces, group=split.group, group_dst=0)
+        for owned, received in zip(split.parts, pieces, strict=True):
+            rows = max(min(len(owned) - start, len(received)), 0)
+            begin = owned.start + start
+            whole[begin : begin + rows].copy_(received[:rows])
+    return whole.movedim(0, split.dim) if split.rank == 0 else None

@@ -30,7 +30,7 @@ SMALL = "from easydict import EasyDict as edict\nconfig = edict(rec='/some/where
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_config_loads(name):
-    overrides = ["rec=/somewhere"] if name in ("demo", "lfw_nano") else []
+    overrides = ["rec=/somewhere"] if name in ("demo", "lfw_nano", "lfw_classes") else []
     config = load_config(f"configs/{name}", overrides)
     assert config.output == f"work_dirs/{name}"
 

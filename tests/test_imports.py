@@ -30,9 +30,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "partial_fc": ("head", "losses"),
     "dataset": ("data",),
     "eval": ("utils.distributed", "backbones", "data", "eval"),
+    "eval.classification": ("data", "head.ranking"),
     "training": (
         "configs.base", "losses", "partial_fc", "dataset", "data", "head", "eval", "backbones",
-        "utils",
+        "utils", "parallel",
     ),
     "torch2onnx": ("backbones", "eval"),
     "train_v2": (

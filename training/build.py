@@ -14,20 +14,29 @@ import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from backbones import get_model
+from backbones import backbone_class, get_model, model_names
 from backbones.base import Backbone
 from backbones.weights import ModelMetadata, load_matching
 from configs.base import Config
+from data.crop import PictureFolder, RandomResizedCrop
 from data.dali import dali_is_installed
+from data.sources import MissingDataError, list_class_folders
 from dataset import DataLoader, get_dataloader
+from eval.classification import classify
 from eval.embedder import Embedder
-from eval.verification import VerificationSet, find_verification_sets, load_verification_set
+from eval.verification import (
+    VerificationSet,
+    find_verification_sets,
+    load_verification_set,
+    verify,
+)
 from head.row_update import AdamWRows, RowUpdate, SGDRows
 from losses import (
     AdaFace,
@@ -44,6 +53,8 @@ from losses import (
 )
 from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
+from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
+from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone, choose_precision
 from training.schedule import Schedule
 from training.step import TrainStep, distribute, settle_buckets
@@ -69,7 +80,7 @@ class Parts:
 
     loader: DataLoader
     backbone: Backbone
-    head: PartialFC
+    head: Head
     step: TrainStep
     schedule: Schedule
     batch_norm: BatchNormStatistics
@@ -77,7 +88,19 @@ class Parts:
     metadata: ModelMetadata
     steps_per_epoch: int
     global_batch: int
-    verification_sets: list[VerificationSet] = field(default_factory=list)
+    verification_sets: list[VerificationSet] | list[PictureFolder] = field(default_factory=list)
+    evaluate: Callable[..., dict[str, dict[str, float]]] = verify
+    best_by: str = "accuracy_flip"
+    classifier: str | None = None
+    """Name of the head in model.pt, where it is the network's last layer."""
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """What model.pt holds, on the first rank; all ranks call it, a split head is collected."""
+        state = dict(self.backbone.state_dict())
+        if self.classifier is not None:
+            whole = whole_classifier(self.head)
+            state |= {f"{self.classifier}.{name}": value for name, value in whole.items()}
+        return state
 
     @property
     def total_steps(self) -> int:
@@ -150,8 +173,8 @@ def build(cfg: Config, world: World) -> Parts:
     precision, warning = choose_precision(cfg.precision, cfg.fp16, world.device)
     if warning:
         logger.warning(warning)
-    verification_sets = _load_verification_sets(cfg)
     loader = _make_loader(cfg, world)
+    sets = _load_pictures(cfg) if is_classification(cfg) else _load_verification_sets(cfg)
     torch.manual_seed(cfg.seed)  # the same initial backbone on every rank
     backbone = _make_backbone(cfg)
     num_classes = loader.num_classes if cfg.num_classes == "auto" else int(cfg.num_classes)
@@ -165,13 +188,17 @@ def build(cfg: Config, world: World) -> Parts:
             f"gradient_acc {cfg.gradient_acc}): lower batch_size or gradient_acc"
         )
 
-    model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm)
+    mean, std = (backbone.MEAN, backbone.STD) if is_classification(cfg) else (127.5, 127.5)
+    model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm, mean, std)
     # Images arrive in channels_last; weights in the same layout spare a conversion per layer
     # (a third of the step of r_nano on a CPU).
     model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
     head = _make_head(cfg, world, num_classes, precision)
-    optimizer = _make_optimizer(cfg, model)
+    optimizer = make_optimizer(
+        model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+        spread=cfg.zero and world.world_size > 1,
+    )  # fmt: skip
     distributed = distribute(model, world.world_size, world.device)
     settle_buckets(distributed, cfg.input_size, world.device, batch_norm)
     step = TrainStep(
@@ -194,18 +221,23 @@ def build(cfg: Config, world: World) -> Parts:
         step=step,
         schedule=_make_schedule(cfg, global_batch, steps_per_epoch),
         batch_norm=batch_norm,
-        embedder=Embedder(backbone, device=world.device),
+        embedder=Embedder(backbone, mean, std, device=world.device),
         metadata=ModelMetadata(
             network=cfg.network,
-            num_features=cfg.embedding_size,
+            num_features=num_classes if is_classification(cfg) else cfg.embedding_size,
             input_size=cfg.input_size,
+            mean=mean,
+            std=std,
             config=Path(cfg.output or "").name,
             trained_with=VERSION,
         ),
         steps_per_epoch=steps_per_epoch,
         global_batch=global_batch,
-        verification_sets=verification_sets,
+        verification_sets=sets,
     )
+    if isinstance(head, SplitClassifier | LayerClassifier):
+        parts.evaluate = partial(classify, places=head.target_places, width=cfg.embedding_size)
+        parts.best_by, parts.classifier = "top1", backbone.CLASSIFIER
     _announce(cfg, world, parts, precision.name)
     return parts
 
@@ -222,6 +254,11 @@ def facts_of(cfg: Config, parts: Parts) -> dict[str, Any]:
             "steps_per_epoch": parts.steps_per_epoch,
         },
     }
+
+
+def is_classification(cfg: Config) -> bool:
+    """Whether the last layer is a plain classifier of pictures."""
+    return cfg.task == "classification"
 
 
 def _check_wandb(cfg: Config) -> None:
@@ -275,13 +312,23 @@ def make_margin(cfg: Config) -> Margin:
 
 
 def _make_backbone(cfg: Config) -> Backbone:
+    options = {}
     try:
+        if is_classification(cfg):
+            if backbone_class(cfg.network).CLASSIFIER is None:
+                able = [n for n in model_names() if backbone_class(n).CLASSIFIER is not None]
+                raise SetupError(
+                    f"network={cfg.network!r} ends in an embedding; task=\"classification\" trains "
+                    f"networks that end in a classifier: {', '.join(able)}"
+                )
+            options = {"with_fc": False}  # the head is the fc
         backbone = get_model(
             cfg.network,
             num_features=cfg.embedding_size,
             dropout=cfg.dropout,
             input_size=cfg.input_size,
             gradient_checkpointing=cfg.gradient_checkpointing,
+            **options,
         )
         if cfg.init_backbone is not None:
             report = load_matching(backbone, cfg.init_backbone)
@@ -310,7 +357,7 @@ def _make_loader(cfg: Config, world: World) -> DataLoader:
     on_gpu = world.device.type == "cuda"
     lists = cfg.exclude if isinstance(cfg.exclude, list) else [cfg.exclude or "-"]
     return get_dataloader(
-        cfg.rec,
+        _training_folder(cfg),
         cfg.batch_size,
         rank=world.rank,
         world_size=world.world_size,
@@ -320,6 +367,7 @@ def _make_loader(cfg: Config, world: World) -> DataLoader:
         num_classes=None if cfg.num_classes == "auto" else int(cfg.num_classes),
         num_images=None if cfg.num_image == "auto" else int(cfg.num_image),
         augment=augment,
+        crop=RandomResizedCrop(cfg.crop_area) if is_classification(cfg) else None,
         weights=cfg.rec_weights,
         samples_per_class=cfg.samples_per_class,
         shuffle_block=cfg.shuffle_block,
@@ -330,6 +378,33 @@ def _make_loader(cfg: Config, world: World) -> DataLoader:
         pin_memory=on_gpu,
         device=world.device if on_gpu else None,
     )
+
+
+def _training_folder(cfg: Config) -> str | list[str]:
+    assert cfg.rec is not None
+    if not is_classification(cfg) or cfg.rec == "synthetic" or isinstance(cfg.rec, list):
+        return cfg.rec
+    train = Path(cfg.rec) / "train"
+    if not train.is_dir():
+        raise MissingDataError(
+            f"rec={cfg.rec!r} has no folder train/ in it: task=\"classification\" takes a folder "
+            "with train/<class>/<picture> and val/<class>/<picture>"
+        )
+    return str(train)
+
+
+def _load_pictures(cfg: Config) -> list[PictureFolder]:
+    """What classification is scored on: val/, its labels by the names of the training classes."""
+    if cfg.rec == "synthetic":
+        return []
+    train = Path(str(_training_folder(cfg)))
+    val = Path(cfg.val_dir) if cfg.val_dir is not None else train.with_name("val")
+    if not val.is_dir():
+        raise MissingDataError(
+            f"{val} is not a folder: classification is scored on class folders there; make it, or "
+            "point val_dir at them"
+        )
+    return [PictureFolder(val, cfg.input_size, list_class_folders(train)[0])]
 
 
 def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
@@ -345,14 +420,17 @@ def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
     ]
 
 
-def _make_head(cfg: Config, world: World, num_classes: int, precision: Precision) -> PartialFC:
+def _make_head(cfg: Config, world: World, num_classes: int, precision: Precision) -> Head:
+    if is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing):
+        return _make_layer(cfg, world, num_classes, precision)
     margin = make_margin(cfg)
+    kind = SplitClassifier if is_classification(cfg) else PartialFC
     centres_per_class = cfg.sub_centres or (3 if cfg.loss == "subcentre_arcface" else 1)
     dtype = torch.bfloat16 if cfg.head_weight_dtype == "bf16" else precision.dtype
     # A margin that looks at the whole batch meets all micro-batches at once (training/step.py).
     passes = cfg.gradient_acc if _embeds_ahead(cfg, margin) else 1
     try:
-        return PartialFC(
+        return kind(
             margin,
             cfg.embedding_size,
             num_classes,
@@ -384,18 +462,22 @@ def _embeds_ahead(cfg: Config, margin: Margin) -> bool:
     return cfg.gradient_acc > 1 and margin.reads_batch
 
 
-def _make_optimizer(cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    options: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "fused": True}
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(trained, **options)
-    optimizer = torch.optim.SGD(trained, momentum=cfg.momentum, **options)
-    if cfg.momentum:
-        # The fused kernel makes these buffers at the first step without filling them, and
-        # leaves them so if that step is bad. Zeros give the same first step (no dampening).
-        for parameter in trained:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+def _make_layer(
+    cfg: Config, world: World, num_classes: int, precision: Precision
+) -> LayerClassifier:
+    try:
+        return LayerClassifier(
+            cfg.embedding_size, num_classes, cfg.parallel_dim,
+            bias=cfg.softmax_bias, label_smoothing=cfg.label_smoothing,
+            row_update=_make_row_update(cfg), bias_update=_make_row_update(cfg),
+            batch_size_per_rank=cfg.batch_size, half=precision.head_matmul, seed=cfg.seed,
+            device=world.device, dtype=precision.dtype,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise SetupError(
+            f"parallel_dim={cfg.parallel_dim!r}: a last layer of {num_classes} classes cannot be "
+            f"had on this rank; parallel_dim=1 and more ranks make its part smaller ({error})"
+        ) from error
 
 
 def _make_row_update(cfg: Config) -> RowUpdate:

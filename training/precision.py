@@ -73,19 +73,33 @@ class TrainedBackbone(nn.Module):
         backbone: its parameters are trained; its state_dict is what model.pt holds.
         precision: the policy.
         freeze_batch_norm: batch norm always uses its running statistics and keeps them.
+        mean, std: of pixel values 0..255, one number or one per RGB channel.
     """
 
     def __init__(
-        self, backbone: Backbone, precision: Precision, freeze_batch_norm: bool = False
+        self,
+        backbone: Backbone,
+        precision: Precision,
+        freeze_batch_norm: bool = False,
+        mean: float | tuple[float, ...] = 127.5,
+        std: float | tuple[float, ...] = 127.5,
     ) -> None:
         super().__init__()
         self.backbone = backbone.to(precision.dtype)
         self.precision = precision
         self.freeze_batch_norm = freeze_batch_norm
+        self.is_usual = (mean, std) == (127.5, 127.5)
+        for name, value in (("_mean", mean), ("_std", std)):
+            numbers = torch.tensor(value, dtype=precision.dtype).reshape(1, -1, 1, 1)
+            self.register_buffer(name, numbers, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, H, W] -> embeddings [b, D]."""
-        pixels = normalise(images, self.precision.dtype)
+        if self.is_usual:
+            pixels = normalise(images, self.precision.dtype)
+        else:
+            mean, std = self.get_buffer("_mean"), self.get_buffer("_std")
+            pixels = images.to(self.precision.dtype).sub_(mean).div_(std)
         autocast = self.precision.autocast
         with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
             features = self.backbone.forward_features(pixels)

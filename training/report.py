@@ -88,6 +88,12 @@ class Reporter:
     def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, float]]) -> None:
         """One line per target in the log, one object in metrics.jsonl."""
         for target, metrics in results.items():
+            if "top1" in metrics:
+                logger.info(
+                    "[%s][%d]Top-1: %1.5f   Top-5: %1.5f", target, step,
+                    metrics["top1"], metrics["top5"],
+                )  # fmt: skip
+                continue
             logger.info("[%s][%d]XNorm: %f", target, step, metrics["xnorm"])
             logger.info(
                 "[%s][%d]Accuracy: %1.5f+-%1.5f",

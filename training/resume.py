@@ -32,12 +32,12 @@ FREE = frozenset({
     "max_failed_saves", "on_divergence", "max_rollbacks", "collective_timeout_s", "frequent",
     "verbose", "notes", "using_wandb", "wandb_key", "wandb_entity", "wandb_project",
     "wandb_resume", "wandb_log_all", "suffix_run_name", "save_artifacts", "init_backbone",
-    "rec", "num_image", "num_classes", "fp16",
+    "rec", "num_image", "num_classes", "fp16", "zero", "parallel_dim",
 })  # fmt: skip
 """Leave the result as it is (what they stand for is compared by itself)."""
 FIXED = frozenset({
-    "network", "embedding_size", "input_size", "loss", "sub_centres", "softmax_bias", "optimizer",
-    "seed", "samples_per_class", "shuffle_block", "rec_weights", "head_weight_dtype",
+    "task", "network", "embedding_size", "input_size", "loss", "sub_centres", "softmax_bias",
+    "optimizer", "seed", "samples_per_class", "shuffle_block", "rec_weights", "head_weight_dtype",
     "head_state_dtype", "freeze_batch_norm",
 })  # fmt: skip
 """The state or the data order would not fit. All others may change, and are announced."""

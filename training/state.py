@@ -29,11 +29,14 @@ from head.sampling import hash_key
 from training import storage
 from training.build import Parts
 from training.checkpoint import Found, Ranks
+from training.classifier import LayerClassifier
+from training.optimizer import is_spread, own_optimizer, own_parameters
 from training.storage import State, StorageError, Stored
 from training.watch import Watch
 from utils.distributed import World
 
 RANKS = "ranks/"
+OPTIMIZER_STATE = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -79,10 +82,14 @@ class RunState:
         }
 
     def bytes_on_disk(self) -> int:
-        """Size of the whole state, over all ranks."""
-        return sum(
+        """Size of the whole state, over all ranks (ZeRO's: by this rank's share)."""
+        size = sum(
             stored.shape.numel() * stored.local.itemsize for stored in self.tensors().values()
         )
+        if is_spread(self.parts.step.optimizer):
+            mine = sum(t.numel() * t.itemsize for t in self._optimizer().values())
+            size += mine * (self.world.world_size - 1)
+        return size
 
     def load(self, found: Found, ranks: Ranks) -> Progress:
         """Put a checkpoint's state in place, all ranks together; each reads its own rows.
@@ -123,7 +130,9 @@ class RunState:
 
     def _on_all_ranks(self) -> dict[str, Stored]:
         """What every rank holds alike; the writing is shared out by size."""
-        tensors = self._backbone() | self._optimizer()
+        tensors = self._backbone()
+        if not is_spread(self.parts.step.optimizer):
+            tensors |= self._optimizer()
         for name, buffer in self.parts.head.named_buffers():
             tensors[f"head/{name}"] = buffer
         for name, value in self.watch.state_dict().items():
@@ -134,21 +143,33 @@ class RunState:
             writer = before * self.world.world_size // max(total, 1)
             stored[name] = Stored.whole(tensor.detach(), writer == self.world.rank)
             before += tensor.numel() * tensor.itemsize
+        if is_spread(self.parts.step.optimizer):  # each tensor has its one owner
+            stored |= {name: Stored.whole(t, True) for name, t in self._optimizer().items()}
         return stored
 
     def _by_class(self) -> dict[str, Stored]:
-        """Class centres, biases and what their update rules keep: this rank's rows."""
+        """Class centres, biases and what their update rules keep: this rank's part."""
         head = self.parts.head
         names = {id(parameter): name for name, parameter in head.named_parameters()}
-        first = head.class_range.start * head.centres_per_class
-        rows = head.num_classes * head.centres_per_class
         stored = {}
         for parameter, rule in head.moved_parameters():
             name = f"head/{names[id(parameter)]}"
-            stored[name] = Stored(parameter.detach(), first, rows)
+            stored[name] = self._part_of_head(parameter.detach())
             for key, value in rule.state(parameter).items():
-                stored[f"{name}/{key}"] = Stored(value, first, rows)
+                stored[f"{name}/{key}"] = self._part_of_head(value)
         return stored
+
+    def _part_of_head(self, tensor: Tensor) -> Stored:
+        """Of a tensor with a row per class centre: this rank's rows, its columns where features
+        are split, or all of it where nothing is (one rank writes that)."""
+        head = self.parts.head
+        if isinstance(head, LayerClassifier) and head.dim == 0 and tensor.dim() == 2:
+            return Stored(tensor, head.features.start, head.embedding_size, dim=1)
+        is_part = head.num_classes_local < head.num_classes
+        return Stored(
+            tensor, head.class_range.start * head.centres_per_class,
+            head.num_classes * head.centres_per_class, is_part or self.world.is_main,
+        )  # fmt: skip
 
     def _by_rank(self) -> dict[str, Stored]:
         """What every rank has of its own."""
@@ -186,7 +207,7 @@ class RunState:
         }
 
     def _optimizer(self) -> dict[str, Tensor]:
-        state = self.parts.step.optimizer.state
+        state = own_optimizer(self.parts.step.optimizer).state
         return {
             f"optimizer/{key}/{name}": value
             for name, parameter in self.parts.backbone.named_parameters()
@@ -197,8 +218,13 @@ class RunState:
     def _make_room(self, folder: Path) -> None:
         """Create what the optimizer makes at its first step only, and compare all names."""
         saved = storage.describe(folder)
-        optimizer = self.parts.step.optimizer
+        optimizer = own_optimizer(self.parts.step.optimizer)
+        own = {id(parameter) for parameter in own_parameters(optimizer)}
+        elsewhere: set[str] = set()  # state that other ranks hold
         for name, parameter in self.parts.backbone.named_parameters():
+            if id(parameter) not in own and parameter.requires_grad:
+                elsewhere |= {f"optimizer/{key}/{name}" for key in OPTIMIZER_STATE}
+                continue
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"optimizer/{key}/{name}" in saved:
                     # The averages in their parameter's memory format: fused kernels rely on it.
@@ -207,7 +233,7 @@ class RunState:
                         key, like if key == "step" else torch.zeros_like(parameter)
                     )
         here = {**self._on_all_ranks(), **self._by_class(), **self._by_rank()}
-        extra = sorted(n for n in saved.keys() - here.keys() if not n.startswith(RANKS))
+        extra = sorted(n for n in saved.keys() - here.keys() - elsewhere if not n.startswith(RANKS))
         missing = sorted(n for n in here.keys() - saved.keys() if not n.startswith(RANKS))
         if extra or missing:
             raise StorageError(

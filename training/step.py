@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import Batch
-from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
+from training.classifier import Head
+from training.optimizer import own_optimizer
 
 
 class StepOutcome(NamedTuple):
@@ -38,7 +39,8 @@ class TrainStep:
     Args:
         model: uint8 images -> embeddings; wrapped by `distribute` where there are more ranks.
         head: with an update rule.
-        optimizer: of the backbone, fused (it can skip a step without asking the host).
+        optimizer: of the backbone (training/optimizer.py), fused: it can skip a step without asking
+            the host.
         batch_norm: of the backbone, to put back after a bad step.
         clip_grad_norm: largest norm of the backbone's gradient; 0 leaves it alone.
         scaler: for fp16.
@@ -48,7 +50,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        head: PartialFC,
+        head: Head,
         optimizer: torch.optim.Optimizer,
         batch_norm: BatchNormStatistics,
         *,
@@ -84,9 +86,10 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # Fused optimizers leave parameters and state alone where found_inf is 1.
-        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        mover = own_optimizer(self.optimizer)
+        mover.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        del mover.found_inf  # type: ignore[attr-defined]
         self.head.step(learning_rate, bad, scale if self.scaler else None)
         self.batch_norm.restore_if(bad)
         if self.scaler:

@@ -1,10 +1,10 @@
 """How the state of a run lies on disk: torch.distributed.checkpoint with explicit rows.
 
-A state is `{name: Stored}`. Every rank says which rows of each tensor it holds, and the planners
-below tell torch.distributed.checkpoint so, in pieces of at most PIECE_BYTES: a shard of many
-gigabytes is written and read with one piece in memory beside it. Reading asks for the rows that
-this rank wants, whoever wrote them, so that a state saved on n ranks loads on any other number.
-(The shards of head/shard.py are not DTensor's: 10 rows on 3 ranks are 4, 3, 3 here.)
+A state is `{name: Stored}`. Every rank says which rows (or columns) of each tensor it holds, and
+the planners below tell torch.distributed.checkpoint so, in pieces of at most PIECE_BYTES: a shard
+of many gigabytes is written and read with one piece in memory beside it. Reading asks for what
+this rank wants, whoever wrote it, so that a state saved on n ranks loads on any other number. (The
+shards of head/shard.py are not DTensor's: 10 rows on 3 ranks are 4, 3, 3 here.)
 
 Every file's size and SHA-256 are taken while it is written. Nothing but tensors is stored here,
 and the metadata file, which is a pickle, is read by an unpickler that admits its own classes only.
@@ -57,17 +57,19 @@ class StorageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stored:
-    """Rows of one named tensor that this rank holds.
+    """Rows of one named tensor that this rank holds; or, with dim=1, its columns.
 
     local: [rows, ...], or a scalar, which every rank holds whole.
-    first_row, num_rows: where they lie among the rows of the whole tensor.
+    first_row, num_rows: where they lie among the rows (columns) of the whole tensor.
     is_written: by this rank; of a tensor that all ranks hold, one writes it.
+    dim: along which the whole is cut, 0 or 1.
     """
 
     local: Tensor
     first_row: int
     num_rows: int
     is_written: bool = True
+    dim: int = 0
 
     @classmethod
     def whole(cls, tensor: Tensor, is_written: bool) -> Stored:
@@ -82,25 +84,38 @@ class Stored:
     @property
     def shape(self) -> torch.Size:
         """Of the whole tensor."""
-        return torch.Size((self.num_rows, *self.local.shape[1:]) if self.local.dim() else ())
+        sizes = list(self.local.shape)
+        if sizes:
+            sizes[self.dim] = self.num_rows
+        return torch.Size(sizes)
+
+    @property
+    def offsets(self) -> torch.Size:
+        """Where the local part begins in the whole tensor."""
+        return torch.Size(
+            self.first_row if dim == self.dim else 0 for dim in range(self.local.dim())
+        )
 
     def pieces(self) -> Iterator[ChunkStorageMetadata]:
         """Offsets and sizes in the whole tensor of what is written at a time."""
         if self.local.dim() == 0:
             yield ChunkStorageMetadata(torch.Size(), torch.Size())
             return
+        if not self.local.numel():
+            return
         rows, rest = self.local.shape[0], self.local.shape[1:]
         row_bytes = max(rest.numel() * self.local.itemsize, 1)
         step = max(PIECE_BYTES // row_bytes, 1)
+        first, *others = self.offsets
         for start in range(0, rows, step):
-            offsets = torch.Size((self.first_row + start, *[0] * len(rest)))
+            offsets = torch.Size((first + start, *others))
             yield ChunkStorageMetadata(offsets, torch.Size((min(step, rows - start), *rest)))
 
     def piece(self, offsets: torch.Size, sizes: torch.Size) -> Tensor:
         """The local rows of a piece."""
         if self.local.dim() == 0:
             return self.local
-        return self.local.narrow(0, offsets[0] - self.first_row, sizes[0])
+        return self.local.narrow(0, offsets[0] - self.offsets[0], sizes[0])
 
 
 State = Mapping[str, Stored]
@@ -248,11 +263,9 @@ class _LoadPlanner(LoadPlanner):
                     f"{name} was saved as {list(saved.size)} of {saved.properties.dtype}, wanted "
                     f"here is {list(stored.shape)} of {stored.local.dtype}"
                 )
-            if stored.local.dim() and stored.local.shape[0] == 0:
+            if stored.local.numel() == 0:
                 continue
-            offsets = torch.Size((stored.first_row, *[0] * (stored.local.dim() - 1))
-                                 if stored.local.dim() else ())  # fmt: skip
-            wanted = ChunkStorageMetadata(offsets, stored.local.shape)
+            wanted = ChunkStorageMetadata(stored.offsets, stored.local.shape)
             items += create_read_items_for_chunk_list(name, saved, [wanted])
         return LoadPlan(items)
 

@@ -1,4 +1,4 @@
-"""Verification while training, on all ranks together, and which model was best."""
+"""Verification, or top-1 and top-5, while training, on all ranks together; the best model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from backbones.weights import save_model
 from eval.embedding import OtherRankFailed
-from eval.verification import verify
 from training.build import Parts
 from training.state import Progress
 from utils.distributed import World
@@ -29,7 +28,7 @@ CUT_SHORT = (CutShort, OtherRankFailed)
 
 
 class Validation:
-    """Scores the backbone on the run's verification sets and keeps the best weights.
+    """Scores the model on the run's sets and keeps the best weights.
 
     Args:
         parts: of the run.
@@ -56,7 +55,7 @@ class Validation:
             CutShort, OtherRankFailed: on all ranks, where one of them is asked to stop.
         """
         self.parts.batch_norm.average(self.world.world_size)
-        results = verify(
+        results = self.parts.evaluate(
             self._embed,
             self.parts.verification_sets,
             rank=self.world.rank,
@@ -65,7 +64,7 @@ class Validation:
             input_size=self.input_size,
         )
         self.progress.evaluated_step = step
-        scores = [metrics["accuracy_flip"] for metrics in results.values()]
+        scores = [metrics[self.parts.best_by] for metrics in results.values()]
         score = sum(scores) / len(scores) if scores else math.nan
         if score > self.progress.best:  # never for NaN
             self.progress.best, self.progress.best_step = score, step
@@ -78,17 +77,18 @@ class Validation:
         return self.parts.embedder(images)
 
     def save(self, name: str, step: int, epoch: int, *, must: bool = False) -> None:
-        """Write the backbone with its metadata, atomically, on rank 0.
+        """Write the model with its metadata, atomically, on rank 0; all ranks call it.
 
         Raises:
             OSError: it cannot be written and `must` be; else that is logged only.
         """
         self.parts.batch_norm.average(self.world.world_size)
+        weights = self.parts.model_state()
         if not self.world.is_main:
             return
         metadata = dataclasses.replace(self.parts.metadata, step=step, epoch=epoch)
         try:
-            save_model(self.folder / name, self.parts.backbone, metadata)
+            save_model(self.folder / name, weights, metadata)
         except OSError as error:
             if must:
                 raise

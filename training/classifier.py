@@ -1,0 +1,290 @@
+"""The last layer of plain classification as a head of the trainer: y = W x + b and its softmax.
+
+    parallel_dim   weight on each rank    logits                    gradient of the weight
+    None           whole                  own rows, all classes     all-reduced
+    0              [C, D / n]             all rows, all-reduced     own features
+    1, -1          [C / n, D]             all rows, own classes     own classes
+
+`SplitClassifier` is PartialFC without a margin and serves the last line: bounded memory, sampling,
+class centres that move in backward. `LayerClassifier` is the layers of parallel/, logits and
+gradients by autograd, and serves all lines, with label smoothing. Both start from the same weights
+whatever the split, keep PartialFC's gradient contract, and name their state alike: a checkpoint of
+one goes on with the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from head.batch import PAD_LABEL, BatchRules
+from head.cross_entropy import Spread, sharded_cross_entropy
+from head.initial import fill_initial_centres
+from head.ranking import target_places
+from head.row_update import RowUpdate
+from losses import Softmax
+from parallel.collectives import reduce
+from parallel.groups import resolve_group
+from parallel.loss import local_columns
+from parallel.split import ParallelDim, Split, check_dim, register_parallel_dim, size_of
+from parallel.state_dict import whole_on_first_rank
+from partial_fc import PartialFC
+
+
+class SplitClassifier(PartialFC):
+    """PartialFC with a plain softmax (`Softmax` margin); arguments as PartialFC's."""
+
+    def forward(
+        self, local_embeddings: Tensor, local_labels: Tensor, learning_rate: float | None = None
+    ) -> Tensor:
+        """See PartialFC. `alikeness` stays None: features behind a ReLU all point much the same
+        way, and the cosine is not what this loss looks at."""
+        loss = super().forward(local_embeddings, local_labels, learning_rate)
+        self.alikeness = None
+        return loss
+
+    def target_places(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """[b] int64: how many classes score above each row's own; all ranks call it together."""
+        rules = BatchRules(self.embedding_size, self.num_classes, None, self.rank, self.group)
+        return _places(self, rules, local_embeddings, local_labels)
+
+
+class LayerClassifier(nn.Module):
+    """Softmax cross-entropy over a linear layer that is whole, or split by features or classes.
+
+    Args:
+        embedding_size: D. num_classes: C.
+        dim: as `parallel_dim` above.
+        bias: a bias per class.
+        label_smoothing: share of the target that goes to all classes alike, in [0, 1].
+        row_update: how weight and bias move.
+        batch_size_per_rank: the largest batch any rank brings; None: ranks agree in every step.
+        half: dtype of the matmul's operands (torch.bfloat16), None for `dtype`.
+        seed: of the initial weights, with the class index.
+        process_group: the ranks of the run; None for the default group.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight, bias: this rank's parts. class_range: the classes of its rows.
+        alikeness: None, see SplitClassifier. engine: None, as PartialFC's in autograd mode.
+
+    Raises:
+        ValueError: an argument outside its domain.
+    """
+
+    centres_per_class = 1
+    alikeness: Tensor | None = None
+    engine = None
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        dim: ParallelDim,
+        *,
+        bias: bool = True,
+        label_smoothing: float = 0.0,
+        row_update: RowUpdate,
+        bias_update: RowUpdate,
+        batch_size_per_rank: int | None = None,
+        half: torch.dtype | None = None,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if embedding_size < 1 or num_classes < 1:
+            raise ValueError(
+                f"embedding_size={embedding_size}, num_classes={num_classes}: at least 1 each"
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing!r}: a share in [0, 1]")
+        self.dim = check_dim(dim, "input features", "output features")
+        group = resolve_group(process_group)
+        self.world_size, self.group = size_of(group), group if size_of(group) > 1 else None
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self.embedding_size, self.num_classes = embedding_size, num_classes
+        self.label_smoothing, self.seed = float(label_smoothing), seed
+        self.margin = Softmax(bias=bias)
+        self.device = torch.device(device)
+        self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.matmul_dtype = self.work_dtype if half is None else half
+        self._rules = BatchRules(
+            embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
+        )
+        sizes = (num_classes, embedding_size)
+        self.split = None if self.dim is None else Split(1 - self.dim, sizes[1 - self.dim], group)
+        self.class_range = self.split.mine if self.split and self.dim == 1 else range(num_classes)
+        self.features = self.split.mine if self.split and self.dim == 0 else range(embedding_size)
+        self.num_classes_local = len(self.class_range)
+
+        shape = (self.num_classes_local, len(self.features))
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=self.work_dtype))
+        fill_initial_centres(
+            self.weight, self.class_range.start, seed, self.features, embedding_size
+        )
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(shape[0], device=device, dtype=self.work_dtype))
+        if self.split is not None:
+            register_parallel_dim(self, "weight", self.split)
+            if bias and self.dim == 1:
+                register_parallel_dim(self, "bias", self.split)
+        self.row_update, self._bias_update = row_update, bias_update
+
+    def forward(
+        self, local_embeddings: Tensor, local_labels: Tensor, learning_rate: float | None = None
+    ) -> Tensor:
+        """Mean loss over the global batch; the same number on every rank.
+
+        Arguments and errors as PartialFC's. Weights move in `step` only.
+        """
+        with torch.autocast(local_embeddings.device.type, enabled=False):
+            embeddings, labels = local_embeddings.to(self.work_dtype), local_labels
+            if self.dim is None:
+                everyone = self._rules.gather_labels(embeddings, labels)  # how many rows in all
+                is_real = torch.ones_like(labels, dtype=torch.bool)
+            else:
+                batch = self._rules.gather(embeddings, labels, self.work_dtype)
+                embeddings, labels, is_real = batch.embeddings, batch.labels, batch.is_real
+                everyone = labels
+            count = (everyone != PAD_LABEL).sum()
+            rows = sharded_cross_entropy(
+                self._logits(embeddings),
+                local_columns(labels, self.class_range),
+                self.group if self.dim == 1 else None,
+                embeddings.new_full(labels.shape, 1.0 - self.label_smoothing),
+                self._spread(),
+            )  # [B], or [b] of the own rows
+            loss = (rows * is_real).sum() / count
+            if self.dim is None and self.group is not None:
+                loss = reduce(loss, self.group)
+            return loss + torch.where(self._rules.unknown(everyone).any(), torch.nan, 0.0)
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        """[B, D] -> this rank's logits [B, C_local], whole unless classes are split."""
+        mine = embeddings[:, self.features.start : self.features.stop]
+        operands = mine.to(self.matmul_dtype), self.weight.to(self.matmul_dtype)
+        logits = linear(*operands).to(self.work_dtype)
+        if self.dim == 0 and self.group is not None:
+            logits = reduce(logits, self.group, in_place=True)
+        return logits if self.bias is None else logits + self.bias
+
+    def _spread(self) -> Spread | None:
+        if not self.label_smoothing:
+            return None
+        return Spread(self.label_smoothing / self.num_classes, None, float(self.num_classes))
+
+    def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
+        """Nothing to do: all classes take part."""
+
+    @torch.no_grad()
+    def step(
+        self, learning_rate: float, bad: Tensor | None = None, gradient_scale: Tensor | None = None
+    ) -> None:
+        """Move weight and bias by their gradients; arguments as PartialFC's.
+
+        Raises:
+            RuntimeError: there is no gradient.
+        """
+        for parameter, rule in self.moved_parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                raise RuntimeError("no gradient: call loss.backward() before head.step()")
+            if self.dim is None and self.group is not None:
+                dist.all_reduce(gradient, group=self.group)  # each rank had its own rows
+            if gradient_scale is not None:
+                gradient = gradient / gradient_scale
+            if parameter.numel():
+                rule.update_rows(parameter, gradient, None, learning_rate, bad)
+            parameter.grad = None
+
+    def moved_parameters(self) -> list[tuple[nn.Parameter, RowUpdate]]:
+        """Each parameter with the rule that owns its optimizer state."""
+        pairs = ((self.weight, self.row_update), (self.bias, self._bias_update))
+        return [(parameter, rule) for parameter, rule in pairs if parameter is not None]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """As PartialFC's, which draws where this does not."""
+        return {
+            "samples_drawn": 0, "forwards": 0, "seed": self.seed,
+            "roundings": [rule.roundings for _, rule in self.moved_parameters()],
+        }  # fmt: skip
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over `get_extra_state` of a saved head."""
+        self.seed = state["seed"]
+        for (_, rule), count in zip(self.moved_parameters(), state["roundings"], strict=True):
+            rule.roundings = count
+
+    def describe_memory(self) -> str:
+        """What the head holds on this rank, for the log."""
+        state = self.row_update.state(self.weight).values()
+        size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
+        kind = {None: "whole", 0: "split by features", 1: "split by classes"}[self.dim]
+        return f"weight {kind}, with state {size:,.0f} MiB; logits and gradients by autograd"
+
+    def target_places(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """As SplitClassifier's; a whole weight needs no other rank."""
+        rules = BatchRules(self.embedding_size, self.num_classes, None, self.rank, self.group)
+        return _places(self, rules, local_embeddings, local_labels)
+
+
+Head = PartialFC | LayerClassifier
+
+
+@torch.no_grad()
+def _places(
+    head: SplitClassifier | LayerClassifier, rules: BatchRules, embeddings: Tensor, labels: Tensor
+) -> Tensor:
+    """[b] places of this rank's rows among all classes."""
+    embeddings, labels = embeddings.to(head.device, head.work_dtype), labels.to(head.device)
+    dim = head.dim if isinstance(head, LayerClassifier) else 1
+    if dim is None or head.group is None:
+        return target_places(embeddings, labels, head.weight, head.bias, 0, None)
+    batch = rules.gather(embeddings, labels, head.work_dtype)
+    if dim == 1:
+        places = target_places(
+            batch.embeddings, batch.labels, head.weight, head.bias, head.class_range.start,
+            head.group,
+        )  # fmt: skip
+    else:
+        assert isinstance(head, LayerClassifier)
+        mine = batch.embeddings[:, head.features.start : head.features.stop]
+        places = target_places(mine, batch.labels, head.weight, head.bias, 0, None, head.group)
+    first = head.rank * (len(batch.labels) // head.world_size)
+    return places[first : first + len(labels)]
+
+
+def whole_classifier(head: Head) -> dict[str, Tensor]:
+    """weight [C, D] and bias [C] in host memory on the first rank, {} elsewhere; all ranks call it.
+
+    Views of the parameters where they are whole and there already.
+
+    Raises:
+        ValueError: a head with several centres per class is no linear layer.
+    """
+    if head.centres_per_class > 1:
+        raise ValueError(f"{head.centres_per_class} centres per class are no linear layer")
+    whole: dict[str, Tensor] = {}
+    for name, part in (("weight", head.weight), ("bias", head.bias)):
+        if part is None:
+            continue
+        split = _split_of(head, name)
+        joined = part.detach().cpu() if split is None else whole_on_first_rank(part, split)
+        if joined is not None and head.rank == 0:
+            whole[name] = joined
+    return whole
+
+
+def _split_of(head: Head, name: str) -> Split | None:
+    """How a parameter of a head is split; None for whole."""
+    if isinstance(head, LayerClassifier):
+        return head.split if name == "weight" or head.dim == 1 else None
+    return None if head.group is None else Split(0, head.num_classes, head.group)
