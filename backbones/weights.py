@@ -26,7 +26,9 @@ _ATTRIBUTE = "_arcshard"  # of the saved dict; torch.load(weights_only=True) kee
 _FORMAT = 1
 # Where checkpoints of arcface_torch and of common trainers keep the weights.
 _NESTED = ("state_dict", "state_dict_backbone")
-_PREFIXES = ("module.", "backbone.")  # DDP's, and that of models that hold backbone and head
+# DDP's, and those of models that hold backbone and head. "features." alone is no such prefix:
+# IResNet has a layer of that name.
+_PREFIXES = ("module.", "backbone.", "features.module.")
 _SHOWN = 4  # keys named in an error
 _SAVE_WEIGHTS = "the weights alone saved, as torch.save(net.state_dict(), path)"
 
@@ -150,7 +152,8 @@ def read_state_dict(
 
     Only tensors and plain values are ever unpickled: a file that asks for more is refused, because
     unpickling it could run code. Checkpoints that keep the weights under `state_dict` or
-    `state_dict_backbone` are opened; `module.`, `backbone.`, `_orig_mod.` are taken off the keys.
+    `state_dict_backbone` are opened; `module.`, `backbone.`, `features.module.`, `_orig_mod.` are
+    taken off the keys.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder has no model.pt.

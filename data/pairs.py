@@ -33,7 +33,9 @@ class Pair:
 
 def read_pairs(path: Path) -> list[Pair]:
     """Parse a pairs file: the lines of LFW's `pairs.txt` (name n1 n2, or name1 n1 name2 n2, after
-    a line of one or two counts), name1 n1 name2 n2 same, or path1 path2 same, with same 0 or 1.
+    a line of one or two counts), name1 n1 name2 n2 same, or path1 path2 same (the `pair.list` of
+    TorchShard's ArcFace project). `same` is 1, or 0 or -1 for different people: one of these two
+    throughout a file.
 
     Columns are separated by white space, or, in a line that has tabs, by tabs only. Raises
     DataError naming the line, also for a path that leads out of the folder.
@@ -41,6 +43,7 @@ def read_pairs(path: Path) -> list[Pair]:
     if not path.is_file():
         raise MissingDataError(f"{path} does not exist; give a pairs file after --pairs")
     pairs: list[Pair] = []
+    first_use: dict[str, int] = {}  # label -> line
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         columns = [c.strip() for c in line.split("\t")] if "\t" in line else line.split()
@@ -52,18 +55,26 @@ def read_pairs(path: Path) -> list[Pair]:
                 pair = Pair((name, int(a)), (name, int(b)), True, number)
             case [name, a, other, b] if _numbers(a, b):
                 pair = Pair((name, int(a)), (other, int(b)), False, number)
-            case [name, a, other, b, ("0" | "1") as same] if _numbers(a, b):
+            case [name, a, other, b, ("0" | "-1" | "1") as same] if _numbers(a, b):
                 pair = Pair((name, int(a)), (other, int(b)), same == "1", number)
-            case [one, other, ("0" | "1") as same] if not _numbers(one, other):
+                first_use.setdefault(same, number)
+            case [one, other, ("0" | "-1" | "1") as same] if not _numbers(one, other):
                 pair = Pair((one, None), (other, None), same == "1", number)
+                first_use.setdefault(same, number)
             case _:
                 raise DataError(
                     f"{path}, line {number}: expected 'name n1 n2', 'name1 n1 name2 n2', "
-                    f"'name1 n1 name2 n2 same' or 'path1 path2 same', got {line[:80]!r}"
+                    "'name1 n1 name2 n2 same' or 'path1 path2 same' with same 1 or 0 (or -1), "
+                    f"got {line[:80]!r}"
                 )
         for face in (pair.first, pair.second):
             _check(face, f"{path}, line {number}")
         pairs.append(pair)
+    if "0" in first_use and "-1" in first_use:
+        raise DataError(
+            f"{path}: different people are 0 in line {first_use['0']} and -1 in line "
+            f"{first_use['-1']}; is -1 something else here? Write one of the two throughout"
+        )
     if not pairs:
         raise DataError(f"{path}: holds no pairs")
     return pairs

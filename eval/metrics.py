@@ -43,6 +43,17 @@ class TarAtFar(NamedTuple):
     false_accepts: int  # different pairs accepted at that threshold
 
 
+class ValidationRate(NamedTuple):
+    """Outcome of the published validation rate: true and false accept rate of every fold."""
+
+    rates: Floats  # [folds], share of the fold's same pairs that are accepted
+    fars: Floats  # [folds], share of the fold's different pairs that are
+    thresholds: Floats  # [folds], squared distance, found on the other folds; may be +inf
+    mean: float  # of the rates
+    std: float  # of the population (divided by folds), as published
+    far: float  # mean of the fars: what the folds came to, not what was asked for
+
+
 class RocCurve(NamedTuple):
     """One point per distinct score, from accepting nothing to accepting everything."""
 
@@ -122,12 +133,7 @@ def ten_fold_accuracy(
     collapsed = values.ndim == 2 and is_collapsed(values)
     distances = pair_distances(values) if values.ndim == 2 else values
     distances, same = _pairs(distances, issame)
-    if folds < 2:
-        raise ValueError(f"folds is {folds}; at least 2 are needed (10 in the published protocol)")
-    if len(distances) < folds:
-        raise ValueError(
-            f"{len(distances)} pairs cannot be cut into {folds} folds; give at least {folds} pairs"
-        )
+    _fold_sizes(len(distances), folds)
     if collapsed or not np.isfinite(distances).all():
         nothing = np.full(folds, np.nan)
         return FoldResult(nothing, nothing.copy(), math.nan, math.nan)
@@ -136,6 +142,43 @@ def ten_fold_accuracy(
     accuracies, best = _judge_folds(cells, sizes)
     return FoldResult(
         accuracies, DISTANCE_THRESHOLDS[best], float(accuracies.mean()), float(accuracies.std())
+    )
+
+
+def validation_rate(
+    distances: ArrayLike, issame: ArrayLike, far: float = 1e-3, folds: int = 10
+) -> ValidationRate:
+    """True accept rate at thresholds that keep to `far` on the other folds.
+
+    The folds are those of `ten_fold_accuracy`. A fold is judged (accepted: distance < threshold)
+    at the largest threshold whose false accept rate on the other folds does not exceed `far`: the
+    distance of the nearest different pair that has to stay out. The published `calculate_val`
+    finds it by interpolation between steps of 0.001, so its thresholds lie within one step of
+    these unless `far` is a whole number of pairs; and its SciPy call fails where rates repeat.
+
+    NaN for a fold without a same or without a different pair, for the means then, and throughout
+    if a distance is not finite. Fewer pairs than folds is a ValueError.
+    Source: Schroff et al. 2015, "FaceNet", section 4, as InsightFace's `verification.py` has it.
+    """
+    values, same = _pairs(distances, issame)
+    if not 0 <= far <= 1:
+        raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
+    sizes = _fold_sizes(len(values), folds)
+    rates, fars, thresholds = (np.full(folds, np.nan) for _ in range(3))
+    fold_of = np.repeat(np.arange(folds), sizes)
+    impostors = np.flatnonzero(~same)
+    impostors = impostors[np.argsort(values[impostors], kind="stable")]  # the nearest first
+    for fold in range(folds) if np.isfinite(values).all() else ():
+        others = values[impostors[fold_of[impostors] != fold]]
+        mine = fold_of == fold
+        if not len(others) or not same[mine].any() or same[mine].all():
+            continue
+        allowed = allowed_false_accepts(far, len(others))
+        thresholds[fold] = others[allowed] if allowed < len(others) else math.inf
+        accepted = values[mine] < thresholds[fold]
+        rates[fold], fars[fold] = accepted[same[mine]].mean(), accepted[~same[mine]].mean()
+    return ValidationRate(
+        rates, fars, thresholds, float(rates.mean()), float(rates.std()), float(fars.mean())
     )
 
 
@@ -401,14 +444,26 @@ def _all_have_direction(rows: NDArray) -> bool:
     )
 
 
+def _fold_sizes(count: int, folds: int) -> NDArray[np.int64]:
+    """Pairs in each of the contiguous folds; the first count % folds hold one more."""
+    if folds < 2:
+        raise ValueError(f"folds is {folds}; at least 2 are needed (10 in the published protocol)")
+    if count < folds:
+        raise ValueError(
+            f"{count} pairs cannot be cut into {folds} folds; give at least {folds} pairs"
+        )
+    sizes = np.full(folds, count // folds)
+    sizes[: count % folds] += 1
+    return sizes
+
+
 def _fold_cells(distances: NDArray, same: Bools, folds: int) -> tuple[NDArray, NDArray]:
     """(cell of every pair, size of every fold): what `_judge_folds` counts.
 
     A pair is accepted from the first threshold above its distance on, so one histogram over
     (fold, same, that position) and a running sum judge every threshold at once.
     """
-    sizes = np.full(folds, len(distances) // folds)
-    sizes[: len(distances) % folds] += 1
+    sizes = _fold_sizes(len(distances), folds)
     accepted_from = np.searchsorted(DISTANCE_THRESHOLDS, distances, side="right")
     fold = np.repeat(np.arange(folds), sizes)
     return (fold * 2 + same) * (len(DISTANCE_THRESHOLDS) + 1) + accepted_from, sizes

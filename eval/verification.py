@@ -46,6 +46,7 @@ from eval.metrics import (
     rate_name,
     tars_at_fars,
     ten_fold_accuracy,
+    validation_rate,
     verification_metrics,
 )
 from eval.safe_pickle import PickledArray, PickleRefused, read_plain_pickle
@@ -58,6 +59,9 @@ MIN_PAIRS = 10
 """The 10-fold protocol needs a pair per fold."""
 
 DEFAULT_FARS = (1e-1, 1e-2, 1e-3, 1e-4)
+
+VALIDATION_FAR = 1e-3
+"""False accept rate of the published validation rate."""
 
 
 class VerificationSetError(ValueError):
@@ -399,14 +403,19 @@ def report_set(
 ) -> dict[str, Any]:
     """All there is to say of a set whose embeddings are [2N, D], as JSON has it.
 
-    The flat metrics of `verify`; `threshold_cosine`; `tar_at_far`: a list of {far, tar,
-    threshold_cosine, false_accepts, num_impostors, allowed_false_accepts}; `confidence_95`:
+    The flat metrics of `verify`; `threshold_cosine`; `validation_rate`: {rate, std, far,
+    far_wanted} of the published protocol; `tar_at_far`: a list of {far, tar, threshold_cosine,
+    false_accepts, num_impostors, allowed_false_accepts}; `confidence_95`:
     {metric: [low, high]} by bootstrap (none with resamples=0); `groups`: {column: {value: the same
     of the pairs in it}}, where the two sides of a pair differ as "a / b".
     """
     distances = set_distances(one, plain, flipped)
     report: dict[str, Any] = dict(score_set(one, plain, flipped))
     report["threshold_cosine"] = 1 - report["threshold"] / 2
+    at = validation_rate(distances, one.issame, VALIDATION_FAR)
+    report["validation_rate"] = {
+        "rate": at.mean, "std": at.std, "far": at.far, "far_wanted": VALIDATION_FAR,
+    }  # fmt: skip
     report |= _pair_report(distances, one.issame, fars, resamples)
     if groups is not None:
         report["groups"] = {
@@ -521,6 +530,10 @@ def format_results(results: dict[str, dict[str, Any]]) -> str:
         allowed = ", ".join(
             f"{at['allowed_false_accepts']} at {rate_name(at['far'])}"
             for at in report["tar_at_far"]
+        )
+        at = report["validation_rate"]
+        notes.append(
+            f"{name}: Validation rate: {at['rate']:.5f}+-{at['std']:.5f} @ FAR={at['far']:.5f}"
         )
         notes.append(f"{name}: {report['num_impostors']} impostors, so allowed are {allowed}")
         for column, values in report.get("groups", {}).items():

@@ -28,6 +28,7 @@ from eval.metrics import (
     tar_at_far,
     tars_at_fars,
     ten_fold_accuracy,
+    validation_rate,
     verification_metrics,
     xnorm,
 )
@@ -378,6 +379,82 @@ def test_intervals_of_nothing_are_nan_and_bad_arguments_errors() -> None:
     assert math.isnan(found["auc"][0])
     with pytest.raises(ValueError, match="resamples is 0"):
         bootstrap_intervals(np.arange(20.0), same, resamples=0)
+
+
+def _published_val(
+    distances: np.ndarray, same: np.ndarray, far: float, folds: int
+) -> list[tuple[float, float, float]]:
+    """(threshold, rate, FAR) of every fold as `calculate_val` finds them, without its crash.
+
+    The threshold is interpolated where the FARs at 0, 0.001, .. first reach `far`.
+    """
+    grid = np.arange(0, 4, 0.001)
+    found = []
+    for others, mine in KFold(folds).split(distances):
+        rivals = distances[others][~same[others]]
+        fars = (rivals[:, None] < grid).mean(0)
+        threshold = 0.0
+        if fars.max() >= far:
+            after = int(np.argmax(fars >= far))
+            share = (far - fars[after - 1]) / (fars[after] - fars[after - 1])
+            threshold = grid[after - 1] + share * (grid[after] - grid[after - 1])
+        accepted = distances[mine] < threshold
+        found.append(
+            (threshold, accepted[same[mine]].mean(), accepted[~same[mine]].mean())
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("far", [1e-3, 0.013, 0.11])
+@pytest.mark.parametrize("count", [400, 407])
+def test_the_validation_rate_is_the_published_one_to_a_step_of_its_grid(
+    far: float, count: int
+) -> None:
+    random = np.random.default_rng(count)
+    same = np.arange(count) % 2 == 0
+    distances = np.where(same, 0.9, 1.6) + 0.3 * random.standard_normal(count)
+    distances = distances.clip(0.01, 3.9)
+    ours = validation_rate(distances, same, far)
+    published = np.array(_published_val(distances, same, far, 10))
+    np.testing.assert_allclose(ours.thresholds, published[:, 0], atol=1e-3)
+    # A pair judged otherwise lies within that step; the means then differ by so many pairs.
+    near = np.abs(distances[:, None] - ours.thresholds) <= 1e-3
+    slack = near.sum() / (count / 2 // 10)
+    assert ours.mean == pytest.approx(published[:, 1].mean(), abs=slack / 10 + 1e-12)
+    assert ours.far == pytest.approx(published[:, 2].mean(), abs=slack / 10 + 1e-12)
+    assert ours.std == pytest.approx(np.std(ours.rates))
+    assert 0 < ours.mean < 1
+
+
+def test_the_validation_rate_keeps_to_the_far_on_the_other_folds(golden: dict) -> None:
+    summed, same = golden["embeddings"] + golden["embeddings_flip"], golden["issame"]
+    distances = pair_distances(summed)
+    for far in (1e-3, 1e-2, 0.1):
+        result = validation_rate(distances, same, far)
+        for fold, (others, mine) in enumerate(KFold(10).split(distances)):
+            rivals = distances[others][~same[others]]
+            threshold = result.thresholds[fold]
+            assert (rivals < threshold).mean() <= far
+            assert (rivals <= threshold).mean() > far  # one more would be too many
+            accepted = distances[mine] < threshold
+            assert result.rates[fold] == accepted[same[mine]].mean()
+            assert result.fars[fold] == accepted[~same[mine]].mean()
+    assert validation_rate(distances, same, 1e-3).mean == pytest.approx(0.95)
+
+
+def test_the_validation_rate_is_nan_where_there_is_none() -> None:
+    same = np.arange(100) % 2 == 0
+    distances = np.where(same, 0.5, 2.0)
+    assert validation_rate(distances, same).mean == 1.0
+    assert validation_rate(distances, same, far=1.0).far == 1.0
+    sorted_same = np.arange(100) < 50  # folds of one kind
+    assert math.isnan(validation_rate(distances, sorted_same).mean)
+    distances[3] = np.nan
+    assert np.isnan(validation_rate(distances, same).rates).all()
+    with pytest.raises(ValueError, match="9 pairs cannot be cut into 10 folds"):
+        validation_rate(np.ones(9), same[:9])
+    with pytest.raises(ValueError, match=r"far is 2; it is a rate"):
+        validation_rate(np.ones(100), same, far=2)
 
 
 def test_rates_are_spelt_as_keys() -> None:

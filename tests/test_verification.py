@@ -599,6 +599,8 @@ def test_a_pairs_file_is_judged_with_intervals_groups_and_figures(
         ("p0 1 7", r"pairs\.txt, line 24: .*p0_0007\.jpg: cannot be read"),
         ("../x.jpg p0/p0_0001.jpg 1", r"pairs\.txt, line 24: '\.\./x\.jpg' leads out"),
         ("a b c d e f", r"pairs\.txt, line 24: expected 'name n1 n2'"),
+        ("p0/p0_0001.jpg p1/p1_0001.jpg -2", r"pairs\.txt, line 24: expected .*1 or 0 \(or -1\)"),
+        ("p0/p0_0001.jpg p1/p1_0001.jpg -1", r"0 in line 2 and -1 in line 24; is -1 something"),
     ],
 )
 def test_a_bad_line_of_a_pairs_file_is_named(tmp_path: Path, line: str, words: str) -> None:
@@ -606,6 +608,49 @@ def test_a_bad_line_of_a_pairs_file_is_named(tmp_path: Path, line: str, words: s
     (tmp_path / "pairs.txt").write_text("\n".join([*lines[:-1], line]))
     with pytest.raises(VerificationSetError, match=words):
         load_pairs(tmp_path / "pairs.txt", tmp_path / "faces")
+
+
+@pytest.mark.parametrize("gap", [" ", "\t", "   "])
+@pytest.mark.parametrize("different", ["0", "-1"])
+def test_a_pair_list_of_torchshard_is_read_with_either_label_and_gap(
+    tmp_path: Path, gap: str, different: str
+) -> None:
+    _people(tmp_path / "faces")
+    lines, expected = [], []
+    for person in range(12):
+        for other, number, label in ((person, 2, "1"), ((person + 1) % 12, 1, different)):
+            names = [f"p{person}/p{person}_0001.jpg", f"p{other}/p{other}_{number:04d}.jpg"]
+            lines.append(gap.join([*names, label]))
+            expected += names
+    (tmp_path / "pair.list").write_text("\n".join(lines) + "\n")
+    one = load_pairs(tmp_path / "pair.list", tmp_path / "faces")
+    assert one.name == "pair"
+    assert one.image_names == expected
+    assert one.issame.tolist() == [True, False] * 12
+    assert one.images[1] == (tmp_path / "faces" / expected[1]).read_bytes()
+
+
+def test_the_report_prints_the_published_line_and_is_right_about_it(
+    tmp_path: Path, pooling: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = _people(tmp_path / "faces", people=20).splitlines()
+    (tmp_path / "pair.list").write_text("\n".join(lines))
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 112, 112, 3), dtype=np.uint8)
+    _write(tmp_path / "packed.bin", (list(pixels), [True, False] * 10))
+    arguments = ["--model", str(pooling), "--pairs", str(tmp_path / "pair.list"), "--folder",
+                 str(tmp_path / "faces"), "--data", str(tmp_path / "packed.bin"),
+                 "--json", str(tmp_path / "o.json")]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    reports = json.loads((tmp_path / "o.json").read_text())
+    for name in ("packed", "pair"):
+        at = reports[name]["validation_rate"]
+        assert at["far_wanted"] == 1e-3
+        assert (
+            f"{name}: Validation rate: {at['rate']:.5f}+-{at['std']:.5f} @ FAR={at['far']:.5f}\n"
+        ) in printed
+        (row,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert f"{reports[name]['auc']:.5f}  {reports[name]['eer']:.5f}" in row
 
 
 def test_groups_by_pair_and_by_image_number(tmp_path: Path) -> None:
@@ -631,6 +676,8 @@ def test_the_golden_set_has_its_accuracies_and_an_interval_around_them(shared_di
     with np.load(shared_dir / "golden" / "eval" / "lfw_part.npz") as golden:
         report = report_set(one, golden["embeddings"], golden["embeddings_flip"], resamples=200)
     assert (report["accuracy"], report["accuracy_flip"]) == pytest.approx((0.9925, 0.995))
+    rate = report["validation_rate"]
+    assert (rate["rate"], rate["far"]) == pytest.approx((0.95, 0.0025))
     low, high = report["confidence_95"]["accuracy_flip"]
     assert low < 0.995 < high
     assert high - low < 0.02

@@ -124,6 +124,8 @@ def test_options_of_the_network_are_kept(tmp_path: Path):
         ("module.", lambda state: state),
         ("module.backbone.", lambda state: {"state_dict": state, "epoch": 3}),
         ("_orig_mod.module.", lambda state: {"state_dict_backbone": state, "global_step": 9}),
+        ("features.module.", lambda state: {"state_dict": state, "epoch": 3, "best": 0.5}),
+        ("module.features.module.", lambda state: {"state_dict": state, "arch": "mbf"}),
     ],
 )
 def test_a_foreign_file_loads_once_its_network_is_named(tmp_path: Path, prefix: str, wrap):
@@ -133,6 +135,39 @@ def test_a_foreign_file_loads_once_its_network_is_named(tmp_path: Path, prefix: 
     loaded, metadata = load_model(tmp_path / "model.pth.tar", network="mbf")
     assert_same_state(loaded.state_dict(), net.state_dict())
     assert metadata == ModelMetadata("mbf", num_features=24)  # the size is read off the weights
+
+
+@pytest.mark.parametrize("prefix", ["module.", "features.module."])
+def test_a_checkpoint_of_a_trainer_keeps_the_layer_that_is_called_features(
+    net: nn.Module, tmp_path: Path, prefix: str
+):
+    network = get_model("r_nano", num_features=16)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    torch.save(
+        {
+            "epoch": 7, "best_acc1": torch.tensor(0.5), "optimizer": optimizer.state_dict(),
+            "state_dict": {f"{prefix}{k}": v for k, v in network.state_dict().items()},
+        },
+        tmp_path / "checkpoint.pth.tar", _use_new_zipfile_serialization=False,
+    )  # fmt: skip
+    loaded, _ = load_model(tmp_path / "checkpoint.pth.tar", network="r_nano")
+    assert_same_state(loaded.state_dict(), network.state_dict())
+    report = load_matching(get_model("r_nano", num_features=16), tmp_path / "checkpoint.pth.tar")
+    assert len(report.matched) == len(network.state_dict())
+
+
+def test_keys_of_a_checkpoint_that_are_missing_or_too_many_are_named(tmp_path: Path):
+    state = {f"features.module.{k}": v for k, v in get_model("mbf").state_dict().items()}
+    missing = list(state)[-1]
+    del state[missing]
+    state["classifier.weight"] = torch.zeros(2, 512)
+    torch.save({"state_dict": state}, tmp_path / "checkpoint.pth.tar")
+    plain = missing.removeprefix("features.module.")
+    with pytest.raises(
+        WeightsError,
+        match=rf"1 are not in the file: {plain}; 1 are not in the model: classifier\.weight",
+    ):
+        load_model(tmp_path / "checkpoint.pth.tar", network="mbf")
 
 
 def test_a_foreign_file_without_a_name_gets_the_list_of_names(net: nn.Module, tmp_path: Path):
