@@ -20,10 +20,13 @@ def fill_initial_centres(weight: Tensor, first_class: int, seed: int) -> None:
     """Write initial centres of classes first_class, first_class + 1, ... into `weight`.
 
     Args:
-        weight: [num_classes_local, D], any floating dtype and device; written in place.
+        weight: [num_classes_local, D], any floating dtype and device; written in place. On the
+            meta device, where there is nothing to write, nothing is drawn.
         first_class: global index of row 0.
         seed: of the run.
     """
+    if weight.is_meta:
+        return
     generator = torch.Generator()
     end = first_class + weight.shape[0]
     for block in range(first_class // CLASSES_PER_BLOCK, -(-end // CLASSES_PER_BLOCK)):
