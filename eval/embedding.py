@@ -136,7 +136,7 @@ def fit(
     if not resize:
         raise ImageError(
             f"{where}: {height} x {width} pixels; the model takes {input_size} x {input_size}. "
-            "Align or resize the images, or pass --resize"
+            "Align the images (scripts/align.py) or, if they are aligned, pass --resize"
         )
     shrinks = min(height, width) > input_size
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC

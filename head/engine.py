@@ -75,11 +75,24 @@ class Engine:
         Raises:
             BufferTooSmallError: not one class fits the budget.
         """
+        share = WORK_SHARE.get(like.device.type, 1 / 2)
+        cost = self.cost(centres, batch, width, like)
+        return plan_blocks(
+            centres.num_rows, cost, self.budget_bytes, share, self.centres_per_class
+        )
+
+    def cost(self, centres: Centres, batch: int, width: int, like: Tensor) -> BlockCost:
+        """What a row of this step takes in the work buffer and beside it.
+
+        Args:
+            centres: of the step. batch: B. width: D. like: any tensor of the working precision,
+                on the device of the work.
+        """
         half = self.matmul_dtype(like) != like.dtype
         batch_matrices = 1 + half  # z, and what it is rounded from or to
         batch_matrices += 3 if self.margin.touches_others else 0  # values, slope, mask
         batch_matrices += 3 if self.centres_per_class > 1 else 0  # best values and their places
-        cost = BlockCost(
+        return BlockCost(
             batch, width, like.itemsize,
             kept_bytes=self.matmul_dtype(like).itemsize,
             batch_matrices=batch_matrices,
@@ -88,10 +101,6 @@ class Engine:
             width_matrices=2 + 2 * half + centres.reads_copies + centres.rule_matrices,
             reads_copies=centres.reads_copies,
         )  # fmt: skip
-        share = WORK_SHARE.get(like.device.type, 1 / 2)
-        return plan_blocks(
-            centres.num_rows, cost, self.budget_bytes, share, self.centres_per_class
-        )
 
     def forward(
         self,

@@ -22,11 +22,14 @@ def fill_initial_centres(
     """Write initial centres of classes first_class, first_class + 1, ... into `weight`.
 
     Args:
-        weight: [num_classes_local, D], any floating dtype and device; written in place.
+        weight: [num_classes_local, D], any floating dtype and device; written in place. On the
+            meta device, where there is nothing to write, nothing is drawn.
         first_class: global index of row 0.
         seed: of the run.
         columns: where `weight` holds these features only, of `width` in all.
     """
+    if weight.is_meta:
+        return
     columns = range(weight.shape[1]) if columns is None else columns
     width = width or weight.shape[1]
     generator = torch.Generator()

@@ -1,0 +1,229 @@
+"""How near scripts/plan.py comes: its memory against a real step's peak, its time against a run.
+
+    python -m benchmarks.bench_plan [--quick] [--device cuda] [--json FILE] [--markdown FILE]
+
+Memory: for each network and number of classes the parts of a run are built and make a few steps in
+a process of their own. On a CPU: the peak of resident memory above what the process held before,
+with libraries loaded and used once by a tiny run; on a GPU: the peak of PyTorch's allocations.
+Time: `plan.py --measure` against train_v2.py as a process with the same config, samples per second
+from its metrics.jsonl. Input is generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import multiprocessing as mp
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.bench_head import _peak_mib, _used_mib
+from configs.base import Config
+from scripts.plan import Setting, choose_machine, make_plan
+from training.build import build
+from training.roofline import Links
+from utils.distributed import World
+from utils.memory import keep_freed_memory
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STEPS = 4
+# Allowed difference of the memory from the peak, and of the time from the run.
+MEMORY_WITHIN = {"cpu": 0.15, "cuda": 0.10}
+TIME_WITHIN = 0.30
+CLASSES = (10_000, 100_000, 400_000)
+
+
+class Case(NamedTuple):
+    """One row: network, C, batch per rank, and keys beyond."""
+
+    network: str
+    num_classes: int
+    batch_size: int
+    more: tuple[tuple[str, Any], ...] = ()
+
+    def config(self, device: str) -> Config:
+        """Of a run on generated images."""
+        values: dict[str, Any] = {
+            "rec": "synthetic", "num_image": 100 * self.batch_size, "device": device,
+            "output": "unused", "verbose": 0,
+        }  # fmt: skip
+        return Config(**{**values, **self._asdict_of_config(), **dict(self.more)})
+
+    def _asdict_of_config(self) -> dict[str, Any]:
+        return {k: v for k, v in self._asdict().items() if k != "more"}
+
+    def words(self) -> list[str]:
+        """For the command line of train_v2.py."""
+        pairs = {**self._asdict_of_config(), **dict(self.more)}
+        return [f"{key}={value}" for key, value in pairs.items()]
+
+
+def memory_cases(quick: bool, device: str) -> list[Case]:
+    """Three networks, three numbers of classes, and options that move memory about."""
+    scale = 1 if device == "cpu" else 8
+    batches = {"r_nano": 64 * scale, "r50": 16 * scale, "vit_b": 16 * scale}
+    if quick:
+        return [Case("r_nano", classes, 32) for classes in CLASSES[:2]]
+    cases = [Case(n, classes, batch) for n, batch in batches.items() for classes in CLASSES]
+    precision = (("precision", "bf16"),) if device == "cuda" else ()
+    options: tuple[tuple[tuple[str, Any], ...], ...] = (
+        (("sample_rate", 0.1),),
+        (("optimizer", "adamw"),),
+        (("head_update", "autograd"),),
+        (("gradient_acc", 2),),
+    )
+    cases = [case._replace(more=precision) for case in cases]
+    nano = batches["r_nano"]
+    cases += [Case("r_nano", 100_000, nano, option + precision) for option in options]
+    checkpointed = (("gradient_checkpointing", True), *precision)
+    return [*cases, Case("r50", 10_000, batches["r50"], checkpointed)]
+
+
+def measure_memory(case: Case, device: str, queue: Any) -> None:
+    """Put the peak in MiB into the queue; runs in a process of its own."""
+    world = World(0, 0, 1, torch.device(device))
+    if device == "cpu":
+        keep_freed_memory()
+    _steps(case._replace(network="r_nano", num_classes=64, batch_size=4), world)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _used_mib(device)
+    _steps(case, world)
+    queue.put(_peak_mib(device) - before)
+
+
+def _steps(case: Case, world: World) -> None:
+    cfg = case.config(world.device.type)
+    parts = build(cfg, world)
+    parts.step.model.train()
+    batches = iter(parts.loader)
+    for _ in range(STEPS):
+        parts.step(list(islice(batches, cfg.gradient_acc)), 0.01)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_memory(case: Case, device: str) -> tuple[float, dict[str, float]]:
+    """Measured peak in MiB, and the plan's parts in MiB."""
+    setting = Setting(choose_machine(None), 1, Links(), case.num_classes, 100 * case.batch_size)
+    footprint = make_plan(case.config(device), setting).needs.footprint
+    parts = {name: size / 2**20 for name, size in footprint.parts().items()}
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure_memory, args=(case, device, queue))
+    process.start()
+    try:
+        return queue.get(timeout=900), parts
+    finally:
+        process.join()
+
+
+def run_time(case: Case, device: str, seconds: float) -> tuple[float, float]:
+    """Samples per second of a run of train_v2.py, and of the plan's measurement."""
+    machine = dataclasses.replace(choose_machine(None), memory_gib=1e6)
+    setting = Setting(machine, 1, Links(), case.num_classes, 100 * case.batch_size, seconds)
+    context = mp.get_context("spawn")
+    with context.Pool(1) as pool:  # threads and memory of its own, as the run has
+        planned = pool.apply(_planned_speed, (case, device, setting))
+    steps = max(12, round(seconds * planned / case.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "bench.py"
+        config.write_text("config = dict(rec='synthetic', verbose=0, keep_checkpoints=0)\n")
+        frequent = max(2, steps // 6)
+        words = [
+            *case.words(), f"num_image={case.batch_size * steps}", "num_epoch=1",
+            f"output={folder}/run", f"frequent={frequent}", f"device={device}",
+        ]  # fmt: skip
+        subprocess.run(
+            [sys.executable, "train_v2.py", str(config), *words], cwd=REPOSITORY, check=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    speeds = [json.loads(line)["samples_per_second"] for line in lines]
+    return median(speeds[1:]), planned  # the first line has the start in it
+
+
+def _planned_speed(case: Case, device: str, setting: Setting) -> float:
+    return make_plan(case.config(device), setting).samples_per_second
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 0 if everything is within its limit, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="r_nano only, less than a minute")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per measured time")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    options = parser.parse_args(arguments)
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda, but this PyTorch sees no GPU", file=sys.stderr)
+        return 2
+    where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    head = (
+        f"{time.strftime('%Y-%m-%d')}, {where}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, D = 512"
+    )
+    text = [head, "", "| network | classes | batch | options | plan MiB | peak MiB | plan / peak |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    print("\n".join(text), flush=True)
+    rows: list[dict[str, Any]] = []
+    ok = True
+
+    def add(line: str) -> None:
+        text.append(line)
+        print(line, flush=True)
+
+    for case in memory_cases(options.quick, device):
+        peak, parts = run_memory(case, device)
+        ratio = sum(parts.values()) / peak
+        ok &= abs(ratio - 1) <= MEMORY_WITHIN[device]
+        more = " ".join(f"{k}={v}" for k, v in case.more)
+        add(f"| {case.network} | {case.num_classes:,} | {case.batch_size} | {more} | "
+            f"{sum(parts.values()):,.0f} | {peak:,.0f} | {ratio:.2f} |")  # fmt: skip
+        rows.append({"what": "memory", **case._asdict(), "peak_mib": peak, "plan_mib": parts,
+                     "ratio": ratio})  # fmt: skip
+    add("")
+    add("| network | classes | batch | plan --measure, samples/s | train_v2.py, samples/s | "
+        "plan / run |")  # fmt: skip
+    add("|---|---|---|---|---|---|")
+    networks = ("r_nano",) if options.quick else ("r_nano", "r50", "vit_b")
+    for case in memory_cases(False, device):
+        if case.num_classes != CLASSES[1] or case.network not in networks or len(case.more) > (
+            device == "cuda"
+        ):
+            continue
+        run, planned = run_time(case, device, 5.0 if options.quick else options.seconds)
+        ratio = planned / run
+        ok &= abs(ratio - 1) <= TIME_WITHIN
+        add(f"| {case.network} | {case.num_classes:,} | {case.batch_size} | {planned:,.1f} | "
+            f"{run:,.1f} | {ratio:.2f} |")  # fmt: skip
+        rows.append({"what": "time", **case._asdict(), "run": run, "planned": planned,
+                     "ratio": ratio})  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text("\n".join(text) + "\n")
+    print("all within the limits" if ok else "NOT all within the limits")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

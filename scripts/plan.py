@@ -1,0 +1,423 @@
+"""Will it fit, and how long will it take? Before anything is launched.
+
+    python scripts/plan.py configs/ms1mv3_r50 --world-size 8 --gpu h100
+    python scripts/plan.py configs/wf42m_pfc02_r100 batch_size=256 --world-size 8 --gpu v100
+    python scripts/plan.py configs/lfw_nano rec=FOLDER --measure          # a minute on this machine
+    python scripts/plan.py CONFIG --world-size 16 --gpu a100 --json
+
+Memory per rank by part, from the code that allocates; time of a step from the peaks of the device
+and assumed shares of them, or with --measure from this machine; samples per second, hours. What
+does not fit comes with what would change it, worked out anew for each. Reading and decoding
+images, verification and checkpoints are not in the time. docs/speed.md says what is assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not __package__:  # run as a file: the modules lie one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from backbones import get_model
+from backbones.macs import count_macs
+from configs.base import Config
+from eval.command import run_command, table
+from training import build
+from training.footprint import Needs, find_needs
+from training.precision import POLICIES, Precision, choose_precision
+from training.roofline import (
+    GPUS,
+    SHARE_OF_PEAK,
+    Links,
+    Machine,
+    StepTime,
+    collective_seconds,
+    estimate,
+    this_cpu,
+)
+from training.stopwatch import time_step
+from utils.config import load_config
+from utils.distributed import World
+
+# What a process holds beside its tensors: Python, libraries, the context of CUDA.
+PROCESS_GIB = {"cpu": 0.3, "cuda": 0.8}
+PART_WORDS = {
+    "weights": "network: weights",
+    "gradients": "network: gradients",
+    "optimizer": "network: optimizer",
+    "activations": "network: activations",
+    "centres": "class centres",
+    "centre_state": "class centres: optimizer",
+    "head": "head: work buffer",
+    "global_batch": "head: global batch",
+    "images": "batches of images",
+    "overhead": "holes and workspaces (assumed)",
+}
+
+
+class PlanError(ValueError):
+    """There is no plan for this; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration on one kind of machine. Sizes in bytes on rank 0, times in seconds."""
+
+    needs: Needs
+    time: StepTime
+    room: int
+    samples_per_second: float
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def fits(self) -> bool:
+        """Rank 0's memory is enough."""
+        return self.needs.footprint.total <= self.room
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.total_steps * self.time.total / 3600
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is for, beside the config."""
+
+    machine: Machine
+    world_size: int
+    links: Links
+    num_classes: int
+    num_images: int
+    measured_seconds: float = 0.0  # to spend on measuring; 0: from the peaks
+
+
+def make_plan(cfg: Config, setting: Setting) -> Plan:
+    """Memory and time of `cfg` as it would run.
+
+    Raises:
+        PlanError, SetupError: it could not run so.
+    """
+    cfg = build.share_global_batch(cfg, setting.world_size)
+    machine, world_size = setting.machine, setting.world_size
+    kind = device_type(machine)
+    precision = policy(cfg, machine)
+    needs = find_needs(cfg, world_size, setting.num_classes, precision, kind)
+    embeds_ahead = build._embeds_ahead(cfg, build.make_margin(cfg))
+    if setting.measured_seconds:
+        rest, head = time_step(
+            cfg, world_size, setting.num_classes, torch.device(kind), setting.measured_seconds
+        )
+        passes = 1 if embeds_ahead else cfg.gradient_acc
+        collectives = collective_seconds(
+            needs, machine, setting.links, world_size, rest, passes
+        )
+        time = StepTime(rest, head, 0.0, collectives)
+    else:
+        time = estimate(
+            needs, machine, setting.links, world_size, cfg.gradient_acc, embeds_ahead
+        )
+    global_batch = cfg.batch_size * world_size * cfg.gradient_acc
+    steps_per_epoch = setting.num_images // global_batch
+    if steps_per_epoch == 0:
+        raise PlanError(
+            f"an epoch has {setting.num_images} images, less than one global batch of "
+            f"{global_batch}: lower batch_size, gradient_acc or --world-size"
+        )
+    total = cfg.num_epoch * steps_per_epoch
+    ranks_here = min(world_size, setting.links.ranks_per_host) if kind == "cpu" else 1
+    room = machine.memory_gib / ranks_here - PROCESS_GIB[kind]
+    return Plan(
+        needs, time, int(room * 2**30), global_batch / time.total, steps_per_epoch,
+        total if cfg.max_steps is None else min(total, cfg.max_steps),
+    )  # fmt: skip
+
+
+def device_type(machine: Machine) -> str:
+    """Of PyTorch: "cpu" or "cuda"."""
+    return "cpu" if machine.name == "cpu" else "cuda"
+
+
+def policy(cfg: Config, machine: Machine) -> Precision:
+    """The precision `cfg` has on that machine, which need not be here.
+
+    Raises:
+        PlanError: the machine does not have it.
+    """
+    if device_type(machine) == "cpu":
+        return choose_precision(cfg.precision, cfg.fp16, torch.device("cpu"))[0]
+    wanted = cfg.precision or ("fp16" if cfg.fp16 else "fp32")
+    if wanted == "bf16" and not machine.has_bf16:
+        raise PlanError(f"precision=bf16: a {machine.name} has none; precision=fp16 or fp32")
+    found = POLICIES[wanted]
+    if wanted == "fp16" and machine.has_bf16:
+        found = dataclasses.replace(found, head_matmul=torch.bfloat16)
+    return found
+
+
+def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
+    """What may be changed to need less: (words, the config so, the world size so)."""
+
+    def with_(**values: Any) -> tuple[str, Config, int]:
+        words = " ".join(f"{key}={value}" for key, value in values.items())
+        return words, dataclasses.replace(cfg, **values), world_size
+
+    found = []
+    if cfg.head_update == "autograd":
+        found.append(with_(head_update="fused"))
+        if cfg.sample_rate > 0.1:
+            found.append(with_(sample_rate=0.1))
+    else:
+        if cfg.head_weight_dtype == "fp32":
+            found.append(with_(head_weight_dtype="bf16", head_state_dtype="bf16"))
+        if cfg.head_device == "auto":
+            found.append(with_(head_device="cpu", sample_rate=min(cfg.sample_rate, 0.1)))
+        if cfg.head_buffer_mib > 64:
+            found.append(with_(head_buffer_mib=64))
+    if not cfg.gradient_checkpointing:
+        found.append(with_(gradient_checkpointing=True))
+    if cfg.global_batch_size is not None:
+        found.append(with_(batch_size=max(1, cfg.batch_size // 2)))
+    elif cfg.batch_size % 2 == 0 and cfg.batch_size > 2:
+        found.append(
+            with_(batch_size=cfg.batch_size // 2, gradient_acc=2 * cfg.gradient_acc)
+        )
+    found.append((f"--world-size {2 * world_size}", cfg, 2 * world_size))
+    return found
+
+
+def what_would_fit(cfg: Config, setting: Setting) -> list[tuple[str, Plan]]:
+    """Each change that saves a percent or more, planned anew, the most saving one first; then, if
+    none is enough, as many of them together as are needed."""
+    setting = dataclasses.replace(setting, measured_seconds=0.0)
+    now = make_plan(cfg, setting).needs.footprint.total
+    found = []
+    for words, changed, ranks in changes(cfg, setting.world_size):
+        try:
+            plan = make_plan(changed, dataclasses.replace(setting, world_size=ranks))
+        except (PlanError, build.SetupError):  # not possible here: an epoch too short, for example
+            continue
+        if plan.needs.footprint.total < 0.99 * now:
+            found.append((words, plan))
+    found.sort(key=lambda one: one[1].needs.footprint.total)
+    if any(plan.fits for _, plan in found):
+        return found
+    together, changed = [], cfg
+    for words in [words for words, _ in found if not words.startswith("--")]:
+        # One change may have made another pointless, or no longer possible.
+        still = {own: config for own, config, _ in changes(changed, setting.world_size)}
+        if words not in still:
+            continue
+        together.append(words)
+        changed = still[words]
+        plan = make_plan(changed, setting)
+        if plan.fits:
+            break
+    if len(together) > 1:
+        found.append((" ".join(together), plan))
+    return found
+
+
+def sizes(cfg: Config) -> tuple[int, int]:
+    """Classes and images of the run; "auto" is looked up in the set. Raises DataError."""
+    classes, images = cfg.num_classes, cfg.num_image
+    if classes == "auto" or images == "auto":
+        loader = build._make_loader(cfg, World(0, 0, 1, torch.device("cpu")))
+        classes = loader.num_classes if classes == "auto" else classes
+        images = loader.num_images if images == "auto" else images
+    return int(classes), int(images)
+
+
+def choose_machine(name: str | None) -> Machine:
+    """The machine of that name; without one, what is here.
+
+    Raises:
+        PlanError: an unknown name, or a GPU here that is not in the table.
+    """
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if name is None and here:
+        known = here.lower().replace(" ", "")
+        name = next((key for key in GPUS if key in known), None)
+        if name is None:
+            raise PlanError(f"{here}: not in the table; pass --gpu {'|'.join(GPUS)}")
+    if name is None or name == "cpu":
+        return this_cpu()
+    if name not in GPUS:
+        raise PlanError(f"--gpu {name}: known are {', '.join(GPUS)} and cpu")
+    return GPUS[name]
+
+
+def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
+    """Everything, as JSON knows values."""
+    with torch.device("meta"):
+        network = get_model(
+            cfg.network, num_features=cfg.embedding_size, input_size=cfg.input_size
+        )
+    footprint = plan.needs.footprint
+    return {
+        "network": cfg.network,
+        "parameters": plan.needs.parameters,
+        "macs_per_image": count_macs(network, cfg.input_size).total,
+        "num_classes": setting.num_classes,
+        "num_images": setting.num_images,
+        "classes_per_rank": plan.needs.classes_per_rank,
+        "classes_per_step_and_rank": plan.needs.head.rows,
+        "precision": policy(cfg, setting.machine).name,
+        "batch_size_per_rank": cfg.batch_size,
+        "gradient_acc": cfg.gradient_acc,
+        "world_size": setting.world_size,
+        "global_batch": cfg.batch_size * setting.world_size * cfg.gradient_acc,
+        "machine": dataclasses.asdict(setting.machine),
+        "links": dataclasses.asdict(setting.links),
+        "memory": {
+            "unit": "bytes per rank",
+            **footprint.parts(),
+            "total": footprint.total,
+            "room": plan.room,
+            "fits": plan.fits,
+            "on_host": footprint.on_host,
+            "peak_is_in": "head" if footprint.is_in_head else "backward",
+        },
+        "time": {
+            "unit": "seconds per step",
+            "is_measured": setting.measured_seconds > 0,
+            **dataclasses.asdict(plan.time),
+            "total": plan.time.total,
+        },
+        "samples_per_second": plan.samples_per_second,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "num_epoch": cfg.num_epoch,
+        "total_steps": plan.total_steps,
+        "hours": plan.hours,
+        "assumed": None if setting.measured_seconds else SHARE_OF_PEAK[
+            device_type(setting.machine)
+        ],
+    }  # fmt: skip
+
+
+def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
+    """`describe` as text."""
+    memory, time, machine = facts["memory"], facts["time"], facts["machine"]
+    macs = facts["macs_per_image"] / 1e9
+    rows = [["memory per rank", "MiB"]]
+    rows += [
+        [f"  {words}", f"{memory[part] / 2**20:,.0f}"] for part, words in PART_WORDS.items()
+    ]
+    rows.append(["  total, at most", f"{memory['total'] / 2**20:,.0f}"])
+    times = [["time per step", "ms"]]
+    names = {
+        "backbone": "network, and its optimizer" if time["is_measured"] else "network",
+        "head": "head",
+        "optimizer": "optimizer of the network",
+        "collectives": "collectives that nothing hides",
+    }
+    times += [
+        [f"  {words}", f"{1e3 * time[part]:,.1f}"] for part, words in names.items()
+        if time[part] or part != "optimizer"
+    ]  # fmt: skip
+    times.append(["  total", f"{1e3 * time['total']:,.1f}"])
+    verdict = "fits" if memory["fits"] else "DOES NOT FIT"
+    lines = [
+        f"{facts['network']}, {facts['parameters'] / 1e6:.1f} M parameters, {macs:.2f} GMACs "
+        f"({2 * macs:.2f} GFLOPs) per image; {facts['num_classes']:,} classes, "
+        f"{facts['classes_per_rank']:,} per rank, {facts['classes_per_step_and_rank']:,} of them "
+        f"in a step",
+        f"{facts['world_size']} x {machine['name']}, {facts['precision']}, global batch "
+        f"{facts['global_batch']:,} = {facts['batch_size_per_rank']} x {facts['world_size']} ranks "
+        f"x {facts['gradient_acc']} micro-steps",
+        "",
+        table(rows),
+        f"{verdict}: room for {memory['room'] / 2**20:,.0f} MiB of {machine['memory_gib']:.1f} GiB "
+        f"({machine['source']}); the peak is in the {memory['peak_is_in']}",
+    ]
+    if memory["on_host"]:
+        lines.append(f"in host memory besides: {memory['on_host'] / 2**20:,.0f} MiB")
+    lines += ["", table(times)]
+    assumed = facts["assumed"]
+    lines.append(
+        "measured here, without decoding of images" if assumed is None else
+        "from the peaks; assumed: " + ", ".join(f"{v:.0%} of {k}" for k, v in assumed.items())
+    )  # fmt: skip
+    lines.append(
+        f"{facts['samples_per_second']:,.0f} samples/s; {facts['num_epoch']} epochs of "
+        f"{facts['steps_per_epoch']:,} steps; {facts['total_steps']:,} steps take "
+        f"{facts['hours']:,.1f} hours"
+    )
+    if not memory["fits"]:
+        lines += ["", "what would change it, each by itself (if none fits, then together):"]
+        heading = ["change", "MiB", "", "samples/s"]
+        lines.append(table([heading, *(
+            [words, f"{plan.needs.footprint.total / 2**20:,.0f}",
+             "fits" if plan.fits else "does not fit", f"{plan.samples_per_second:,.0f}"]
+            for words, plan in proposals
+        )]))  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="plan.py", description="Will this config fit, and how long will it take?"
+    )
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="as train_v2.py takes them")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks (default 1)")
+    parser.add_argument("--gpu", help=f"{', '.join(GPUS)} or cpu (default: what is here)")
+    parser.add_argument("--ranks-per-host", type=int, default=8, help="default 8")
+    parser.add_argument("--network-gbit", type=float, default=100.0,
+                        help="network of a host, Gbit/s (default 100)")  # fmt: skip
+    parser.add_argument("--measure", type=float, nargs="?", const=60.0, default=0.0,
+                        metavar="SECONDS", help="time a step here, for about a minute")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_intermixed_args(arguments)
+    return run_command(lambda: _plan(options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    for name in ("world_size", "ranks_per_host", "network_gbit"):
+        if getattr(options, name) <= 0:
+            raise PlanError(f"--{name.replace('_', '-')} {getattr(options, name)}: above 0")
+    if options.measure < 0:
+        raise PlanError(f"--measure {options.measure}: seconds, above 0")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.measure and options.gpu is not None and (options.gpu == "cpu") != (here == "cpu"):
+        raise PlanError(f"--measure --gpu {options.gpu}: this machine is a {here}; leave --gpu out")
+    cfg = load_config(options.config, options.words)
+    num_classes, num_images = sizes(cfg)
+    setting = Setting(
+        choose_machine(options.gpu), options.world_size,
+        Links(options.ranks_per_host, options.network_gbit), num_classes, num_images,
+        options.measure,
+    )  # fmt: skip
+    cfg = build.share_global_batch(cfg, options.world_size)
+    plan = make_plan(cfg, setting)
+    proposals = [] if plan.fits else what_would_fit(cfg, setting)
+    facts = describe(cfg, setting, plan)
+    if options.json:
+        facts["changes"] = [
+            {
+                "words": words,
+                "total": one.needs.footprint.total,
+                "fits": one.fits,
+                "samples_per_second": one.samples_per_second,
+            }
+            for words, one in proposals
+        ]
+        print(json.dumps(facts, indent=2))
+    else:
+        print(show(facts, proposals))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

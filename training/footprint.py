@@ -1,0 +1,332 @@
+"""What a run needs on one rank, by part, before anything is allocated.
+
+Every size comes from the code that allocates: `training/build.py` makes the network, the optimizer
+and the head on the meta device, the head's own plan gives the work buffer, and a traced step
+(training/trace.py) the activations. Only what CPUs or GPUs need beside PyTorch's tensors is a
+named assumption (OVERHEAD).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from configs.base import Config
+from head.centres import ShardCentres
+from head.readable import readable_loss
+from head.sampling import sample_size
+from head.shard import class_range
+from head.work_buffer import Plan
+from losses import BatchFacts
+from partial_fc import PartialFC
+from training import build
+from training.batch_norm import BatchNormStatistics
+from training.precision import Precision, TrainedBackbone
+from training.trace import Trace, as_fake, make_fake, trace_step
+from utils.distributed import World
+
+# Matrices [B, D] of the global batch that the head holds at once at most: gathered as bytes, the
+# embeddings of them, divided by their norms, their targets' centres, the gradient, one block's part
+# of it, and the targets' share of the centres' gradient with what it is sorted from.
+# tests/test_plan.py compares with a head that runs.
+HEAD_BATCH_MATRICES = 9
+
+# What a process holds beyond its tensors, as a share of those that come and go (activations and
+# gradients). On a CPU these are holes in the C library's heap, which train_v2.py never gives back
+# (utils/memory.py): 0.2 to 0.6 with glibc 2.36, measured by benchmarks/bench_plan.py, where the
+# same steps with every tensor mapped by itself took no more than their tensors. Small runs, whose
+# tensors fit into holes that are there already, have less. On a GPU what CUDA's allocator rounds up
+# and its libraries work in: assumed, nobody has measured it.
+OVERHEAD = {"cpu": 0.38, "cuda": 0.05}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank at the moment when most are in use.
+
+    Attributes:
+        weights: parameters and buffers of the network, statistics kept for bad steps included.
+        gradients: of the network, as far as they are there at that moment; all of them where
+            DDP's buckets or several micro-steps keep them.
+        optimizer: state of the network's optimizer.
+        activations: what backward needs, and what operations make on the way.
+        centres: class centres and biases. centre_state: their optimizer's state.
+        head: the work buffer, or the logits and gradients of head_update="autograd".
+        global_batch: embeddings of the global batch and their gradients in the head.
+        images: batches that wait for the step.
+        overhead: holes and workspaces, see OVERHEAD.
+        on_host: centres, their state and copies in host memory (head_device="cpu"); not in `total`
+            where the training runs on a GPU.
+        is_in_head: the moment is between forward and backward, else it is in backward.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    centres: int
+    centre_state: int
+    head: int
+    global_batch: int
+    images: int
+    overhead: int
+    on_host: int
+    is_in_head: bool
+
+    @property
+    def total(self) -> int:
+        """Of the device."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes on the device, by part."""
+        left_out = ("on_host", "is_in_head")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+
+
+@dataclass(frozen=True)
+class HeadWork:
+    """What the head's step works on, on one rank.
+
+    rows: class centres that take part, S K. batch: rows of the global batch of one pass. width: D.
+    kept_rows: of which softmax numerators are kept; None with head_update="autograd".
+    is_sampled: rows are copied. state_bytes_per_row: of their optimizer. matmul_dtype: of operands.
+    is_deferred: centres move after backward. trace: of the autograd head.
+    """
+
+    rows: int
+    batch: int
+    width: int
+    kept_rows: int | None
+    is_sampled: bool
+    state_bytes_per_row: float
+    matmul_dtype: torch.dtype
+    is_deferred: bool
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory and work of one rank: footprint, and what the step computes.
+
+    parameters: of the network. trainable_bytes: of those that have gradients.
+    """
+
+    footprint: Footprint
+    backbone: Trace
+    head: HeadWork
+    parameters: int
+    trainable_bytes: int
+    classes_per_rank: int
+
+
+def find_needs(
+    cfg: Config, world_size: int, num_classes: int, precision: Precision, device_type: str
+) -> Needs:
+    """Of rank 0, which has the most classes.
+
+    Args:
+        cfg: with its global batch shared out (training.build.share_global_batch).
+        num_classes: C.
+        precision: the policy on that device.
+        device_type: "cpu" or "cuda", where the training would run.
+
+    Raises:
+        SetupError: the network or the head cannot be built so.
+    """
+    cfg = dataclasses.replace(cfg, init_backbone=None)
+    with torch.device("meta"):
+        backbone = build._make_backbone(cfg)
+        model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
+    statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
+    kept = _bytes([statistics.statistics, statistics.counts])
+    head = _make_head(cfg, world_size, num_classes, precision)
+    mode = FakeTensorMode()
+    make_fake(model, mode)
+    with mode:
+        parameters = list(model.parameters())
+        optimizer = build._make_optimizer(cfg, model)
+        optimizer_bytes = _optimizer_bytes(optimizer)
+        images = torch.empty(
+            cfg.batch_size, 3, cfg.input_size, cfg.input_size, dtype=torch.uint8
+        ).to(memory_format=torch.channels_last)
+        trace = trace_step(lambda: model(images), parameters, [images, *model.buffers()])
+    centres, state, work, buffer = _head_needs(
+        head, world_size, device_type, cfg.gradient_acc > 1 or precision.needs_scaler
+    )
+
+    keeps_gradients = world_size > 1 or cfg.gradient_acc > 1
+    batch_bytes = HEAD_BATCH_MATRICES * work.batch * work.width * head.work_dtype.itemsize
+    logits = gradient = 0
+    if work.trace is not None:
+        logits, gradient = work.trace.peak_bytes, work.trace.gradient_bytes
+    in_head = trace.saved_bytes + logits + batch_bytes
+    in_head += trace.gradient_bytes if keeps_gradients else 0
+    in_backward = gradient + (
+        trace.gradient_bytes + trace.peak_without_gradients if keeps_gradients else trace.peak_bytes
+    )
+    is_in_head = in_head >= in_backward
+    if is_in_head:
+        gradients = trace.gradient_bytes if keeps_gradients else 0
+        activations = trace.saved_bytes
+    elif keeps_gradients:
+        gradients, activations = trace.gradient_bytes, trace.peak_without_gradients
+    else:
+        gradients = trace.gradient_bytes_at_peak
+        activations = trace.peak_bytes - gradients
+    on_host = 0
+    rows_here = 1.0
+    if cfg.head_device == "cpu":
+        share = min(1.0, work.rows / max(head.weight.shape[0], 1))
+        staged = round((centres + state) * share)
+        on_host = centres + state + staged
+        rows_here = 2 * share  # what was gathered ahead, and what the step takes of it
+        if device_type == "cpu":
+            rows_here += 1
+            on_host = 0
+    batches = cfg.gradient_acc + (cfg.num_workers + 2 if device_type == "cpu" else 1)
+    footprint = Footprint(
+        weights=_bytes(parameters) + _bytes(model.buffers()) + kept,
+        gradients=gradients,
+        optimizer=optimizer_bytes,
+        activations=activations,
+        centres=round(centres * rows_here),
+        centre_state=round(state * rows_here),
+        head=buffer + (logits if is_in_head else gradient),
+        global_batch=batch_bytes if is_in_head else 0,
+        images=batches * _bytes([images]),
+        overhead=0,
+        on_host=on_host,
+        is_in_head=is_in_head,
+    )
+    overhead = round(OVERHEAD[device_type] * (activations + gradients))
+    return Needs(
+        footprint=dataclasses.replace(footprint, overhead=overhead),
+        backbone=trace,
+        head=work,
+        parameters=sum(p.numel() for p in parameters),
+        trainable_bytes=_bytes(p for p in parameters if p.requires_grad),
+        classes_per_rank=head.num_classes,
+    )
+
+
+def _make_head(
+    cfg: Config, world_size: int, num_classes: int, precision: Precision
+) -> PartialFC:
+    """Rank 0's head on the meta device: its classes, and the batch of all ranks."""
+    local = len(class_range(num_classes, 0, world_size))
+    alone = dataclasses.replace(
+        cfg, batch_size=cfg.batch_size * world_size, head_device="auto"
+    )
+    world = World(0, 0, 1, torch.device("meta"))
+    return build._make_head(alone, world, local, precision)
+
+
+def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """State of a freshly made optimizer of fake parameters after its first step."""
+    if isinstance(optimizer, torch.optim.AdamW):  # makes its averages in that step
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return _bytes(
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+
+
+def _head_needs(
+    head: PartialFC, world_size: int, device_type: str, is_deferred: bool
+) -> tuple[int, int, HeadWork, int]:
+    """Bytes of the centres and of their state, the head's work, and bytes of its work buffer."""
+    mode, device = FakeTensorMode(), torch.device(device_type)
+    weight = as_fake(head.weight, mode, device)
+    bias = None if head.bias is None else as_fake(head.bias, mode, device)
+    with mode:
+        rule = head.row_update
+        assert rule is not None
+        state = rule.state(weight)
+        state_bytes, centres = _bytes(state.values()), _bytes([weight])
+        if bias is not None:
+            centres += _bytes([bias])
+            state_bytes += _bytes(rule.create_state(bias).values())
+
+        k, local = head.centres_per_class, head.num_classes
+        batch = head.batch_size_per_rank
+        assert batch is not None  # training.build always names it
+        rows = None
+        num_rows = local * k
+        if head.sample_rate < 1:
+            positives = local * -math.expm1(-batch / (local * world_size))  # expected, distinct
+            num_rows = k * max(sample_size(local, head.sample_rate), round(positives))
+            rows = torch.empty(num_rows, dtype=torch.int64, device=device)
+        like = torch.empty(0, dtype=head.work_dtype, device=device)
+        buffer, plan, matmul_dtype = 0, None, head.work_dtype
+        if head.engine is not None:
+            shard = ShardCentres(weight, rule, bias, None, rows, state=state)
+            plan = head.engine.plan(shard, batch, head.embedding_size, like)
+            cost = head.engine.cost(shard, batch, head.embedding_size, like)
+            buffer = cost.total_bytes(plan)
+            matmul_dtype = head.engine.matmul_dtype(like)
+    trace = None if plan is not None else _trace_autograd_head(head, num_rows, batch)
+    work = HeadWork(
+        rows=num_rows, batch=batch, width=head.embedding_size,
+        kept_rows=_kept(plan), is_sampled=rows is not None,
+        state_bytes_per_row=state_bytes / max(local * k, 1),
+        matmul_dtype=matmul_dtype, is_deferred=is_deferred, trace=trace,
+    )  # fmt: skip
+    return centres, state_bytes, work, buffer
+
+
+def _kept(plan: Plan | None) -> int | None:
+    return None if plan is None else plan.kept_rows
+
+
+def _trace_autograd_head(head: PartialFC, num_rows: int, batch: int) -> Trace:
+    """Of the readable path with its whole gradient; sampled rows are copies of the shard's."""
+    mode = FakeTensorMode()
+    weight = nn.Parameter(as_fake(head.weight, mode))
+    bias = None if head.bias is None else nn.Parameter(as_fake(head.bias, mode))
+    with mode:
+        embeddings = torch.empty(
+            batch, head.embedding_size, dtype=head.work_dtype, requires_grad=True
+        )
+        column = torch.empty(batch, dtype=torch.int64)
+        rows = torch.empty(num_rows, dtype=torch.int64) if head.sample_rate < 1 else None
+        row_weight = torch.empty(batch, dtype=head.work_dtype)
+        state = {n: torch.empty((), dtype=head.work_dtype) for n in head.margin.initial_state()}
+
+        def forward() -> Tensor:
+            norms = None
+            if head.margin.reads_norms:
+                norms = torch.linalg.vector_norm(embeddings, dim=1)
+            targets = row_weight if head.margin.reads_all_targets else None
+            with torch.no_grad():
+                facts = BatchFacts(norms, targets, row_weight > 0, 0)
+                context, _ = head.margin.begin(facts, state)
+            unit = nn.functional.normalize(embeddings) if head.margin.normalise else embeddings
+            of_step = (weight, bias) if rows is None else (
+                weight[rows], None if bias is None else bias[rows]
+            )  # fmt: skip
+            return readable_loss(
+                head.margin, unit, norms, column, context, *of_step, head.centres_per_class,
+                row_weight, None,
+            )  # fmt: skip
+
+        parameters = [weight] if bias is None else [weight, bias]
+        return trace_step(forward, parameters, [embeddings, column, row_weight, *state.values()])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,0 +1,235 @@
+"""How long a step would take: every operation at the rate of arithmetic or of memory, whichever
+is slower (Williams et al. 2009, "Roofline").
+
+The operations are those of the traced step (training/footprint.py), one after the other, unfused.
+What real kernels reach of the peaks is assumed (SHARE_OF_PEAK); a measured minute
+(`scripts/plan.py --measure`) is better wherever the machine is at hand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from training.footprint import HeadWork, Needs
+from training.trace import Operation
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device and its links.
+
+    Attributes:
+        memory_gib: as its driver reports it. gigabytes_per_second: of its memory.
+        half, tf32, single: peak teraflops of dense products with operands of 16 bits, in TF32 and
+            in fp32; 0 for what it does not have. has_bf16: bf16 at the rate of fp16.
+        link_gigabytes_per_second: to the other devices of its host, one direction.
+        source: of the numbers.
+    """
+
+    name: str
+    memory_gib: float
+    gigabytes_per_second: float
+    half: float
+    tf32: float
+    single: float
+    has_bf16: bool
+    link_gigabytes_per_second: float
+    source: str
+
+
+# Peaks without sparsity. Memory as nvidia-smi shows it. Read 2026-11-21.
+GPUS = {
+    machine.name: machine
+    for machine in (
+        Machine("h200", 140.4, 4800, 989.4, 494.7, 66.9, True, 450,
+                "NVIDIA H200 datasheet, SXM, NVLink 4"),
+        Machine("h100", 79.6, 3350, 989.4, 494.7, 66.9, True, 450,
+                "NVIDIA H100 datasheet, SXM5 80 GB, NVLink 4"),
+        Machine("a100", 80.0, 2039, 312, 156, 19.5, True, 300,
+                "NVIDIA A100 datasheet, SXM4 80 GB, NVLink 3"),
+        Machine("v100", 31.7, 900, 125, 0, 15.7, False, 150,
+                "NVIDIA V100 datasheet, SXM2 32 GB, NVLink 2"),
+        Machine("rtx4090", 24.0, 1008, 165.2, 82.6, 82.6, True, 32,
+                "NVIDIA Ada whitepaper, 16 bits with fp32 sums, PCIe 4 x16"),
+        Machine("l40s", 45.0, 864, 362.1, 183, 91.6, True, 32,
+                "NVIDIA L40S datasheet, PCIe 4 x16"),
+    )
+}  # fmt: skip
+
+# Assumptions, by kind of device: what kernels reach of the peaks above. For GPUs set so that the
+# throughputs published for V100s are met (docs/speed.md has how far); for newer ones nobody has
+# tried. On a CPU the peaks are measured ones, of a large product and of a copy.
+SHARE_OF_PEAK = {
+    "cuda": {"products": 0.4, "memory": 0.5, "links": 0.7},
+    "cpu": {"products": 0.8, "memory": 0.8, "links": 0.7},
+}
+# Seconds it takes Python and the driver to start an operation: the floor of small batches.
+LAUNCH_SECONDS = {"cuda": 8e-6, "cpu": 8e-6}
+# Share of the all-reduce of the network's gradients that can hide behind backward, which is two
+# thirds of the network's time.
+BACKWARD_SHARE = 2 / 3
+# How often the fused head reads or writes the matrix of a block's numerators [B, rows] per visit
+# (product, scaling, exponential, sum, division by the norms), and once they are there.
+PASSES_OF_A_VISIT, PASSES_OF_A_USE = 8, 1
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on one rank: of the network (forward, backward, all
+    micro-steps), the head, the network's optimizer, and of the collectives what nothing hides."""
+
+    backbone: float
+    head: float
+    optimizer: float
+    collectives: float
+
+    @property
+    def total(self) -> float:
+        """One after the other."""
+        return self.backbone + self.head + self.optimizer + self.collectives
+
+
+@dataclass(frozen=True)
+class Links:
+    """How ranks reach each other: ranks per host, and the network of a host in Gbit/s."""
+
+    ranks_per_host: int = 8
+    network_gbit: float = 100.0
+
+    def bytes_per_second(self, machine: Machine, world_size: int) -> float:
+        """Of the slowest hop on a ring through all ranks, per rank (within a host) or host."""
+        share = SHARE_OF_PEAK[_kind(machine)]["links"]
+        if world_size <= self.ranks_per_host:
+            return share * machine.link_gigabytes_per_second * 1e9
+        return share * min(self.network_gbit / 8, machine.link_gigabytes_per_second) * 1e9
+
+
+def estimate(
+    needs: Needs, machine: Machine, links: Links, world_size: int, gradient_acc: int,
+    embeds_ahead: bool,
+) -> StepTime:  # fmt: skip
+    """Time of a step from the peaks.
+
+    Args:
+        gradient_acc: micro-steps per step.
+        embeds_ahead: every micro-batch goes forward twice (losses that look at the whole batch).
+    """
+    trace = needs.backbone
+    backbone = gradient_acc * (
+        operations_seconds(trace.forward, machine) * (1 + embeds_ahead)
+        + operations_seconds(trace.backward, machine)
+    )
+    passes = 1 if embeds_ahead else gradient_acc
+    head = passes * head_seconds(needs.head, machine)
+    # Clipping reads the gradients twice and writes them; the update reads them, and reads and
+    # writes weights and state.
+    moved = 6 * needs.trainable_bytes + 2 * needs.footprint.optimizer
+    optimizer = moved / _memory_rate(machine)
+    collectives = collective_seconds(needs, machine, links, world_size, backbone, passes)
+    return StepTime(backbone, head, optimizer, collectives)
+
+
+def operations_seconds(operations: Iterable[Operation], machine: Machine) -> float:
+    """One operation after the other, each as slow as its products, its memory or its start."""
+    start = LAUNCH_SECONDS[_kind(machine)]
+    return sum(
+        max(
+            op.flops / _product_rate(machine, op.dtype, op.name.startswith("convolution")),
+            op.bytes_moved / _memory_rate(machine),
+            start,
+        )
+        for op in operations
+    )
+
+
+def head_seconds(head: HeadWork, machine: Machine) -> float:
+    """One pass of the head: forward, backward, and the update of the class centres."""
+    if head.trace is not None:
+        seconds = operations_seconds([*head.trace.forward, *head.trace.backward], machine)
+        row_bytes = 5 * 4 * head.width + 2 * head.state_bytes_per_row
+        return seconds + head.rows * row_bytes / _memory_rate(machine)
+    assert head.kept_rows is not None
+    made_again = (head.rows - head.kept_rows) * (1 + head.is_deferred)
+    product = 2 * head.batch * head.width / _product_rate(machine, head.matmul_dtype, False)
+    arithmetic = product * (3 * head.rows + made_again)  # z, dE, dW; z again
+    passes = PASSES_OF_A_VISIT * (head.rows + made_again) + 2 * PASSES_OF_A_USE * head.rows
+    centre = 4 * head.width
+    per_row = centre * (3 + head.is_deferred) + 2 * head.state_bytes_per_row  # read, read, write
+    if head.is_sampled:  # copied out and back
+        per_row += 2 * (centre + head.state_bytes_per_row)
+    moved = 4 * head.batch * passes + per_row * head.rows
+    return arithmetic + moved / _memory_rate(machine)
+
+
+def collective_seconds(
+    needs: Needs, machine: Machine, links: Links, world_size: int, backbone: float, passes: int
+) -> float:
+    """The head's all-gather and reduce-scatter, and what backward does not hide of the gradients'
+    all-reduce; all by rings."""
+    if world_size == 1:
+        return 0.0
+    rate = links.bytes_per_second(machine, world_size)
+    on_the_way = (world_size - 1) / world_size
+    head = needs.head
+    embeddings = head.batch * (4 * head.width + 8)  # with their labels
+    gradients = head.batch * 4 * head.width
+    exchange = passes * on_the_way * (embeddings + gradients) / rate
+    all_reduce = 2 * on_the_way * needs.trainable_bytes / rate
+    return exchange + max(0.0, all_reduce - BACKWARD_SHARE * backbone / passes)
+
+
+def this_cpu() -> Machine:
+    """This machine's CPU: a product of matrices and a copy, timed for about a second, and the
+    memory that is available now."""
+    size = 1024
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    product = torch.empty(size, size)
+    single = 2 * size**3 / _seconds(lambda: torch.mm(left, right, out=product)) / 1e12
+    source, copy = torch.zeros(2**26, dtype=torch.uint8), torch.zeros(2**26, dtype=torch.uint8)
+    rate = 2 * source.numel() / _seconds(lambda: copy.copy_(source)) / 1e9
+    return Machine("cpu", available_memory_gib(), rate, single, single, single, True, rate / 2,
+                   f"measured here, {torch.get_num_threads()} threads")  # fmt: skip
+
+
+def available_memory_gib() -> float:
+    """Of this machine, now (Linux)."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) / 2**20
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def _seconds(work: object) -> float:
+    """Least of several runs, about half a second."""
+    assert callable(work)
+    best, end = float("inf"), time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _kind(machine: Machine) -> str:
+    return "cpu" if machine.name == "cpu" else "cuda"
+
+
+def _memory_rate(machine: Machine) -> float:
+    return SHARE_OF_PEAK[_kind(machine)]["memory"] * machine.gigabytes_per_second * 1e9
+
+
+def _product_rate(machine: Machine, dtype: torch.dtype, is_convolution: bool) -> float:
+    """FLOPs per second. In fp32, convolutions use TF32 where there is any and matrix products do
+    not, which is PyTorch's default."""
+    if dtype in (torch.float16, torch.bfloat16):
+        peak = machine.half
+    elif dtype == torch.float64:
+        peak = machine.single / 2
+    else:
+        peak = machine.tf32 if is_convolution and machine.tf32 else machine.single
+    return SHARE_OF_PEAK[_kind(machine)]["products"] * peak * 1e12

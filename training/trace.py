@@ -1,0 +1,201 @@
+"""What a step would allocate and compute, found without doing either.
+
+PyTorch's fake tensors run the real code, autograd's formulas, autocast and recomputation included,
+on tensors that have a shape, a stride and a dtype but no memory. `Ledger` watches every operation:
+when a storage comes into being and when the last tensor lets go of it, and what each operation
+reads, writes and multiplies.
+
+The operations are those of a CPU. What an operation uses inside, such as the workspace of a
+convolution, is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+
+# The CPU's attention has no formula of its own; its arguments begin as those of the others do.
+_SAME_FLOPS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        aten._scaled_dot_product_flash_attention_backward,
+}  # fmt: skip
+
+
+class Operation(NamedTuple):
+    """One operation: its name, floating-point operations in products (0 for all others), bytes it
+    reads and writes, and the dtype of its largest operand."""
+
+    name: str
+    flops: int
+    bytes_moved: int
+    dtype: torch.dtype
+
+
+@dataclass
+class Trace:
+    """One forward and backward pass. Bytes do not include what was there before.
+
+    Attributes:
+        saved_bytes: alive after the forward pass: what backward needs, and the result.
+        peak_bytes: most at one moment, gradients of parameters included; gradient_bytes_at_peak:
+            how much of that they are.
+        peak_without_gradients: most at one moment of everything but gradients of parameters.
+        gradient_bytes: of all gradients.
+        forward, backward: operations in order, views left out.
+    """
+
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+    gradient_bytes_at_peak: int = 0
+    peak_without_gradients: int = 0
+    gradient_bytes: int = 0
+    forward: list[Operation] = field(default_factory=list)
+    backward: list[Operation] = field(default_factory=list)
+
+
+class Ledger(TorchDispatchMode):
+    """Follows storages and operations while it is on.
+
+    Args:
+        existing: tensors that were there before and do not count.
+
+    Attributes:
+        live, peak: bytes now, and most so far. gradients: of `live`, see `is_gradient`.
+        gradients_at_peak, peak_without_gradients: see Trace.
+        operations: so far.
+    """
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = self.gradients = 0
+        self.gradients_at_peak = self.peak_without_gradients = 0
+        self.operations: list[Operation] = []
+        self._sizes: Any = WeakIdKeyDictionary()  # storage -> bytes
+        for tensor in existing:
+            self._sizes[tensor.untyped_storage()] = 0
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """From now on `tensor` counts as a parameter's gradient."""
+        self.gradients += self._sizes.get(tensor.untyped_storage(), 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        is_new = [self._see(t) for t in made]
+        if any(is_new) or func._schema.is_mutable:
+            self._record(func, args, kwargs, out, made)
+        return out
+
+    def _see(self, tensor: Tensor) -> bool:
+        """True if its storage is new."""
+        storage = tensor.untyped_storage()
+        if storage in self._sizes:
+            return False
+        size = storage.nbytes()
+        self._sizes[storage] = size
+        weakref.finalize(storage, self._forget, size)
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self.gradients_at_peak = self.live, self.gradients
+        self.peak_without_gradients = max(self.peak_without_gradients, self.live - self.gradients)
+        return True
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
+        packet = func._overloadpacket
+        name = packet._qualified_op_name.removeprefix("aten::")
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name.startswith(("empty", "new_empty")) or not (read or made):
+            return
+        formula = flop_registry.get(_SAME_FLOPS.get(packet, packet))
+        flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+        largest = max([*read, *made], key=_size)
+        self.operations.append(
+            Operation(name, flops, sum(map(_size, read)) + sum(map(_size, made)), largest.dtype)
+        )
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes an operation on it touches: of an expanded tensor only what is there."""
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
+def trace_step(
+    forward: Callable[[], Tensor], parameters: Iterable[nn.Parameter], existing: Iterable[Tensor]
+) -> Trace:
+    """Watch `forward()` and the backward pass from its result, all of them fake tensors.
+
+    Args:
+        forward: computes the result; what it makes and does not hold on to is let go of.
+        parameters: whose gradients are told apart. Their `grad` is None before and after.
+        existing: tensors that do not count, beside the parameters.
+    """
+    parameters = list(parameters)
+    ledger = Ledger([*parameters, *existing])
+    trace = Trace()
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: ledger.is_gradient(p.grad) if p.grad is not None else None
+        )
+        for parameter in parameters
+        if parameter.requires_grad
+    ]
+    try:
+        with ledger:
+            result = forward()
+            trace.saved_bytes = ledger.live
+            trace.forward, ledger.operations = ledger.operations, []
+            if result.dim():
+                result.backward(torch.empty_like(result))
+            else:
+                result.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    trace.backward = ledger.operations
+    trace.peak_bytes, trace.gradient_bytes_at_peak = ledger.peak, ledger.gradients_at_peak
+    trace.peak_without_gradients = ledger.peak_without_gradients
+    trace.gradient_bytes = ledger.gradients
+    for parameter in parameters:
+        parameter.grad = None
+    return trace
+
+
+def as_fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device = CPU) -> Tensor:
+    """A fake tensor on `device` like a tensor on the meta device. Not while `mode` is on."""
+    return FakeTensor(mode, tensor.detach(), device)
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Turn a module on the meta device into one of fake tensors on the CPU, in place.
+
+    Not while `mode` is on. A network is built on the meta device and not under the mode, because
+    some initialisations ask for values.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fake = nn.Parameter(as_fake(parameter, mode), parameter.requires_grad)
+                part._parameters[name] = fake
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = as_fake(buffer, mode)
