@@ -113,7 +113,7 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     kind = device_type(machine)
     precision = policy(cfg, machine)
     needs = find_needs(cfg, world_size, setting.num_classes, precision, kind)
-    embeds_ahead = build._embeds_ahead(cfg, build.make_margin(cfg))
+    embeds_ahead = build.embeds_ahead(cfg, build.make_margin(cfg))
     if setting.measured_seconds:
         rest, head = time_step(
             cfg, world_size, setting.num_classes, torch.device(kind), setting.measured_seconds

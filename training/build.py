@@ -176,7 +176,7 @@ def build(cfg: Config, world: World) -> Parts:
     loader = _make_loader(cfg, world)
     sets = _load_pictures(cfg) if is_classification(cfg) else _load_verification_sets(cfg)
     torch.manual_seed(cfg.seed)  # the same initial backbone on every rank
-    backbone = _make_backbone(cfg)
+    backbone = make_backbone(cfg)
     num_classes = loader.num_classes if cfg.num_classes == "auto" else int(cfg.num_classes)
 
     global_batch = cfg.batch_size * world.world_size * cfg.gradient_acc
@@ -194,7 +194,7 @@ def build(cfg: Config, world: World) -> Parts:
     # (a third of the step of r_nano on a CPU).
     model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
-    head = _make_head(cfg, world, num_classes, precision)
+    head = make_head(cfg, world, num_classes, precision)
     optimizer = make_optimizer(
         model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
         spread=cfg.zero and world.world_size > 1,
@@ -208,7 +208,7 @@ def build(cfg: Config, world: World) -> Parts:
         batch_norm,
         clip_grad_norm=cfg.clip_grad_norm,
         scaler=_make_scaler(world.device) if precision.needs_scaler else None,
-        embed_ahead=_embeds_ahead(cfg, head.margin),
+        embed_ahead=embeds_ahead(cfg, head.margin),
     )
     seed = cfg.seed + 1 + world.rank  # from here on ranks draw their own (dropout)
     torch.manual_seed(seed)
@@ -311,7 +311,12 @@ def make_margin(cfg: Config) -> Margin:
         raise SetupError(f"loss={cfg.loss!r}: {error}") from error
 
 
-def _make_backbone(cfg: Config) -> Backbone:
+def make_backbone(cfg: Config) -> Backbone:
+    """The network that the config names, with `init_backbone` in it.
+
+    Raises:
+        SetupError: it cannot be built so, or not trained for this task.
+    """
     options = {}
     try:
         if is_classification(cfg):
@@ -420,7 +425,12 @@ def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
     ]
 
 
-def _make_head(cfg: Config, world: World, num_classes: int, precision: Precision) -> Head:
+def make_head(cfg: Config, world: World, num_classes: int, precision: Precision) -> Head:
+    """The head of this rank, with its update rule.
+
+    Raises:
+        SetupError: a loss or a size that it cannot be built with.
+    """
     if is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing):
         return _make_layer(cfg, world, num_classes, precision)
     margin = make_margin(cfg)
@@ -428,7 +438,7 @@ def _make_head(cfg: Config, world: World, num_classes: int, precision: Precision
     centres_per_class = cfg.sub_centres or (3 if cfg.loss == "subcentre_arcface" else 1)
     dtype = torch.bfloat16 if cfg.head_weight_dtype == "bf16" else precision.dtype
     # A margin that looks at the whole batch meets all micro-batches at once (training/step.py).
-    passes = cfg.gradient_acc if _embeds_ahead(cfg, margin) else 1
+    passes = cfg.gradient_acc if embeds_ahead(cfg, margin) else 1
     try:
         return kind(
             margin,
@@ -458,7 +468,8 @@ def _make_head(cfg: Config, world: World, num_classes: int, precision: Precision
         ) from error
 
 
-def _embeds_ahead(cfg: Config, margin: Margin) -> bool:
+def embeds_ahead(cfg: Config, margin: Margin) -> bool:
+    """Whether all micro-batches are embedded before the head sees any."""
     return cfg.gradient_acc > 1 and margin.reads_batch
 
 
@@ -526,7 +537,7 @@ def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
         logger.info(
             "gradient_acc=%d: %s", cfg.gradient_acc,
             "this loss looks at the whole batch, so every micro-batch is embedded twice (one more "
-            "forward pass of the backbone)" if _embeds_ahead(cfg, head.margin) else
+            "forward pass of the backbone)" if embeds_ahead(cfg, head.margin) else
             "class centres move once all micro-batches are seen (one more matmul in the head)"
             if head.engine is not None else "gradients of the class centres are added up",
         )  # fmt: skip

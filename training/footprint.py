@@ -27,6 +27,7 @@ from losses import BatchFacts
 from partial_fc import PartialFC
 from training import build
 from training.batch_norm import BatchNormStatistics
+from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone
 from training.trace import Trace, as_fake, make_fake, trace_step
 from utils.distributed import World
@@ -142,19 +143,21 @@ def find_needs(
     """
     cfg = dataclasses.replace(cfg, init_backbone=None)
     with torch.device("meta"):
-        backbone = build._make_backbone(cfg)
+        backbone = build.make_backbone(cfg)
         model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
-    head = _make_head(cfg, world_size, num_classes, precision)
+    head = _head_of_rank_0(cfg, world_size, num_classes, precision)
     mode = FakeTensorMode()
     make_fake(model, mode)
     with mode:
         parameters = list(model.parameters())
-        optimizer = build._make_optimizer(cfg, model)
-        optimizer_bytes = _optimizer_bytes(optimizer)
+        optimizer = make_optimizer(
+            model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
+        )
+        optimizer_bytes = _optimizer_bytes(optimizer) // (world_size if cfg.zero else 1)
         images = torch.empty(
             cfg.batch_size, 3, cfg.input_size, cfg.input_size, dtype=torch.uint8
         ).to(memory_format=torch.channels_last)
@@ -218,7 +221,7 @@ def find_needs(
     )
 
 
-def _make_head(
+def _head_of_rank_0(
     cfg: Config, world_size: int, num_classes: int, precision: Precision
 ) -> PartialFC:
     """Rank 0's head on the meta device: its classes, and the batch of all ranks."""
@@ -227,7 +230,13 @@ def _make_head(
         cfg, batch_size=cfg.batch_size * world_size, head_device="auto"
     )
     world = World(0, 0, 1, torch.device("meta"))
-    return build._make_head(alone, world, local, precision)
+    head = build.make_head(alone, world, local, precision)
+    if not isinstance(head, PartialFC):
+        raise build.SetupError(
+            f"task={cfg.task!r} with parallel_dim={cfg.parallel_dim!r} cannot be planned: only "
+            "heads split by classes can (parallel_dim=1, no label_smoothing)"
+        )
+    return head
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

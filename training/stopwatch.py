@@ -15,6 +15,7 @@ from dataset import Batch, DataLoader
 from head.shard import class_range
 from partial_fc import PartialFC
 from training import build
+from training.classifier import Head
 from training.precision import Precision, choose_precision
 from utils.distributed import World
 from utils.memory import keep_freed_memory
@@ -52,7 +53,7 @@ def time_step(
     if world_size == 1:
         return max(whole - own, 0.0), own
     of_all = dataclasses.replace(cfg, batch_size=cfg.batch_size * world_size)
-    head = build._make_head(of_all, world, local, precision)
+    head = build.make_head(of_all, world, local, precision)
     return max(whole - own, 0.0), _time_head(head, cfg, device, precision, 0.15 * seconds)
 
 
@@ -69,11 +70,12 @@ def _time_parts(
 
 
 def _time_head(
-    head: PartialFC, cfg: Config, device: torch.device, precision: Precision, seconds: float
+    head: Head, cfg: Config, device: torch.device, precision: Precision, seconds: float
 ) -> float:
     """Of all micro-steps of a step."""
-    calls = 1 if build._embeds_ahead(cfg, head.margin) else cfg.gradient_acc
+    calls = 1 if build.embeds_ahead(cfg, head.margin) else cfg.gradient_acc
     is_deferred = cfg.gradient_acc > 1 or precision.needs_scaler
+    assert isinstance(head, PartialFC)  # others cannot be planned: training/footprint.py says so
     batch = head.batch_size_per_rank
     assert batch is not None  # training.build always names it
     embeddings = torch.randn(batch, cfg.embedding_size, device=device, dtype=head.work_dtype)
