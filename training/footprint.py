@@ -38,12 +38,12 @@ from utils.distributed import World
 # tests/test_plan.py compares with a head that runs.
 HEAD_BATCH_MATRICES = 9
 
-# What a process holds beyond its tensors, as a share of those that come and go (activations and
-# gradients). On a CPU these are holes in the C library's heap, which train_v2.py never gives back
-# (utils/memory.py): 0.2 to 0.6 with glibc 2.36, measured by benchmarks/bench_plan.py, where the
-# same steps with every tensor mapped by itself took no more than their tensors. Small runs, whose
-# tensors fit into holes that are there already, have less. On a GPU what CUDA's allocator rounds up
-# and its libraries work in: assumed, nobody has measured it.
+# What a process holds beyond its tensors, as a share of those that come and go: activations,
+# gradients, and what an autograd head makes. On a CPU these are holes in the C library's heap,
+# which train_v2.py never gives back (utils/memory.py): 0.2 to 0.6 with glibc 2.36, measured by
+# benchmarks/bench_plan.py, where the same steps with every tensor mapped by itself took no more
+# than their tensors. Small runs, whose tensors fit into holes that are there already, have less.
+# On a GPU what CUDA's allocator rounds up and its libraries work in: assumed, nobody has measured.
 OVERHEAD = {"cpu": 0.38, "cuda": 0.05}
 
 
@@ -210,7 +210,8 @@ def find_needs(
         on_host=on_host,
         is_in_head=is_in_head,
     )
-    overhead = round(OVERHEAD[device_type] * (activations + gradients))
+    comes_and_goes = activations + gradients + (logits if is_in_head else gradient)
+    overhead = round(OVERHEAD[device_type] * comes_and_goes)
     return Needs(
         footprint=dataclasses.replace(footprint, overhead=overhead),
         backbone=trace,
