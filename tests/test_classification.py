@@ -220,6 +220,7 @@ def steps_of_head(
         head.step(0.1, torch.tensor(bad), torch.tensor(8.0))
         assert own.grad is not None
         seen.append((loss.item(), own.grad / 8))
+    assert head.alikeness is None  # cosines say nothing of features behind a ReLU
     return first, seen, whole_classifier(head)
 
 
@@ -718,6 +719,12 @@ def test_the_command_gives_what_the_run_reported_and_any_loader_reads_its_model(
     # and as the state dict alone, as others would have saved it
     bare = tmp_path / "bare.pth"
     torch.save(dict(net.state_dict()), bare)
+    settings = {**TINY, "rec": str(folder), "output": str(tmp_path / "next"), "batch_size": 12}
+    fine_tuned = build(
+        Config(**settings, init_backbone=str(bare)), World(0, 0, 1, torch.device("cpu"))
+    )
+    body = fine_tuned.backbone.state_dict()
+    assert all(torch.equal(body[name], net.state_dict()[name]) for name in body)
     more = ["--model", str(bare), "--network", "resnet_nano", "--data", str(folder)]
     code = classification.main([*more, "--device", "cpu"])
     printed = capsys.readouterr()
