@@ -364,14 +364,8 @@ class SyntheticSource(ImageSource):
         return self._noise[place : place + self._pixels]
 
 
-def list_class_folders(
-    root: Path, include: tuple[str, ...] = ("*",)
-) -> tuple[list[str], list[str], np.ndarray]:
-    """Class folders matching a pattern, and their images, both in sorted order.
-
-    Returns the names of the classes, the file name of every image, and the label of every image
-    (int64). Raises MissingDataError, DataError.
-    """
+def list_class_names(root: Path, include: tuple[str, ...] = ("*",)) -> list[str]:
+    """Names of the class folders matching a pattern, sorted. Raises MissingDataError, DataError."""
     if not root.is_dir():
         raise MissingDataError(
             f"{root} is not a folder. Expected FOLDER/<class>/<image>, one folder per identity, or "
@@ -387,6 +381,18 @@ def list_class_folders(
             f"{root}: no class folder in it. Expected FOLDER/<class>/<image>, one folder per "
             "identity, or train.rec and train.idx"
         )
+    return names
+
+
+def list_class_folders(
+    root: Path, include: tuple[str, ...] = ("*",)
+) -> tuple[list[str], list[str], np.ndarray]:
+    """Class folders matching a pattern, and their images, both in sorted order.
+
+    Returns the names of the classes, the file name of every image, and the label of every image
+    (int64). Raises MissingDataError, DataError.
+    """
+    names = list_class_names(root, include)
     files: list[str] = []
     counts: list[int] = []
     ignored = 0

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.crop import PictureFolder
-from data.sources import DataError, list_class_folders
+from data.sources import DataError, list_class_names
 from eval.command import (
     add_model_options,
     check_outputs,
@@ -171,7 +171,7 @@ def open_pictures(
     folder = Path(folder)
     val = folder / "val" if (folder / "val").is_dir() else folder
     train = folder / "train"
-    names = list_class_folders(train)[0] if train.is_dir() else None
+    names = list_class_names(train) if train.is_dir() else None
     if names is not None and val == folder:
         raise DataError(f"{folder} has train/ but no val/: put the pictures to score there")
     return PictureFolder(val, input_size, names, short_side)

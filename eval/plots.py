@@ -170,19 +170,25 @@ def _draw_roc(axes: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> N
     axes.legend(loc="lower right")
 
 
+def _score(metrics: dict[str, Any]) -> Any:
+    """What an evaluation is plotted by: flip accuracy of faces, top-1 of a classifier."""
+    return metrics.get("accuracy_flip", metrics.get("top1"))
+
+
 def _draw_accuracies(axes: Any, evaluations: list[dict[str, Any]]) -> None:
     targets = sorted({target for line in evaluations for target in line["eval"]})
     for target in targets:
         at = [line for line in evaluations if target in line["eval"]]
         axes.plot(
             [line["step"] for line in at],
-            [_number(line["eval"][target].get("accuracy_flip")) for line in at],
+            [_number(_score(line["eval"][target])) for line in at],
             marker="o",
             markersize=3.5,
             linewidth=1.2,
             label=target,
         )
-    axes.set_ylabel("accuracy, flip")
+    is_top1 = any("top1" in one for line in evaluations for one in line["eval"].values())
+    axes.set_ylabel("top-1" if is_top1 else "accuracy, flip")
     axes.legend(loc="lower right", fontsize="small", ncols=min(len(targets), 4))
 
 

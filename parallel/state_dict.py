@@ -77,6 +77,10 @@ def whole_on_first_rank(part: Tensor, split: Split) -> Tensor | None:
     """
     if split.num_parts == 1:
         return part.detach().cpu()
+    assert split.group is not None
+    device = part.device
+    if device.type == "cpu" and "nccl" in dist.get_backend(split.group):
+        device = torch.device("cuda", torch.cuda.current_device())  # nccl moves nothing else
     front = part.detach().movedim(split.dim, 0)
     sizes = [len(one) for one in split.parts]
     whole = torch.empty(0)
@@ -87,7 +91,8 @@ def whole_on_first_rank(part: Tensor, split: Split) -> Tensor | None:
     step = max(PIECE_BYTES // max(front.shape[1:].numel() * part.itemsize, 1), 1)
     for start in range(0, max(sizes), step):
         piece = front[start : start + step]
-        padded = front.new_zeros(min(step, max(sizes) - start), *front.shape[1:])
+        rows = min(step, max(sizes) - start)
+        padded = torch.zeros((rows, *front.shape[1:]), dtype=part.dtype, device=device)
         padded[: len(piece)] = piece  # gather wants equal shapes
         if split.rank != 0:
             dist.gather(padded, None, group=split.group, group_dst=0)

@@ -220,14 +220,15 @@ def steps_of_head(
         head.step(0.1, torch.tensor(bad), torch.tensor(8.0))
         assert own.grad is not None
         seen.append((loss.item(), own.grad / 8))
+    assert head.alikeness is None  # cosines say nothing of features behind a ReLU
     return first, seen, whole_classifier(head)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(
     ("dim", "smoothing", "rule"),
     [*((dim, 0.0, "sgd") for dim in (*DIMS, "PartialFC")), *((dim, 0.1, "adamw") for dim in DIMS)],
 )
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_split_equals_a_dense_layer_in_loss_gradients_and_steps(
     ranks: Ranks, world_size, dim, smoothing, rule
 ):
@@ -346,9 +347,9 @@ def places_of_head(rank: int, world_size: int, dim: Any, num_classes: int) -> An
     return head.target_places(embeddings, labels), logit_places(embeddings @ whole.T + bias, labels)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("dim", [*DIMS, "PartialFC"])
 @pytest.mark.parametrize("num_classes", [2, 7])  # 2 on 3 ranks: one has none
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_places_of_split_heads_are_those_of_dense_logits(
     ranks: Ranks, world_size, dim, num_classes
 ):
@@ -557,10 +558,10 @@ def test_a_rank_that_fails_keeps_nobody_waiting(ranks: Ranks, folder):
 
 TINY: dict[str, Any] = {
     "task": "classification", "network": "resnet_nano", "embedding_size": 128, "input_size": 32,
-    "loss": "softmax", "num_epoch": 2, "lr": 0.02, "frequent": 1, "verbose": 0, "num_workers": 1,
+    "loss": "softmax", "num_epoch": 1, "lr": 0.02, "frequent": 1, "verbose": 0, "num_workers": 1,
     "device": "cpu", "weight_decay": 1e-4, "checkpoint_every": 4, "keep_checkpoints": 100,
 }  # fmt: skip
-EXACT = {"precision": "fp64", "freeze_batch_norm": True}
+EXACT = {"precision": "fp64", "freeze_batch_norm": True, "lr": 0.1}
 UNSAVED = {"keep_checkpoints": 0}
 
 
@@ -597,8 +598,8 @@ def alone(ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = str(tmp_path_factory.mktemp("alone") / "run")
     changes = {"rec": str(folder), **EXACT, **UNSAVED, "parallel_dim": None}
     (run,) = ranks.run(1, whole_run, out, changes)
-    assert len(run["losses"]) == 14
-    assert run["losses"][14] < run["losses"][1] - 0.1  # it learns
+    assert len(run["losses"]) == 7
+    assert run["losses"][7] < run["losses"][1] - 0.05  # it learns
     return run
 
 
@@ -625,8 +626,7 @@ def test_smoothed_labels_give_the_same_run_on_every_split(ranks: Ranks, folder, 
     runs = [
         ranks.run(
             2, whole_run, str(tmp_path / str(dim)),
-            {"rec": str(folder), **EXACT, **UNSAVED, "parallel_dim": dim, "label_smoothing": 0.1,
-             "num_epoch": 1},
+            {"rec": str(folder), **EXACT, **UNSAVED, "parallel_dim": dim, "label_smoothing": 0.1},
         )[0]
         for dim in DIMS
     ]  # fmt: skip
@@ -637,16 +637,16 @@ def test_smoothed_labels_give_the_same_run_on_every_split(ranks: Ranks, folder, 
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [(1, {"parallel_dim": None}), (2, {"parallel_dim": None, "optimizer": "adamw", "lr": 1e-3}),
-     (2, {"parallel_dim": 0, "zero": True}), (3, {"parallel_dim": 1}),
-     (3, {"parallel_dim": 1, "label_smoothing": 0.1, "precision": "bf16"}),
-     (2, {"parallel_dim": None, "precision": "fp16", "lr": 0.005}),
-     (2, {"parallel_dim": 1, "optimizer": "adamw", "lr": 1e-3, "zero": True})],
+    [(1, {"parallel_dim": None, "precision": "fp16", "lr": 0.005}),
+     (2, {"parallel_dim": 0, "zero": True}),
+     (2, {"parallel_dim": 1, "optimizer": "adamw", "lr": 1e-3, "zero": True}),
+     (3, {"parallel_dim": None, "optimizer": "adamw", "lr": 1e-3}),
+     (3, {"parallel_dim": 1, "label_smoothing": 0.1, "precision": "bf16"})],
 )  # fmt: skip
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     ranks: Ranks, folder, tmp_path, world_size, changes
 ):
-    changes = {"rec": str(folder), "num_epoch": 1, "augment": ["photometric"], **changes}
+    changes = {"rec": str(folder), "augment": ["photometric"], **changes}
     left_alone = ranks.run(world_size, whole_run, str(tmp_path / "run"), changes)
     resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 4)
     again = ranks.run(world_size, whole_run, str(resumed), {**changes, "resume": "auto"})
@@ -658,7 +658,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, {"parallel_dim": 0}), (3, {"parallel_dim": 0})),
         ((3, {"parallel_dim": 1}), (2, {"parallel_dim": None})),
         ((2, {"parallel_dim": None, "zero": True}), (3, {"parallel_dim": 0, "zero": True})),
         ((3, {"parallel_dim": 0, "zero": True}), (1, {"parallel_dim": 1})),
@@ -670,9 +669,9 @@ def test_a_run_goes_on_with_other_ranks_another_split_and_with_or_without_zero(
     ranks: Ranks, folder, tmp_path, alone, before, after
 ):
     options = {"rec": str(folder), **EXACT}
-    ranks.run(before[0], whole_run, str(tmp_path / "run"), {**options, **before[1]})
-    resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 4)
-    again = ranks.run(after[0], whole_run, str(resumed), {**options, **after[1], "resume": "auto"})
+    ranks.run(before[0], whole_run, str(tmp_path), {**options, **before[1], "max_steps": 4})
+    resumed = {**options, **after[1], "resume": "auto", "keep_checkpoints": 1}
+    again = ranks.run(after[0], whole_run, str(tmp_path), resumed)
     for step, loss in alone["losses"].items():
         assert again[0]["losses"][step] == pytest.approx(loss, rel=0, abs=1e-9)
     for key, value in alone["model"].items():
@@ -680,7 +679,7 @@ def test_a_run_goes_on_with_other_ranks_another_split_and_with_or_without_zero(
 
 
 def test_zero_changes_nothing_but_where_the_state_lies(ranks: Ranks, folder, tmp_path):
-    options = {"rec": str(folder), "num_epoch": 1, **UNSAVED}
+    options = {"rec": str(folder), **UNSAVED}
     plain = ranks.run(3, whole_run, str(tmp_path / "plain"), options)
     spread = ranks.run(3, whole_run, str(tmp_path / "spread"), {**options, "zero": True})
     assert_same(spread[0], plain[0])
@@ -720,6 +719,12 @@ def test_the_command_gives_what_the_run_reported_and_any_loader_reads_its_model(
     # and as the state dict alone, as others would have saved it
     bare = tmp_path / "bare.pth"
     torch.save(dict(net.state_dict()), bare)
+    settings = {**TINY, "rec": str(folder), "output": str(tmp_path / "next"), "batch_size": 12}
+    fine_tuned = build(
+        Config(**settings, init_backbone=str(bare)), World(0, 0, 1, torch.device("cpu"))
+    )
+    body = fine_tuned.backbone.state_dict()
+    assert all(torch.equal(body[name], net.state_dict()[name]) for name in body)
     more = ["--model", str(bare), "--network", "resnet_nano", "--data", str(folder)]
     code = classification.main([*more, "--device", "cpu"])
     printed = capsys.readouterr()
@@ -839,9 +844,9 @@ def clipped(rank: int, world_size: int, dims: tuple[Any, Any], max_norm: float) 
     return float(before), float(grad_norm(model)), float(model.scale.grad.norm())
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dims", [(1, 0), (0, 1), (None, 1)])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_norm_of_split_gradients_is_that_of_the_whole_and_clipping_is_torchs(
     ranks: Ranks, world_size, dims, max_norm
 ):
@@ -867,8 +872,8 @@ def put_together(rank: int, world_size: int, dim: int, shape: list[int]) -> Tens
         return whole_on_first_rank(split.take(whole), split)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(("dim", "shape"), [(0, [11, 3]), (1, [3, 11]), (0, [2, 3]), (0, [23])])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_parts_are_put_together_piece_by_piece(ranks: Ranks, world_size, dim, shape):
     first, *others = ranks.run(world_size, put_together, dim, shape)
     assert torch.equal(first, torch.arange(float(np.prod(shape))).view(shape))

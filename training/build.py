@@ -27,7 +27,7 @@ from backbones.weights import ModelMetadata, load_matching
 from configs.base import Config
 from data.crop import PictureFolder, RandomResizedCrop
 from data.dali import dali_is_installed
-from data.sources import MissingDataError, list_class_folders
+from data.sources import MissingDataError, list_class_names
 from dataset import DataLoader, get_dataloader
 from eval.classification import classify
 from eval.embedder import Embedder
@@ -409,7 +409,7 @@ def _load_pictures(cfg: Config) -> list[PictureFolder]:
             f"{val} is not a folder: classification is scored on class folders there; make it, or "
             "point val_dir at them"
         )
-    return [PictureFolder(val, cfg.input_size, list_class_folders(train)[0])]
+    return [PictureFolder(val, cfg.input_size, list_class_names(train))]
 
 
 def _load_verification_sets(cfg: Config) -> list[VerificationSet]:
