@@ -78,7 +78,7 @@ def test_the_kept_file_is_small_and_has_its_pictures(kept: Any) -> None:
 def test_the_kept_file_names_no_place_of_the_machine_it_was_run_on(kept: Any) -> None:
     assert not re.search(r"/(tmp|home|root|work|Users)\b", printed(kept))
     assert set(kept.metadata) <= {"kernelspec", "language_info"}
-    assert all(set(cell.metadata) <= {"tags"} for cell in kept.cells)
+    assert all(set(cell.metadata) <= {"tags", "execution"} for cell in kept.cells)
 
 
 def test_every_link_of_the_notebook_leads_somewhere(kept: Any) -> None:
