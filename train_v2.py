@@ -47,6 +47,7 @@ from training.preflight import (
     library_versions,
     preflight,
 )
+from training.profile import StepProfile, phase
 from training.report import Reporter, start_wandb
 from training.signals import StopSignals
 from training.state import Progress, RunState
@@ -83,6 +84,7 @@ def train(
     policy = DivergencePolicy(
         cfg.max_bad_steps, cfg.on_divergence, cfg.max_rollbacks, progress.rollbacks  # type: ignore[arg-type]
     )
+    profile = StepProfile(folder, cfg.profile if world.is_main else 0, world.device)
     parts.step.model.train()
 
     def verification_is_due() -> bool:
@@ -107,6 +109,7 @@ def train(
             learning_rate = parts.schedule(progress.step)
             outcome = parts.step(batches, learning_rate)
             watch.see(outcome, parts.head.alikeness)
+            profile.after_step()
             progress.step += 1
             progress.position += 1
             step, is_last = progress.step, progress.step == last_step
@@ -145,6 +148,7 @@ def train(
             meter.restart(progress.step)
 
     keeper.finish()
+    profile.close()
     if cfg.save_artifacts and world.is_main:
         reporter.upload(folder / "model.pt")
     reporter.close()
@@ -157,7 +161,8 @@ def micro_batches(loader: DataLoader, count: int, meter: SpeedMeter) -> Iterator
     batches = iter(loader)
     while True:
         start = time.perf_counter()
-        group = list(islice(batches, count))
+        with phase("data"):
+            group = list(islice(batches, count))
         meter.waited(time.perf_counter() - start)
         if len(group) < count:
             return

@@ -327,6 +327,10 @@ class Config:
     verbose: int = 2000
     """Optimizer steps between two verifications; 0: none while training (the last one stays)."""
 
+    profile: int = 0
+    """Steps to profile, after the first five: a trace and a page of where their time goes, in
+    profile/ of the output; 0: none."""
+
     notes: str = ""
     """Free text, kept in config.json."""
 
@@ -394,7 +398,7 @@ class Config:
         for key, low in (
             ("batch_size", 1), ("gradient_acc", 1), ("num_epoch", 1), ("frequent", 1),
             ("embedding_size", 1), ("input_size", 16), ("num_workers", 0), ("verbose", 0),
-            ("samples_per_class", 0), ("shuffle_block", 0),
+            ("profile", 0), ("samples_per_class", 0), ("shuffle_block", 0),
             ("checkpoint_every", 0), ("keep_checkpoints", 0), ("max_failed_saves", 1),
             ("checkpoint_minutes", 0), ("max_rollbacks", 0), ("collective_timeout_s", 1),
             ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0), ("head_buffer_mib", 1),

@@ -66,7 +66,7 @@ logger = logging.getLogger("train")
 VERSION = "ArcShard 0.1.0"
 RUN_FILES = (
     "model.pt", "model_best.pt", "model.onnx", "model.onnx.data", "config.json", "metrics.jsonl",
-    "metrics_discarded.jsonl", "tensorboard", "checkpoints",
+    "metrics_discarded.jsonl", "tensorboard", "checkpoints", "profile",
 )  # fmt: skip
 
 

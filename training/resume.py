@@ -30,7 +30,7 @@ FREE = frozenset({
     "max_bad_steps", "device", "val_targets", "val_dir", "val_batch_size", "output", "resume",
     "save_all_states", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "max_failed_saves", "on_divergence", "max_rollbacks", "collective_timeout_s", "frequent",
-    "verbose", "notes", "using_wandb", "wandb_key", "wandb_entity", "wandb_project",
+    "profile", "verbose", "notes", "using_wandb", "wandb_key", "wandb_entity", "wandb_project",
     "wandb_resume", "wandb_log_all", "suffix_run_name", "save_artifacts", "init_backbone",
     "rec", "num_image", "num_classes", "fp16", "zero", "parallel_dim",
 })  # fmt: skip

@@ -17,6 +17,7 @@ from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
 from training.optimizer import own_optimizer
+from training.profile import phase
 
 
 class StepOutcome(NamedTuple):
@@ -79,18 +80,20 @@ class TrainStep:
         else:
             loss = self._one_by_one(micro_batches, scale, learning_rate)
 
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        grad_norm = self._clip()
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        # Fused optimizers leave parameters and state alone where found_inf is 1.
-        mover = own_optimizer(self.optimizer)
-        mover.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
-        self.optimizer.step()
-        del mover.found_inf  # type: ignore[attr-defined]
-        self.head.step(learning_rate, bad, scale if self.scaler else None)
+        with phase("optimizer"):
+            if self.scaler:
+                self.scaler.unscale_(self.optimizer)
+            grad_norm = self._clip()
+            bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            # Fused optimizers leave parameters and state alone where found_inf is 1.
+            mover = own_optimizer(self.optimizer)
+            mover.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+            self.optimizer.step()
+            del mover.found_inf  # type: ignore[attr-defined]
+        with phase("head"):
+            self.head.step(learning_rate, bad, scale if self.scaler else None)
         self.batch_norm.restore_if(bad)
         if self.scaler:
             self.scaler.update()  # by what unscale_ found
@@ -113,12 +116,15 @@ class TrainStep:
         loss = torch.zeros((), dtype=self.dtype, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             with nullcontext() if number == count else self._without_all_reduce():
-                embeddings = self._summed_over_ranks(self.model(batch.images))  # [b, D]
-                part = self.head(
-                    embeddings, batch.labels, learning_rate if moves_in_backward else None
-                )
-                part = part / count
-                (part * scale).backward()
+                with phase("forward"):
+                    embeddings = self._summed_over_ranks(self.model(batch.images))  # [b, D]
+                with phase("head"):
+                    part = self.head(
+                        embeddings, batch.labels, learning_rate if moves_in_backward else None
+                    )
+                    part = part / count
+                with phase("backward"):
+                    (part * scale).backward()
                 loss += part.detach()
         return loss
 
@@ -132,14 +138,15 @@ class TrainStep:
         model = self.model
         bare = model.module if isinstance(model, DistributedDataParallel) else model
         states, parts = [], []
-        with torch.no_grad():
+        with phase("forward"), torch.no_grad():
             for batch in micro_batches:
                 states.append(_random_state(self.device))
                 parts.append(bare(batch.images))
         self.batch_norm.hold()
         embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
-        loss = self.head(embeddings, torch.cat([batch.labels for batch in micro_batches]))
-        (loss * scale).backward()
+        with phase("head"):
+            loss = self.head(embeddings, torch.cat([batch.labels for batch in micro_batches]))
+            (loss * scale).backward()
         assert embeddings.grad is not None
         gradients = embeddings.grad.split([len(part) for part in parts])
         for number, (batch, state, gradient) in enumerate(
@@ -147,7 +154,10 @@ class TrainStep:
         ):
             _set_random_state(self.device, state)
             with nullcontext() if number == len(parts) else self._without_all_reduce():
-                self._summed_over_ranks(model(batch.images)).backward(gradient)
+                with phase("forward"):
+                    again = self._summed_over_ranks(model(batch.images))
+                with phase("backward"):
+                    again.backward(gradient)
         self.batch_norm.let_go()
         return loss.detach()
 
