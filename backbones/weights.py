@@ -7,6 +7,7 @@ wants rides along as an attribute of that dict, which foreign tools do not see.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from backbones import Backbone, backbone_class, get_model, model_names
 
+logger = logging.getLogger(__name__)
+
 MODEL_FILE = "model.pt"  # its name inside a run folder
 _ATTRIBUTE = "_arcshard"  # of the saved dict; torch.load(weights_only=True) keeps it
 _FORMAT = 1
@@ -29,6 +32,7 @@ _NESTED = ("state_dict", "state_dict_backbone")
 # DDP's, and those of models that hold backbone and head. "features." alone is no such prefix:
 # IResNet has a layer of that name.
 _PREFIXES = ("module.", "backbone.", "features.module.")
+_CLASSIFIERS = ("arcface_linear.",)  # of TorchShard's checkpoints: the classes' layer behind it
 _SHOWN = 4  # keys named in an error
 _SAVE_WEIGHTS = "the weights alone saved, as torch.save(net.state_dict(), path)"
 
@@ -153,7 +157,7 @@ def read_state_dict(
     Only tensors and plain values are ever unpickled: a file that asks for more is refused, because
     unpickling it could run code. Checkpoints that keep the weights under `state_dict` or
     `state_dict_backbone` are opened; `module.`, `backbone.`, `features.module.`, `_orig_mod.` are
-    taken off the keys.
+    taken off the keys; a classifier that TorchShard kept beside the network is left out.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder has no model.pt.
@@ -166,7 +170,11 @@ def read_state_dict(
             if isinstance(content.get(name), Mapping):
                 content = content[name]
                 break
-    return _plain_state_dict(content, str(file)), _metadata_of(content, file)
+    state = _plain_state_dict(content, str(file))
+    for key in [key for key in state if key.startswith(_CLASSIFIERS)]:
+        logger.info("%s: %s belongs to the classes, not to the network: left out", file, key)
+        del state[key]
+    return state, _metadata_of(content, file)
 
 
 def read_plain_file(file: Path, mmap: bool = False) -> Any:

@@ -137,6 +137,18 @@ def test_a_foreign_file_loads_once_its_network_is_named(tmp_path: Path, prefix: 
     assert metadata == ModelMetadata("mbf", num_features=24)  # the size is read off the weights
 
 
+def test_the_classes_in_a_checkpoint_of_torchshard_are_left_out(tmp_path: Path) -> None:
+    state = get_model("r18").state_dict()
+    content = {f"module.{key}": value for key, value in state.items()}
+    content["module.arcface_linear.weight"] = torch.randn(512, 11)
+    torch.save(
+        {"epoch": 3, "arch": "iresnet18", "state_dict": content, "optimizer": {"state": {}}},
+        tmp_path / "checkpoint.pth.tar",
+    )
+    loaded, _ = load_model(tmp_path / "checkpoint.pth.tar", network="r18")
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("prefix", ["module.", "features.module."])
 def test_a_checkpoint_of_a_trainer_keeps_the_layer_that_is_called_features(
     net: nn.Module, tmp_path: Path, prefix: str
