@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 import weakref
 from typing import Any
@@ -322,7 +323,7 @@ BF16 = torch.bfloat16
         (SGDRows(), 1.0, {"centres_per_class": 3}),
         (SGDRows(), 0.2, {"centres_per_class": 3, "half": BF16}),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" object at 0x\w+", "", str(value)),
 )
 @pytest.mark.parametrize("mib", [4, 24])
 @pytest.mark.parametrize("learning_rate", [None, 0.1])
