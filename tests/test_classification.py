@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import unittest.mock
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from training.optimizer import own_optimizer
 from utils.config import load_config
 from utils.distributed import World
 
+LONG = partial(pytest.param, marks=pytest.mark.slow)  # run by `make test-all` only
 DIMS = (None, 0, 1)
 CLASSES = ("ant", "bee", "cat", "dog", "emu", "fox", "gnu")
 
@@ -228,7 +230,7 @@ def steps_of_head(
     ("dim", "smoothing", "rule"),
     [*((dim, 0.0, "sgd") for dim in (*DIMS, "PartialFC")), *((dim, 0.1, "adamw") for dim in DIMS)],
 )
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, LONG(2), 3])
 def test_every_split_equals_a_dense_layer_in_loss_gradients_and_steps(
     ranks: Ranks, world_size, dim, smoothing, rule
 ):
@@ -349,7 +351,7 @@ def places_of_head(rank: int, world_size: int, dim: Any, num_classes: int) -> An
 
 @pytest.mark.parametrize("dim", [*DIMS, "PartialFC"])
 @pytest.mark.parametrize("num_classes", [2, 7])  # 2 on 3 ranks: one has none
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, LONG(2), 3])
 def test_places_of_split_heads_are_those_of_dense_logits(
     ranks: Ranks, world_size, dim, num_classes
 ):
@@ -605,8 +607,8 @@ def alone(ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [(1, {"parallel_dim": 0}), *((2 + (dim == 0), {"parallel_dim": dim}) for dim in DIMS),
-     (2, {"parallel_dim": -1, "head_update": "autograd"}),
+    [LONG(1, {"parallel_dim": 0}), *((2 + (dim == 0), {"parallel_dim": dim}) for dim in DIMS),
+     LONG(2, {"parallel_dim": -1, "head_update": "autograd"}),
      (2, {"parallel_dim": 0, "batch_size": 3, "gradient_acc": 2}),
      (3, {"parallel_dim": None, "batch_size": 2, "gradient_acc": 2, "zero": True})],
 )  # fmt: skip
@@ -637,10 +639,10 @@ def test_smoothed_labels_give_the_same_run_on_every_split(ranks: Ranks, folder, 
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [(1, {"parallel_dim": None, "precision": "fp16", "lr": 0.005}),
-     (2, {"parallel_dim": 0, "zero": True}),
+    [LONG(1, {"parallel_dim": None, "precision": "fp16", "lr": 0.005}),
+     LONG(2, {"parallel_dim": 0, "zero": True}),
      (2, {"parallel_dim": 1, "optimizer": "adamw", "lr": 1e-3, "zero": True}),
-     (3, {"parallel_dim": None, "optimizer": "adamw", "lr": 1e-3}),
+     LONG(3, {"parallel_dim": None, "optimizer": "adamw", "lr": 1e-3}),
      (3, {"parallel_dim": 1, "label_smoothing": 0.1, "precision": "bf16"})],
 )  # fmt: skip
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
@@ -660,8 +662,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     [
         ((3, {"parallel_dim": 1}), (2, {"parallel_dim": None})),
         ((2, {"parallel_dim": None, "zero": True}), (3, {"parallel_dim": 0, "zero": True})),
-        ((3, {"parallel_dim": 0, "zero": True}), (1, {"parallel_dim": 1})),
-        ((1, {"parallel_dim": 1}), (2, {"parallel_dim": 0, "zero": True})),
+        LONG((3, {"parallel_dim": 0, "zero": True}), (1, {"parallel_dim": 1})),
+        LONG((1, {"parallel_dim": 1}), (2, {"parallel_dim": 0, "zero": True})),
     ],
     ids=str,
 )
@@ -846,7 +848,7 @@ def clipped(rank: int, world_size: int, dims: tuple[Any, Any], max_norm: float) 
 
 @pytest.mark.parametrize("dims", [(1, 0), (0, 1), (None, 1)])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, LONG(2), 3, LONG(4)])
 def test_the_norm_of_split_gradients_is_that_of_the_whole_and_clipping_is_torchs(
     ranks: Ranks, world_size, dims, max_norm
 ):
@@ -873,7 +875,7 @@ def put_together(rank: int, world_size: int, dim: int, shape: list[int]) -> Tens
 
 
 @pytest.mark.parametrize(("dim", "shape"), [(0, [11, 3]), (1, [3, 11]), (0, [2, 3]), (0, [23])])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, LONG(2), 3, LONG(4)])
 def test_parts_are_put_together_piece_by_piece(ranks: Ranks, world_size, dim, shape):
     first, *others = ranks.run(world_size, put_together, dim, shape)
     assert torch.equal(first, torch.arange(float(np.prod(shape))).view(shape))

@@ -35,7 +35,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow)
+                      for number in (signal.SIGINT, signal.SIGUSR1))])  # fmt: skip
 def test_workers_go_on_when_the_whole_process_group_is_signalled(tmp_path, number):
     script = tmp_path / "run.py"
     script.write_text(RUN)
