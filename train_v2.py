@@ -82,7 +82,7 @@ def train(
     meter = SpeedMeter(parts.global_batch, last_step)
     meter.restart(progress.step)
     policy = DivergencePolicy(
-        cfg.max_bad_steps, cfg.on_divergence, cfg.max_rollbacks, progress.rollbacks  # type: ignore[arg-type]
+        cfg.max_bad_steps, cfg.on_divergence == "rollback", cfg.max_rollbacks, progress.rollbacks
     )
     profile = StepProfile(folder, cfg.profile if world.is_main else 0, world.device)
     parts.step.model.train()

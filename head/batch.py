@@ -148,4 +148,5 @@ def alikeness(unit: Tensor, is_real: Tensor) -> Tensor:
     real = is_real.to(unit.dtype)
     count = real.sum()
     squared = (real @ unit.detach()).square().sum()
-    return ((squared - count) / (count * (count - 1)).clamp_min(1)).clamp(0, 1)
+    mean = ((squared - count) / (count * (count - 1)).clamp_min(1)).clamp(0, 1)
+    return mean * (count > 1)  # a single row's length is 1 but for its rounding

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -334,12 +335,9 @@ def fails_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, str
     saver = Checkpointer(Path(folder), Ranks(world), keep=2, max_failed=2)
     state = {"x": Stored(torch.ones(2, 3), 2 * rank, 2 * world_size)}
     saver.save(1, state, {}, wait=True)
-    if rank == 1:
-        original = storage._HashingStream.write
-        storage._HashingStream.write = _no_space  # type: ignore[assignment,method-assign]
-    saver.save(2, state, {}, wait=True)
-    if rank == 1:
-        storage._HashingStream.write = original  # type: ignore[method-assign]
+    write = _no_space if rank == 1 else storage._HashingStream.write
+    with unittest.mock.patch.object(storage._HashingStream, "write", write):
+        saver.save(2, state, {}, wait=True)
     failed = saver.failed_in_a_row, saver.last_error
     saver.save(3, state, {}, wait=True)
     logging.disable(logging.NOTSET)

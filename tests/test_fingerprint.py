@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def loader(*roots: Path, **options: object) -> DataLoader:
+def loader(*roots: Path, **options: Any) -> DataLoader:
     rec = [str(root) for root in roots] if len(roots) > 1 else str(roots[0])
-    return get_dataloader(rec, 2, input_size=32, num_workers=0, **options)  # type: ignore[arg-type]
+    return get_dataloader(rec, 2, input_size=32, num_workers=0, **options)
 
 
 def test_folders_differ_by_their_names_not_by_where_they_lie(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def config(output: Path, **changes: Any) -> Config:
     return Config(**{**TINY, "batch_size": 6, "output": str(output), **changes})
 
 
+def edited(old: Path, new: Path, change: Callable[[int, dict[str, Any]], None]) -> Path:
+    """A copy of a published run, each rank's file changed in place."""
+    new.mkdir()
+    for rank, path in enumerate(sorted(old.iterdir())):
+        content = torch.load(path, weights_only=True)
+        change(rank, content)
+        torch.save(content, new / path.name)
+    return new
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_that_was_taken_over_ends_as_the_one_that_began_here(
     ranks: Ranks, tmp_path: Path, published: dict[str, Any], optimizer: str
@@ -112,15 +123,13 @@ def test_batch_norm_goes_on_from_the_mean_of_the_ranks(
     tmp_path: Path, published: dict[str, Any]
 ) -> None:
     folder, changes, _ = published["sgd"]
-    old = tmp_path / "old"
-    old.mkdir()
-    for rank in range(2):
-        name = f"checkpoint_gpu_{rank}.pt"
-        content = torch.load(folder / "published" / name, weights_only=True)
+
+    def other_statistics(rank: int, content: dict[str, Any]) -> None:
         for key, value in content["state_dict_backbone"].items():
             if key.endswith("running_var"):
                 value.fill_(1.0 + 2 * rank)
-        torch.save(content, old / name)
+
+    old = edited(folder / "published", tmp_path / "old", other_statistics)
     cfg = config(tmp_path / "run", **{**changes, "freeze_batch_norm": False})
     path = import_checkpoint(old, cfg)
     state = whole_state(path)
@@ -153,15 +162,13 @@ def test_momentum_of_a_sampled_head_is_left_out_and_said_so(
     tmp_path: Path, published: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, changes, _ = published["sgd"]
-    old = tmp_path / "old"
-    old.mkdir()
-    for rank in range(2):
-        name = f"checkpoint_gpu_{rank}.pt"
-        content = torch.load(folder / "published" / name, weights_only=True)
+
+    def sampled(rank: int, content: dict[str, Any]) -> None:
         state = content["state_optimizer"]["state"]
         last = max(state)
         state[last]["momentum_buffer"] = state[last]["momentum_buffer"][:3].clone()
-        torch.save(content, old / name)
+
+    old = edited(folder / "published", tmp_path / "old", sampled)
     path = import_checkpoint(old, config(tmp_path / "run", **changes))
     assert "it starts at zero" in caplog.text
     assert not whole_state(path)["head/weight/momentum_buffer"].any()

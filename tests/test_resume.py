@@ -32,6 +32,7 @@ from training import checkpoint as checkpoints
 from training.checkpoint import FOLDER, Checkpointer, Found, Manifest, named, pointed_to
 from training.journal import Journal
 from training.keeper import Keeper, Stopped
+from training.state import Progress
 from training.validation import Validation
 from training.watch import DivergencePolicy, WatchReport
 from utils.distributed import World
@@ -386,7 +387,7 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
 ) -> None:
     journal = Journal(tmp_path, 0)
     journal._file.close()
-    journal._file = disk = FullDisk()  # type: ignore[assignment]
+    journal._file = disk = FullDisk()
     disk.room = room
     assert not journal.write({"step": 1, "text": "longer than the room that is left"})
     assert not journal.write({"step": 2})
@@ -431,16 +432,17 @@ def run_that_is_stopped_while_verifying(
     cfg = Config(**{**TINY, "batch_size": 12 // world_size, "output": folder, **changes})
     Path(folder).mkdir(exist_ok=True)
     asked: list[int] = []
+    progress: list[Progress] = []
 
     def is_asked(keeper: Keeper) -> bool:
-        asked.append(keeper.progress_of_test.step)  # type: ignore[attr-defined]
+        asked.append(progress[0].step)
         return rank == world_size - 1 and asked.count(6) > 1
 
     real_init = Validation.__init__
 
     def remember(self: Validation, *arguments: Any) -> None:
         real_init(self, *arguments)
-        arguments[-1].__self__.progress_of_test = self.progress
+        progress.append(self.progress)
 
     with (
         unittest.mock.patch.object(Keeper, "is_asked_to_stop", is_asked),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 logger = logging.getLogger("train")
 
@@ -22,7 +22,7 @@ class Journal:
         self.path = folder / "metrics.jsonl"
         if step:
             discard_after(folder, step)
-        self._file = self.path.open("ab" if step else "wb", buffering=0)
+        self._file: BinaryIO = self.path.open("ab" if step else "wb", buffering=0)
         self._waiting: list[bytes] = []
 
     def write(self, record: dict[str, Any]) -> bool:

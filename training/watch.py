@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ COLLAPSE_ALIKENESS = 0.99
 COLLAPSE_STEPS = 500
 READ_AT_LEAST_EVERY = 1000  # steps whose scalars may wait on the device
 
-OnDivergence = Literal["stop", "rollback"]
 
 
 class Diverged(RuntimeError):
@@ -242,14 +241,14 @@ class DivergencePolicy:
 
     Args:
         max_bad_steps: bad steps in a row that end the run's patience.
-        on_divergence: "stop" raises Diverged; "rollback" raises RollBack, at most `max_rollbacks`
-            times, and then Diverged.
+        rolls_back: False: raise Diverged; True: RollBack, at most `max_rollbacks` times, and then
+            Diverged.
         rollbacks: how many there were. Save it with the run, and do not take it back from the
             checkpoint that a roll-back loads, or it would never end.
     """
 
     max_bad_steps: int
-    on_divergence: OnDivergence = "stop"
+    rolls_back: bool = False
     max_rollbacks: int = 3
     rollbacks: int = 0
 
@@ -261,7 +260,7 @@ class DivergencePolicy:
 
         Raises:
             Diverged: too many bad steps in a row, or a collapse.
-            RollBack: the same, with on_divergence="rollback".
+            RollBack: the same, where `rolls_back`.
         """
         trouble = self._trouble(report, step, learning_rate)
         if trouble is not None:
@@ -298,7 +297,7 @@ class DivergencePolicy:
         return None
 
     def _end(self, message: str, bad_steps: range) -> None:
-        if self.on_divergence == "stop":
+        if not self.rolls_back:
             raise Diverged(message)
         if self.rollbacks >= self.max_rollbacks:
             raise Diverged(
