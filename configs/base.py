@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 
 TASKS = ("recognition", "classification")
 PARALLEL_DIMS = (None, 0, 1, -1)
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
+ALL_REDUCE_DTYPES = ("fp32", "bf16", "fp16")
+DISTILLATIONS = ("cosine", "logits")
 MARGIN_GRADIENTS = ("exact", "straight_through")
 FILTERING_MODES = ("remove", "legacy")
 OPTIMIZERS = ("sgd", "adamw")
@@ -107,6 +109,14 @@ class Config:
     dropout: float = 0.0
     """Probability of dropout before the embedding layer (IResNet), in [0, 1)."""
 
+    drop_path_rate: float | None = None
+    """ViT: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
+    None: as published under the network's name."""
+
+    mask_ratio: float | None = None
+    """ViT: share of patches that a training image goes without, in [0, 1). None: as published
+    under the network's name."""
+
     gradient_checkpointing: bool = False
     """Recompute the backbone's stages in the backward pass: less memory, about a third slower."""
 
@@ -114,8 +124,30 @@ class Config:
     """Weights to start the backbone from: a model.pt, a run folder or an arcface_torch file.
     What matched is reported; nothing matching is an error."""
 
+    init_head: str | None = None
+    """Class centres to start from: a run folder or one of its checkpoints. Identities that both
+    label maps name keep their centre and its optimizer state; new ones start at the mean embedding
+    of their images (docs/fine_tuning.md)."""
+
+    freeze_epoch: int = 0
+    """Epochs at the start in which the backbone stays as it is and only the class centres move."""
+
     freeze_batch_norm: bool = False
     """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""
+
+    teacher: str | None = None
+    """Knowledge distillation: the run, model.pt or checkpoint of a frozen teacher; its run folder
+    for distillation="logits" (docs/distillation.md)."""
+
+    distillation: str = "cosine"
+    """"cosine": 1 - cosine of the student's and the teacher's embedding; "logits": T^2 times the
+    divergence of the student's class probabilities from the teacher's, no margin in either."""
+
+    distillation_weight: float = 1.0
+    """Factor on the distillation loss, which is added to the head's; above 0."""
+
+    distillation_temperature: float = 4.0
+    """distillation="logits": both sides' logits are divided by this T."""
 
     # --- head -------------------------------------------------------------------------------
     loss: str = "combined"
@@ -244,6 +276,19 @@ class Config:
     weight_decay: float = 5e-4
     """Weight decay of backbone and head: coupled for sgd, decoupled for adamw."""
 
+    decay_norms_and_biases: bool = True
+    """Whether weight_decay also shrinks the backbone's norms, biases and other vectors (as the
+    published runs have it)."""
+
+    layer_decay: float = 1.0
+    """Learning rate of each stage or block of the backbone relative to the one after it, in (0, 1];
+    the embedding layer has lr. 1: the same everywhere."""
+
+    ema_decay: float = 0.0
+    """Exponential moving average of the backbone: share of the old average kept per step, in
+    [0, 1). It is what is verified and saved (model.pt, model_best.pt); training goes on beside it.
+    0: off."""
+
     zero: bool = False
     """Spread the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer). Checkpoints
     and results are the same; each step broadcasts the parameters."""
@@ -264,12 +309,26 @@ class Config:
 
     # --- numbers and machines ---------------------------------------------------------------
     precision: str | None = None
-    """"fp32", "bf16", "fp16" (with a loss scaler) or "fp64" (for proofs). None: fp32, or what
-    `fp16` asks for."""
+    """"fp32" (full, no TF32), "tf32", "bf16", "fp16" (with a loss scaler) or "fp64" (for proofs).
+    None: what `fp16` asks for, else bf16 on GPUs that have it and fp32 elsewhere."""
 
     fp16: bool = False
     """arcface_torch's switch: fp16 with a loss scaler on CUDA. On a CPU, where half precision
     is slower, fp32 with one warning. An explicit `precision` wins."""
+
+    channels_last: bool = True
+    """Images and convolutions in channels_last memory format; same numbers up to rounding."""
+
+    compile: bool = False
+    """torch.compile of the backbone's training step, for its fixed shapes. The first step takes
+    minutes longer; the log says how long. Needs a C++ compiler on CPUs."""
+
+    static_graph: bool = False
+    """Tell DistributedDataParallel that every step uses the same parameters in the same order."""
+
+    all_reduce_dtype: str = "fp32"
+    """Numbers in which ranks add up the backbone's gradients: "fp32", or "bf16" and "fp16" with
+    half the traffic. arcface_torch always used fp16."""
 
     device: str = "auto"
     """"auto" (CUDA if there is one), "cuda" or "cpu"."""
@@ -393,6 +452,8 @@ class Config:
         one_of("worker_type", WORKER_TYPES)
         one_of("device", ("auto", "cuda", "cpu"))
         one_of("on_divergence", ON_DIVERGENCE)
+        one_of("all_reduce_dtype", ALL_REDUCE_DTYPES)
+        one_of("distillation", DISTILLATIONS)
         if self.precision is not None:
             one_of("precision", PRECISIONS)
         for key, low in (
@@ -402,6 +463,7 @@ class Config:
             ("checkpoint_every", 0), ("keep_checkpoints", 0), ("max_failed_saves", 1),
             ("checkpoint_minutes", 0), ("max_rollbacks", 0), ("collective_timeout_s", 1),
             ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0), ("head_buffer_mib", 1),
+            ("freeze_epoch", 0),
         ):  # fmt: skip
             at_least(key, low)
 
@@ -480,6 +542,17 @@ class Config:
         require(0.0 <= self.sample_rate <= 1.0, f"sample_rate={self.sample_rate!r}: in [0, 1]")
         require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout!r}: in [0, 1)")
         require(0.0 <= self.momentum < 1.0, f"momentum={self.momentum!r}: in [0, 1)")
+        for key in ("drop_path_rate", "mask_ratio"):
+            value = getattr(self, key)
+            require(value is None or 0.0 <= value < 1.0, f"{key}={value!r}: in [0, 1), or None")
+        require(0.0 <= self.ema_decay < 1.0, f"ema_decay={self.ema_decay!r}: in [0, 1)")
+        require(0.0 < self.layer_decay <= 1.0, f"layer_decay={self.layer_decay!r}: in (0, 1]")
+        require(
+            self.freeze_epoch <= self.num_epoch,
+            f"freeze_epoch={self.freeze_epoch!r}: at most num_epoch={self.num_epoch}",
+        )
+        for key in ("distillation_weight", "distillation_temperature"):
+            require(getattr(self, key) > 0.0, f"{key}={getattr(self, key)!r}: above 0")
         require(self.weight_decay >= 0.0, f"weight_decay={self.weight_decay!r}: at least 0")
         require(self.lr >= 0.0, f"lr={self.lr!r}: at least 0")
         require(self.clip_grad_norm >= 0.0, f"clip_grad_norm={self.clip_grad_norm!r}: at least 0")

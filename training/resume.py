@@ -33,6 +33,7 @@ FREE = frozenset({
     "profile", "verbose", "notes", "using_wandb", "wandb_key", "wandb_entity", "wandb_project",
     "wandb_resume", "wandb_log_all", "suffix_run_name", "save_artifacts", "init_backbone",
     "rec", "num_image", "num_classes", "fp16", "zero", "parallel_dim",
+    "compile", "channels_last", "static_graph", "init_head",
 })  # fmt: skip
 """Leave the result as it is (what they stand for is compared by itself)."""
 FIXED = frozenset({
