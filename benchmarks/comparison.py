@@ -1,0 +1,197 @@
+"""Two configurations of train_v2.py side by side: what is compared, and how the result is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmarks.runs import DOOR, DOOR_PLAIN_ALLOCATOR, Reading, run_training
+
+Keys = dict[str, Any]
+
+HEADER = (
+    "network | classes | batch | r | precision plain, ours | samples/s plain | ours | ours / plain "
+    "| peak MiB plain | ours | ours / plain | above start | MFU plain | ours | with head | "
+    "data wait plain | ours"
+)
+OPTIONS_HEADER = (
+    "option | network | classes | batch | ranks | samples/s ours | with it | with it / ours | "
+    "peak MiB ours | with it | with it / ours | above start | first step, s"
+)
+
+
+class Side(NamedTuple):
+    """One of the two configurations of a row."""
+
+    name: str
+    keys: Keys
+    own_allocator: bool = True
+
+    def run(self, keys: Keys, ranks: int) -> Reading:
+        """Train once with `keys`, and what this side changes of them."""
+        door = DOOR if self.own_allocator else DOOR_PLAIN_ALLOCATOR
+        return run_training({**keys, **self.keys}, ranks=ranks, door=door)
+
+
+class Row(NamedTuple):
+    """What is compared: `batch_size` is per rank; targets are of ours / plain."""
+
+    baseline: Side
+    changed: Side
+    network: str
+    num_classes: int
+    batch_size: int
+    sample_rate: float = 1.0
+    ranks: int = 1
+    least_speed: float | None = None
+    most_memory: float | None = None
+
+    @property
+    def setting(self) -> str:
+        """For the table."""
+        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        return (f"{self.network}, C = {self.num_classes:,}, B = {self.batch_size}, "
+                f"r = {self.sample_rate:g}{ranks}")  # fmt: skip
+
+
+class Result(NamedTuple):
+    """Medians over the repeats of one side, and its utilisation: (without, with the head)."""
+
+    speed: float
+    peak_mib: float
+    above_mib: float
+    data_wait_share: float
+    first_step_seconds: float | None
+    utilisation: tuple[float, float]
+
+
+class Comparison(NamedTuple):
+    """Ratios are changed / baseline; speed_ratio: (median, least, most) of neighbouring runs."""
+
+    row: Row
+    baseline: Result
+    changed: Result
+    speed_ratio: tuple[float, float, float]
+
+    @property
+    def memory_ratio(self) -> float:
+        """Of the whole peaks."""
+        return self.changed.peak_mib / self.baseline.peak_mib
+
+    @property
+    def above_ratio(self) -> float | None:
+        """Of the peaks above start; None where the baseline has none."""
+        base = self.baseline.above_mib
+        return self.changed.above_mib / base if base > 0 else None
+
+    def missed(self) -> list[str]:
+        """Targets that were not met, a sentence each."""
+        row, speed, found = self.row, self.speed_ratio[0], []
+        if row.least_speed is not None and speed < row.least_speed:
+            found.append(f"{row.setting}: {speed:.2f} x samples/s, wanted {row.least_speed:g} x")
+        if row.most_memory is not None and self.memory_ratio > row.most_memory:
+            found.append(f"{row.setting}: {self.memory_ratio:.2f} x peak memory, wanted at most "
+                         f"{row.most_memory:g} x")  # fmt: skip
+        return found
+
+
+def ratio_of_pairs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """(median, least, most) of after / before."""
+    ratios = [after / before for before, after in pairs]
+    return median(ratios), min(ratios), max(ratios)
+
+
+def line(found: Comparison) -> str:
+    """A row of the first table."""
+    row, (before, after) = found.row, found[1:3]
+    precisions = ", ".join(side.keys["precision"] for side in (row.baseline, row.changed))
+    return table_row([
+        row.network, f"{row.num_classes:,}", row.batch_size, f"{row.sample_rate:g}", precisions,
+        *_speed_and_memory(found),
+        f"{before.utilisation[0]:.1%}", *(f"{share:.1%}" for share in after.utilisation),
+        f"{before.data_wait_share:.1%}", f"{after.data_wait_share:.1%}",
+    ])  # fmt: skip
+
+
+def option_line(found: Comparison) -> str:
+    """A row of the second table."""
+    row, seconds = found.row, found.changed.first_step_seconds
+    return table_row([
+        row.changed.name, row.network, f"{row.num_classes:,}", row.batch_size, row.ranks,
+        *_speed_and_memory(found), "-" if seconds is None else f"{seconds:.1f}",
+    ])  # fmt: skip
+
+
+def _speed_and_memory(found: Comparison) -> list[str]:
+    before, after, above = found.baseline, found.changed, found.above_ratio
+    middle, least, most = found.speed_ratio
+    return [
+        f"{before.speed:,.1f}", f"{after.speed:,.1f}", f"**{middle:.2f}** ({least:.2f}-{most:.2f})",
+        f"{before.peak_mib:,.0f}", f"{after.peak_mib:,.0f}", f"**{found.memory_ratio:.2f}**",
+        "-" if above is None else f"{above:.2f}",
+    ]  # fmt: skip
+
+
+def table_row(cells: Sequence[Any]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """One row of the benchmark's JSON."""
+    row = found.row
+    return {
+        "name": row.changed.name, "baseline": row.baseline.name,
+        "params": {
+            **{k: getattr(row, k) for k in Row._fields[2:7]},
+            "keys": row.changed.keys, "baseline_keys": row.baseline.keys,
+        },
+        "per_second": found.changed.speed, "baseline_per_second": found.baseline.speed,
+        "ratio_to_baseline": found.speed_ratio[0], "ratio_range": found.speed_ratio[1:],
+        "peak_mib": found.changed.peak_mib, "baseline_peak_mib": found.baseline.peak_mib,
+        "memory_ratio_to_baseline": found.memory_ratio, "above_start_ratio": found.above_ratio,
+        "mfu": found.changed.utilisation[0], "mfu_with_head": found.changed.utilisation[1],
+        "baseline_mfu": found.baseline.utilisation[0],
+        "data_wait_share": found.changed.data_wait_share,
+        "baseline_data_wait_share": found.baseline.data_wait_share,
+        "first_step_seconds": found.changed.first_step_seconds, "missed": found.missed(),
+    }  # fmt: skip
+
+
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Samples per second and peak memory of both sides of every row, the ratio above ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(max(6.0, 1.7 * len(found) + 2), 8))
+    for axis, key, ratio, unit, shrink in (
+        (axes[0], "per_second", "ratio_to_baseline", "samples/s", 1),
+        (axes[1], "peak_mib", "memory_ratio_to_baseline", "peak memory, GiB", 1024),
+    ):
+        for place, row in enumerate(found):
+            for shift, name, colour in ((-0.2, f"baseline_{key}", "C7"), (0.2, key, "C0")):
+                axis.bar(place + shift, row[name] / shrink, 0.38, color=colour)
+            axis.text(place + 0.2, row[key] / shrink, f"x {row[ratio]:.2f}", ha="center",
+                      va="bottom", fontsize=9)  # fmt: skip
+        axis.set_xticks(range(len(found)), [_label(row) for row in found], fontsize=8)
+        axis.set_ylabel(unit)
+        axis.margins(y=0.12)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    names = found[0]["baseline"], "with the option" if found[0]["baseline"] == "ours" else "ours"
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ("C7", "C0")]
+    figure.legend(handles, names, loc="upper right", ncol=2, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.savefig(path, dpi=110)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    params = row["params"]
+    name = "" if row["name"] == "ours" else row["name"].replace("=", "=\n") + "\n"
+    return f"{name}{params['network']}, B={params['batch_size']}\nC={params['num_classes']:,}" + (
+        f"\nr={params['sample_rate']:g}" if params["sample_rate"] != 1.0 else ""
+    )
