@@ -27,8 +27,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from benchmarks.bench_faults import Run, free_port
+from benchmarks.bench_faults import Run
 from benchmarks.bench_head import _peak_mib, _used_mib
+from benchmarks.runs import free_port
 from dataset import Batch
 from scripts.make_synthetic import make_synthetic
 from training.build import build

@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,12 +30,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.runs import start_ranks, wait_for
 from scripts.make_synthetic import make_synthetic
 from training import storage
 from training.checkpoint import FOLDER, LATEST, Found, Manifest, damage, named, step_of
 from training.storage import Stored
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 12
 STEPS = 30
 SETTINGS = (
@@ -46,7 +43,6 @@ SETTINGS = (
     "frequent=1", "checkpoint_every=3", "keep_checkpoints=3", "num_epoch=100", f"max_steps={STEPS}",
 )  # fmt: skip
 FP64 = ("precision=fp64", "freeze_batch_norm=True")
-SECONDS_TO_END = 30  # for ranks whose peer is gone, as torchrun gives them
 
 
 @dataclass
@@ -73,13 +69,6 @@ class Result:
         )
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 class Run:
     """The ranks of one training run, as processes."""
 
@@ -90,36 +79,15 @@ class Run:
         self.output = output
         if settings is None:
             settings = (*SETTINGS, f"batch_size={GLOBAL_BATCH // world_size}")
-        shared = {
-            **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(world_size),
-        }  # fmt: skip
-        command = [
-            sys.executable, "train_v2.py", *settings, f"rec={data}", f"output={output}", *words,
-        ]  # fmt: skip
+        words = ["train_v2.py", *settings, f"rec={data}", f"output={output}", *words]
         self.log = (output.parent / f"{output.name}.log").open("ab")
-        self.processes = [
-            subprocess.Popen(
-                command, cwd=REPOSITORY, stdout=self.log, stderr=self.log,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(world_size)
-        ]
+        self.processes = start_ranks(words, world_size, self.log, threads=1)
 
     def wait(self) -> list[int]:
         """Exit codes; ranks that outlive the others by too long are killed."""
-        deadline = None
-        while any(process.poll() is None for process in self.processes):
-            failed = any(process.poll() for process in self.processes)
-            if failed and deadline is None:
-                deadline = time.monotonic() + SECONDS_TO_END
-            if deadline is not None and time.monotonic() > deadline:
-                for process in self.processes:
-                    process.kill()
-            time.sleep(0.01)
+        codes = wait_for(self.processes)
         self.log.close()
-        return [process.returncode for process in self.processes]
+        return codes
 
     def step(self) -> int:
         """The last logged step."""

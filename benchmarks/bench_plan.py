@@ -17,19 +17,17 @@ import gc
 import json
 import multiprocessing as mp
 import platform
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.bench_head import _peak_mib, _used_mib
+from benchmarks.runs import run_training
 from configs.base import Config
 from scripts.plan import Setting, choose_machine, make_plan
 from training.build import build
@@ -37,7 +35,6 @@ from training.roofline import Links
 from utils.distributed import World
 from utils.memory import keep_freed_memory
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 4
 # Allowed difference of the memory from the peak, and of the time from the run.
 MEMORY_WITHIN = {"cpu": 0.15, "cuda": 0.10}
@@ -64,10 +61,9 @@ class Case(NamedTuple):
     def _asdict_of_config(self) -> dict[str, Any]:
         return {k: v for k, v in self._asdict().items() if k != "more"}
 
-    def words(self) -> list[str]:
+    def keys(self) -> dict[str, Any]:
         """For the command line of train_v2.py."""
-        pairs = {**self._asdict_of_config(), **dict(self.more)}
-        return [f"{key}={value}" for key, value in pairs.items()]
+        return {**self._asdict_of_config(), **dict(self.more)}
 
 
 def memory_cases(quick: bool, device: str) -> list[Case]:
@@ -149,21 +145,11 @@ def run_time(case: Case, device: str, seconds: float) -> tuple[float, float]:
     with context.Pool(1) as pool:  # threads and memory of its own, as the run has
         planned = pool.apply(_planned_speed, (case, device, setting))
     steps = max(12, round(seconds * planned / case.batch_size))
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "bench.py"
-        config.write_text("config = dict(rec='synthetic', verbose=0, keep_checkpoints=0)\n")
-        frequent = max(2, steps // 6)
-        words = [
-            *case.words(), f"num_image={case.batch_size * steps}", "num_epoch=1",
-            f"output={folder}/run", f"frequent={frequent}", f"device={device}",
-        ]  # fmt: skip
-        subprocess.run(
-            [sys.executable, "train_v2.py", str(config), *words], cwd=REPOSITORY, check=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    speeds = [json.loads(line)["samples_per_second"] for line in lines]
-    return median(speeds[1:]), planned  # the first line has the start in it
+    run = run_training({
+        **case.keys(), "num_image": case.batch_size * steps, "num_epoch": 1,
+        "frequent": max(2, steps // 6), "device": device,
+    })  # fmt: skip
+    return run.samples_per_second, planned
 
 
 def _planned_speed(case: Case, device: str, setting: Setting) -> float:

@@ -1,0 +1,504 @@
+"""The whole training step against the plain configuration that users run today.
+
+    python -m benchmarks.bench_train [--must | --quick] [--records] [--repeats 3] [--json FILE]
+        [--markdown FILE] [--plot FILE] [--device cuda] [--network r50 r100] [--ours key=value ...]
+    python -m benchmarks.bench_train --options      # what each option gives
+
+Every figure comes from a run of train_v2.py as a process, by its metrics.jsonl, without the first
+log interval; input is generated, or read from JPEG records made here (--records). The two sides of
+a row take turns; a ratio is the median of those of neighbouring runs, with the least and the most.
+
+Plain: NCHW, every logit and the whole gradient of the class centres in memory (autograd), no
+torch.compile, the C library's allocator as it is; on a GPU fp16 with a loss scaler and fp16
+all-reduce, on a CPU fp32. It has our loader, fused optimizer and loop without waits all the same.
+
+Memory: rank 0's peak of the whole process on a CPU, of PyTorch's reserved memory on a GPU. "Above
+start" leaves out the whole peak of a tiny run (r_nano, 64 classes, batch 4); on a GPU nothing.
+MFU: 3 x 2 x MACs x images/s over the measured peak of a large matmul in the side's precision. The
+head's FLOPs are not in it; "with head" adds its three products, 3 x 2 x D x C x r per image.
+
+Exit code 1 if a target of a row is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import multiprocessing as mp
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.bench_data import make_records
+from benchmarks.runs import DOOR, DOOR_PLAIN_ALLOCATOR, Reading, RunFailed, run_training
+from configs.base import Config
+from scripts.flops import describe
+
+Keys = dict[str, Any]
+PLAIN: dict[str, Keys] = {
+    "cpu": {"precision": "fp32"},
+    "cuda": {"precision": "fp16", "all_reduce_dtype": "fp16"},
+}
+PLAIN_EVERYWHERE: Keys = {"channels_last": False, "head_update": "autograd", "compile": False}
+OURS: dict[str, Keys] = {"cpu": {"precision": "fp32"}, "cuda": {"precision": "bf16"}}
+INTERVALS = 5  # log intervals of a run; the first is left out
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Side(NamedTuple):
+    """One of the two configurations of a row."""
+
+    name: str
+    keys: Keys
+    own_allocator: bool = True
+
+    def run(self, keys: Keys, ranks: int) -> Reading:
+        """Train once with `keys`, and what this side changes of them."""
+        door = DOOR if self.own_allocator else DOOR_PLAIN_ALLOCATOR
+        return run_training({**keys, **self.keys}, ranks=ranks, door=door)
+
+
+class Row(NamedTuple):
+    """What is compared: `batch_size` is per rank; targets are of ours / plain."""
+
+    baseline: Side
+    changed: Side
+    network: str
+    num_classes: int
+    batch_size: int
+    sample_rate: float = 1.0
+    ranks: int = 1
+    least_speed: float | None = None
+    most_memory: float | None = None
+
+    @property
+    def setting(self) -> str:
+        """For the table."""
+        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        return (f"{self.network}, C = {self.num_classes:,}, B = {self.batch_size}, "
+                f"r = {self.sample_rate:g}{ranks}")  # fmt: skip
+
+
+class Result(NamedTuple):
+    """Medians over the repeats of one side, and its utilisation: (without, with the head)."""
+
+    speed: float
+    peak_mib: float
+    above_mib: float
+    data_wait_share: float
+    first_step_seconds: float | None
+    utilisation: tuple[float, float]
+
+
+class Comparison(NamedTuple):
+    """Ratios are changed / baseline; speed_ratio: (median, least, most) of neighbouring runs."""
+
+    row: Row
+    baseline: Result
+    changed: Result
+    speed_ratio: tuple[float, float, float]
+
+    @property
+    def memory_ratio(self) -> float:
+        """Of the whole peaks."""
+        return self.changed.peak_mib / self.baseline.peak_mib
+
+    @property
+    def above_ratio(self) -> float | None:
+        """Of the peaks above start; None where the baseline has none."""
+        base = self.baseline.above_mib
+        return self.changed.above_mib / base if base > 0 else None
+
+    def missed(self) -> list[str]:
+        """Targets that were not met, a sentence each."""
+        row, speed, found = self.row, self.speed_ratio[0], []
+        if row.least_speed is not None and speed < row.least_speed:
+            found.append(f"{row.setting}: {speed:.2f} x samples/s, wanted {row.least_speed:g} x")
+        if row.most_memory is not None and self.memory_ratio > row.most_memory:
+            found.append(f"{row.setting}: {self.memory_ratio:.2f} x peak memory, wanted at most "
+                         f"{row.most_memory:g} x")  # fmt: skip
+        return found
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def plain(device: str) -> Side:
+    """The configuration that users run today."""
+    return Side("plain", {**PLAIN_EVERYWHERE, **PLAIN[device]}, own_allocator=False)
+
+
+def rows(device: str, which: str, more: Keys) -> list[Row]:
+    """The first table. which: "quick", "must" or "all"; more: keys of our side."""
+    sides = plain(device), Side("ours", {**OURS[device], **more})
+    if which == "quick":
+        return [Row(*sides, "r_nano", 2_000, 8)]
+    if device == "cpu":
+        must = Row(*sides, "r_nano", 200_000, 64, least_speed=2.0, most_memory=0.5)
+        others = [
+            Row(*sides, "r_nano", 200_000, 64, 0.1),
+            Row(*sides, "r_nano", 10_000, 64),
+            Row(*sides, "mbf", 200_000, 32),
+        ]
+        return [must] if which == "must" else [must, *others]
+    classes = (360_000, 2_000_000)
+    must_rows = [Row(*sides, n, c, 512, least_speed=1.5) for n in ("r50", "r100") for c in classes]
+    if which == "must":
+        return must_rows
+    fp16 = Side("ours, fp16", {**sides[1].keys, "precision": "fp16"})
+    tf32 = Side("ours, tf32", {**sides[1].keys, "precision": "tf32"})
+    return [
+        *must_rows,
+        *(Row(*sides, "r50", 2_000_000, 512, rate) for rate in (0.2, 0.1)),
+        *(Row(*sides, network, 360_000, 512) for network in ("vit_b", "mbf")),
+        *(Row(sides[0], side, "r50", 360_000, 512) for side in (fp16, tf32)),
+    ]
+
+
+def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]:
+    """The second table: ours against ours with one key changed; few classes, so that the backbone
+    is most of the step, but for the head's own option."""
+    few, many, batch = (2_000, 2_000, 8) if quick else (2_000, 100_000, 64)
+    keys = {**OURS[device], **more}
+    ours = Side("ours", keys)
+
+    def changed(**key: Any) -> Side:
+        return Side(" ".join(f"{k}={v}" for k, v in key.items()), {**keys, **key})
+
+    alone = [changed(channels_last=False), changed(compile=True),
+             changed(gradient_checkpointing=True),
+             changed(precision="bf16" if device == "cpu" else "fp32")]  # fmt: skip
+    if device == "cpu":
+        alone.append(Side("the C library's allocator as it is", keys, own_allocator=False))
+    found = [Row(ours, side, network, few, batch) for side in alone]
+    found.append(Row(ours, changed(head_update="autograd"), network, many, batch))
+    if device == "cuda":
+        return found  # with one GPU there are no ranks to exchange anything
+    together = [changed(zero=True), changed(static_graph=True), changed(all_reduce_dtype="bf16"),
+                changed(all_reduce_dtype="fp16")]  # fmt: skip
+    return found + [Row(ours, side, network, few, batch // 2, ranks=2) for side in together]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class Bench:
+    """Compares rows on one device. steps: per log interval. records: a folder, or None for
+    generated input."""
+
+    def __init__(self, device: str, steps: int, repeats: int, records: Path | None) -> None:
+        self.device, self.steps, self.repeats, self.records = device, steps, repeats, records
+        self.peaks: dict[str, float] = {}
+        self._start_mib: float | None = None
+
+    def keys(self, row: Row) -> Keys:
+        """What both sides of a row share."""
+        steps = self.steps * INTERVALS
+        return {
+            "network": row.network, "num_classes": row.num_classes, "batch_size": row.batch_size,
+            "sample_rate": row.sample_rate, "device": self.device, "max_steps": steps,
+            "num_image": "auto" if self.records else row.batch_size * row.ranks * steps,
+            "frequent": self.steps, "num_epoch": 1, "num_workers": min(8, os.cpu_count() or 1),
+            **({"rec": self.records} if self.records else {}),
+        }  # fmt: skip
+
+    def compare(self, row: Row) -> Comparison:
+        """Both sides in turn, `repeats` times."""
+        keys = self.keys(row)
+        pairs = [
+            (row.baseline.run(keys, row.ranks), row.changed.run(keys, row.ranks))
+            for _ in range(self.repeats)
+        ]
+        before, after = zip(*pairs, strict=True)
+        return Comparison(
+            row, self._result(row, row.baseline, before), self._result(row, row.changed, after),
+            ratio_of_pairs([(b.samples_per_second, a.samples_per_second) for b, a in pairs]),
+        )  # fmt: skip
+
+    def _result(self, row: Row, side: Side, readings: Sequence[Reading]) -> Result:
+        firsts = [r.first_step_seconds for r in readings if r.first_step_seconds is not None]
+        speed = median(r.samples_per_second for r in readings)
+        peak_mib = median(r.peak_mib for r in readings)
+        return Result(
+            speed, peak_mib, peak_mib - self.start_mib(),
+            median(r.data_wait_share for r in readings), median(firsts) if firsts else None,
+            utilisation(row, speed, self.matmul_peak(side.keys["precision"])),
+        )  # fmt: skip
+
+    def start_mib(self) -> float:
+        """What a process holds that trains next to nothing; 0 on a GPU."""
+        if self._start_mib is None:
+            tiny = {"network": "r_nano", "num_classes": 64, "batch_size": 4, "num_image": 8,
+                    "num_epoch": 1, "frequent": 1, "device": self.device}  # fmt: skip
+            on_cpu = self.device == "cpu"
+            self._start_mib = run_training(tiny).peak_mib if on_cpu else 0.0
+        return self._start_mib
+
+    def matmul_peak(self, precision: str) -> float:
+        """FLOP/s, measured once per precision in a process of its own (whose memory a run that is
+        started from here would otherwise count as its own peak)."""
+        if precision not in self.peaks:
+            with mp.get_context("spawn").Pool(1) as pool:
+                self.peaks[precision] = pool.apply(measure_matmul, (self.device, precision))
+        return self.peaks[precision]
+
+
+def measure_matmul(device: str, precision: str) -> float:
+    """FLOP/s of a large square matmul, the best of ten."""
+    size = 2048 if device == "cpu" else 8192
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    left = torch.randn(size, size, device=device).to(DTYPES.get(precision, torch.float32))
+    product, best = torch.empty_like(left), float("inf")
+    for _ in range(11):
+        start = time.perf_counter()
+        torch.mm(left, left, out=product)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def utilisation(row: Row, samples_per_second: float, peak: float) -> tuple[float, float]:
+    """Share of `peak` FLOP/s that the backbone's products take, and with the head's.
+
+    Backward counts twice the forward pass, recomputation not; a ViT's masked patches are counted.
+    """
+    width = Config.embedding_size
+    backbone = 3 * describe(row.network, {"num_features": width})["flops"]
+    head = 3 * 2 * width * row.num_classes * row.sample_rate
+    per_second = samples_per_second / peak
+    return backbone * per_second, (backbone + head) * per_second
+
+
+def ratio_of_pairs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """(median, least, most) of after / before."""
+    ratios = [after / before for before, after in pairs]
+    return median(ratios), min(ratios), max(ratios)
+
+
+# ---------------------------------------------------------------- telling
+
+HEADER = (
+    "network | classes | batch | r | precision plain, ours | samples/s plain | ours | ours / plain "
+    "| peak MiB plain | ours | ours / plain | above start | MFU plain | ours | with head | "
+    "data wait plain | ours"
+)
+OPTIONS_HEADER = (
+    "option | network | classes | batch | ranks | samples/s ours | with it | with it / ours | "
+    "peak MiB ours | with it | with it / ours | above start | first step, s"
+)
+
+
+def line(found: Comparison) -> str:
+    """A row of the first table."""
+    row, (before, after) = found.row, found[1:3]
+    precisions = ", ".join(side.keys["precision"] for side in (row.baseline, row.changed))
+    return table_row([
+        row.network, f"{row.num_classes:,}", row.batch_size, f"{row.sample_rate:g}", precisions,
+        *_speed_and_memory(found),
+        f"{before.utilisation[0]:.1%}", *(f"{share:.1%}" for share in after.utilisation),
+        f"{before.data_wait_share:.1%}", f"{after.data_wait_share:.1%}",
+    ])  # fmt: skip
+
+
+def option_line(found: Comparison) -> str:
+    """A row of the second table."""
+    row, seconds = found.row, found.changed.first_step_seconds
+    return table_row([
+        row.changed.name, row.network, f"{row.num_classes:,}", row.batch_size, row.ranks,
+        *_speed_and_memory(found), "-" if seconds is None else f"{seconds:.1f}",
+    ])  # fmt: skip
+
+
+def _speed_and_memory(found: Comparison) -> list[str]:
+    before, after, above = found.baseline, found.changed, found.above_ratio
+    middle, least, most = found.speed_ratio
+    return [
+        f"{before.speed:,.1f}", f"{after.speed:,.1f}", f"**{middle:.2f}** ({least:.2f}-{most:.2f})",
+        f"{before.peak_mib:,.0f}", f"{after.peak_mib:,.0f}", f"**{found.memory_ratio:.2f}**",
+        "-" if above is None else f"{above:.2f}",
+    ]  # fmt: skip
+
+
+def table_row(cells: Sequence[Any]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """One row of the benchmark's JSON."""
+    row = found.row
+    return {
+        "name": row.changed.name, "baseline": row.baseline.name,
+        "params": {
+            **{k: getattr(row, k) for k in Row._fields[2:7]},
+            "keys": row.changed.keys, "baseline_keys": row.baseline.keys,
+        },
+        "per_second": found.changed.speed, "baseline_per_second": found.baseline.speed,
+        "ratio_to_baseline": found.speed_ratio[0], "ratio_range": found.speed_ratio[1:],
+        "peak_mib": found.changed.peak_mib, "baseline_peak_mib": found.baseline.peak_mib,
+        "memory_ratio_to_baseline": found.memory_ratio, "above_start_ratio": found.above_ratio,
+        "mfu": found.changed.utilisation[0], "mfu_with_head": found.changed.utilisation[1],
+        "baseline_mfu": found.baseline.utilisation[0],
+        "data_wait_share": found.changed.data_wait_share,
+        "baseline_data_wait_share": found.baseline.data_wait_share,
+        "first_step_seconds": found.changed.first_step_seconds, "missed": found.missed(),
+    }  # fmt: skip
+
+
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Samples per second and peak memory of both sides of every row, the ratio above ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(max(6.0, 1.7 * len(found) + 2), 8))
+    for axis, key, ratio, unit, shrink in (
+        (axes[0], "per_second", "ratio_to_baseline", "samples/s", 1),
+        (axes[1], "peak_mib", "memory_ratio_to_baseline", "peak memory, GiB", 1024),
+    ):
+        for place, row in enumerate(found):
+            for shift, name, colour in ((-0.2, f"baseline_{key}", "C7"), (0.2, key, "C0")):
+                axis.bar(place + shift, row[name] / shrink, 0.38, color=colour)
+            axis.text(place + 0.2, row[key] / shrink, f"x {row[ratio]:.2f}", ha="center",
+                      va="bottom", fontsize=9)  # fmt: skip
+        axis.set_xticks(range(len(found)), [_label(row) for row in found], fontsize=8)
+        axis.set_ylabel(unit)
+        axis.margins(y=0.12)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    names = found[0]["baseline"], "with the option" if found[0]["baseline"] == "ours" else "ours"
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ("C7", "C0")]
+    figure.legend(handles, names, loc="upper right", ncol=2, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.savefig(path, dpi=110)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    params = row["params"]
+    name = "" if row["name"] == "ours" else row["name"].replace("=", "=\n") + "\n"
+    return f"{name}{params['network']}, B={params['batch_size']}\nC={params['num_classes']:,}" + (
+        f"\nr={params['sample_rate']:g}" if params["sample_rate"] != 1.0 else ""
+    )
+
+
+def values(words: Sequence[str]) -> Keys:
+    """Of key=value words; what is no Python value is text."""
+    found: Keys = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise SystemExit(f"error: --ours {word}: key=value is needed, as precision=bf16")
+        try:
+            found[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key] = text
+    return found
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="r_nano, tiny: under a minute")
+    parser.add_argument("--must", action="store_true", help="the rows with targets only")
+    parser.add_argument("--options", action="store_true", help="what each option gives instead")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--network", nargs="+", help="only rows of these; --options: its network")
+    parser.add_argument("--ours", nargs="+", default=[], metavar="key=value", help="of our side")
+    parser.add_argument("--records", action="store_true", help="read JPEG records, made here")
+    parser.add_argument("--repeats", type=int, help="runs of each side; default 3")
+    parser.add_argument("--steps", type=int, help="per log interval; default 4, on a GPU 20")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 1 if a target is missed."""
+    options = parse(arguments)
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda, but this PyTorch sees no GPU", file=sys.stderr)
+        return 2
+    steps = options.steps or (1 if options.quick else 4 if device == "cpu" else 20)
+    repeats = options.repeats or (1 if options.quick else 3)
+    more = values(options.ours)
+    if options.options:
+        networks = options.network or ["r_nano" if device == "cpu" else "r50"]
+        chosen = [row for n in networks for row in option_rows(device, n, options.quick, more)]
+    else:
+        which = "quick" if options.quick else "must" if options.must else "all"
+        chosen = [row for row in rows(device, which, more)
+                  if row.network in (options.network or [row.network])]  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        records = Path(temporary) if options.records else None
+        if records is not None:
+            count = max(row.batch_size * row.ranks for row in chosen) * steps * INTERVALS
+            make_records(records, count)
+        return report(Bench(device, steps, repeats, records), chosen, options)
+
+
+def report(bench: Bench, chosen: Sequence[Row], options: argparse.Namespace) -> int:
+    """Measure and tell, writing after every row: a table that is cut short is a table."""
+    where = torch.cuda.get_device_name() if bench.device == "cuda" else platform.machine()
+    source = "JPEG records" if bench.records else "generated input"
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    header, tell = (OPTIONS_HEADER, option_line) if options.options else (HEADER, line)
+    text: list[str] = []
+    json_rows: list[dict[str, Any]] = []
+    missed: list[str] = []
+
+    def say(words: str) -> None:
+        text.append(words)
+        print(words, flush=True)
+
+    say(f"{time.strftime('%Y-%m-%d')}, {where}, {threads} threads, torch {torch.__version__}, "
+        f"D = {Config.embedding_size}, {source}; medians of {bench.repeats} runs of "
+        f"{bench.steps * INTERVALS} steps, the first {bench.steps} left out\n")  # fmt: skip
+    say(f"    python -m benchmarks.bench_train {' '.join(sys.argv[1:])}\n")
+    say(f"| {header} |\n|{'---|' * len(header.split(' | '))}")
+    for row in chosen:
+        try:
+            found = bench.compare(row)
+        except RunFailed as error:
+            if "out of memory" not in str(error):
+                raise
+            say(table_row([row.setting, "out of memory"]))
+            missed += [f"{row.setting}: not measured"] if row.least_speed else []
+            continue
+        say(tell(found))
+        json_rows.append(as_json(found))
+        missed += found.missed()
+        if options.json:
+            options.json.write_text(json.dumps(json_rows, indent=1) + "\n")
+        if options.markdown:
+            options.markdown.write_text("\n".join(text) + "\n")
+        if options.plot:
+            draw(json_rows, options.plot)
+    peaks = ", ".join(f"{name} {peak / 1e12:.3g}" for name, peak in bench.peaks.items())
+    say(f"\nA large matmul, TFLOP/s: {peaks}. A tiny run takes {bench.start_mib():,.0f} MiB.")
+    wanted = any(row.least_speed or row.most_memory for row in chosen)
+    for sentence in missed:
+        say(f"MISSED: {sentence}")
+    if wanted and not missed:
+        say("All targets are met.")
+    if options.markdown:
+        options.markdown.write_text("\n".join(text) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

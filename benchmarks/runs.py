@@ -1,0 +1,140 @@
+"""Runs of train_v2.py as processes, and what their files say: no benchmark has a second loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SECONDS_TO_END = 30  # for ranks whose peer is gone, as torchrun gives them
+DOOR = ("train_v2.py",)
+# The same, with glibc's allocator as other programs have it (utils/memory.py says what we change).
+DOOR_PLAIN_ALLOCATOR = (
+    "-c",
+    "import sys, utils.memory; utils.memory.keep_freed_memory = lambda: False; "
+    "import train_v2; sys.exit(train_v2.main())",
+)
+_CONFIG = "config = dict(rec='synthetic', verbose=0, keep_checkpoints=0)\n"
+
+
+class RunFailed(RuntimeError):
+    """A training run did not end well; the message has the end of its log."""
+
+
+class Reading(NamedTuple):
+    """What a run says of itself, its first log interval left out.
+
+    samples_per_second: over all ranks, the median of the intervals; data_wait_share: their mean.
+    peak_mib: of rank 0 from start to end: the whole process on a CPU, PyTorch's reserved memory on
+    a GPU. first_step_seconds: where the log says it (compile=True).
+    """
+
+    samples_per_second: float
+    data_wait_share: float
+    peak_mib: float
+    first_step_seconds: float | None = None
+
+
+def read_metrics(lines: Sequence[str], log: str = "") -> Reading:
+    """Of the lines of metrics.jsonl, and of the text of training.log.
+
+    Raises:
+        ValueError: fewer than two log intervals, of which the first has the start in it.
+    """
+    logged = [record for record in map(json.loads, lines) if "samples_per_second" in record]
+    if len(logged) < 2:
+        raise ValueError(
+            f"metrics.jsonl has {len(logged)} log interval(s): 2 or more are needed, the first is "
+            "left out. Raise max_steps or lower frequent"
+        )
+    warm = logged[1:]
+    found = re.search(r"first step took ([\d.]+) s", log)
+    return Reading(
+        median(record["samples_per_second"] for record in warm),
+        mean(record["data_wait_share"] for record in warm),
+        max(record["peak_memory_gib"] for record in logged) * 1024,
+        float(found[1]) if found else None,
+    )
+
+
+def run_training(
+    keys: Mapping[str, Any], *, ranks: int = 1, door: Sequence[str] = DOOR
+) -> Reading:
+    """Train on generated images (unless `keys` has rec), without verification and checkpoints.
+
+    keys: of the config. ranks: more than one have a thread each.
+    Raises RunFailed where a rank ends otherwise than with 0.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "bench.py").write_text(_CONFIG)
+        words = [str(folder / "bench.py"), f"output={folder / 'run'}"]
+        words += [f"{key}={value}" for key, value in keys.items()]
+        with (folder / "log").open("wb") as log:
+            processes = start_ranks([*door, *words], ranks, log, 1 if ranks > 1 else None)
+            try:
+                codes = wait_for(processes)
+            finally:
+                for process in processes:
+                    process.kill()  # of a process that has ended: nothing
+        if any(codes):
+            end = (folder / "log").read_text(errors="replace")[-2000:]
+            raise RunFailed(f"exit codes {codes} of train_v2.py {' '.join(words)}:\n{end}")
+        output = folder / "run"
+        return read_metrics(
+            (output / "metrics.jsonl").read_text().splitlines(),
+            (output / "training.log").read_text(),
+        )
+
+
+def start_ranks(
+    words: Sequence[str], world_size: int, log: Any, threads: int | None
+) -> list[subprocess.Popen[bytes]]:
+    """A Python process per rank with these words, in the repository's folder. A run without
+    threads and with one rank has the environment as it is."""
+    shared = dict(os.environ)
+    if threads is not None:
+        shared |= {
+            "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world_size),
+        }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, *words], cwd=REPOSITORY, stdout=log, stderr=log,
+            env=shared if threads is None
+            else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes; ranks that outlive a failed one by too long are killed."""
+    deadline = None
+    while any(process.poll() is None for process in processes):
+        failed = any(process.poll() for process in processes)
+        if failed and deadline is None:
+            deadline = time.monotonic() + SECONDS_TO_END
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.01)
+    return [process.returncode for process in processes]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
