@@ -2,7 +2,7 @@
 
     1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centres;
     2. a step waits for the device nowhere (CUDA's sync debug mode raises);
-    3. fp32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss.
+    3. fp32, tf32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def main() -> int:
         step_does_not_wait(loss=loss)
     step_does_not_wait(loss="adaface", gradient_acc=2)
     step_does_not_wait(optimizer="adamw", precision="bf16")
-    for precision in ("fp32", "bf16", "fp16"):
+    step_does_not_wait(compile=True)
+    step_does_not_wait(channels_last=False, precision="tf32")
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
         run_trains(precision)
     print(f"gpu-check: all passed on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     return 0

@@ -33,7 +33,7 @@ from configs.base import Config
 from eval.command import run_command, table
 from training import build
 from training.footprint import Needs, find_needs
-from training.precision import POLICIES, Precision, choose_precision
+from training.precision import Precision, choose_precision, named_policy
 from training.roofline import (
     GPUS,
     SHARE_OF_PEAK,
@@ -112,6 +112,8 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     machine, world_size = setting.machine, setting.world_size
     kind = device_type(machine)
     precision = policy(cfg, machine)
+    if precision.tf32:
+        machine = dataclasses.replace(machine, single=machine.tf32)
     needs = find_needs(cfg, world_size, setting.num_classes, precision, kind)
     embeds_ahead = build.embeds_ahead(cfg, build.make_margin(cfg))
     if setting.measured_seconds:
@@ -156,13 +158,10 @@ def policy(cfg: Config, machine: Machine) -> Precision:
     """
     if device_type(machine) == "cpu":
         return choose_precision(cfg.precision, cfg.fp16, torch.device("cpu"))[0]
-    wanted = cfg.precision or ("fp16" if cfg.fp16 else "fp32")
-    if wanted == "bf16" and not machine.has_bf16:
-        raise PlanError(f"precision=bf16: a {machine.name} has none; precision=fp16 or fp32")
-    found = POLICIES[wanted]
-    if wanted == "fp16" and machine.has_bf16:
-        found = dataclasses.replace(found, head_matmul=torch.bfloat16)
-    return found
+    wanted = cfg.precision or ("fp16" if cfg.fp16 else None)
+    if wanted in ("bf16", "tf32") and not machine.has_bf16:  # both came with the same GPUs
+        raise PlanError(f"precision={wanted}: a {machine.name} has none; precision=fp16 or fp32")
+    return named_policy(wanted, machine.has_bf16)
 
 
 def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:

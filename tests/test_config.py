@@ -119,7 +119,7 @@ def test_all_problems_are_reported_at_once(write_config):
         ("margin_list=(1.0,0.5)", "list given"),
         ("margin_list=(0.0,0.5,0.0)", "m1=0.0"),
         ("margin_list=(1.0,4.0,0.0)", "m2=4.0"),
-        ("precision=int8", "allowed are fp32, bf16, fp16, fp64"),
+        ("precision=int8", "allowed are fp32, tf32, bf16, fp16, fp64"),
         ("warmup_epoch=50", "num_epoch"),
         ("rec=synthetic", 'num_classes="auto"'),
         ("num_classes=many", "whole number"),

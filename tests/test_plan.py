@@ -266,10 +266,32 @@ def test_an_operation_takes_as_long_as_its_slowest_side():
     assert operations_seconds([moved], v100) == pytest.approx(0.01 / share["memory"])
     short = Operation("add", 0, 4, torch.float32)
     assert operations_seconds([short] * 5, v100) == pytest.approx(5 * LAUNCH_SECONDS["cuda"])
-    convolution = full._replace(name="convolution")  # in TF32, where there is any
-    assert operations_seconds([convolution], GPUS["a100"]) == pytest.approx(
-        1 / (share["products"] * 156)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp16", "gpu", "name"),
+    [(None, False, "h100", "bf16"), (None, False, "v100", "fp32"), (None, True, "h100", "fp16"),
+     ("tf32", False, "a100", "tf32"), ("fp32", False, "h100", "fp32")],
+)  # fmt: skip
+def test_the_plan_has_the_precision_the_run_would_have_on_that_gpu(precision, fp16, gpu, name):
+    cfg = small(precision=precision, fp16=fp16)
+    assert plan.policy(cfg, GPUS[gpu]).name == name
+
+
+def test_tf32_is_faster_than_fp32_where_there_is_any_and_refused_elsewhere():
+    setting = plan.Setting(GPUS["a100"], 1, Links(), 1000, 10_000)
+    fp32, tf32 = (
+        plan.make_plan(small(precision=precision, batch_size=256), setting).time
+        for precision in ("fp32", "tf32")
     )
+    assert tf32.backbone < fp32.backbone
+    with pytest.raises(plan.PlanError, match="tf32"):
+        plan.policy(small(precision="tf32"), GPUS["v100"])
+
+
+def test_gradients_in_half_precision_are_half_the_traffic():
+    whole, half = (needs_of(small(all_reduce_dtype=d), world_size=8) for d in ("fp32", "bf16"))
+    assert half.all_reduced_bytes * 2 == whole.all_reduced_bytes == whole.trainable_bytes
 
 
 def test_the_heads_time_grows_where_numerators_are_made_again():
@@ -339,7 +361,7 @@ def test_json_says_what_the_table_says(capsys):
         ["configs/lfw_nano", *WORDS, "val_targets=[]", "--gpu", "h100", "--world-size", "4"]
     ) == 0  # fmt: skip
     text = capsys.readouterr().out
-    assert "4 x h100, fp32, global batch 32 = 8 x 4 ranks x 1 micro-steps" in text
+    assert "4 x h100, bf16, global batch 32 = 8 x 4 ranks x 1 micro-steps" in text
     assert f"{memory['total'] / 2**20:,.0f}" in text
     assert "fits: room for" in text
     assert "from the peaks; assumed: 40% of products" in text

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,9 +56,9 @@ from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
 from training.optimizer import make_optimizer
-from training.precision import Precision, TrainedBackbone, choose_precision
+from training.precision import Precision, TrainedBackbone, allow_tf32, choose_precision
 from training.schedule import Schedule
-from training.step import TrainStep, distribute, settle_buckets
+from training.step import TrainStep, compile_backbone, distribute, settle_buckets
 from utils.config import plain_values
 from utils.distributed import World
 
@@ -168,6 +169,7 @@ def build(cfg: Config, world: World) -> Parts:
         SetupError, and the errors of the parts (data, weights, verification sets).
     """
     _check_wandb(cfg)
+    _check_step_options(cfg, world)
     for sentence in cfg.unused():
         logger.warning(sentence)
     precision, warning = choose_precision(cfg.precision, cfg.fp16, world.device)
@@ -189,18 +191,24 @@ def build(cfg: Config, world: World) -> Parts:
         )
 
     mean, std = (backbone.MEAN, backbone.STD) if is_classification(cfg) else (127.5, 127.5)
-    model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm, mean, std)
-    # Images arrive in channels_last; weights in the same layout spare a conversion per layer
-    # (a third of the step of r_nano on a CPU).
-    model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    allow_tf32(False)  # but in steps that ask for it
+    model = TrainedBackbone(
+        backbone, precision, cfg.freeze_batch_norm, cfg.channels_last, mean, std
+    )
+    model.to(world.device, memory_format=model.memory_format)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
     head = make_head(cfg, world, num_classes, precision)
     optimizer = make_optimizer(
         model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
         spread=cfg.zero and world.world_size > 1,
     )  # fmt: skip
-    distributed = distribute(model, world.world_size, world.device)
+    distributed = distribute(
+        model, world.world_size, world.device,
+        static_graph=cfg.static_graph, all_reduce_dtype=cfg.all_reduce_dtype,
+    )  # fmt: skip
     settle_buckets(distributed, cfg.input_size, world.device, batch_norm)
+    if cfg.compile:
+        compile_backbone(distributed)
     step = TrainStep(
         distributed,
         head,
@@ -209,6 +217,7 @@ def build(cfg: Config, world: World) -> Parts:
         clip_grad_norm=cfg.clip_grad_norm,
         scaler=_make_scaler(world.device) if precision.needs_scaler else None,
         embed_ahead=embeds_ahead(cfg, head.margin),
+        tf32=precision.tf32,
     )
     seed = cfg.seed + 1 + world.rank  # from here on ranks draw their own (dropout)
     torch.manual_seed(seed)
@@ -268,6 +277,23 @@ def _check_wandb(cfg: Config) -> None:
         )
     if cfg.wandb_key:
         logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
+
+
+def _check_step_options(cfg: Config, world: World) -> None:
+    on_gpu = world.device.type == "cuda"
+    if cfg.all_reduce_dtype == "bf16" and not on_gpu and world.world_size > 1:
+        raise SetupError(
+            "all_reduce_dtype=bf16 needs GPUs (NCCL): on CPUs gradients are added up in fp32 or "
+            "fp16"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if cfg.compile and not on_gpu and shutil.which(compiler) is None:
+        raise SetupError(
+            f"compile=True needs a C++ compiler, and there is no {compiler!r}: install one, name "
+            "another in the environment variable CXX, or leave compile out"
+        )
+    if cfg.compile and on_gpu and importlib.util.find_spec("triton") is None:
+        raise SetupError("compile=True needs triton: pip install triton, or leave compile out")
 
 
 def make_margin(cfg: Config) -> Margin:

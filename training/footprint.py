@@ -116,7 +116,8 @@ class HeadWork:
 class Needs:
     """Memory and work of one rank: footprint, and what the step computes.
 
-    parameters: of the network. trainable_bytes: of those that have gradients.
+    parameters: of the network. trainable_bytes: of those that have gradients;
+        all_reduced_bytes: of what ranks tell each other of these.
     """
 
     footprint: Footprint
@@ -124,6 +125,7 @@ class Needs:
     head: HeadWork
     parameters: int
     trainable_bytes: int
+    all_reduced_bytes: int
     classes_per_rank: int
 
 
@@ -144,8 +146,10 @@ def find_needs(
     cfg = dataclasses.replace(cfg, init_backbone=None)
     with torch.device("meta"):
         backbone = build.make_backbone(cfg)
-        model = TrainedBackbone(backbone, precision, cfg.freeze_batch_norm)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = TrainedBackbone(
+            backbone, precision, cfg.freeze_batch_norm, cfg.channels_last
+        )
+    model.to(memory_format=model.memory_format)  # type: ignore[call-overload]
     model.train()
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
@@ -218,6 +222,10 @@ def find_needs(
         head=work,
         parameters=sum(p.numel() for p in parameters),
         trainable_bytes=_bytes(p for p in parameters if p.requires_grad),
+        all_reduced_bytes=sum(
+            p.numel() * (p.itemsize if cfg.all_reduce_dtype == "fp32" else 2)
+            for p in parameters if p.requires_grad
+        ),
         classes_per_rank=head.num_classes,
     )
 

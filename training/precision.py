@@ -1,12 +1,16 @@
 """Which numbers the backbone computes in: one policy, applied outside the models.
 
-The body of the backbone runs under autocast for bf16 and fp16; its embedding layer and the loss
-stay in fp32, weights are fp32 masters. The head's large matmuls take bf16 operands under bf16,
-and under fp16 too where the GPU has bf16: softmax numerators outgrow fp16. fp64 is for proofs.
+The body of the backbone runs under autocast for bf16 and fp16, or with TF32 products; its embedding
+layer and the loss stay in full fp32, weights are fp32 masters. The head's large matmuls take bf16
+operands under bf16, and under fp16 too where the GPU has bf16: softmax numerators outgrow fp16.
+Ranks tell each other embeddings and losses in fp32; the sum of the backbone's gradients has a dtype
+of its own (`all_reduce_dtype`). fp64 is for proofs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +26,14 @@ class Precision:
     """A precision by name.
 
     Attributes:
-        name: fp32, bf16, fp16 or fp64.
+        name: fp32, tf32, bf16, fp16 or fp64.
         dtype: of weights, embeddings and loss.
         autocast: dtype of the backbone's body, or None.
         needs_scaler: gradients are scaled against underflow (fp16).
         head_matmul: dtype of the operands of the head's large matmuls, None for `dtype`. Their
             sums, the softmax and the class centres stay in `dtype`.
+        tf32: products of fp32 numbers may round their factors to 10 bits (GPUs from Ampere on),
+            in the backbone's body and the head, not in the embedding layer.
     """
 
     name: str
@@ -35,10 +41,12 @@ class Precision:
     autocast: torch.dtype | None
     needs_scaler: bool
     head_matmul: torch.dtype | None = None
+    tf32: bool = False
 
 
 POLICIES = {
     "fp32": Precision("fp32", torch.float32, None, False),
+    "tf32": Precision("tf32", torch.float32, None, False, tf32=True),
     "bf16": Precision("bf16", torch.float32, torch.bfloat16, False, torch.bfloat16),
     "fp16": Precision("fp16", torch.float32, torch.float16, True),
     "fp64": Precision("fp64", torch.float64, None, False),
@@ -48,22 +56,62 @@ POLICIES = {
 def choose_precision(wanted: str | None, fp16: bool, device: torch.device) -> tuple[Precision, str]:
     """The policy for the config's `precision` and `fp16`, and a warning (or "").
 
-    An explicit `precision` wins. `fp16=True` alone means fp16 on CUDA; on a CPU, where half
-    precision is slower than fp32, it means fp32.
+    An explicit `precision` wins. `fp16=True` alone means fp16 on CUDA. Neither: bf16 on a GPU that
+    has it. On a CPU, where half precision is slower than fp32, both mean fp32.
     """
-    if wanted is None and fp16 and device.type == "cuda":
-        wanted = "fp16"
-    if wanted is not None:
-        policy = POLICIES[wanted]
-        if wanted == "fp16" and device.type == "cuda" and torch.cuda.is_bf16_supported(False):
-            policy = replace(policy, head_matmul=torch.bfloat16)
-        return policy, ""
-    if fp16:
+    on_gpu = device.type == "cuda"
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "tf32" and not on_gpu:
+        return POLICIES["fp32"], "precision=tf32: a CPU has no TF32, training in fp32"
+    if wanted is None and fp16 and not on_gpu:
         return POLICIES["fp32"], (
             "fp16=True on a CPU: training in fp32, which is faster there; "
             "precision=fp16 or precision=bf16 insists"
         )
-    return POLICIES["fp32"], ""
+    return named_policy(wanted or ("fp16" if fp16 else None), has_bf16), ""
+
+
+def named_policy(name: str | None, has_bf16: bool) -> Precision:
+    """The policy of that name on a GPU, or the GPU's usual one for None."""
+    policy = POLICIES[name or ("bf16" if has_bf16 else "fp32")]
+    if policy.name == "fp16" and has_bf16:
+        policy = replace(policy, head_matmul=torch.bfloat16)
+    return policy
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether products of fp32 tensors on GPUs may be TF32; PyTorch itself allows it for
+    convolutions from the start. (These are the older names of the switches: torch 2.13's compiler
+    reads them, and refuses to after the newer ones were used.)"""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """TF32 inside, full fp32 after; nothing if not `allowed`."""
+    if allowed:
+        allow_tf32(True)
+    try:
+        yield
+    finally:
+        if allowed:
+            allow_tf32(False)
+
+
+class _FromHereOnTF32(torch.autograd.Function):
+    """The identity; behind it TF32 is allowed or not, and in backward, before it, the reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, allowed: bool) -> Tensor:
+        ctx.allowed = allowed
+        allow_tf32(allowed)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        allow_tf32(not ctx.allowed)
+        return gradients[0], None
 
 
 class TrainedBackbone(nn.Module):
@@ -73,6 +121,7 @@ class TrainedBackbone(nn.Module):
         backbone: its parameters are trained; its state_dict is what model.pt holds.
         precision: the policy.
         freeze_batch_norm: batch norm always uses its running statistics and keeps them.
+        channels_last: memory format of the body's input.
         mean, std: of pixel values 0..255, one number or one per RGB channel.
     """
 
@@ -81,6 +130,7 @@ class TrainedBackbone(nn.Module):
         backbone: Backbone,
         precision: Precision,
         freeze_batch_norm: bool = False,
+        channels_last: bool = True,
         mean: float | tuple[float, ...] = 127.5,
         std: float | tuple[float, ...] = 127.5,
     ) -> None:
@@ -88,6 +138,7 @@ class TrainedBackbone(nn.Module):
         self.backbone = backbone.to(precision.dtype)
         self.precision = precision
         self.freeze_batch_norm = freeze_batch_norm
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.is_usual = (mean, std) == (127.5, 127.5)
         for name, value in (("_mean", mean), ("_std", std)):
             numbers = torch.tensor(value, dtype=precision.dtype).reshape(1, -1, 1, 1)
@@ -100,10 +151,22 @@ class TrainedBackbone(nn.Module):
         else:
             mean, std = self.get_buffer("_mean"), self.get_buffer("_std")
             pixels = images.to(self.precision.dtype).sub_(mean).div_(std)
+        pixels = pixels.contiguous(memory_format=self.memory_format)
         autocast = self.precision.autocast
         with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
             features = self.backbone.forward_features(pixels)
-        return self.backbone.forward_embedding(features.to(self.precision.dtype))
+        return self._embed(features.to(self.precision.dtype))
+
+    @torch.compiler.disable  # its switches are not part of a graph
+    def _embed(self, features: Tensor) -> Tensor:
+        """The embedding layer, in full precision."""
+        if not self.precision.tf32:
+            return self.backbone.forward_embedding(features)
+        features = _FromHereOnTF32.apply(features, False)
+        embeddings: Tensor = _FromHereOnTF32.apply(
+            self.backbone.forward_embedding(features), True
+        )
+        return embeddings
 
     def train(self, mode: bool = True) -> TrainedBackbone:
         """As nn.Module's, except that frozen batch norms stay in eval mode."""

@@ -138,7 +138,7 @@ def operations_seconds(operations: Iterable[Operation], machine: Machine) -> flo
     start = LAUNCH_SECONDS[_kind(machine)]
     return sum(
         max(
-            op.flops / _product_rate(machine, op.dtype, op.name.startswith("convolution")),
+            op.flops / _product_rate(machine, op.dtype),
             op.bytes_moved / _memory_rate(machine),
             start,
         )
@@ -154,7 +154,7 @@ def head_seconds(head: HeadWork, machine: Machine) -> float:
         return seconds + head.rows * row_bytes / _memory_rate(machine)
     assert head.kept_rows is not None
     made_again = (head.rows - head.kept_rows) * (1 + head.is_deferred)
-    product = 2 * head.batch * head.width / _product_rate(machine, head.matmul_dtype, False)
+    product = 2 * head.batch * head.width / _product_rate(machine, head.matmul_dtype)
     arithmetic = product * (3 * head.rows + made_again)  # z, dE, dW; z again
     passes = PASSES_OF_A_VISIT * (head.rows + made_again) + 2 * PASSES_OF_A_USE * head.rows
     centre = 4 * head.width
@@ -178,7 +178,7 @@ def collective_seconds(
     embeddings = head.batch * (4 * head.width + 8)  # with their labels
     gradients = head.batch * 4 * head.width
     exchange = passes * on_the_way * (embeddings + gradients) / rate
-    all_reduce = 2 * on_the_way * needs.trainable_bytes / rate
+    all_reduce = 2 * on_the_way * needs.all_reduced_bytes / rate
     return exchange + max(0.0, all_reduce - BACKWARD_SHARE * backbone / passes)
 
 
@@ -223,13 +223,12 @@ def _memory_rate(machine: Machine) -> float:
     return SHARE_OF_PEAK[_kind(machine)]["memory"] * machine.gigabytes_per_second * 1e9
 
 
-def _product_rate(machine: Machine, dtype: torch.dtype, is_convolution: bool) -> float:
-    """FLOPs per second. In fp32, convolutions use TF32 where there is any and matrix products do
-    not, which is PyTorch's default."""
+def _product_rate(machine: Machine, dtype: torch.dtype) -> float:
+    """FLOPs per second."""
     if dtype in (torch.float16, torch.bfloat16):
         peak = machine.half
     elif dtype == torch.float64:
         peak = machine.single / 2
     else:
-        peak = machine.tf32 if is_convolution and machine.tf32 else machine.single
+        peak = machine.single
     return SHARE_OF_PEAK[_kind(machine)]["products"] * peak * 1e12

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
 from training.optimizer import own_optimizer
+from training.precision import tf32_allowed
 from training.profile import phase
 
 
@@ -46,6 +48,7 @@ class TrainStep:
         clip_grad_norm: largest norm of the backbone's gradient; 0 leaves it alone.
         scaler: for fp16.
         embed_ahead: the loss needs all micro-batches of a step at once.
+        tf32: allow TF32 while a step runs (and only then: verification is in full fp32).
     """
 
     def __init__(
@@ -58,16 +61,21 @@ class TrainStep:
         clip_grad_norm: float,
         scaler: torch.amp.GradScaler | None,
         embed_ahead: bool = False,
+        tf32: bool = False,
     ) -> None:
         self.model, self.head, self.optimizer = model, head, optimizer
         self.batch_norm, self.clip_grad_norm, self.scaler = batch_norm, clip_grad_norm, scaler
-        self.embed_ahead = embed_ahead
+        self.embed_ahead, self.tf32 = embed_ahead, tf32
         self.device, self.dtype = head.device, head.work_dtype
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._one = torch.ones((), device=self.device)
 
     def __call__(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
         """Step on the mean over all micro-batches, as if they were one batch."""
+        with tf32_allowed(self.tf32):
+            return self._step(micro_batches, learning_rate)
+
+    def _step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
         self.optimizer.zero_grad(set_to_none=True)
         self.batch_norm.keep()
         micro_batches = [
@@ -181,8 +189,26 @@ class TrainStep:
         return grad_norm
 
 
-def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
-    """`model` under DDP; the model itself for one rank."""
+_COMPRESSIONS = {
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+}
+
+
+def distribute(
+    model: nn.Module,
+    world_size: int,
+    device: torch.device,
+    *,
+    static_graph: bool = False,
+    all_reduce_dtype: str = "fp32",
+) -> nn.Module:
+    """`model` under DDP; the model itself for one rank.
+
+    Args:
+        static_graph: promise DDP that all steps use the same parameters in the same order.
+        all_reduce_dtype: "fp32" (that of the gradients), "bf16" or "fp16".
+    """
     if world_size == 1:
         return model
     # Running statistics are averaged when they are needed, not broadcast in every forward.
@@ -191,7 +217,12 @@ def distribute(model: nn.Module, world_size: int, device: torch.device) -> nn.Mo
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, **options)
+    distributed = DistributedDataParallel(
+        model, device_ids=devices, static_graph=static_graph, **options
+    )
+    if all_reduce_dtype != "fp32":
+        distributed.register_comm_hook(None, _COMPRESSIONS[all_reduce_dtype])
+    return distributed
 
 
 def settle_buckets(
@@ -215,6 +246,13 @@ def settle_buckets(
     model.zero_grad(set_to_none=True)
     batch_norm.restore_if(torch.ones((), dtype=torch.bool, device=device))
     _set_random_state(device, state)
+
+
+def compile_backbone(model: nn.Module) -> None:
+    """Have `model` (a module or its DDP) compiled for the shapes of its first call, which takes
+    minutes longer. Under DDP the graph is cut where its buckets are, so that their sums still
+    overlap with backward; settle the buckets first."""
+    model.compile(dynamic=False)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
