@@ -83,7 +83,9 @@ def rows(device: str, which: str, more: Keys) -> list[Row]:
         return [Row(*sides, "r_nano", 2_000, 8)]
     if device == "cpu":
         must = Row(*sides, "r_nano", 200_000, 64, least_speed=2.0, most_memory=0.5)
+        kept = sides[0]._replace(name="plain, memory kept", own_allocator=True)  # what that gives
         others = [
+            Row(kept, sides[1], "r_nano", 200_000, 64),
             Row(*sides, "r_nano", 200_000, 64, 0.1),
             Row(*sides, "r_nano", 10_000, 64),
             Row(*sides, "mbf", 200_000, 32),
@@ -93,8 +95,8 @@ def rows(device: str, which: str, more: Keys) -> list[Row]:
     must_rows = [Row(*sides, n, c, 512, least_speed=1.5) for n in ("r50", "r100") for c in classes]
     if which == "must":
         return must_rows
-    fp16 = Side("ours, fp16", {**sides[1].keys, "precision": "fp16"})
-    tf32 = Side("ours, tf32", {**sides[1].keys, "precision": "tf32"})
+    fp16 = Side("ours", {**sides[1].keys, "precision": "fp16"})
+    tf32 = Side("ours", {**sides[1].keys, "precision": "tf32"})
     return [
         *must_rows,
         *(Row(*sides, "r50", 2_000_000, 512, rate) for rate in (0.2, 0.1)),
@@ -117,13 +119,13 @@ def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]
              changed(gradient_checkpointing=True),
              changed(precision="bf16" if device == "cpu" else "fp32")]  # fmt: skip
     if device == "cpu":
-        alone.append(Side("the C library's allocator as it is", keys, own_allocator=False))
+        alone.append(Side("allocator as it is", keys, own_allocator=False))
     found = [Row(ours, side, network, few, batch) for side in alone]
     found.append(Row(ours, changed(head_update="autograd"), network, many, batch))
     if device == "cuda":
         return found  # with one GPU there are no ranks to exchange anything
-    together = [changed(zero=True), changed(static_graph=True), changed(all_reduce_dtype="bf16"),
-                changed(all_reduce_dtype="fp16")]  # fmt: skip
+    # bf16 sums need NCCL.
+    together = [changed(zero=True), changed(static_graph=True), changed(all_reduce_dtype="fp16")]
     return found + [Row(ours, side, network, few, batch // 2, ranks=2) for side in together]
 
 

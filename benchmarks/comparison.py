@@ -12,7 +12,7 @@ from benchmarks.runs import DOOR, DOOR_PLAIN_ALLOCATOR, Reading, run_training
 Keys = dict[str, Any]
 
 HEADER = (
-    "network | classes | batch | r | precision plain, ours | samples/s plain | ours | ours / plain "
+    "network | classes | batch | r | plain | ours | samples/s plain | ours | ours / plain "
     "| peak MiB plain | ours | ours / plain | above start | MFU plain | ours | with head | "
     "data wait plain | ours"
 )
@@ -106,9 +106,9 @@ def ratio_of_pairs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, 
 def line(found: Comparison) -> str:
     """A row of the first table."""
     row, (before, after) = found.row, found[1:3]
-    precisions = ", ".join(side.keys["precision"] for side in (row.baseline, row.changed))
+    sides = (f"{side.name} ({side.keys['precision']})" for side in (row.baseline, row.changed))
     return table_row([
-        row.network, f"{row.num_classes:,}", row.batch_size, f"{row.sample_rate:g}", precisions,
+        row.network, f"{row.num_classes:,}", row.batch_size, f"{row.sample_rate:g}", *sides,
         *_speed_and_memory(found),
         f"{before.utilisation[0]:.1%}", *(f"{share:.1%}" for share in after.utilisation),
         f"{before.data_wait_share:.1%}", f"{after.data_wait_share:.1%}",
@@ -182,7 +182,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
         axis.margins(y=0.12)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-    names = found[0]["baseline"], "with the option" if found[0]["baseline"] == "ours" else "ours"
+    names = ("ours", "with the option") if found[0]["baseline"] == "ours" else ("plain", "ours")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ("C7", "C0")]
     figure.legend(handles, names, loc="upper right", ncol=2, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.96))
@@ -191,7 +191,9 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _label(row: Mapping[str, Any]) -> str:
     params = row["params"]
-    name = "" if row["name"] == "ours" else row["name"].replace("=", "=\n") + "\n"
-    return f"{name}{params['network']}, B={params['batch_size']}\nC={params['num_classes']:,}" + (
-        f"\nr={params['sample_rate']:g}" if params["sample_rate"] != 1.0 else ""
-    )
+    lines = [] if row["name"] == "ours" else [row["name"].replace("=", "=\n")]
+    lines += [] if row["baseline"] in ("ours", "plain") else [f"to: {row['baseline']}"]
+    lines.append(f"{params['network']}, B={params['batch_size']}, {params['keys']['precision']}")
+    lines.append(f"C={params['num_classes']:,}")
+    lines += [] if params["sample_rate"] == 1.0 else [f"r={params['sample_rate']:g}"]
+    return "\n".join(lines)

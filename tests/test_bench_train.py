@@ -134,7 +134,7 @@ def test_an_option_row_changes_one_thing() -> None:
         assert row.baseline.keys["clip_grad_norm"] == 0.0
         alone = {"zero", "static_graph", "all_reduce_dtype"}.isdisjoint(changes)
         assert row.ranks == (1 if alone else 2)
-    assert len(found) == 10
+    assert len(found) == 9
     assert "41.5 |" in option_line(Comparison(
         found[1], result(1, 1, 1), result(1, 1, 1)._replace(first_step_seconds=41.5), (1, 1, 1)
     ))  # fmt: skip
