@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
