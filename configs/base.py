@@ -635,6 +635,10 @@ class Config:
                     f"sub_centres={self.sub_centres!r}: classification has one row per class",
                 ),
                 (
+                    not is_layer or self.init_head is None,
+                    f"init_head={self.init_head!r}: only with parallel_dim=1 and label_smoothing=0",
+                ),
+                (
                     not is_layer
                     or (
                         self.sample_rate == 1.0

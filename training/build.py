@@ -67,7 +67,7 @@ logger = logging.getLogger("train")
 VERSION = "ArcShard 0.1.0"
 RUN_FILES = (
     "model.pt", "model_best.pt", "model.onnx", "model.onnx.data", "config.json", "metrics.jsonl",
-    "metrics_discarded.jsonl", "tensorboard", "checkpoints", "profile",
+    "metrics_discarded.jsonl", "tensorboard", "checkpoints", "profile", "label_map.txt",
 )  # fmt: skip
 
 
