@@ -136,15 +136,16 @@ class Config:
     """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""
 
     teacher: str | None = None
-    """Knowledge distillation: the run, model.pt or checkpoint of a frozen teacher; its run folder
-    for distillation="logits" (docs/distillation.md)."""
+    """Knowledge distillation: the run folder or model.pt of a frozen teacher; for
+    distillation="logits" its run folder, with checkpoints (docs/distillation.md)."""
 
     distillation: str = "cosine"
     """"cosine": 1 - cosine of the student's and the teacher's embedding; "logits": T^2 times the
     divergence of the student's class probabilities from the teacher's, no margin in either."""
 
     distillation_weight: float = 1.0
-    """Factor on the distillation loss, which is added to the head's; above 0."""
+    """Factor on the distillation loss, which is added to the head's; above 0. The log and
+    metrics.jsonl show both losses by themselves, without it."""
 
     distillation_temperature: float = 4.0
     """distillation="logits": both sides' logits are divided by this T."""
@@ -553,6 +554,11 @@ class Config:
         )
         for key in ("distillation_weight", "distillation_temperature"):
             require(getattr(self, key) > 0.0, f"{key}={getattr(self, key)!r}: above 0")
+        require(
+            self.teacher is None or self.distillation != "logits" or self.loss != "softmax",
+            'distillation="logits" compares cosines with class centres, which loss="softmax" does '
+            'not train: distillation="cosine", or another loss',
+        )
         require(self.weight_decay >= 0.0, f"weight_decay={self.weight_decay!r}: at least 0")
         require(self.lr >= 0.0, f"lr={self.lr!r}: at least 0")
         require(self.clip_grad_norm >= 0.0, f"clip_grad_norm={self.clip_grad_norm!r}: at least 0")
@@ -625,6 +631,10 @@ class Config:
                     "val/ (or val_dir) by itself",
                 ),
                 (not self.dali, 'dali=True: only for task="recognition"'),
+                (
+                    self.teacher is None,
+                    f"teacher={self.teacher!r}: distillation is for task=\"recognition\"",
+                ),
                 (
                     0.0 <= self.label_smoothing < 1.0,
                     f"label_smoothing={self.label_smoothing!r}: in [0, 1)",

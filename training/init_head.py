@@ -28,7 +28,13 @@ from head.shard import class_range
 from partial_fc import PartialFC
 from training.build import Parts, SetupError
 from training.checkpoint import Ranks
-from training.saved_head import SavedHead, match_names, names_of_this_run, open_saved_head
+from training.saved_head import (
+    SavedHead,
+    match_names,
+    names_of_this_run,
+    open_saved_head,
+    rows_of,
+)
 
 logger = logging.getLogger("train")
 
@@ -107,7 +113,7 @@ def _take_over(head: PartialFC, saved: SavedHead, of_class: np.ndarray) -> None:
     mine = head.class_range
     there = of_class[mine.start : mine.stop]  # there may be fewer names than classes
     here = np.flatnonzero(there >= 0)
-    rows_here, rows_there = (_rows(each, head.centres_per_class) for each in (here, there[here]))
+    rows_here, rows_there = (rows_of(each, head.centres_per_class) for each in (here, there[here]))
     for parameter, rule in head.moved_parameters():
         name = "head/weight" if parameter is head.weight else "head/bias"
         if name not in saved.tensors:
@@ -126,17 +132,13 @@ def _take_over(head: PartialFC, saved: SavedHead, of_class: np.ndarray) -> None:
         saved.copy_rows(targets, rows_there, rows_here)
 
 
-def _rows(classes: np.ndarray, k: int) -> np.ndarray:
-    return (classes[:, None] * k + np.arange(k)).reshape(-1)
-
-
 def _mean_length(head: PartialFC, is_kept: np.ndarray, ranks: Ranks) -> float:
     """Mean norm of all kept centres."""
     mine = head.class_range
     here = np.flatnonzero(is_kept[mine.start : mine.stop])
     total, count = 0.0, len(here) * head.centres_per_class
     for part in np.array_split(here, -(-len(here) // 65_536) or 1):
-        rows = torch.from_numpy(_rows(part, head.centres_per_class)).to(head.weight.device)
+        rows = torch.from_numpy(rows_of(part, head.centres_per_class)).to(head.weight.device)
         norms = torch.linalg.vector_norm(head.weight.detach()[rows].double(), dim=1)
         total += float(norms.sum())
     totals, counts = zip(*ranks.gather((total, count)), strict=True)
@@ -155,7 +157,7 @@ def _fill(head: PartialFC, classes: np.ndarray, means: Tensor, length: float) ->
     chosen = has_image & torch.from_numpy(mine)
     local = classes[chosen.numpy()] - head.class_range.start
     k, width = head.centres_per_class, head.embedding_size
-    rows = torch.from_numpy(_rows(local, k)).to(head.weight.device)
+    rows = torch.from_numpy(rows_of(local, k)).to(head.weight.device)
     centres = normalize(means[chosen])[:, None].expand(-1, k, -1).reshape(-1, width)
     if k > 1:
         apart = normalize(head.weight.detach()[rows].to("cpu", centres.dtype))

@@ -159,6 +159,11 @@ def match_names(here: Sequence[str], there: Sequence[str], whose: tuple[str, str
     return np.array([place.get(name, -1) for name in here], np.int64)
 
 
+def rows_of(classes: np.ndarray, centres_per_class: int) -> np.ndarray:
+    """Rows of a weight that hold these classes' centres, K a class: int64 [n K]."""
+    return (classes[:, None] * centres_per_class + np.arange(centres_per_class)).reshape(-1)
+
+
 def names_of_this_run(source: ImageSource, key: str) -> list[str]:
     """The class names of a training set.
 
