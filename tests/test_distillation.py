@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -30,7 +30,7 @@ from tests.test_resume import EXACT, TINY, assert_same, copy_of_run, whole_run
 from tests.test_train import weights_after_one_step
 from train_v2 import run_on
 from training.build import SetupError, build
-from training.checkpoint import FOLDER, CheckpointError
+from training.checkpoint import CheckpointError
 from utils.distributed import World
 
 CLASSES, WIDTH, TEACHERS_WIDTH, SCALE, TEMPERATURE = 23, 7, 5, 16.0, 3.0
@@ -52,12 +52,18 @@ def example(k: int, k_teacher: int) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+CASES = ((1, 1, False, 1), (1, 2, True, 10**6), (3, 1, True, 4000), (2, 2, False, 6000))
+"""Centres per class of student and teacher, sampled or not, bytes for a block."""
+
+
+def divergences_here(rank: int, world_size: int) -> list[tuple[float, Tensor]]:
+    return [divergence_here(rank, world_size, *case) for case in CASES]
+
+
 def divergence_here(
     rank: int, world_size: int, k: int, k_teacher: int, is_sampled: bool, budget: int
 ) -> tuple[float, Tensor]:
     """Loss, and gradient of this rank's embeddings."""
-    import torch.distributed as dist
-
     given = example(k, k_teacher)
     mine = class_range(CLASSES, rank, world_size)
     here = slice(mine.start, mine.stop)
@@ -77,32 +83,28 @@ def divergence_here(
     loss = sharded_divergence(normalize(embeddings), normalize(given["taught"][local]), sides)
     (2 * loss).backward()
     assert embeddings.grad is not None
-    return float(loss), embeddings.grad / 2
+    return loss.item(), embeddings.grad / 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    ("k", "k_teacher", "is_sampled", "budget"),
-    [(1, 1, False, 1), (1, 2, True, 10**6), (3, 1, True, 4000), (2, 2, False, 6000)],
-)
-def test_logits_equal_the_dense_twin_loss_and_gradient(
-    ranks: Ranks, world_size: int, k: int, k_teacher: int, is_sampled: bool, budget: int
-) -> None:
-    given = example(k, k_teacher)
-    counted = given["known"] & given["sampled"] if is_sampled else given["known"]
-    embeddings = given["embeddings"].requires_grad_(True)
-    expected = dense_divergence(
-        embeddings, given["taught"], given["weight"][counted], given["teacher"][counted],
-        SCALE, TEMPERATURE,
-    )  # fmt: skip
-    (gradient,) = torch.autograd.grad(expected, embeddings)
-    assert gradient.abs().max() > 1e-3
-    parts = ranks.run(world_size, divergence_here, k, k_teacher, is_sampled, budget)
-    for loss, _ in parts:
-        assert loss == pytest.approx(float(expected), rel=1e-12)
-    torch.testing.assert_close(
-        torch.cat([part for _, part in parts]), gradient, rtol=0, atol=1e-13
-    )
+def test_logits_equal_the_dense_twin_loss_and_gradient(ranks: Ranks, world_size: int) -> None:
+    found = ranks.run(world_size, divergences_here)
+    for number, (k, k_teacher, is_sampled, _) in enumerate(CASES):
+        given = example(k, k_teacher)
+        counted = given["known"] & given["sampled"] if is_sampled else given["known"]
+        embeddings = given["embeddings"].requires_grad_(True)
+        expected = dense_divergence(
+            embeddings, given["taught"], given["weight"][counted], given["teacher"][counted],
+            SCALE, TEMPERATURE,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(expected, embeddings)
+        assert gradient.abs().max() > 1e-3
+        parts = [each[number] for each in found]
+        for loss, _ in parts:
+            assert loss == pytest.approx(expected.item(), rel=1e-12)
+        torch.testing.assert_close(
+            torch.cat([part for _, part in parts]), gradient, rtol=0, atol=1e-13
+        )
 
 
 def test_a_step_whose_classes_the_teacher_does_not_know_teaches_nothing() -> None:
@@ -112,7 +114,7 @@ def test_a_step_whose_classes_the_teacher_does_not_know_teaches_nothing() -> Non
     sides = Sides(centres, 1, None, teacher, SCALE, TEMPERATURE, 3, None, 10**6)
     loss = sharded_divergence(normalize(embeddings), torch.randn(3, 6), sides)
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert embeddings.grad is not None
     assert not embeddings.grad.any()
 
@@ -192,10 +194,8 @@ def one_step(settings: dict[str, Any], spoil: bool = False) -> tuple[Any, dict[s
     parts = build(cfg, World(0, 0, 1, torch.device("cpu")))
     parts.step.model.train()
     if spoil:
-        assert parts.step.distillation is not None
-        parts.step.distillation.teacher = (  # type: ignore[assignment]
-            lambda images: torch.full((len(images), 16), torch.nan)
-        )
+        distillation: Any = parts.step.distillation
+        distillation.teacher = lambda images: torch.full((len(images), 16), torch.nan)
     outcome = parts.step([next(iter(parts.loader))], 0.1)
     assert isinstance(parts.head, PartialFC)
     rule = dict(parts.head.moved_parameters())[parts.head.weight]
@@ -237,7 +237,7 @@ def test_a_teacher_that_is_not_finite_makes_a_bad_step_and_nothing_moves(
     assert before.keys() == backbone.keys()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_weight_towards_zero_is_no_distillation(
     tmp_path: Path, teacher: Path, faces: Path, precision: str, one_thread: None
 ) -> None:
@@ -261,11 +261,9 @@ def test_a_student_ends_nearer_to_its_teacher_than_without_it(
     cosines = {}
     for name, path in (("with", str(teacher)), ("without", None)):
         settings = student(
-            teacher, faces, "cosine", teacher=path, max_steps=24, num_epoch=10, network="mbf",
-            distillation_weight=20.0, input_size=32,
-        )  # fmt: skip
-        settings["network"] = "r_nano"
-        whole_run(0, 1, str(tmp_path / name), settings)
+            teacher, faces, "cosine", max_steps=24, num_epoch=10, distillation_weight=20.0
+        )
+        whole_run(0, 1, str(tmp_path / name), {**settings, "teacher": path})
         with torch.no_grad():
             ours, theirs = (load_model(each)[0](pixels) for each in (tmp_path / name, teacher))
         cosines[name] = float(cosine_similarity(ours, theirs).mean())
@@ -363,7 +361,7 @@ def test_a_teacher_without_its_name_or_its_classes_is_refused(
     with pytest.raises(CheckpointError, match=r"no usable checkpoint there"):
         start(teacher=str(teacher / "model.pt"))
     strangers = write_faces(tmp_path / "strangers", ("x", "y", "z"))
-    with pytest.raises(CheckpointError, match="knows no class of this run.*distillation=cosine"):
+    with pytest.raises(CheckpointError, match=r"knows no class of this run.*distillation=cosine"):
         start(rec=str(strangers))
     other = shutil.copytree(teacher, tmp_path / "other")
     (other / "label_map.txt").write_text("0\tcarl\n1\tcarl\n")

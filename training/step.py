@@ -180,8 +180,8 @@ class TrainStep:
     def _objective(
         self, loss: Tensor, batches: Sequence[Batch], embeddings: Tensor, count: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """(what is differentiated, the head's loss) of one of `count` shares of the step. Where the teacher's
-        loss is not finite neither is the head's, so that nothing moves."""
+        """(what is differentiated, the head's loss) of one of `count` shares of the step. Where
+        the teacher's loss is not finite neither is the head's, so that nothing moves."""
         loss = loss / count
         if self.distillation is None:
             return loss, loss
