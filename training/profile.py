@@ -21,6 +21,7 @@ PHASES = {
     "data": "waiting for data",
     "forward": "backbone, forward",
     "head": "head: logits, loss, their gradients, class centres",
+    "teacher": "teacher: its embeddings, the distillation loss",
     "backward": "backbone, backward (with its all-reduce)",
     "optimizer": "clipping and the backbone's optimizer",
 }

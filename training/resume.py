@@ -118,7 +118,7 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         "gradient_acc is what it was, or global_batch_size, which follows any number of ranks",
         "num_images": "; the data order would be another one: start a new run with "
         "init_backbone=RUN",
-        "num_classes": "; start a new run with init_backbone=RUN",
+        "num_classes": "; start a new run with init_backbone=RUN init_head=RUN",
     }
     for key, old in saved["data"].items():
         new = now["data"].get(key)

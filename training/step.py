@@ -137,7 +137,7 @@ class TrainStep:
                     part = self.head(
                         embeddings, batch.labels, learning_rate if moves_in_backward else None
                     )
-                    objective, part = self._objective(part, [batch], embeddings, count)
+                objective, part = self._objective(part, [batch], embeddings, count)
                 with phase("backward"):
                     (objective * scale).backward()
                 loss += part.detach()
@@ -161,7 +161,8 @@ class TrainStep:
         embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
         with phase("head"):
             loss = self.head(embeddings, torch.cat([batch.labels for batch in micro_batches]))
-            objective, loss = self._objective(loss, micro_batches, embeddings)
+        objective, loss = self._objective(loss, micro_batches, embeddings)
+        with phase("head"):
             (objective * scale).backward()
         assert embeddings.grad is not None
         gradients = embeddings.grad.split([len(part) for part in parts])
@@ -185,7 +186,8 @@ class TrainStep:
         loss = loss / count
         if self.distillation is None:
             return loss, loss
-        taught = self.distillation([batch.images for batch in batches], embeddings) / count
+        with phase("teacher"):
+            taught = self.distillation([batch.images for batch in batches], embeddings) / count
         loss = loss * torch.where(torch.isfinite(taught.detach()), 1.0, torch.nan)
         self._taught = taught.detach() + (0.0 if self._taught is None else self._taught)
         return loss + self.distillation.weight * taught, loss
