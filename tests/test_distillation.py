@@ -44,11 +44,13 @@ def example(k: int, k_teacher: int) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    sampled = torch.rand(CLASSES, generator=generator) < 0.5
+    sampled[:8] = False  # all that the first of three ranks has
     return {
         "embeddings": draw(sum(ROWS), WIDTH), "taught": draw(sum(ROWS), TEACHERS_WIDTH),
         "weight": draw(CLASSES, k, WIDTH), "teacher": draw(CLASSES, k_teacher, TEACHERS_WIDTH),
         "known": torch.arange(CLASSES) % 3 > 0,
-        "sampled": torch.rand(CLASSES, generator=generator) < 0.5,
+        "sampled": sampled,
     }  # fmt: skip
 
 

@@ -235,8 +235,8 @@ def test_plain_classification_by_classes_is_taken_over_too(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     changes = {
-        **FACES, "task": "classification", "loss": "softmax", "network": "resnet18",
-        "embedding_size": 512, "batch_size": 4, "verbose": 0,
+        **FACES, "task": "classification", "loss": "softmax", "network": "resnet_nano",
+        "embedding_size": 128, "batch_size": 4, "verbose": 0,
     }  # fmt: skip
     for name, classes in (("old", OLD), ("new", NEW)):
         hold_out(write_faces(tmp_path / f"{name}_faces", classes), tmp_path / name, every=5)

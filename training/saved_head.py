@@ -24,7 +24,7 @@ from dataset import open_sources
 from training import storage
 from training.checkpoint import CheckpointError, Found, Ranks, write_whole
 from training.resume import find_at
-from training.storage import Stored
+from training.storage import StorageError, Stored
 
 logger = logging.getLogger("train")
 
@@ -78,8 +78,15 @@ class SavedHead:
             rows_there, rows_here: int64 [n], which row goes where.
 
         Raises:
-            StorageError: the checkpoint cannot be read.
+            StorageError: the checkpoint cannot be read, or its rows have another size.
         """
+        for name, target in targets.items():
+            shape, _ = self.tensors[name]
+            if shape[1:] != target.shape[1:] or shape[0] != self.tensors["head/weight"][0][0]:
+                raise StorageError(
+                    f"{self.path}: {name} was saved as {list(shape)}, which does not fit rows of "
+                    f"{list(target.shape[1:])}"
+                )
         order = np.argsort(rows_there, kind="stable")
         there, here = rows_there[order], rows_here[order]
         row_bytes = max(
