@@ -663,7 +663,8 @@ class Config:
         return [sentence for ok, sentence in sentences if not ok]
 
     def unused(self) -> list[str]:
-        """Keys that were set but mean nothing for this loss, one sentence each, for a warning.
+        """Keys that were set but mean nothing for this loss, or without a teacher, one sentence each,
+        for a warning.
 
         They may come from a published config whose loss was exchanged on the command line.
         """
@@ -683,9 +684,15 @@ class Config:
             "elastic_std": ("elasticface_arc", "elasticface_cos"),
             "elastic_plus": ("elasticface_arc", "elasticface_cos"),
         }
-        return [
+        found = [
             f"{key}={getattr(self, key)!r} is not used: it belongs to {', '.join(losses)}, and the "
             f"loss is {self.loss}"
             for key, losses in belongs_to.items()
             if self.loss not in losses and getattr(self, key) != getattr(Config, key)
         ]
+        found += [
+            f"{key}={getattr(self, key)!r} is not used: there is no teacher"
+            for key in ("distillation", "distillation_weight", "distillation_temperature")
+            if self.teacher is None and getattr(self, key) != getattr(Config, key)
+        ]
+        return found

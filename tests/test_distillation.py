@@ -375,5 +375,7 @@ def test_what_distillation_is_not_for_is_refused_by_the_config() -> None:
     settings = {**TINY, "teacher": "RUN"}
     both = Config(**{**settings, "distillation": "logits", "loss": "softmax"}).problems()
     assert any('distillation="logits" compares cosines' in problem for problem in both)
+    forgotten = Config(**{**TINY, "distillation": "logits"})
+    assert forgotten.unused() == ["distillation='logits' is not used: there is no teacher"]
     task = {"task": "classification", "loss": "softmax"}
     assert any("teacher='RUN'" in problem for problem in Config(**{**settings, **task}).problems())

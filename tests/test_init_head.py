@@ -384,6 +384,11 @@ def test_the_command_fine_tunes_a_run_to_new_classes(
     assert main([str(config), *words]) == 0
     assert "4 kept, 3 new, 3 dropped" in (tmp_path / "run" / "training.log").read_text()
     assert read_label_map(tmp_path / "run") == list(NEW)
+    onwards = [f"init_backbone={tmp_path / 'run'}", f"init_head={tmp_path / 'run'}"]
+    assert main([str(config), *onwards]) == 0  # read before it is set aside
+    assert "7 kept, 0 new, 0 dropped" in (tmp_path / "run" / "training.log").read_text()
+    assert read_label_map(tmp_path / "run" / "previous_1") == list(NEW)
+    assert read_label_map(tmp_path / "run") == list(NEW)
     assert main([str(config), *words, "init_head=nowhere"]) == 2
     assert "init_head='nowhere': no usable checkpoint there" in capfd.readouterr().err
 
