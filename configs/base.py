@@ -663,8 +663,8 @@ class Config:
         return [sentence for ok, sentence in sentences if not ok]
 
     def unused(self) -> list[str]:
-        """Keys that were set but mean nothing for this loss, or without a teacher, one sentence each,
-        for a warning.
+        """Keys that were set but mean nothing for this loss or without a teacher, one sentence
+        each, for a warning.
 
         They may come from a published config whose loss was exchanged on the command line.
         """
