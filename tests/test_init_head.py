@@ -427,3 +427,14 @@ def test_a_map_of_more_classes_than_the_set_has_is_refused(tmp_path: Path) -> No
     (data / "label_map.txt").write_text("0\ta\n1\tb\n2\tc\n")
     with pytest.raises(DataError, match="names 3 classes, but the set has 2"):
         class_names(open_sources([data], 32))
+
+
+def test_a_run_whose_folders_have_impossible_names_goes_on_without_a_map(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_sources([write_faces(tmp_path / "data", ("two\nlines", "c"))], 32)
+    saved_head.remember_class_names(source, tmp_path)
+    assert "will not know the names of its classes" in caplog.text
+    assert not (tmp_path / "label_map.txt").exists()
+    with pytest.raises(DataError, match="needs names of one line of text"):
+        label_map_text(["good", "\udcff"])  # bytes in a folder's name that are no text
