@@ -18,7 +18,8 @@ import torch
 
 from data.augment import normalise, parse_augmentation
 from data.batches import DATA_ERRORS, BatchMaker, Loaded
-from data.crop import RandomResizedCrop
+from data.crop import RandomResizedCrop, centre_crop
+from data.decode import decode_image
 from data.device import prefetch_to_device
 from data.fingerprint import join_samples
 from data.prefetch import OrderedPrefetch
@@ -134,6 +135,22 @@ class DataLoader:
         """Read and decode one batch here and now: a pure function of its arguments."""
         loaded = self._make(epoch, step)
         return Batch(loaded.images.permute(0, 3, 1, 2), loaded.labels)
+
+    @property
+    def skips_bad_records(self) -> bool:
+        """on_bad_record="skip"."""
+        return self._make.skips_bad_records
+
+    def plain_image(self, index: int) -> np.ndarray:
+        """Image `index` without augmentation, uint8 [H, W, 3], RGB; of a picture the middle.
+
+        Raises DATA_ERRORS.
+        """
+        if self._make.crop is None:
+            return self.source.read(index)[0]
+        encoded, _ = self.source.read_encoded(index)
+        picture = decode_image(encoded, self.source.describe(index))
+        return centre_crop(picture, self.source.input_size)
 
 
 class _Threads:

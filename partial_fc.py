@@ -295,6 +295,11 @@ class PartialFC(nn.Module):
         pairs = ((self.weight, self.row_update), (self.bias, self._bias_update))
         return [(p, rule) for p, rule in pairs if p is not None and rule is not None]
 
+    def centres_of_step(self) -> tuple[Centres, Tensor | None]:
+        """The rows that take part in the step in progress, as constants, and the classes of this
+        rank they belong to ([S] int64; None: all). From `forward` until `backward` moves them."""
+        return self._centres(), None if self._sample is None else self._sample.classes
+
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over `get_extra_state` of a saved head."""
         self._samples_drawn, self.seed = state["samples_drawn"], state["seed"]

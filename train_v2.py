@@ -39,6 +39,7 @@ from training.build import (
 )
 from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named, sweep
 from training.heartbeat import EXIT_RANK_LOST, Heartbeat, heartbeat_store, is_of_a_collective
+from training.init_head import init_head
 from training.keeper import Keeper, SavesFailed, Stopped
 from training.preflight import (
     PreflightError,
@@ -49,6 +50,7 @@ from training.preflight import (
 )
 from training.profile import StepProfile, phase
 from training.report import Reporter, start_wandb
+from training.saved_head import remember_class_names
 from training.signals import StopSignals
 from training.state import Progress, RunState
 from training.validation import CUT_SHORT, Validation
@@ -291,6 +293,11 @@ def begin(
         resume.check(found.manifest.facts, facts)
         progress = state.load(found, ranks)
         logger.info("resuming at step %d from %s", progress.step, found.path)
+    elif cfg.init_head is not None:
+        init_head(
+            cfg.init_head, parts, ranks, has_backbone=cfg.init_backbone is not None,
+            batch_size=cfg.batch_size, num_workers=cfg.num_workers,
+        )  # fmt: skip
     if world.is_main:
         if found is None or not found.path.resolve().is_relative_to(folder.resolve()):
             set_aside_earlier_run(folder)
@@ -300,6 +307,7 @@ def begin(
             num_classes=parts.head.num_classes, num_images=parts.loader.num_images,
             total_steps=parts.total_steps,
         )  # fmt: skip
+        remember_class_names(parts.loader.source, folder)
     barrier(world)
     keep = max(cfg.keep_checkpoints, 1)
     keeper = Keeper(

@@ -136,15 +136,16 @@ class Config:
     """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""
 
     teacher: str | None = None
-    """Knowledge distillation: the run, model.pt or checkpoint of a frozen teacher; its run folder
-    for distillation="logits" (docs/distillation.md)."""
+    """Knowledge distillation: the run folder or model.pt of a frozen teacher; for
+    distillation="logits" its run folder, with checkpoints (docs/distillation.md)."""
 
     distillation: str = "cosine"
     """"cosine": 1 - cosine of the student's and the teacher's embedding; "logits": T^2 times the
     divergence of the student's class probabilities from the teacher's, no margin in either."""
 
     distillation_weight: float = 1.0
-    """Factor on the distillation loss, which is added to the head's; above 0."""
+    """Factor on the distillation loss, which is added to the head's; above 0. The log and
+    metrics.jsonl show both losses by themselves, without it."""
 
     distillation_temperature: float = 4.0
     """distillation="logits": both sides' logits are divided by this T."""
@@ -553,6 +554,11 @@ class Config:
         )
         for key in ("distillation_weight", "distillation_temperature"):
             require(getattr(self, key) > 0.0, f"{key}={getattr(self, key)!r}: above 0")
+        require(
+            self.teacher is None or self.distillation != "logits" or self.loss != "softmax",
+            'distillation="logits" compares cosines with class centres, which loss="softmax" does '
+            'not train: distillation="cosine", or another loss',
+        )
         require(self.weight_decay >= 0.0, f"weight_decay={self.weight_decay!r}: at least 0")
         require(self.lr >= 0.0, f"lr={self.lr!r}: at least 0")
         require(self.clip_grad_norm >= 0.0, f"clip_grad_norm={self.clip_grad_norm!r}: at least 0")
@@ -626,6 +632,10 @@ class Config:
                 ),
                 (not self.dali, 'dali=True: only for task="recognition"'),
                 (
+                    self.teacher is None,
+                    f"teacher={self.teacher!r}: distillation is for task=\"recognition\"",
+                ),
+                (
                     0.0 <= self.label_smoothing < 1.0,
                     f"label_smoothing={self.label_smoothing!r}: in [0, 1)",
                 ),
@@ -633,6 +643,10 @@ class Config:
                 (
                     (self.sub_centres or 1) == 1,
                     f"sub_centres={self.sub_centres!r}: classification has one row per class",
+                ),
+                (
+                    not is_layer or self.init_head is None,
+                    f"init_head={self.init_head!r}: only with parallel_dim=1 and label_smoothing=0",
                 ),
                 (
                     not is_layer
@@ -649,7 +663,8 @@ class Config:
         return [sentence for ok, sentence in sentences if not ok]
 
     def unused(self) -> list[str]:
-        """Keys that were set but mean nothing for this loss, one sentence each, for a warning.
+        """Keys that were set but mean nothing for this loss or without a teacher, one sentence
+        each, for a warning.
 
         They may come from a published config whose loss was exchanged on the command line.
         """
@@ -669,9 +684,15 @@ class Config:
             "elastic_std": ("elasticface_arc", "elasticface_cos"),
             "elastic_plus": ("elasticface_arc", "elasticface_cos"),
         }
-        return [
+        found = [
             f"{key}={getattr(self, key)!r} is not used: it belongs to {', '.join(losses)}, and the "
             f"loss is {self.loss}"
             for key, losses in belongs_to.items()
             if self.loss not in losses and getattr(self, key) != getattr(Config, key)
         ]
+        found += [
+            f"{key}={getattr(self, key)!r} is not used: there is no teacher"
+            for key in ("distillation", "distillation_weight", "distillation_temperature")
+            if self.teacher is None and getattr(self, key) != getattr(Config, key)
+        ]
+        return found

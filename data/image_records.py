@@ -142,8 +142,12 @@ def read_label_map(folder: Path) -> list[str] | None:
     path = folder / "label_map.txt"
     if not path.is_file():
         return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is no UTF-8 text ({error}); correct it or delete it") from error
     names: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         label, tab, name = line.partition("\t")
         if not tab or label != str(number - 1):
             raise DataError(

@@ -222,3 +222,29 @@ def dense_loss_by_paper(
         logits = logits.masked_fill(absent, -math.inf)
     loss = torch.nn.functional.cross_entropy(logits, labels) + penalty
     return loss, {name: float(value) for name, value in state.items()}
+
+
+def dense_divergence(
+    embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    weight: Tensor,
+    teacher_weight: Tensor,
+    scale: float,
+    temperature: float,
+) -> Tensor:
+    """T^2 KL(teacher || student), mean over the batch, of class probabilities without margin.
+
+    Args:
+        embeddings: [B, D]; teacher_embeddings: [B, D_t].
+        weight: [n, K, D]; teacher_weight: [n, K_t, D_t], of the classes that count for both.
+    """
+
+    def log_probabilities(rows: Tensor, centres: Tensor) -> Tensor:
+        unit = rows / rows.norm(dim=1, keepdim=True)
+        unit_centres = centres / centres.norm(dim=2, keepdim=True)
+        cosine = torch.einsum("bd,nkd->bnk", unit, unit_centres).amax(dim=2)
+        return torch.log_softmax(scale * cosine / temperature, dim=1)
+
+    student = log_probabilities(embeddings, weight)
+    teacher = log_probabilities(teacher_embeddings, teacher_weight)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(dim=1).mean()

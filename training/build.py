@@ -55,6 +55,7 @@ from losses import (
 from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
+from training.distillation import Distillation, make_distillation
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone, allow_tf32, choose_precision
 from training.schedule import Schedule
@@ -67,7 +68,7 @@ logger = logging.getLogger("train")
 VERSION = "ArcShard 0.1.0"
 RUN_FILES = (
     "model.pt", "model_best.pt", "model.onnx", "model.onnx.data", "config.json", "metrics.jsonl",
-    "metrics_discarded.jsonl", "tensorboard", "checkpoints", "profile",
+    "metrics_discarded.jsonl", "tensorboard", "checkpoints", "profile", "label_map.txt",
 )  # fmt: skip
 
 
@@ -217,6 +218,7 @@ def build(cfg: Config, world: World) -> Parts:
         clip_grad_norm=cfg.clip_grad_norm,
         scaler=_make_scaler(world.device) if precision.needs_scaler else None,
         embed_ahead=embeds_ahead(cfg, head.margin),
+        distillation=_make_distillation(cfg, head, loader, precision, world),
         tf32=precision.tf32,
     )
     seed = cfg.seed + 1 + world.rank  # from here on ranks draw their own (dropout)
@@ -515,6 +517,23 @@ def _make_layer(
             f"parallel_dim={cfg.parallel_dim!r}: a last layer of {num_classes} classes cannot be "
             f"had on this rank; parallel_dim=1 and more ranks make its part smaller ({error})"
         ) from error
+
+
+def _make_distillation(
+    cfg: Config, head: Head, loader: DataLoader, precision: Precision, world: World
+) -> Distillation | None:
+    if cfg.teacher is None:
+        return None
+    assert isinstance(head, PartialFC)
+    try:
+        return make_distillation(
+            cfg.teacher, cfg.distillation, head, loader.source, precision, world,
+            weight=cfg.distillation_weight, scale=cfg.scale,
+            temperature=cfg.distillation_temperature, input_size=cfg.input_size,
+            buffer_mib=cfg.head_buffer_mib,
+        )  # fmt: skip
+    except ValueError as error:
+        raise SetupError(str(error)) from error
 
 
 def _make_row_update(cfg: Config) -> RowUpdate:

@@ -21,6 +21,7 @@ PHASES = {
     "data": "waiting for data",
     "forward": "backbone, forward",
     "head": "head: logits, loss, their gradients, class centres",
+    "teacher": "teacher: its embeddings, the distillation loss",
     "backward": "backbone, backward (with its all-reduce)",
     "optimizer": "clipping and the backbone's optimizer",
 }
@@ -117,7 +118,9 @@ def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool)
     if on_device:  # the host waits for data while the device has nothing to do
         waiting = [e for e in events if e.key == _PREFIX + "data"]
         spent[_PREFIX + "data"] = sum(float(e.cpu_time_total) for e in waiting) / 1e3 / num_steps
-    phases = {text: spent.get(_PREFIX + name, 0.0) for name, text in PHASES.items()}
+    phases = {  # a run without a teacher has no line for it
+        text: spent[_PREFIX + name] for name, text in PHASES.items() if _PREFIX + name in spent
+    }
     collectives = sum(total(e, own=False) for e in events if e.key.startswith(_COLLECTIVES))
     lines = [
         f"{num_steps} steps, {milliseconds:.2f} ms each",

@@ -49,6 +49,10 @@ class Reporter:
             rates.samples_per_second, report.loss, learning_rate, epoch, step, report.loss_scale,
             rates.hours_left, report.grad_norm, 100 * rates.data_wait_share, rates.peak_memory_gib,
         )  # fmt: skip
+        taught = {}
+        if not math.isnan(report.distillation):
+            taught = {"distillation_loss": report.distillation}
+            logger.info("Distillation Loss %.4f", report.distillation)
         if report.bad_steps:
             logger.warning(
                 "%d bad steps since the last line (non-finite loss or gradient; nothing moved), "
@@ -62,6 +66,7 @@ class Reporter:
                 "step": step,
                 "epoch": epoch,
                 "loss": report.loss,
+                **taught,
                 "learning_rate": learning_rate,
                 "samples_per_second": rates.samples_per_second,
                 "grad_norm": report.grad_norm,

@@ -70,17 +70,26 @@ def find(resume: bool | str, output: Path, ranks: Ranks) -> Found | None:
         if found is None:
             logger.info("resume=%s: no checkpoint in %s yet, starting anew", resume, output)
         return found
-    path = Path(str(resume))
-    if (path / MANIFEST).exists():
-        return check_intact(path, ranks)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    found = find_intact(folder, ranks) if named(folder) else None
+    found = find_at(Path(str(resume)), ranks)
     if found is None:
         raise CheckpointError(
             f"resume={str(resume)!r}: no usable checkpoint there. Give a run's folder, its "
             f"checkpoints folder or one step_... folder, or resume=False to start anew"
         )
     return found
+
+
+def find_at(path: Path, ranks: Ranks) -> Found | None:
+    """The checkpoint that a path means: itself, or the newest intact one of a run or of a folder
+    of checkpoints; None if there is none.
+
+    Raises:
+        CheckpointError: the one checkpoint that it names is damaged.
+    """
+    if (path / MANIFEST).exists():
+        return check_intact(path, ranks)
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    return find_intact(folder, ranks) if named(folder) else None
 
 
 def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -109,7 +118,7 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         "gradient_acc is what it was, or global_batch_size, which follows any number of ranks",
         "num_images": "; the data order would be another one: start a new run with "
         "init_backbone=RUN",
-        "num_classes": "; start a new run with init_backbone=RUN",
+        "num_classes": "; start a new run with init_backbone=RUN init_head=RUN",
     }
     for key, old in saved["data"].items():
         new = now["data"].get(key)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
+from training.distillation import Distillation
 from training.optimizer import own_optimizer
 from training.precision import tf32_allowed
 from training.profile import phase
@@ -27,13 +28,14 @@ class StepOutcome(NamedTuple):
 
     loss: mean over the global batch. grad_norm: of the backbone, before clipping.
     bad: the loss or the gradient was not finite and nothing moved on any rank.
-    loss_scale: of fp16, 1 otherwise.
+    loss_scale: of fp16, 1 otherwise. distillation: its loss, without the weight; None: no teacher.
     """
 
     loss: Tensor
     grad_norm: Tensor
     bad: Tensor
     loss_scale: Tensor
+    distillation: Tensor | None = None
 
 
 class TrainStep:
@@ -49,6 +51,7 @@ class TrainStep:
         scaler: for fp16.
         embed_ahead: the loss needs all micro-batches of a step at once.
         tf32: allow TF32 while a step runs (and only then: verification is in full fp32).
+        distillation: a second loss, from a teacher (training/distillation.py).
     """
 
     def __init__(
@@ -62,10 +65,13 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None,
         embed_ahead: bool = False,
         tf32: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
         self.model, self.head, self.optimizer = model, head, optimizer
         self.batch_norm, self.clip_grad_norm, self.scaler = batch_norm, clip_grad_norm, scaler
         self.embed_ahead, self.tf32 = embed_ahead, tf32
+        self.distillation = distillation
+        self._taught: Tensor | None = None  # the distillation loss of the step in progress
         self.device, self.dtype = head.device, head.work_dtype
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._one = torch.ones((), device=self.device)
@@ -78,6 +84,7 @@ class TrainStep:
     def _step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
         self.optimizer.zero_grad(set_to_none=True)
         self.batch_norm.keep()
+        self._taught = None
         micro_batches = [
             Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
             for batch in micro_batches
@@ -105,7 +112,7 @@ class TrainStep:
         self.batch_norm.restore_if(bad)
         if self.scaler:
             self.scaler.update()  # by what unscale_ found
-        return StepOutcome(loss, grad_norm.detach(), bad, scale)
+        return StepOutcome(loss, grad_norm.detach(), bad, scale, self._taught)
 
     def _one_by_one(
         self, micro_batches: Sequence[Batch], scale: Tensor, learning_rate: float
@@ -130,9 +137,9 @@ class TrainStep:
                     part = self.head(
                         embeddings, batch.labels, learning_rate if moves_in_backward else None
                     )
-                    part = part / count
+                objective, part = self._objective(part, [batch], embeddings, count)
                 with phase("backward"):
-                    (part * scale).backward()
+                    (objective * scale).backward()
                 loss += part.detach()
         return loss
 
@@ -154,7 +161,9 @@ class TrainStep:
         embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
         with phase("head"):
             loss = self.head(embeddings, torch.cat([batch.labels for batch in micro_batches]))
-            (loss * scale).backward()
+        objective, loss = self._objective(loss, micro_batches, embeddings)
+        with phase("head"):
+            (objective * scale).backward()
         assert embeddings.grad is not None
         gradients = embeddings.grad.split([len(part) for part in parts])
         for number, (batch, state, gradient) in enumerate(
@@ -168,6 +177,20 @@ class TrainStep:
                     again.backward(gradient)
         self.batch_norm.let_go()
         return loss.detach()
+
+    def _objective(
+        self, loss: Tensor, batches: Sequence[Batch], embeddings: Tensor, count: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """(what is differentiated, the head's loss) of one of `count` shares of the step. Where
+        the teacher's loss is not finite neither is the head's, so that nothing moves."""
+        loss = loss / count
+        if self.distillation is None:
+            return loss, loss
+        with phase("teacher"):
+            taught = self.distillation([batch.images for batch in batches], embeddings) / count
+        loss = loss * torch.where(torch.isfinite(taught.detach()), 1.0, torch.nan)
+        self._taught = taught.detach() + (0.0 if self._taught is None else self._taught)
+        return loss + self.distillation.weight * taught, loss
 
     def _summed_over_ranks(self, embeddings: Tensor) -> Tensor:
         """The loss is the mean over the global batch already: gradients must be added over

@@ -68,6 +68,7 @@ class WatchReport(NamedTuple):
     spikes: how many; worst_spike: the highest of them (NaN without); usual_loss: the running mean.
     alikeness: of the last step, NaN if unknown; alike_streak: steps in a row, up to the last one,
     in which it was above COLLAPSE_ALIKENESS.
+    distillation: the last step's, NaN without a teacher.
     """
 
     loss: float
@@ -81,6 +82,7 @@ class WatchReport(NamedTuple):
     usual_loss: float = math.nan
     alikeness: float = math.nan
     alike_streak: int = 0
+    distillation: float = math.nan
 
 
 @dataclass
@@ -175,7 +177,7 @@ class Watch:
     def report(self) -> WatchReport:
         """What happened since the last report (waits for the device); begins anew."""
         assert self._last is not None, "report() before the first step"
-        tally = self._read()
+        tally, taught = self._read(), self._last.distillation
         report = WatchReport(
             loss=tally.loss_sum / tally.good if tally.good else math.nan,
             bad_steps=int(tally.bad),
@@ -188,6 +190,7 @@ class Watch:
             usual_loss=tally.mean if tally.steady else math.nan,
             alikeness=tally.alikeness,
             alike_streak=int(tally.alike_streak),
+            distillation=math.nan if taught is None else float(taught),
         )
         tally.begin_anew()
         self._write(tally)

@@ -1,0 +1,64 @@
+"""What the classes of a set are called: by their folders, or label_map.txt beside the records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data.image_records import read_label_map
+from data.sets import ExcludingSource, JoinedSource
+from data.sources import DataError, FolderSource, ImageSource, RecordSource
+
+LABEL_MAP = "label_map.txt"
+
+
+def class_names(source: ImageSource) -> list[str] | None:
+    """The name of every class by its label, "" where one has none; None where none has any.
+
+    Of joined sets: one set's names after the other's. There may be fewer names than classes (a
+    head may be padded), never more.
+
+    Raises DataError.
+    """
+    if isinstance(source, FolderSource):
+        return list(source.class_names)
+    if isinstance(source, ExcludingSource):  # classes keep their numbers
+        return class_names(source.source)
+    if isinstance(source, JoinedSource):
+        parts = [class_names(each) for each in source.sources]
+        if not any(parts):
+            return None
+        names: list[str] = []
+        for part, offset in zip(parts, source.label_offsets, strict=True):
+            names += [""] * (offset - len(names)) + (part or [])
+        return names
+    if not isinstance(source, RecordSource):
+        return None
+    folder = source.path_rec.parent
+    found = read_label_map(folder)
+    if found is not None and len(found) > source.num_classes:
+        raise DataError(
+            f"{folder / LABEL_MAP} names {len(found)} classes, but the set has "
+            f"{source.num_classes}: it belongs to another set; correct it or delete the file"
+        )
+    return found
+
+
+def label_map_text(names: Sequence[str]) -> str:
+    """The content of a label_map.txt, as `read_label_map` reads it.
+
+    Raises:
+        DataError: a name that a line of text cannot hold.
+    """
+    for label, name in enumerate(names):
+        if len(f"-{name}-".splitlines()) > 1 or not _is_text(name):
+            raise DataError(f"class {label}, {name!r}: {LABEL_MAP} needs names of one line of text")
+    return "".join(f"{label}\t{name}\n" for label, name in enumerate(names))
+
+
+def _is_text(name: str) -> bool:
+    """Names of folders may hold bytes that are no text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,208 @@
+"""Knowledge distillation: the run also learns from a frozen teacher (docs/distillation.md).
+
+    cosine   mean of 1 - cos(student's embedding, teacher's)
+    logits   T^2 KL of the student's class probabilities from the teacher's (head/distillation.py)
+
+Both are means over the global batch, and what they ask of `local_embeddings` is the gradient of
+that mean, without a factor of the world size: the contract of the heads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from backbones.weights import ModelMetadata, WeightsError, load_model
+from data.sources import ImageSource
+from head.collectives import sum_over_ranks
+from head.distillation import Sides, TeacherCentres, sharded_divergence
+from partial_fc import PartialFC
+from training.checkpoint import FOLDER, CheckpointError, Ranks
+from training.precision import Precision, TrainedBackbone
+from training.saved_head import match_names, names_of_this_run, open_saved_head, rows_of
+from utils.distributed import World
+
+logger = logging.getLogger("train")
+
+WORK_SHARE = 1 / 8  # of head_buffer_mib, for the block in work beside the head's
+
+
+class Teacher:
+    """A frozen network: uint8 images -> embeddings of length 1, under the run's precision.
+
+    Args:
+        path: a run's folder, or its model.pt.
+        precision: the policy of the run. device: of this rank.
+
+    Raises:
+        WeightsError, FileNotFoundError: no such file, or one that does not say its network.
+    """
+
+    def __init__(self, path: str, precision: Precision, device: torch.device) -> None:
+        try:
+            backbone, self.metadata = load_model(path)
+        except WeightsError as error:
+            raise WeightsError(
+                f"teacher={path!r}: {error}. (A teacher's file has to say its network itself: "
+                "backbones.weights.save_model writes such files)"
+            ) from error
+        mean, std = self.metadata.mean, self.metadata.std
+        model = TrainedBackbone(backbone, precision, mean=mean, std=std)
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 RGB [b, 3, H, W] -> [b, D]."""
+        images = images.flip(1) if self.metadata.color == "BGR" else images
+        return normalize(self.model(images))
+
+
+class CosineDistillation:
+    """Mean of 1 - cosine over the global batch.
+
+    Args:
+        teacher: of the same embedding size. head: of the run, for its ranks. weight: of the loss.
+    """
+
+    def __init__(self, teacher: Teacher, head: PartialFC, weight: float) -> None:
+        self.teacher, self.head, self.weight = teacher, head, weight
+
+    def __call__(self, images: Sequence[Tensor], local_embeddings: Tensor) -> Tensor:
+        """The loss, without its weight; the same number on every rank.
+
+        Args:
+            images: the micro-batches whose embeddings [b, D] stand one after the other.
+        """
+        taught = torch.cat([self.teacher(each) for each in images])
+        unit = normalize(local_embeddings.to(self.head.work_dtype))
+        apart = 1 - (unit * taught.to(unit.dtype)).sum(dim=1)
+        mine = torch.stack([apart.detach().sum(), apart.new_full((), len(apart))])
+        total, count = sum_over_ranks(mine, self.head.group)
+        local = apart.sum() / count
+        return local + (total / count - local.detach())  # the global value, the local gradient
+
+
+class LogitsDistillation:
+    """Divergence of class probabilities over the classes that the teacher knows.
+
+    Args:
+        teacher: of any embedding size. centres: its class centres for this rank's classes.
+        head: of the run; its centres of the step are compared with the teacher's.
+        weight: of the loss. scale: s of both sides. temperature: T.
+        half: dtype of the operands of the large matmuls, None for full precision.
+    """
+
+    def __init__(
+        self, teacher: Teacher, centres: TeacherCentres, head: PartialFC, *, weight: float,
+        scale: float, temperature: float, budget_bytes: int, half: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self.teacher, self.centres, self.head, self.weight = teacher, centres, head, weight
+        self.scale, self.temperature = scale, temperature
+        self.budget_bytes, self.half = budget_bytes, half
+
+    def __call__(self, images: Sequence[Tensor], local_embeddings: Tensor) -> Tensor:
+        """See CosineDistillation. Between the head's forward, which draws the step's classes, and
+        its backward, which may move their centres."""
+        taught = torch.cat([self.teacher(each) for each in images])
+        unit = normalize(local_embeddings.to(self.head.work_dtype))
+        student, classes = self.head.centres_of_step()
+        assert self.head.batch_size_per_rank is not None
+        sides = Sides(
+            student, self.head.centres_per_class, classes, self.centres, self.scale,
+            self.temperature, self.head.batch_size_per_rank, self.head.group, self.budget_bytes,
+            self.half,
+        )  # fmt: skip
+        return sharded_divergence(unit, taught, sides)
+
+
+Distillation = CosineDistillation | LogitsDistillation
+
+
+def make_distillation(
+    path: str, kind: str, head: PartialFC, source: ImageSource, precision: Precision, world: World,
+    *, weight: float, scale: float, temperature: float, input_size: int, buffer_mib: float,
+) -> Distillation:  # fmt: skip
+    """The teacher at `path`, loaded and compared with this run; all ranks together.
+
+    Args:
+        kind: "cosine" or "logits".
+        source: the training set, for the names of its classes.
+        weight, scale, temperature, buffer_mib: as in the config.
+
+    Raises:
+        ValueError, WeightsError, CheckpointError, DataError, FileNotFoundError: what does not fit.
+    """
+    teacher = Teacher(path, precision, world.device)
+    meta = teacher.metadata
+    if (meta.input_size, meta.in_channels) != (input_size, 3):
+        raise ValueError(
+            f"teacher={path!r} takes images of {meta.input_size} pixels, {meta.in_channels} "
+            f"channels; this run has {input_size} pixels, 3 channels: both see the same images, so "
+            f"set input_size={meta.input_size} or choose another teacher"
+        )
+    if kind == "cosine":
+        if meta.num_features != head.embedding_size:
+            raise ValueError(
+                f"teacher={path!r} has embeddings of size {meta.num_features}, this run "
+                f"{head.embedding_size}: cosines need one size; set embedding_size="
+                f"{meta.num_features}, or distillation=logits, which compares class probabilities"
+            )
+        logger.info("teacher %s (%s): cosine, weight %g", path, meta.network, weight)
+        return CosineDistillation(teacher, head, weight)
+    centres, num_known = _centres_of(path, meta, head, source, world)
+    logger.info(
+        "teacher %s (%s): logits, temperature %g, weight %g; it knows %d of the classes",
+        path, meta.network, temperature, weight, num_known,
+    )  # fmt: skip
+    return LogitsDistillation(
+        teacher, centres, head, weight=weight, scale=scale, temperature=temperature,
+        budget_bytes=int(buffer_mib * 2**20 * WORK_SHARE), half=precision.head_matmul,
+    )  # fmt: skip
+
+
+def _centres_of(
+    path: str, meta: ModelMetadata, head: PartialFC, source: ImageSource, world: World
+) -> tuple[TeacherCentres, int]:
+    """The teacher's centres for this rank's classes, by name, and how many it knows in all."""
+    run = Path(path)
+    own = run / FOLDER / f"step_{meta.step or 0:08d}"  # of the weights in model.pt
+    names = names_of_this_run(source, "distillation='logits'")
+    ranks = Ranks(world)
+    saved = open_saved_head(str(own if own.is_dir() else run), "teacher", ranks)
+    if saved.path.name != own.name:
+        logger.warning(
+            "teacher=%r: its weights are of step %s, its class centres of %s",
+            path, meta.step, saved.path.name,
+        )  # fmt: skip
+    if saved.embedding_size != meta.num_features:
+        raise CheckpointError(
+            f"teacher={path!r}: its class centres have width {saved.embedding_size}, its "
+            f"embeddings {meta.num_features}: they are not of one run"
+        )
+    of_class = match_names(names, saved.names, ("this run", path))
+    if not (of_class >= 0).any():
+        raise CheckpointError(
+            f"teacher={path!r} knows no class of this run by name, so it has no class "
+            "probabilities to teach: distillation=cosine compares embeddings instead"
+        )
+    mine = head.class_range
+    there = of_class[mine.start : mine.stop]
+    here = np.flatnonzero(there >= 0)
+    k = saved.centres_per_class
+    weight = torch.zeros(
+        head.num_classes_local * k, meta.num_features,
+        dtype=head.work_dtype, device=head.weight.device,
+    )  # fmt: skip
+    rows_there, rows_here = rows_of(there[here], k), rows_of(here, k)
+    ranks.together(lambda: saved.copy_rows({"head/weight": weight}, rows_there, rows_here))
+    known = torch.zeros(head.num_classes_local, dtype=torch.bool)
+    known[torch.from_numpy(here)] = True
+    unit = normalize(weight, out=weight).view(head.num_classes_local, k, meta.num_features)
+    return TeacherCentres(unit, known.to(weight.device)), int((of_class >= 0).sum())
