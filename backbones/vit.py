@@ -203,6 +203,14 @@ class VisionTransformer(Backbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def layers_by_depth(self) -> list[tuple[str, ...]]:
+        """Patches with their positions, every block, embedding layer (Bao et al. 2022, BEiT).
+
+        The mask token comes in behind the blocks, so it belongs to the end.
+        """
+        blocks = [(f"blocks.{block}",) for block in range(len(self.blocks))]
+        return [("patch_embed", "pos_embed"), *blocks, ("norm", "mask_token", "feature")]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """images [N, C, S, S] -> all tokens, flattened: [N, patches * embed_dim]."""
         self._check_images(images)

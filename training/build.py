@@ -199,7 +199,8 @@ def build(cfg: Config, world: World) -> Parts:
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
     head = make_head(cfg, world, num_classes, precision)
     optimizer = make_optimizer(
-        model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+        backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+        decay_norms_and_biases=cfg.decay_norms_and_biases, layer_decay=cfg.layer_decay,
         spread=cfg.zero and world.world_size > 1,
     )  # fmt: skip
     distributed = distribute(

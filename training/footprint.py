@@ -159,8 +159,10 @@ def find_needs(
     with mode:
         parameters = list(model.parameters())
         optimizer = make_optimizer(
-            model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
-        )
+            backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum,
+            weight_decay=cfg.weight_decay, decay_norms_and_biases=cfg.decay_norms_and_biases,
+            layer_decay=cfg.layer_decay,
+        )  # fmt: skip
         optimizer_bytes = _optimizer_bytes(optimizer) // (world_size if cfg.zero else 1)
         images = torch.empty(
             cfg.batch_size, 3, cfg.input_size, cfg.input_size, dtype=torch.uint8

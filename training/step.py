@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
-from training.optimizer import own_optimizer
+from training.optimizer import own_optimizer, set_learning_rate
 from training.precision import tf32_allowed
 from training.profile import phase
 
@@ -93,8 +93,7 @@ class TrainStep:
                 self.scaler.unscale_(self.optimizer)
             grad_norm = self._clip()
             bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self.optimizer, learning_rate)
             # Fused optimizers leave parameters and state alone where found_inf is 1.
             mover = own_optimizer(self.optimizer)
             mover.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
