@@ -285,8 +285,9 @@ class Config:
     the embedding layer has lr. 1: the same everywhere."""
 
     ema_decay: float = 0.0
-    """Exponential moving average of the backbone: share of the old average kept per step, in
-    [0, 1). It is what is verified and saved (model.pt, model_best.pt); training goes on beside it.
+    """Exponential moving average of the backbone: share of the old average kept per optimizer
+    step, in [0, 1), less in the first ones: min(ema_decay, (1 + n) / (10 + n)). It is what is
+    verified and saved (model.pt, model_best.pt); training goes on beside it. Recognition only.
     0: off."""
 
     zero: bool = False
@@ -625,6 +626,11 @@ class Config:
                     "val/ (or val_dir) by itself",
                 ),
                 (not self.dali, 'dali=True: only for task="recognition"'),
+                (
+                    self.ema_decay == 0.0,
+                    f"ema_decay={self.ema_decay!r} averages the backbone alone, and the last layer "
+                    'of task="classification" fits the features of the moment: leave it at 0',
+                ),
                 (
                     0.0 <= self.label_smoothing < 1.0,
                     f"label_smoothing={self.label_smoothing!r}: in [0, 1)",

@@ -51,6 +51,13 @@ class BatchNormStatistics:
         for held, tensor in zip(self._held, (self.statistics, self.counts), strict=True):
             tensor.copy_(held)
 
+    def follow(self, other: BatchNormStatistics, share: Tensor) -> None:
+        """Move towards another model's statistics by `share` of the way, a scalar on the device."""
+        self._is_averaged = False
+        if self.statistics.numel():
+            self.statistics.lerp_(other.statistics, share)
+            self.counts.copy_(other.counts)
+
     def average(self, world_size: int) -> None:
         """Make every rank's statistics the mean over ranks, for evaluation and saving.
 

@@ -55,6 +55,7 @@ from losses import (
 from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
+from training.ema import WeightAverage
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone, allow_tf32, choose_precision
 from training.schedule import Schedule
@@ -94,10 +95,19 @@ class Parts:
     best_by: str = "accuracy_flip"
     classifier: str | None = None
     """Name of the head in model.pt, where it is the network's last layer."""
+    average: WeightAverage | None = None
+    """Of the backbone (ema_decay): verified and saved in its place."""
+
+    @property
+    def evaluated(self) -> tuple[Backbone, BatchNormStatistics]:
+        """What is verified and saved: the average where there is one, and its statistics."""
+        if self.average is not None:
+            return self.average.model, self.average.batch_norm
+        return self.backbone, self.batch_norm
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """What model.pt holds, on the first rank; all ranks call it, a split head is collected."""
-        state = dict(self.backbone.state_dict())
+        state = dict(self.evaluated[0].state_dict())
         if self.classifier is not None:
             whole = whole_classifier(self.head)
             state |= {f"{self.classifier}.{name}": value for name, value in whole.items()}
@@ -197,6 +207,7 @@ def build(cfg: Config, world: World) -> Parts:
     )
     model.to(world.device, memory_format=model.memory_format)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
+    average = WeightAverage(backbone, batch_norm, cfg.ema_decay) if cfg.ema_decay else None
     head = make_head(cfg, world, num_classes, precision)
     optimizer = make_optimizer(
         backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
@@ -219,6 +230,7 @@ def build(cfg: Config, world: World) -> Parts:
         scaler=_make_scaler(world.device) if precision.needs_scaler else None,
         embed_ahead=embeds_ahead(cfg, head.margin),
         tf32=precision.tf32,
+        average=average,
     )
     seed = cfg.seed + 1 + world.rank  # from here on ranks draw their own (dropout)
     torch.manual_seed(seed)
@@ -231,7 +243,9 @@ def build(cfg: Config, world: World) -> Parts:
         step=step,
         schedule=_make_schedule(cfg, global_batch, steps_per_epoch),
         batch_norm=batch_norm,
-        embedder=Embedder(backbone, mean, std, device=world.device),
+        embedder=Embedder(
+            average.model if average else backbone, mean, std, device=world.device
+        ),
         metadata=ModelMetadata(
             network=cfg.network,
             num_features=num_classes if is_classification(cfg) else cfg.embedding_size,
@@ -244,6 +258,7 @@ def build(cfg: Config, world: World) -> Parts:
         steps_per_epoch=steps_per_epoch,
         global_batch=global_batch,
         verification_sets=sets,
+        average=average,
     )
     if isinstance(head, SplitClassifier | LayerClassifier):
         parts.evaluate = partial(classify, places=head.target_places, width=cfg.embedding_size)
@@ -554,6 +569,8 @@ def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
         cfg.network, sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
         cfg.embedding_size, precision, world.world_size, world.device.type,
     )  # fmt: skip
+    if cfg.ema_decay:
+        logger.info("ema_decay=%g: the average of the weights is verified and saved", cfg.ema_decay)
     logger.info(
         "head: %s; sample rate %g%s; %s",
         head.margin.describe(), cfg.sample_rate,

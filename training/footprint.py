@@ -52,7 +52,8 @@ class Footprint:
     """Bytes on one rank at the moment when most are in use.
 
     Attributes:
-        weights: parameters and buffers of the network, statistics kept for bad steps included.
+        weights: parameters and buffers of the network, statistics kept for bad steps included;
+            with ema_decay twice, as their average has the same.
         gradients: of the network, as far as they are there at that moment; all of them where
             DDP's buckets or several micro-steps keep them.
         optimizer: state of the network's optimizer.
@@ -154,6 +155,9 @@ def find_needs(
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
     head = _head_of_rank_0(cfg, world_size, num_classes, precision)
+    average = 0
+    if cfg.ema_decay:
+        average = _bytes([*backbone.parameters(), *backbone.buffers()]) + kept
     mode = FakeTensorMode()
     make_fake(model, mode)
     with mode:
@@ -203,7 +207,7 @@ def find_needs(
             on_host = 0
     batches = cfg.gradient_acc + (cfg.num_workers + 2 if device_type == "cpu" else 1)
     footprint = Footprint(
-        weights=_bytes(parameters) + _bytes(model.buffers()) + kept,
+        weights=_bytes(parameters) + _bytes(model.buffers()) + kept + average,
         gradients=gradients,
         optimizer=optimizer_bytes,
         activations=activations,

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
+from training.ema import WeightAverage
 from training.optimizer import own_optimizer, set_learning_rate
 from training.precision import tf32_allowed
 from training.profile import phase
@@ -49,6 +50,7 @@ class TrainStep:
         scaler: for fp16.
         embed_ahead: the loss needs all micro-batches of a step at once.
         tf32: allow TF32 while a step runs (and only then: verification is in full fp32).
+        average: of the backbone's weights, to follow each step.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None,
         embed_ahead: bool = False,
         tf32: bool = False,
+        average: WeightAverage | None = None,
     ) -> None:
         self.model, self.head, self.optimizer = model, head, optimizer
         self.batch_norm, self.clip_grad_norm, self.scaler = batch_norm, clip_grad_norm, scaler
-        self.embed_ahead, self.tf32 = embed_ahead, tf32
+        self.embed_ahead, self.tf32, self.average = embed_ahead, tf32, average
         self.device, self.dtype = head.device, head.work_dtype
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._one = torch.ones((), device=self.device)
@@ -102,6 +105,8 @@ class TrainStep:
         with phase("head"):
             self.head.step(learning_rate, bad, scale if self.scaler else None)
         self.batch_norm.restore_if(bad)
+        if self.average:
+            self.average.update(bad)
         if self.scaler:
             self.scaler.update()  # by what unscale_ found
         return StepOutcome(loss, grad_norm.detach(), bad, scale)
