@@ -109,7 +109,7 @@ def train(
             heartbeat.mark("step", progress.step)
             learning_rate = parts.schedule(progress.step)
             start = time.perf_counter()
-            outcome = parts.step(batches, learning_rate)
+            outcome = parts.step(batches, learning_rate, is_frozen=epoch < cfg.freeze_epoch)
             watch.see(outcome, parts.head.alikeness)
             profile.after_step()
             progress.step += 1

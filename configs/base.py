@@ -130,7 +130,8 @@ class Config:
     of their images (docs/fine_tuning.md)."""
 
     freeze_epoch: int = 0
-    """Epochs at the start in which the backbone stays as it is and only the class centres move."""
+    """Epochs at the start in which only the class centres move: the backbone stays as it is, its
+    batch-norm statistics too, and works as at inference (no dropout, no masking)."""
 
     freeze_batch_norm: bool = False
     """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""

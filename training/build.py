@@ -569,6 +569,13 @@ def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
         cfg.network, sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
         cfg.embedding_size, precision, world.world_size, world.device.type,
     )  # fmt: skip
+    if cfg.freeze_epoch:
+        logger.info(
+            "freeze_epoch=%d: only the class centres move in the first %d steps",
+            cfg.freeze_epoch, cfg.freeze_epoch * parts.steps_per_epoch,
+        )  # fmt: skip
+        if cfg.init_backbone is None:
+            logger.warning("freeze_epoch without init_backbone freezes random features")
     if cfg.ema_decay:
         logger.info("ema_decay=%g: the average of the weights is verified and saved", cfg.ema_decay)
     logger.info(

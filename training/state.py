@@ -266,7 +266,7 @@ class RunState:
     def _joined(self, name: str, rows: Tensor) -> Tensor:
         """This rank's row, made from the rows of another number of ranks."""
         if name in (RANKS + "batch_norm", RANKS + EMA_ROW):
-            return rows.mean(dim=0)
+            return torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
         if name == RANKS + "counts":  # images skipped: all told; draws of the rounding: the most
             skipped = rows[:, 0].sum() if self.world.is_main else rows.new_zeros(())
             return torch.cat([skipped[None], rows[:, 1:].amax(dim=0)])
