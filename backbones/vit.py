@@ -175,6 +175,8 @@ class VisionTransformer(Backbone):
                 raise ValueError(f"{option}={rate} must be at least 0 and below 1")
         super().__init__(num_features, input_size, in_channels, gradient_checkpointing)
         num_patches = (input_size // patch_size) ** 2
+        if int(num_patches * (1 - mask_ratio)) < 1:
+            raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches")
         self.mask_ratio = mask_ratio
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim))

@@ -114,8 +114,8 @@ class Config:
     None: as published under the network's name."""
 
     mask_ratio: float | None = None
-    """ViT: share of patches that a training image goes without, in [0, 1). None: as published
-    under the network's name."""
+    """ViT: share of patches that a training image goes without, in [0, 1); at inference it has all
+    of them. None: as published under the network's name."""
 
     gradient_checkpointing: bool = False
     """Recompute the backbone's stages in the backward pass: less memory, about a third slower."""

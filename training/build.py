@@ -359,8 +359,8 @@ def make_backbone(cfg: Config) -> Backbone:
     Raises:
         SetupError: it cannot be built so, or not trained for this task.
     """
-    options = {}
     try:
+        options = _options_of_the_network(cfg)
         if is_classification(cfg):
             if backbone_class(cfg.network).CLASSIFIER is None:
                 able = [n for n in model_names() if backbone_class(n).CLASSIFIER is not None]
@@ -368,7 +368,7 @@ def make_backbone(cfg: Config) -> Backbone:
                     f"network={cfg.network!r} ends in an embedding; task=\"classification\" trains "
                     f"networks that end in a classifier: {', '.join(able)}"
                 )
-            options = {"with_fc": False}  # the head is the fc
+            options["with_fc"] = False  # the head is the fc
         backbone = get_model(
             cfg.network,
             num_features=cfg.embedding_size,
@@ -383,6 +383,23 @@ def make_backbone(cfg: Config) -> Backbone:
     except (ValueError, FileNotFoundError) as error:
         raise SetupError(str(error)) from error
     return backbone
+
+
+def _options_of_the_network(cfg: Config) -> dict[str, Any]:
+    """The keys that stand for options of some networks, where they are set."""
+    options: dict[str, Any] = {}
+    for key in ("drop_path_rate", "mask_ratio"):
+        value = getattr(cfg, key)
+        if value is None:
+            continue
+        if key not in backbone_class(cfg.network).OPTIONS:
+            able = [name for name in model_names() if key in backbone_class(name).OPTIONS]
+            raise SetupError(
+                f"{key}={value!r}: network={cfg.network!r} has no such option; leave it at None, "
+                f"or choose one of {', '.join(able)}"
+            )
+        options[key] = value
+    return options
 
 
 def _make_loader(cfg: Config, world: World) -> DataLoader:
