@@ -39,6 +39,7 @@ from eval.verification import (
     verify,
 )
 from head.row_update import AdamWRows, RowUpdate, SGDRows
+from head.shard import class_range
 from losses import (
     AdaFace,
     ArcFace,
@@ -490,7 +491,7 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
     Raises:
         SetupError: a loss or a size that it cannot be built with.
     """
-    if is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing):
+    if has_layer(cfg):
         return _make_layer(cfg, world, num_classes, precision)
     margin = make_margin(cfg)
     kind = SplitClassifier if is_classification(cfg) else PartialFC
@@ -525,6 +526,22 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
             f"cannot be had: more ranks, fewer classes, a smaller embedding_size, "
             f'head_weight_dtype="bf16" or head_device="cpu" ({error})'
         ) from error
+
+
+def has_layer(cfg: Config) -> bool:
+    """Whether the head is a LayerClassifier, with whole logits and gradients."""
+    return is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing > 0)
+
+
+def rank_0_alone(cfg: Config, world_size: int, num_classes: int) -> tuple[Config, int]:
+    """Config and number of classes of one rank alone whose head does the work of rank 0."""
+    if has_layer(cfg) and cfg.parallel_dim is None:
+        return cfg, num_classes
+    cfg = dataclasses.replace(cfg, batch_size=cfg.batch_size * world_size)
+    if has_layer(cfg) and cfg.parallel_dim == 0:
+        mine = len(class_range(cfg.embedding_size, 0, world_size))
+        return dataclasses.replace(cfg, embedding_size=mine), num_classes
+    return cfg, len(class_range(num_classes, 0, world_size))
 
 
 def embeds_ahead(cfg: Config, margin: Margin) -> bool:
