@@ -115,7 +115,8 @@ class TrainStep:
             self.head.step(learning_rate, bad, scale if self.scaler else None)
         self.batch_norm.restore_if(bad)
         if self.average:
-            self.average.update(bad)
+            with phase("optimizer"):
+                self.average.update(bad)
         if self.scaler:
             self.scaler.update()  # by what unscale_ found
         return StepOutcome(loss, grad_norm.detach(), bad, scale)
