@@ -39,7 +39,7 @@ def of_backbone(parts: Parts) -> dict[str, Tensor]:
 
 
 def frozen_then_free(rank: int, world_size: int, changes: dict[str, Any]) -> None:
-    parts = parts_of(rank, world_size, dropout=0.5, **changes)
+    parts = parts_of(rank, world_size, **{"dropout": 0.5, **changes})
     batches, count = iter(parts.loader), changes.get("gradient_acc", 1)
     same = torch.Generator().manual_seed(0)
     parts.batch_norm.statistics.uniform_(0.5, 1.5, generator=same)  # whose sums are rounded
@@ -73,9 +73,11 @@ def frozen_then_free(rank: int, world_size: int, changes: dict[str, Any]) -> Non
         (2, {"gradient_acc": 2, "sample_rate": 0.5, "clip_grad_norm": 0.0, "ema_decay": 0.9}),
         (2, {"zero": True, "head_update": "autograd"}),
         (3, {"gradient_acc": 2, "loss": "adaface"}),  # which looks at the whole batch
+        (2, {"task": "classification", "parallel_dim": None, "loss": "softmax", "dropout": 0.0,
+             "network": "resnet_nano", "embedding_size": 128}),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_the_backbone_rests_to_the_bit_while_centres_move_and_then_moves(
     ranks: Ranks, world_size: int, changes: dict[str, Any]
 ) -> None:

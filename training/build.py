@@ -603,6 +603,13 @@ def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
         cfg.network, sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
         cfg.embedding_size, precision, world.world_size, world.device.type,
     )  # fmt: skip
+    groups = parts.step.optimizer.param_groups
+    if len(groups) > 1:
+        logger.info(
+            "%d groups of parameters: weight decay %s, learning rate times %s", len(groups),
+            *(", ".join(f"{value:.3g}" for value in sorted({group[key] for group in groups}))
+              for key in ("weight_decay", "lr_factor")),
+        )  # fmt: skip
     if cfg.freeze_epoch:
         logger.info(
             "freeze_epoch=%d: only the class centres move in the first %d steps",
