@@ -111,7 +111,7 @@ def train(
             heartbeat.mark("step", progress.step)
             learning_rate = parts.schedule(progress.step)
             start = time.perf_counter()
-            outcome = parts.step(batches, learning_rate)
+            outcome = parts.step(batches, learning_rate, is_frozen=epoch < cfg.freeze_epoch)
             watch.see(outcome, parts.head.alikeness)
             profile.after_step()
             progress.step += 1
@@ -214,7 +214,7 @@ def run(words: Sequence[str], is_dry: bool = False) -> int:
         if is_dry:
             cfg = dataclasses.replace(
                 cfg, output=f"{cfg.output}.dry_run", max_steps=2, resume="never", frequent=1,
-                using_wandb=False,
+                using_wandb=False, freeze_epoch=0,  # frozen steps would try half of it only
             )  # fmt: skip
         if world.device.type == "cpu":
             keep_freed_memory()

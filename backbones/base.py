@@ -57,6 +57,14 @@ class Backbone(nn.Module):
         """Features of `forward_features` -> embeddings [N, num_features], not normalised."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_embedding")
 
+    def layers_by_depth(self) -> list[tuple[str, ...]]:
+        """Modules and parameters by name, in groups from the image to the embedding.
+
+        Together they hold every parameter once; the last group ends in the embedding. Where a
+        layer is deep, fine-tuning gives it a smaller learning rate (training/optimizer.py).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say the order of its layers")
+
     def forward(self, images: Tensor) -> Tensor:
         """images [N, in_channels, input_size, input_size] -> embeddings [N, num_features]."""
         return self.forward_embedding(self.forward_features(images))

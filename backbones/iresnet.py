@@ -103,6 +103,11 @@ class IResNet(Backbone):
             elif isinstance(module, IBasicBlock) and zero_init_residual:
                 nn.init.zeros_(module.bn2.weight)
 
+    def layers_by_depth(self) -> list[tuple[str, ...]]:
+        """Stem, four stages, embedding layer with the norms around it."""
+        stages = [(f"layer{stage}",) for stage in range(1, 5)]
+        return [("conv1", "bn1", "prelu"), *stages, ("bn2", "fc", "features")]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """images [N, C, S, S] -> [N, 8 * width, ceil(S / 16), ceil(S / 16)]."""
         self._check_images(images)

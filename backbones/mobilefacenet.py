@@ -149,6 +149,11 @@ class MobileFaceNet(Backbone):
             if isinstance(module, nn.Conv2d | nn.Linear):  # as published; no layer has a bias
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def layers_by_depth(self) -> list[tuple[str, ...]]:
+        """The eight parts of `layers` (stem, and by resolution), embedding layer."""
+        parts = [(f"layers.{part}",) for part in range(len(self.layers))]
+        return [*parts, ("conv_sep", "features")]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """images [N, C, S, S] -> [N, 128 * scale, ceil(S / 16), ceil(S / 16)]."""
         self._check_images(images)

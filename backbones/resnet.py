@@ -147,6 +147,11 @@ class ResNet(Backbone):
             elif isinstance(module, (BasicBlock, Bottleneck)) and zero_init_residual:
                 nn.init.zeros_(module.last_norm.weight)
 
+    def layers_by_depth(self) -> list[tuple[str, ...]]:
+        """Stem, four stages, fc; without its fc nothing is left for the last."""
+        stages = [(f"layer{stage}",) for stage in range(1, 5)]
+        return [("conv1", "bn1"), *stages, ("fc",)]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """images [N, C, S, S] -> [N, 8 width expansion, S / 32, S / 32], rounded up."""
         self._check_images(images)

@@ -175,6 +175,8 @@ class VisionTransformer(Backbone):
                 raise ValueError(f"{option}={rate} must be at least 0 and below 1")
         super().__init__(num_features, input_size, in_channels, gradient_checkpointing)
         num_patches = (input_size // patch_size) ** 2
+        if int(num_patches * (1 - mask_ratio)) < 1:
+            raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches")
         self.mask_ratio = mask_ratio
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim))
@@ -202,6 +204,14 @@ class VisionTransformer(Backbone):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def layers_by_depth(self) -> list[tuple[str, ...]]:
+        """Patches with their positions, every block, embedding layer (Bao et al. 2022, BEiT).
+
+        The mask token comes in behind the blocks, so it belongs to the end.
+        """
+        blocks = [(f"blocks.{block}",) for block in range(len(self.blocks))]
+        return [("patch_embed", "pos_embed"), *blocks, ("norm", "mask_token", "feature")]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """images [N, C, S, S] -> all tokens, flattened: [N, patches * embed_dim]."""

@@ -114,8 +114,8 @@ class Config:
     None: as published under the network's name."""
 
     mask_ratio: float | None = None
-    """ViT: share of patches that a training image goes without, in [0, 1). None: as published
-    under the network's name."""
+    """ViT: share of patches that a training image goes without, in [0, 1); at inference it has all
+    of them. None: as published under the network's name."""
 
     gradient_checkpointing: bool = False
     """Recompute the backbone's stages in the backward pass: less memory, about a third slower."""
@@ -130,7 +130,8 @@ class Config:
     of their images (docs/fine_tuning.md)."""
 
     freeze_epoch: int = 0
-    """Epochs at the start in which the backbone stays as it is and only the class centres move."""
+    """Epochs at the start in which only the class centres move: the backbone stays as it is, its
+    batch-norm statistics too, and works as at inference (no dropout, no masking)."""
 
     freeze_batch_norm: bool = False
     """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""
@@ -286,8 +287,9 @@ class Config:
     the embedding layer has lr. 1: the same everywhere."""
 
     ema_decay: float = 0.0
-    """Exponential moving average of the backbone: share of the old average kept per step, in
-    [0, 1). It is what is verified and saved (model.pt, model_best.pt); training goes on beside it.
+    """Exponential moving average of the backbone: share of the old average kept per optimizer
+    step, in [0, 1), less in the first ones: min(ema_decay, (1 + n) / (10 + n)). It is what is
+    verified and saved (model.pt, model_best.pt); training goes on beside it. Recognition only.
     0: off."""
 
     zero: bool = False
@@ -634,6 +636,11 @@ class Config:
                 (
                     self.teacher is None,
                     f"teacher={self.teacher!r}: distillation is for task=\"recognition\"",
+                ),
+                (
+                    self.ema_decay == 0.0,
+                    f"ema_decay={self.ema_decay!r} averages the backbone alone, and the last layer "
+                    'of task="classification" fits the features of the moment: leave it at 0',
                 ),
                 (
                     0.0 <= self.label_smoothing < 1.0,

@@ -79,6 +79,7 @@ def import_checkpoint(
             batch_size=cfg.global_batch_size or cfg.batch_size * cfg.gradient_acc * ranks,
             gradient_acc=1, global_batch_size=None, val_targets=[], device="cpu", num_workers=0,
             dali=False, init_backbone=None, teacher=None,
+            ema_decay=0.0,  # its average starts when it goes on
         ),
         world,
     )  # fmt: skip

@@ -172,7 +172,10 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
         return words, dataclasses.replace(cfg, **values), world_size
 
     found = []
-    if cfg.head_update == "autograd":
+    if build.has_layer(cfg):
+        if cfg.parallel_dim != 1:
+            found.append(with_(parallel_dim=1))
+    elif cfg.head_update == "autograd":
         found.append(with_(head_update="fused"))
         if cfg.sample_rate > 0.1:
             found.append(with_(sample_rate=0.1))

@@ -18,6 +18,7 @@ from losses import ArcFace, CurricularFace
 from partial_fc import PartialFC
 from scripts import plan
 from training import build
+from training.classifier import LayerClassifier
 from training.footprint import HEAD_BATCH_MATRICES, HeadWork, find_needs
 from training.precision import POLICIES
 from training.roofline import (
@@ -222,6 +223,60 @@ def test_the_autograd_head_is_planned_with_its_logits_and_gradient():
 def test_other_losses_can_be_planned(loss, update):
     planned = needs_of(small(loss=loss, head_update=update, sample_rate=0.5))
     assert planned.footprint.total > planned.footprint.activations > 0
+
+
+CLASSIFY: dict[str, Any] = {
+    "task": "classification", "loss": "softmax", "network": "resnet_nano", "embedding_size": 128,
+    "num_classes": 9000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dim", "smoothing", "width", "classes", "batch"),
+    [(None, 0.1, 128, 9000, 8), (0, 0.0, 43, 9000, 24), (1, 0.1, 128, 3000, 24)],
+)
+def test_a_layer_by_autograd_is_planned_with_the_part_that_rank_0_has(
+    dim, smoothing, width, classes, batch
+):
+    cfg = small(**CLASSIFY, parallel_dim=dim, label_smoothing=smoothing)
+    planned = needs_of(cfg, world_size=3)
+    head = LayerClassifier(
+        width, classes, dim, label_smoothing=smoothing,
+        row_update=SGDRows(), bias_update=SGDRows(),
+    )  # fmt: skip
+    state = [v for p, rule in head.moved_parameters() for v in rule.state(p).values()]
+    embeddings = torch.randn(batch, width, requires_grad=True)
+    labels = torch.randint(classes, (batch,))
+    with Ledger([embeddings, labels, *head.parameters(), *state]) as ledger:
+        head(embeddings, labels).backward()
+    trace, work = planned.head.trace, planned.head
+    assert trace is not None
+    assert trace.peak_bytes == pytest.approx(ledger.peak, rel=0.05)
+    assert planned.footprint.centres == (width + 1) * classes * 4 == planned.footprint.centre_state
+    assert planned.footprint.head >= trace.gradient_bytes == planned.footprint.centres
+    assert (work.rows, work.batch) == (classes, batch)
+    exchanged = {None: (0, 129 * 9000 * 4), 0: (128, 24 * 9000 * 4), 1: (128, 0)}
+    assert (work.gathered_width, work.summed_bytes) == exchanged[dim]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("words", ["parallel_dim=None", "parallel_dim=0", "label_smoothing=0.1"])
+def test_a_layer_by_autograd_is_measured(capsys, words, world_size):
+    settings = [f"{key}={value}" for key, value in CLASSIFY.items()]
+    arguments = ["--measure", "0.05", "--world-size", str(world_size)]
+    found = run(capsys, *settings, words, *arguments)
+    assert found["time"]["head"] > 0
+    assert (found["time"]["collectives"] > 0) == (world_size > 1)
+
+
+def test_a_whole_layer_that_does_not_fit_is_advised_to_be_split(capsys):
+    settings = [f"{key}={value}" for key, value in CLASSIFY.items()]
+    words = ["num_classes=25_000_000", "parallel_dim=None", "--gpu", "v100", "--world-size", "8"]
+    found = run(capsys, *settings, *words)
+    assert found["memory"]["fits"] is False
+    changes = {one["words"]: one["fits"] for one in found["changes"]}
+    assert changes["parallel_dim=1"] is True
+    assert not any(words.startswith("head_") for words in changes)
 
 
 def test_gradients_stay_where_ddp_or_micro_steps_keep_them():

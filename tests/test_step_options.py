@@ -83,6 +83,8 @@ def waits() -> Iterator[WaitCounter]:
         {"optimizer": "adamw", "precision": "bf16"},
         {"loss": "adaface", "clip_grad_norm": 0.0},
         {"gradient_checkpointing": True},
+        {"ema_decay": 0.9, "layer_decay": 0.5, "decay_norms_and_biases": False},
+        {"freeze_epoch": 1},
     ],
     ids=str,
 )
@@ -93,7 +95,7 @@ def test_a_step_never_asks_the_device_for_a_number(tmp_path, waits, changes):
         group = list(islice(batches, parts.global_batch // TINY["batch_size"]))
         waits.seen.clear()  # before the first step optimizers make their state
         with patch("head.batch.BatchRules._refuse_unknown", return_value=None):  # for CPUs alone
-            parts.step(group, 0.01)
+            parts.step(group, 0.01, is_frozen="freeze_epoch" in changes)
     assert waits.seen == []
 
 
@@ -101,9 +103,9 @@ def test_the_loop_asks_at_log_lines_only(tmp_path, waits):
     begins: list[int] = []
     step = TrainStep.__call__
 
-    def noted(self: TrainStep, *arguments: Any) -> Any:
+    def noted(self: TrainStep, *arguments: Any, **options: Any) -> Any:
         begins.append(len(waits.seen))
-        return step(self, *arguments)
+        return step(self, *arguments, **options)
 
     with (
         patch.object(TrainStep, "__call__", noted),

@@ -51,15 +51,28 @@ class BatchNormStatistics:
         for held, tensor in zip(self._held, (self.statistics, self.counts), strict=True):
             tensor.copy_(held)
 
+    def follow(self, other: BatchNormStatistics, share: Tensor) -> None:
+        """Move towards another model's statistics by `share` of the way, a scalar on the device."""
+        self._is_averaged = False
+        if self.statistics.numel():
+            self.statistics.lerp_(other.statistics, share)
+            self.counts.copy_(other.counts)
+
     def average(self, world_size: int) -> None:
         """Make every rank's statistics the mean over ranks, for evaluation and saving.
 
         Each rank has seen other images; training itself never reads these statistics unless
-        they are frozen. A second call before the next step changes nothing.
+        they are frozen. A second call before the next step changes nothing, nor does one where
+        the ranks have the same.
         """
         if world_size > 1 and self.statistics.numel() and not self._is_averaged:
+            extremes = torch.cat([self.statistics, -self.statistics])
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+            most, least = extremes[: len(self.statistics)], -extremes[len(self.statistics) :]
             dist.all_reduce(self.statistics)
-            self.statistics /= world_size
+            # of equal numbers that number: x + x + x divided by 3 may be another one
+            mean = torch.where(most == least, most, self.statistics / world_size)
+            self.statistics.copy_(mean)
         self._is_averaged = True
 
 

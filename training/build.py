@@ -39,6 +39,7 @@ from eval.verification import (
     verify,
 )
 from head.row_update import AdamWRows, RowUpdate, SGDRows
+from head.shard import class_range
 from losses import (
     AdaFace,
     ArcFace,
@@ -56,6 +57,7 @@ from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
 from training.distillation import Distillation, make_distillation
+from training.ema import WeightAverage
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone, allow_tf32, choose_precision
 from training.schedule import Schedule
@@ -95,10 +97,19 @@ class Parts:
     best_by: str = "accuracy_flip"
     classifier: str | None = None
     """Name of the head in model.pt, where it is the network's last layer."""
+    average: WeightAverage | None = None
+    """Of the backbone (ema_decay): verified and saved in its place."""
+
+    @property
+    def evaluated(self) -> tuple[Backbone, BatchNormStatistics]:
+        """What is verified and saved: the average where there is one, and its statistics."""
+        if self.average is not None:
+            return self.average.model, self.average.batch_norm
+        return self.backbone, self.batch_norm
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """What model.pt holds, on the first rank; all ranks call it, a split head is collected."""
-        state = dict(self.backbone.state_dict())
+        state = dict(self.evaluated[0].state_dict())
         if self.classifier is not None:
             whole = whole_classifier(self.head)
             state |= {f"{self.classifier}.{name}": value for name, value in whole.items()}
@@ -198,9 +209,11 @@ def build(cfg: Config, world: World) -> Parts:
     )
     model.to(world.device, memory_format=model.memory_format)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
+    average = WeightAverage(backbone, batch_norm, cfg.ema_decay) if cfg.ema_decay else None
     head = make_head(cfg, world, num_classes, precision)
     optimizer = make_optimizer(
-        model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+        backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+        decay_norms_and_biases=cfg.decay_norms_and_biases, layer_decay=cfg.layer_decay,
         spread=cfg.zero and world.world_size > 1,
     )  # fmt: skip
     distributed = distribute(
@@ -220,6 +233,7 @@ def build(cfg: Config, world: World) -> Parts:
         embed_ahead=embeds_ahead(cfg, head.margin),
         distillation=_make_distillation(cfg, head, loader, precision, world),
         tf32=precision.tf32,
+        average=average,
     )
     seed = cfg.seed + 1 + world.rank  # from here on ranks draw their own (dropout)
     torch.manual_seed(seed)
@@ -232,7 +246,9 @@ def build(cfg: Config, world: World) -> Parts:
         step=step,
         schedule=_make_schedule(cfg, global_batch, steps_per_epoch),
         batch_norm=batch_norm,
-        embedder=Embedder(backbone, mean, std, device=world.device),
+        embedder=Embedder(
+            average.model if average else backbone, mean, std, device=world.device
+        ),
         metadata=ModelMetadata(
             network=cfg.network,
             num_features=num_classes if is_classification(cfg) else cfg.embedding_size,
@@ -245,6 +261,7 @@ def build(cfg: Config, world: World) -> Parts:
         steps_per_epoch=steps_per_epoch,
         global_batch=global_batch,
         verification_sets=sets,
+        average=average,
     )
     if isinstance(head, SplitClassifier | LayerClassifier):
         parts.evaluate = partial(classify, places=head.target_places, width=cfg.embedding_size)
@@ -345,8 +362,8 @@ def make_backbone(cfg: Config) -> Backbone:
     Raises:
         SetupError: it cannot be built so, or not trained for this task.
     """
-    options = {}
     try:
+        options = _options_of_the_network(cfg)
         if is_classification(cfg):
             if backbone_class(cfg.network).CLASSIFIER is None:
                 able = [n for n in model_names() if backbone_class(n).CLASSIFIER is not None]
@@ -354,7 +371,7 @@ def make_backbone(cfg: Config) -> Backbone:
                     f"network={cfg.network!r} ends in an embedding; task=\"classification\" trains "
                     f"networks that end in a classifier: {', '.join(able)}"
                 )
-            options = {"with_fc": False}  # the head is the fc
+            options["with_fc"] = False  # the head is the fc
         backbone = get_model(
             cfg.network,
             num_features=cfg.embedding_size,
@@ -369,6 +386,23 @@ def make_backbone(cfg: Config) -> Backbone:
     except (ValueError, FileNotFoundError) as error:
         raise SetupError(str(error)) from error
     return backbone
+
+
+def _options_of_the_network(cfg: Config) -> dict[str, Any]:
+    """The keys that stand for options of some networks, where they are set."""
+    options: dict[str, Any] = {}
+    for key in ("drop_path_rate", "mask_ratio"):
+        value = getattr(cfg, key)
+        if value is None:
+            continue
+        if key not in backbone_class(cfg.network).OPTIONS:
+            able = [name for name in model_names() if key in backbone_class(name).OPTIONS]
+            raise SetupError(
+                f"{key}={value!r}: network={cfg.network!r} has no such option; leave it at None, "
+                f"or choose one of {', '.join(able)}"
+            )
+        options[key] = value
+    return options
 
 
 def _make_loader(cfg: Config, world: World) -> DataLoader:
@@ -459,7 +493,7 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
     Raises:
         SetupError: a loss or a size that it cannot be built with.
     """
-    if is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing):
+    if has_layer(cfg):
         return _make_layer(cfg, world, num_classes, precision)
     margin = make_margin(cfg)
     kind = SplitClassifier if is_classification(cfg) else PartialFC
@@ -494,6 +528,22 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
             f"cannot be had: more ranks, fewer classes, a smaller embedding_size, "
             f'head_weight_dtype="bf16" or head_device="cpu" ({error})'
         ) from error
+
+
+def has_layer(cfg: Config) -> bool:
+    """Whether the head is a LayerClassifier, with whole logits and gradients."""
+    return is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing > 0)
+
+
+def rank_0_alone(cfg: Config, world_size: int, num_classes: int) -> tuple[Config, int]:
+    """Config and number of classes of one rank alone whose head does the work of rank 0."""
+    if has_layer(cfg) and cfg.parallel_dim is None:
+        return cfg, num_classes
+    cfg = dataclasses.replace(cfg, batch_size=cfg.batch_size * world_size)
+    if has_layer(cfg) and cfg.parallel_dim == 0:
+        mine = len(class_range(cfg.embedding_size, 0, world_size))
+        return dataclasses.replace(cfg, embedding_size=mine), num_classes
+    return cfg, len(class_range(num_classes, 0, world_size))
 
 
 def embeds_ahead(cfg: Config, margin: Margin) -> bool:
@@ -572,6 +622,22 @@ def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
         cfg.network, sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
         cfg.embedding_size, precision, world.world_size, world.device.type,
     )  # fmt: skip
+    groups = parts.step.optimizer.param_groups
+    if len(groups) > 1:
+        logger.info(
+            "%d groups of parameters: weight decay %s, learning rate times %s", len(groups),
+            *(", ".join(f"{value:.3g}" for value in sorted({group[key] for group in groups}))
+              for key in ("weight_decay", "lr_factor")),
+        )  # fmt: skip
+    if cfg.freeze_epoch:
+        logger.info(
+            "freeze_epoch=%d: only the class centres move in the first %d steps",
+            cfg.freeze_epoch, cfg.freeze_epoch * parts.steps_per_epoch,
+        )  # fmt: skip
+        if cfg.init_backbone is None:
+            logger.warning("freeze_epoch without init_backbone freezes random features")
+    if cfg.ema_decay:
+        logger.info("ema_decay=%g: the average of the weights is verified and saved", cfg.ema_decay)
     logger.info(
         "head: %s; sample rate %g%s; %s",
         head.margin.describe(), cfg.sample_rate,

@@ -155,17 +155,22 @@ class LayerClassifier(nn.Module):
                 embeddings, labels, is_real = batch.embeddings, batch.labels, batch.is_real
                 everyone = labels
             count = (everyone != PAD_LABEL).sum()
-            rows = sharded_cross_entropy(
-                self._logits(embeddings),
-                local_columns(labels, self.class_range),
-                self.group if self.dim == 1 else None,
-                embeddings.new_full(labels.shape, 1.0 - self.label_smoothing),
-                self._spread(),
-            )  # [B], or [b] of the own rows
+            rows = self.row_losses(embeddings, labels)  # [B], or [b] of the own rows
             loss = (rows * is_real).sum() / count
             if self.dim is None and self.group is not None:
                 loss = reduce(loss, self.group)
             return loss + torch.where(self._rules.unknown(everyone).any(), torch.nan, 0.0)
+
+    def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Losses [B] of gathered embeddings [B, D] and labels [B]; of own ones for a whole weight.
+        """
+        return sharded_cross_entropy(
+            self._logits(embeddings),
+            local_columns(labels, self.class_range),
+            self.group if self.dim == 1 else None,
+            embeddings.new_full(labels.shape, 1.0 - self.label_smoothing),
+            self._spread(),
+        )
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         """[B, D] -> this rank's logits [B, C_local], whole unless classes are split."""

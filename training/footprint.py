@@ -21,12 +21,12 @@ from configs.base import Config
 from head.centres import ShardCentres
 from head.readable import readable_loss
 from head.sampling import sample_size
-from head.shard import class_range
 from head.work_buffer import Plan
 from losses import BatchFacts
 from partial_fc import PartialFC
 from training import build
 from training.batch_norm import BatchNormStatistics
+from training.classifier import LayerClassifier
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone
 from training.trace import Trace, as_fake, make_fake, trace_step
@@ -52,7 +52,8 @@ class Footprint:
     """Bytes on one rank at the moment when most are in use.
 
     Attributes:
-        weights: parameters and buffers of the network, statistics kept for bad steps included.
+        weights: parameters and buffers of the network, statistics kept for bad steps included;
+            with ema_decay twice, as their average has the same.
         gradients: of the network, as far as they are there at that moment; all of them where
             DDP's buckets or several micro-steps keep them.
         optimizer: state of the network's optimizer.
@@ -96,9 +97,11 @@ class HeadWork:
     """What the head's step works on, on one rank.
 
     rows: class centres that take part, S K. batch: rows of the global batch of one pass. width: D.
-    kept_rows: of which softmax numerators are kept; None with head_update="autograd".
+    kept_rows: of which softmax numerators are kept; None where `trace` says all.
     is_sampled: rows are copied. state_bytes_per_row: of their optimizer. matmul_dtype: of operands.
-    is_deferred: centres move after backward. trace: of the autograd head.
+    is_deferred: centres move after backward. trace: of a head by autograd.
+    gathered_width: columns of the global batch's embeddings that ranks exchange in a pass.
+    summed_bytes: of tensors that all ranks add up, per optimizer step.
     """
 
     rows: int
@@ -110,6 +113,8 @@ class HeadWork:
     matmul_dtype: torch.dtype
     is_deferred: bool
     trace: Trace | None = None
+    gathered_width: int = 0
+    summed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,25 +158,37 @@ def find_needs(
     model.train()
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
-    head = _head_of_rank_0(cfg, world_size, num_classes, precision)
+    alone, local = build.rank_0_alone(cfg, world_size, num_classes)
+    head = build.make_head(
+        dataclasses.replace(alone, head_device="auto"),
+        World(0, 0, 1, torch.device("meta")), local, precision,
+    )  # fmt: skip
+    average = 0
+    if cfg.ema_decay:
+        average = _bytes([*backbone.parameters(), *backbone.buffers()]) + kept
     mode = FakeTensorMode()
     make_fake(model, mode)
     with mode:
         parameters = list(model.parameters())
         optimizer = make_optimizer(
-            model, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
-        )
+            backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum,
+            weight_decay=cfg.weight_decay, decay_norms_and_biases=cfg.decay_norms_and_biases,
+            layer_decay=cfg.layer_decay,
+        )  # fmt: skip
         optimizer_bytes = _optimizer_bytes(optimizer) // (world_size if cfg.zero else 1)
         images = torch.empty(
             cfg.batch_size, 3, cfg.input_size, cfg.input_size, dtype=torch.uint8
         ).to(memory_format=torch.channels_last)
         trace = trace_step(lambda: model(images), parameters, [images, *model.buffers()])
-    centres, state, work, buffer = _head_needs(
-        head, world_size, device_type, cfg.gradient_acc > 1 or precision.needs_scaler
-    )
+    if isinstance(head, LayerClassifier):
+        centres, state, work, buffer = _layer_needs(head, alone.batch_size, cfg, world_size)
+    else:
+        centres, state, work, buffer = _head_needs(
+            head, world_size, device_type, cfg.gradient_acc > 1 or precision.needs_scaler
+        )
 
     keeps_gradients = world_size > 1 or cfg.gradient_acc > 1
-    batch_bytes = HEAD_BATCH_MATRICES * work.batch * work.width * head.work_dtype.itemsize
+    batch_bytes = HEAD_BATCH_MATRICES * work.batch * work.gathered_width * head.work_dtype.itemsize
     logits = gradient = 0
     if work.trace is not None:
         logits, gradient = work.trace.peak_bytes, work.trace.gradient_bytes
@@ -201,7 +218,7 @@ def find_needs(
             on_host = 0
     batches = cfg.gradient_acc + (cfg.num_workers + 2 if device_type == "cpu" else 1)
     footprint = Footprint(
-        weights=_bytes(parameters) + _bytes(model.buffers()) + kept,
+        weights=_bytes(parameters) + _bytes(model.buffers()) + kept + average,
         gradients=gradients,
         optimizer=optimizer_bytes,
         activations=activations,
@@ -228,24 +245,6 @@ def find_needs(
         ),
         classes_per_rank=head.num_classes,
     )
-
-
-def _head_of_rank_0(
-    cfg: Config, world_size: int, num_classes: int, precision: Precision
-) -> PartialFC:
-    """Rank 0's head on the meta device: its classes, and the batch of all ranks."""
-    local = len(class_range(num_classes, 0, world_size))
-    alone = dataclasses.replace(
-        cfg, batch_size=cfg.batch_size * world_size, head_device="auto"
-    )
-    world = World(0, 0, 1, torch.device("meta"))
-    head = build.make_head(alone, world, local, precision)
-    if not isinstance(head, PartialFC):
-        raise build.SetupError(
-            f"task={cfg.task!r} with parallel_dim={cfg.parallel_dim!r} cannot be planned: only "
-            "heads split by classes can (parallel_dim=1, no label_smoothing)"
-        )
-    return head
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -303,8 +302,41 @@ def _head_needs(
         kept_rows=_kept(plan), is_sampled=rows is not None,
         state_bytes_per_row=state_bytes / max(local * k, 1),
         matmul_dtype=matmul_dtype, is_deferred=is_deferred, trace=trace,
+        gathered_width=head.embedding_size,
     )  # fmt: skip
     return centres, state_bytes, work, buffer
+
+
+def _layer_needs(
+    head: LayerClassifier, batch: int, cfg: Config, world_size: int
+) -> tuple[int, int, HeadWork, int]:
+    """As `_head_needs`, of rank 0's part of a layer: `head` alone, on the meta device."""
+    mode = FakeTensorMode()
+    make_fake(head, mode)
+    with mode:
+        pairs = head.moved_parameters()
+        parameters = [parameter for parameter, _ in pairs]
+        state = _bytes(v for parameter, rule in pairs for v in rule.state(parameter).values())
+        embeddings = torch.empty(
+            batch, head.embedding_size, dtype=head.work_dtype, requires_grad=True
+        )
+        labels = torch.empty(batch, dtype=torch.int64)
+        trace = trace_step(
+            lambda: head.row_losses(embeddings, labels).mean(), parameters, [embeddings, labels]
+        )
+    summed = 0
+    if cfg.parallel_dim is None:
+        summed = _bytes(parameters)  # their gradients
+    elif cfg.parallel_dim == 0:
+        summed = cfg.gradient_acc * batch * head.num_classes * head.work_dtype.itemsize  # logits
+    work = HeadWork(
+        rows=head.num_classes, batch=batch, width=head.embedding_size, kept_rows=None,
+        is_sampled=False, state_bytes_per_row=state / head.num_classes,
+        matmul_dtype=head.matmul_dtype, is_deferred=True, trace=trace,
+        gathered_width=0 if cfg.parallel_dim is None else cfg.embedding_size,
+        summed_bytes=summed if world_size > 1 else 0,
+    )  # fmt: skip
+    return _bytes(parameters), state, work, 0
 
 
 def _kept(plan: Plan | None) -> int | None:

@@ -39,7 +39,7 @@ FREE = frozenset({
 FIXED = frozenset({
     "task", "network", "embedding_size", "input_size", "loss", "sub_centres", "softmax_bias",
     "optimizer", "seed", "samples_per_class", "shuffle_block", "rec_weights", "head_weight_dtype",
-    "head_state_dtype", "freeze_batch_norm",
+    "head_state_dtype", "freeze_batch_norm", "mask_ratio",
 })  # fmt: skip
 """The state or the data order would not fit. All others may change, and are announced."""
 

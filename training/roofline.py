@@ -168,18 +168,18 @@ def head_seconds(head: HeadWork, machine: Machine) -> float:
 def collective_seconds(
     needs: Needs, machine: Machine, links: Links, world_size: int, backbone: float, passes: int
 ) -> float:
-    """The head's all-gather and reduce-scatter, and what backward does not hide of the gradients'
-    all-reduce; all by rings."""
+    """The head's all-gather, reduce-scatter and sums, and what backward does not hide of the
+    gradients' all-reduce; all by rings."""
     if world_size == 1:
         return 0.0
     rate = links.bytes_per_second(machine, world_size)
     on_the_way = (world_size - 1) / world_size
     head = needs.head
-    embeddings = head.batch * (4 * head.width + 8)  # with their labels
-    gradients = head.batch * 4 * head.width
-    exchange = passes * on_the_way * (embeddings + gradients) / rate
+    embeddings = head.batch * (4 * head.gathered_width + 8)  # with their labels
+    gradients = head.batch * 4 * head.gathered_width
+    exchange = passes * (embeddings + gradients) + 2 * head.summed_bytes
     all_reduce = 2 * on_the_way * needs.all_reduced_bytes / rate
-    return exchange + max(0.0, all_reduce - BACKWARD_SHARE * backbone / passes)
+    return on_the_way * exchange / rate + max(0.0, all_reduce - BACKWARD_SHARE * backbone / passes)
 
 
 def this_cpu() -> Machine:

@@ -7,15 +7,20 @@ Tensors are named as where they live:
     head/weight, head/bias     class centres, by rows; head/<parameter>/<key>: their optimizer's
     head/margin_<name>         running values of the margin
     watch/<name>               running values of the watch
+    ema/backbone/<name>, ema/updates: the average of the backbone (training/ema.py)
     ranks/<what>               one row per rank: batch-norm statistics, generators, counts
 
 Everything else is plain: see `facts`. On another number of ranks the centres and their state go to
 whoever owns them now, batch-norm statistics become the mean over the ranks that were, and
 generators (dropout, masks) start anew from the seed, the step and the rank.
+
+Where this run keeps an average and the checkpoint has none, it starts from the checkpoint's
+weights; an average that this run has no use for is left out. Both are said in the log.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from head.sampling import hash_key
 from training import storage
+from training.batch_norm import BatchNormStatistics
 from training.build import Parts
 from training.checkpoint import Found, Ranks
 from training.classifier import LayerClassifier
@@ -35,7 +41,11 @@ from training.storage import State, StorageError, Stored
 from training.watch import Watch
 from utils.distributed import World
 
+logger = logging.getLogger("train")
+
 RANKS = "ranks/"
+EMA = "ema/"
+EMA_ROW = "ema_batch_norm"
 OPTIMIZER_STATE = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 
 
@@ -97,12 +107,18 @@ class RunState:
         Raises:
             CheckpointError: it does not hold what this run needs.
         """
-        ranks.together(lambda: self._make_room(found.path))
-        wanted = {**self._on_all_ranks(), **self._by_class()}
+        has_average = ranks.together(lambda: self._make_room(found.path))[0]
+        wanted = {
+            name: stored
+            for name, stored in {**self._on_all_ranks(), **self._by_class()}.items()
+            if has_average or not name.startswith(EMA)
+        }
         facts = found.manifest.facts
         saved_ranks = int(facts["world_size"])
         same_ranks = saved_ranks == self.world.world_size
         by_rank = self._by_rank()
+        if not has_average:
+            by_rank.pop(RANKS + EMA_ROW, None)
         if not same_ranks:
             by_rank = {
                 name: Stored.whole(
@@ -122,6 +138,7 @@ class RunState:
             rows = {name: self._joined(name, each) for name, each in rows.items()}
             torch.manual_seed(hash_key(self.seed, found.manifest.step, 1 + self.world.rank))
         self._set_rows(rows, facts)
+        self._set_average(rows, has_average, found.path)
         if self.parts.step.scaler is not None and facts["scaler"] is not None:
             self.parts.step.scaler.load_state_dict(facts["scaler"])
         return Progress(**facts["progress"])
@@ -190,6 +207,8 @@ class RunState:
         if self.parts.batch_norm.statistics.numel():
             rows["batch_norm"] = self.parts.batch_norm.statistics
             rows["batch_norm_counts"] = self.parts.batch_norm.counts
+            if self.parts.average is not None:
+                rows[EMA_ROW] = self.parts.average.batch_norm.statistics
         rank, world_size = self.world.rank, self.world.world_size
         return {RANKS + n: Stored.of_rank(row, rank, world_size) for n, row in rows.items()}
 
@@ -197,14 +216,12 @@ class RunState:
 
     def _backbone(self) -> dict[str, Tensor]:
         """Parameters and buffers, without the statistics that every rank has of its own."""
-        own = {t.untyped_storage().data_ptr()
-               for t in (self.parts.batch_norm.statistics, self.parts.batch_norm.counts)
-               if t.numel()}  # fmt: skip
-        return {
-            f"backbone/{name}": tensor
-            for name, tensor in self.parts.backbone.state_dict().items()
-            if tensor.untyped_storage().data_ptr() not in own
-        }
+        state = _common_state("backbone/", self.parts.backbone, self.parts.batch_norm)
+        average = self.parts.average
+        if average is not None:
+            state |= _common_state(f"{EMA}backbone/", average.model, average.batch_norm)
+            state[f"{EMA}updates"] = average.updates
+        return state
 
     def _optimizer(self) -> dict[str, Tensor]:
         state = own_optimizer(self.parts.step.optimizer).state
@@ -215,8 +232,11 @@ class RunState:
             if isinstance(value, Tensor)
         }
 
-    def _make_room(self, folder: Path) -> None:
-        """Create what the optimizer makes at its first step only, and compare all names."""
+    def _make_room(self, folder: Path) -> bool:
+        """Create what the optimizer makes at its first step only, and compare all names.
+
+        Returns whether the checkpoint has an average of the backbone.
+        """
         saved = storage.describe(folder)
         optimizer = own_optimizer(self.parts.step.optimizer)
         own = {id(parameter) for parameter in own_parameters(optimizer)}
@@ -233,18 +253,20 @@ class RunState:
                         key, like if key == "step" else torch.zeros_like(parameter)
                     )
         here = {**self._on_all_ranks(), **self._by_class(), **self._by_rank()}
-        extra = sorted(n for n in saved.keys() - here.keys() - elsewhere if not n.startswith(RANKS))
-        missing = sorted(n for n in here.keys() - saved.keys() if not n.startswith(RANKS))
+        free = (RANKS, EMA)
+        extra = sorted(n for n in saved.keys() - here.keys() - elsewhere if not n.startswith(free))
+        missing = sorted(n for n in here.keys() - saved.keys() if not n.startswith(free))
         if extra or missing:
             raise StorageError(
                 f"{folder} belongs to another kind of run: only there {extra[:4]}, only here "
                 f"{missing[:4]}"
             )
+        return f"{EMA}updates" in saved
 
     def _joined(self, name: str, rows: Tensor) -> Tensor:
         """This rank's row, made from the rows of another number of ranks."""
-        if name == RANKS + "batch_norm":
-            return rows.mean(dim=0)
+        if name in (RANKS + "batch_norm", RANKS + EMA_ROW):
+            return torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
         if name == RANKS + "counts":  # images skipped: all told; draws of the rounding: the most
             skipped = rows[:, 0].sum() if self.world.is_main else rows.new_zeros(())
             return torch.cat([skipped[None], rows[:, 1:].amax(dim=0)])
@@ -258,6 +280,18 @@ class RunState:
         self.parts.loader.num_skipped = skipped
         self.parts.head.set_extra_state({**facts["head"], "roundings": roundings})
 
+    def _set_average(self, rows: dict[str, Tensor], is_saved: bool, folder: Path) -> None:
+        average = self.parts.average
+        if average is None:
+            if is_saved:
+                logger.info("%s has an average of the weights; ema_decay=0 leaves it out", folder)
+        elif not is_saved:
+            average.start_over()
+            logger.info("%s has no average of the weights: it starts from them now", folder)
+        elif RANKS + EMA_ROW in rows:
+            average.batch_norm.statistics.copy_(rows[RANKS + EMA_ROW])
+            average.batch_norm.counts.copy_(self.parts.batch_norm.counts)
+
     def _set_generators(self, rows: dict[str, Tensor]) -> None:
         torch.set_rng_state(rows[RANKS + "generator_torch"])
         if RANKS + "generator_cuda" in rows:
@@ -268,3 +302,16 @@ class RunState:
         kind, *words, has_gauss = rows[RANKS + "generator_python"].tolist()
         gauss = float(rows[RANKS + "generator_python_gauss"])
         random.setstate((kind, tuple(words), gauss if has_gauss else None))
+
+
+def _common_state(
+    prefix: str, model: nn.Module, batch_norm: BatchNormStatistics
+) -> dict[str, Tensor]:
+    """A model's state dict without the statistics that every rank has of its own."""
+    own = {t.untyped_storage().data_ptr()
+           for t in (batch_norm.statistics, batch_norm.counts) if t.numel()}  # fmt: skip
+    return {
+        prefix + name: tensor
+        for name, tensor in model.state_dict().items()
+        if tensor.untyped_storage().data_ptr() not in own
+    }

@@ -18,7 +18,8 @@ from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
 from training.distillation import Distillation
-from training.optimizer import own_optimizer
+from training.ema import WeightAverage
+from training.optimizer import own_optimizer, set_learning_rate
 from training.precision import tf32_allowed
 from training.profile import phase
 
@@ -26,7 +27,7 @@ from training.profile import phase
 class StepOutcome(NamedTuple):
     """What a step did, as scalars on the device.
 
-    loss: mean over the global batch. grad_norm: of the backbone, before clipping.
+    loss: mean over the global batch. grad_norm: of the backbone, before clipping; 0 if frozen.
     bad: the loss or the gradient was not finite and nothing moved on any rank.
     loss_scale: of fp16, 1 otherwise. distillation: its loss, without the weight; None: no teacher.
     """
@@ -52,6 +53,7 @@ class TrainStep:
         embed_ahead: the loss needs all micro-batches of a step at once.
         tf32: allow TF32 while a step runs (and only then: verification is in full fp32).
         distillation: a second loss, from a teacher (training/distillation.py).
+        average: of the backbone's weights, to follow each step.
     """
 
     def __init__(
@@ -66,29 +68,39 @@ class TrainStep:
         embed_ahead: bool = False,
         tf32: bool = False,
         distillation: Distillation | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.model, self.head, self.optimizer = model, head, optimizer
         self.batch_norm, self.clip_grad_norm, self.scaler = batch_norm, clip_grad_norm, scaler
-        self.embed_ahead, self.tf32 = embed_ahead, tf32
+        self.embed_ahead, self.tf32, self.average = embed_ahead, tf32, average
         self.distillation = distillation
         self._taught: Tensor | None = None  # the distillation loss of the step in progress
         self.device, self.dtype = head.device, head.work_dtype
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._one = torch.ones((), device=self.device)
 
-    def __call__(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
-        """Step on the mean over all micro-batches, as if they were one batch."""
-        with tf32_allowed(self.tf32):
-            return self._step(micro_batches, learning_rate)
+    def __call__(
+        self, micro_batches: Sequence[Batch], learning_rate: float, is_frozen: bool = False
+    ) -> StepOutcome:
+        """Step on the mean over all micro-batches, as if they were one batch.
 
-    def _step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.batch_norm.keep()
-        self._taught = None
+        Args:
+            is_frozen: only the class centres move; the backbone is read as at inference.
+        """
+        if self.model.training == is_frozen:
+            self.model.train(not is_frozen)
         micro_batches = [
             Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
             for batch in micro_batches
         ]
+        step = self._centres_only if is_frozen else self._whole
+        with tf32_allowed(self.tf32):
+            return step(micro_batches, learning_rate)
+
+    def _whole(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.batch_norm.keep()
+        self._taught = None
         scale = self.scaler.scale(self._one) if self.scaler else self._one
         if self.embed_ahead:
             loss = self._all_at_once(micro_batches, scale)
@@ -100,8 +112,7 @@ class TrainStep:
                 self.scaler.unscale_(self.optimizer)
             grad_norm = self._clip()
             bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self.optimizer, learning_rate)
             # Fused optimizers leave parameters and state alone where found_inf is 1.
             mover = own_optimizer(self.optimizer)
             mover.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
@@ -110,9 +121,35 @@ class TrainStep:
         with phase("head"):
             self.head.step(learning_rate, bad, scale if self.scaler else None)
         self.batch_norm.restore_if(bad)
+        if self.average:
+            with phase("optimizer"):
+                self.average.update(bad)
         if self.scaler:
             self.scaler.update()  # by what unscale_ found
         return StepOutcome(loss, grad_norm.detach(), bad, scale, self._taught)
+
+    def _centres_only(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
+        """Forward without a graph, and the head's own step. Nothing of the backbone has a gradient
+        that could overflow: no loss scaler, and a single batch's centres move in backward."""
+        with phase("forward"), torch.no_grad():
+            embeddings = [self._bare(batch.images) for batch in micro_batches]
+        labels = [batch.labels for batch in micro_batches]
+        if self.embed_ahead:
+            embeddings, labels = [torch.cat(embeddings)], [torch.cat(labels)]
+        count = len(labels)
+        loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        with phase("head"):
+            if count > 1:
+                self.head.prepare(labels)
+            for each, of_each in zip(embeddings, labels, strict=True):
+                part = self.head(
+                    each.requires_grad_(True), of_each, learning_rate if count == 1 else None
+                )
+                (part / count).backward()
+                loss += part.detach() / count
+            bad = ~torch.isfinite(loss)
+            self.head.step(learning_rate, bad)
+        return StepOutcome(loss, torch.zeros_like(loss), bad, self._one)
 
     def _one_by_one(
         self, micro_batches: Sequence[Batch], scale: Tensor, learning_rate: float
@@ -150,13 +187,11 @@ class TrainStep:
         dropout and masks, to carry its part of dE down. Batch norm's running statistics see
         each image once.
         """
-        model = self.model
-        bare = model.module if isinstance(model, DistributedDataParallel) else model
         states, parts = [], []
         with phase("forward"), torch.no_grad():
             for batch in micro_batches:
                 states.append(_random_state(self.device))
-                parts.append(bare(batch.images))
+                parts.append(self._bare(batch.images))
         self.batch_norm.hold()
         embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
         with phase("head"):
@@ -172,7 +207,7 @@ class TrainStep:
             _set_random_state(self.device, state)
             with nullcontext() if number == len(parts) else self._without_all_reduce():
                 with phase("forward"):
-                    again = self._summed_over_ranks(model(batch.images))
+                    again = self._summed_over_ranks(self.model(batch.images))
                 with phase("backward"):
                     again.backward(gradient)
         self.batch_norm.let_go()
@@ -199,6 +234,12 @@ class TrainStep:
             return embeddings
         scaled: Tensor = _TimesInBackward.apply(embeddings, self.head.world_size)
         return scaled
+
+    @property
+    def _bare(self) -> nn.Module:
+        """The model without DDP, which would prepare for a backward pass."""
+        model = self.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def _without_all_reduce(self) -> Any:
         model = self.model

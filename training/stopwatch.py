@@ -52,9 +52,9 @@ def time_step(
     whole, own = _time_parts(cfg, world, precision, seconds)
     if world_size == 1:
         return max(whole - own, 0.0), own
-    of_all = dataclasses.replace(cfg, batch_size=cfg.batch_size * world_size)
-    head = build.make_head(of_all, world, local, precision)
-    return max(whole - own, 0.0), _time_head(head, cfg, device, precision, 0.15 * seconds)
+    alone, local = build.rank_0_alone(cfg, world_size, num_classes)
+    head = build.make_head(alone, world, local, precision)
+    return max(whole - own, 0.0), _time_head(head, alone, device, precision, 0.15 * seconds)
 
 
 def _time_parts(
@@ -75,9 +75,10 @@ def _time_head(
     """Of all micro-steps of a step."""
     calls = 1 if build.embeds_ahead(cfg, head.margin) else cfg.gradient_acc
     is_deferred = cfg.gradient_acc > 1 or precision.needs_scaler
-    assert isinstance(head, PartialFC)  # others cannot be planned: training/footprint.py says so
-    batch = head.batch_size_per_rank
-    assert batch is not None  # training.build always names it
+    batch = cfg.batch_size
+    if isinstance(head, PartialFC):
+        assert head.batch_size_per_rank is not None  # training.build always names it
+        batch = head.batch_size_per_rank
     embeddings = torch.randn(batch, cfg.embedding_size, device=device, dtype=head.work_dtype)
     embeddings.requires_grad_(True)
     labels = [torch.randint(head.num_classes, (batch,), device=device) for _ in range(calls)]

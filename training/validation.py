@@ -54,7 +54,7 @@ class Validation:
         Raises:
             CutShort, OtherRankFailed: on all ranks, where one of them is asked to stop.
         """
-        self.parts.batch_norm.average(self.world.world_size)
+        self.parts.evaluated[1].average(self.world.world_size)
         results = self.parts.evaluate(
             self._embed,
             self.parts.verification_sets,
@@ -82,7 +82,7 @@ class Validation:
         Raises:
             OSError: it cannot be written and `must` be; else that is logged only.
         """
-        self.parts.batch_norm.average(self.world.world_size)
+        self.parts.evaluated[1].average(self.world.world_size)
         weights = self.parts.model_state()
         if not self.world.is_main:
             return
