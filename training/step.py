@@ -130,7 +130,8 @@ class TrainStep:
 
     def _centres_only(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
         """Forward without a graph, and the head's own step. Nothing of the backbone has a gradient
-        that could overflow: no loss scaler, and a single batch's centres move in backward."""
+        that could overflow: no loss scaler, and a single batch's centres move in backward. Nor one
+        that a teacher could change: centres learn from the head's own loss alone."""
         with phase("forward"), torch.no_grad():
             embeddings = [self._bare(batch.images) for batch in micro_batches]
         labels = [batch.labels for batch in micro_batches]
