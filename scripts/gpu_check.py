@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from backbones import get_model
+from backbones.weights import ModelMetadata, save_model
 from configs.base import Config
 from dataset import get_dataloader
 from head.row_update import AdamWRows
@@ -142,6 +144,14 @@ def main() -> int:
     step_does_not_wait(loss="adaface", gradient_acc=2)
     step_does_not_wait(optimizer="adamw", precision="bf16")
     step_does_not_wait(compile=True)
+    step_does_not_wait(ema_decay=0.99, layer_decay=0.8, decay_norms_and_biases=False)
+    with tempfile.TemporaryDirectory() as folder:
+        size = SETTINGS["embedding_size"]
+        teacher = Path(folder) / "teacher.pt"
+        save_model(
+            teacher, get_model("r18", num_features=size), ModelMetadata("r18", num_features=size)
+        )
+        step_does_not_wait(teacher=teacher)
     step_does_not_wait(channels_last=False, precision="tf32")
     for precision in ("fp32", "tf32", "bf16", "fp16"):
         run_trains(precision)

@@ -125,9 +125,13 @@ def check_output(output: str | Path) -> Path:
     """The run's folder, made if need be and tried out by writing a file.
 
     Raises:
-        SetupError: it cannot be written.
+        SetupError: it cannot be written, or belongs to a training set.
     """
     folder = Path(output)
+    if any(folder.glob("*.rec")):  # label_map.txt there is not ours to set aside
+        raise SetupError(
+            f"output={str(output)!r} has records in it: choose a folder of the run's own"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
