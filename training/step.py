@@ -171,13 +171,16 @@ class TrainStep:
             with nullcontext() if number == count else self._without_all_reduce():
                 with phase("forward"):
                     embeddings = self._summed_over_ranks(self.model(batch.images))  # [b, D]
+                    cut = embeddings.detach().requires_grad_(True)
                 with phase("head"):
                     part = self.head(
-                        embeddings, batch.labels, learning_rate if moves_in_backward else None
+                        cut, batch.labels, learning_rate if moves_in_backward else None
                     )
-                objective, part = self._objective(part, [batch], embeddings, count)
-                with phase("backward"):
+                objective, part = self._objective(part, [batch], cut, count)
+                with phase("head"):
                     (objective * scale).backward()
+                with phase("backward"):
+                    embeddings.backward(cut.grad)
                 loss += part.detach()
         return loss
 
