@@ -83,7 +83,6 @@ def train(
     )
     meter = SpeedMeter(parts.global_batch, last_step)
     meter.restart(progress.step)
-    first_step = progress.step + 1
     policy = DivergencePolicy(
         cfg.max_bad_steps, cfg.on_divergence == "rollback", cfg.max_rollbacks, progress.rollbacks
     )
@@ -110,14 +109,10 @@ def train(
         for batches in micro_batches(parts.loader, cfg.gradient_acc, meter):
             heartbeat.mark("step", progress.step)
             learning_rate = parts.schedule(progress.step)
-            start = time.perf_counter()
             outcome = parts.step(batches, learning_rate, is_frozen=epoch < cfg.freeze_epoch)
             watch.see(outcome, parts.head.alikeness)
             profile.after_step()
             progress.step += 1
-            if cfg.compile and progress.step == first_step:
-                logger.info("compile: the first step took %.1f s", time.perf_counter() - start)
-                meter.restart(progress.step)
             progress.position += 1
             step, is_last = progress.step, progress.step == last_step
             epoch_ends = progress.position % parts.steps_per_epoch == 0

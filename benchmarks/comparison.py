@@ -18,7 +18,7 @@ HEADER = (
 )
 OPTIONS_HEADER = (
     "option | network | classes | batch | ranks | samples/s ours | with it | with it / ours | "
-    "peak MiB ours | with it | with it / ours | above start | first step, s"
+    "peak MiB ours | with it | with it / ours | above start | compiling, s"
 )
 
 
@@ -63,7 +63,7 @@ class Result(NamedTuple):
     peak_mib: float
     above_mib: float
     data_wait_share: float
-    first_step_seconds: float | None
+    compile_seconds: float | None
     utilisation: tuple[float, float]
 
 
@@ -117,7 +117,7 @@ def line(found: Comparison) -> str:
 
 def option_line(found: Comparison) -> str:
     """A row of the second table."""
-    row, seconds = found.row, found.changed.first_step_seconds
+    row, seconds = found.row, found.changed.compile_seconds
     return table_row([
         row.changed.name, row.network, f"{row.num_classes:,}", row.batch_size, row.ranks,
         *_speed_and_memory(found), "-" if seconds is None else f"{seconds:.1f}",
@@ -156,7 +156,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
         "baseline_mfu": found.baseline.utilisation[0],
         "data_wait_share": found.changed.data_wait_share,
         "baseline_data_wait_share": found.baseline.data_wait_share,
-        "first_step_seconds": found.changed.first_step_seconds, "missed": found.missed(),
+        "compile_seconds": found.changed.compile_seconds, "missed": found.missed(),
     }  # fmt: skip
 
 

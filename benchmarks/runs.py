@@ -36,13 +36,13 @@ class Reading(NamedTuple):
 
     samples_per_second: over all ranks, the median of the intervals; data_wait_share: their mean.
     peak_mib: of rank 0 from start to end: the whole process on a CPU, PyTorch's reserved memory on
-    a GPU. first_step_seconds: where the log says it (compile=True).
+    a GPU. compile_seconds: where the log says it (compile=True).
     """
 
     samples_per_second: float
     data_wait_share: float
     peak_mib: float
-    first_step_seconds: float | None = None
+    compile_seconds: float | None = None
 
 
 def read_metrics(lines: Sequence[str], log: str = "") -> Reading:
@@ -58,7 +58,7 @@ def read_metrics(lines: Sequence[str], log: str = "") -> Reading:
             "left out. Raise max_steps or lower frequent"
         )
     warm = logged[1:]
-    found = re.search(r"first step took ([\d.]+) s", log)
+    found = re.search(r"compile: the first pass took ([\d.]+) s", log)
     return Reading(
         median(record["samples_per_second"] for record in warm),
         mean(record["data_wait_share"] for record in warm),

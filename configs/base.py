@@ -323,7 +323,7 @@ class Config:
     """Images and convolutions in channels_last memory format; same numbers up to rounding."""
 
     compile: bool = False
-    """torch.compile of the backbone's training step, for its fixed shapes. The first step takes
+    """torch.compile of the backbone's training step, for its fixed shapes. The start takes
     minutes longer; the log says how long. Needs a C++ compiler on CPUs."""
 
     static_graph: bool = False

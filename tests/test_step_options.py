@@ -19,6 +19,7 @@ from configs.base import Config
 from tests.conftest import Ranks
 from tests.test_train import TINY, losses_on, run_training
 from training import build as building
+from training.batch_norm import BatchNormStatistics
 from training.build import SetupError, build
 from training.precision import POLICIES, TrainedBackbone, allow_tf32, choose_precision
 from training.step import TrainStep, compile_backbone
@@ -241,18 +242,21 @@ def test_bf16_sums_on_cpus_are_refused_before_anything_starts(ranks: Ranks, tmp_
         assert "fp16" in sentence
 
 
-def eager(model: nn.Module) -> None:
-    """As `compile_backbone`, with a backend that captures the graphs and runs them as they are:
-    seconds instead of minutes."""
-    model.compile(dynamic=False, backend="aot_eager")
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that captures the graphs and runs them as they are: seconds, not minutes."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile",
+        lambda self, **options: compile_module(self, **options, backend="aot_eager"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_batch_norm": True, "gradient_acc": 2}], ids=str)
-def test_a_captured_step_equals_the_plain_one(tmp_path, changes):
+def test_a_captured_step_equals_the_plain_one(tmp_path, captured, changes):
     losses, weights = {}, {}
     for compiled in (False, True):
-        with patch.object(building, "compile_backbone", eager):
-            parts = parts_of(tmp_path, compile=compiled, precision="fp64", **changes)
+        parts = parts_of(tmp_path, compile=compiled, precision="fp64", **changes)
         batches = iter(parts.loader)
         count = parts.global_batch // TINY["batch_size"]
         losses[compiled] = torch.stack(
@@ -269,11 +273,28 @@ def test_compiling_needs_a_compiler_and_says_so_at_once(tmp_path, monkeypatch):
         parts_of(tmp_path, compile=True)
 
 
+class Floats(nn.Module):
+    """Takes images, as what is compiled does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.network(images / 255)
+        return found
+
+
 @pytest.mark.slow  # a minute or more of compiling
 def test_a_compiled_backbone_equals_the_plain_one():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.Flatten())
-    images = torch.randn(4, 3, 8, 8)
-    expected = network(images)
-    compile_backbone(network)
-    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+    statistics = BatchNormStatistics(network)
+    before = statistics.statistics.clone()
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    model = Floats(network)
+    expected = model(images)
+    statistics.statistics.copy_(before)
+    compile_backbone(model, 4, 8, torch.device("cpu"), statistics)
+    assert torch.equal(statistics.statistics, before)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)

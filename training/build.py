@@ -59,7 +59,13 @@ from training.classifier import Head, LayerClassifier, SplitClassifier, whole_cl
 from training.distillation import Distillation, make_distillation
 from training.ema import WeightAverage
 from training.optimizer import make_optimizer
-from training.precision import Precision, TrainedBackbone, allow_tf32, choose_precision
+from training.precision import (
+    Precision,
+    TrainedBackbone,
+    allow_tf32,
+    choose_precision,
+    tf32_allowed,
+)
 from training.schedule import Schedule
 from training.step import TrainStep, compile_backbone, distribute, settle_buckets
 from utils.config import plain_values
@@ -214,19 +220,23 @@ def build(cfg: Config, world: World) -> Parts:
     model.to(world.device, memory_format=model.memory_format)  # type: ignore[call-overload]
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
     average = WeightAverage(backbone, batch_norm, cfg.ema_decay) if cfg.ema_decay else None
-    head = make_head(cfg, world, num_classes, precision)
-    optimizer = make_optimizer(
-        backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
-        decay_norms_and_biases=cfg.decay_norms_and_biases, layer_decay=cfg.layer_decay,
-        spread=cfg.zero and world.world_size > 1,
-    )  # fmt: skip
     distributed = distribute(
         model, world.world_size, world.device,
         static_graph=cfg.static_graph, all_reduce_dtype=cfg.all_reduce_dtype,
     )  # fmt: skip
     settle_buckets(distributed, cfg.input_size, world.device, batch_norm)
     if cfg.compile:
-        compile_backbone(distributed)
+        with tf32_allowed(precision.tf32):
+            seconds = compile_backbone(
+                distributed, cfg.batch_size, cfg.input_size, world.device, batch_norm
+            )
+        logger.info("compile: the first pass took %.1f s", seconds)
+    head = make_head(cfg, world, num_classes, precision)
+    optimizer = make_optimizer(
+        backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+        decay_norms_and_biases=cfg.decay_norms_and_biases, layer_decay=cfg.layer_decay,
+        spread=cfg.zero and world.world_size > 1,
+    )  # fmt: skip
     step = TrainStep(
         distributed,
         head,

@@ -5,6 +5,7 @@ global batch (sample_rate x classes per rank), whose size depends on the labels.
 """
 
 import inspect
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from training.ema import WeightAverage
 from training.optimizer import own_optimizer, set_learning_rate
 from training.precision import tf32_allowed
 from training.profile import phase
+from utils.memory import return_freed_memory
 
 
 class StepOutcome(NamedTuple):
@@ -303,24 +305,43 @@ def settle_buckets(
     first step after a resumption would not be what it was in the uninterrupted run. Two passes
     over two blank images per rank; nothing of them remains.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return
+    if isinstance(model, DistributedDataParallel):
+        _rehearse(model, 2, 2, input_size, device, batch_norm)  # the second pass rebuilds
+
+
+def compile_backbone(
+    model: nn.Module, batch_size: int, input_size: int, device: torch.device,
+    batch_norm: BatchNormStatistics,
+) -> float:  # fmt: skip
+    """Have `model` (a module or its DDP) compiled for batches of this size; seconds it took.
+
+    Under DDP the graph is cut where its buckets are, so that their sums still overlap with
+    backward: settle the buckets first. A pass over blank images compiles both directions here,
+    before the class centres take their memory, and nothing of it remains.
+    """
+    start = time.perf_counter()
+    model.compile(dynamic=False)
+    _rehearse(model, 1, batch_size, input_size, device, batch_norm)
+    return_freed_memory()  # the compiler leaves cycles and holes behind
+    return time.perf_counter() - start
+
+
+def _rehearse(
+    model: nn.Module, passes: int, batch_size: int, input_size: int, device: torch.device,
+    batch_norm: BatchNormStatistics,
+) -> None:  # fmt: skip
+    """Forward and backward passes over blank images; weights, statistics, generators stay."""
     state = _random_state(device)
     model.train()  # frozen batch norms learn of it only now
     batch_norm.keep()
-    images = torch.zeros(2, 3, input_size, input_size, dtype=torch.uint8, device=device)
-    for _ in range(2):  # the second rebuilds
-        model(images.to(memory_format=torch.channels_last)).sum().backward()
+    shape = (batch_size, 3, input_size, input_size)
+    images = torch.zeros(shape, dtype=torch.uint8, device=device)
+    images = images.to(memory_format=torch.channels_last)  # as the loader's
+    for _ in range(passes):
+        model(images).sum().backward()
     model.zero_grad(set_to_none=True)
     batch_norm.restore_if(torch.ones((), dtype=torch.bool, device=device))
     _set_random_state(device, state)
-
-
-def compile_backbone(model: nn.Module) -> None:
-    """Have `model` (a module or its DDP) compiled for the shapes of its first call, which takes
-    minutes longer. Under DDP the graph is cut where its buckets are, so that their sums still
-    overlap with backward; settle the buckets first."""
-    model.compile(dynamic=False)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
