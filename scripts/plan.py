@@ -395,6 +395,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.measure and options.gpu is not None and (options.gpu == "cpu") != (here == "cpu"):
         raise PlanError(f"--measure --gpu {options.gpu}: this machine is a {here}; leave --gpu out")
     cfg = load_config(options.config, options.words)
+    if cfg.teacher is not None:
+        print("note: the teacher's memory and time are not in this plan", file=sys.stderr)
     num_classes, num_images = sizes(cfg)
     setting = Setting(
         choose_machine(options.gpu), options.world_size,
