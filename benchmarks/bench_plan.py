@@ -1,6 +1,7 @@
 """How near scripts/plan.py comes: its memory against a real step's peak, its time against a run.
 
-    python -m benchmarks.bench_plan [--quick] [--device cuda] [--json FILE] [--markdown FILE]
+    python -m benchmarks.bench_plan [--quick] [--only memory|time] [--device cuda] [--json FILE]
+        [--markdown FILE]
 
 Memory: for each network and number of classes the parts of a run are built and make a few steps in
 a process of their own. On a CPU: the peak of resident memory above what the process held before,
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 if everything is within its limit, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="r_nano only, less than a minute")
+    parser.add_argument("--only", choices=("memory", "time"), help="one of the two tables")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=20.0, help="per measured time")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -190,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text.append(line)
         print(line, flush=True)
 
-    for case in memory_cases(options.quick, device):
+    for case in memory_cases(options.quick, device) if options.only != "time" else ():
         peaks, parts = run_memory(case, device, 1 if options.quick or device == "cuda" else 3)
         peak = median(peaks)
         ratio = sum(parts.values()) / peak
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("| network | classes | batch | plan --measure, samples/s | train_v2.py, samples/s | "
         "plan / run |")  # fmt: skip
     add("|---|---|---|---|---|---|")
-    for case in time_cases(options.quick, device):
+    for case in time_cases(options.quick, device) if options.only != "memory" else ():
         run, planned = run_time(case, device, 5.0 if options.quick else options.seconds)
         ratio = planned / run
         ok &= abs(ratio - 1) <= TIME_WITHIN
