@@ -317,7 +317,7 @@ class Config:
 
     fp16: bool = False
     """arcface_torch's switch: fp16 with a loss scaler on CUDA. On a CPU, where half precision
-    is slower, fp32 with one warning. An explicit `precision` wins."""
+    is often slower, fp32 with one warning. An explicit `precision` wins."""
 
     channels_last: bool = True
     """Images and convolutions in channels_last memory format; same numbers up to rounding."""
