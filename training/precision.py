@@ -57,7 +57,7 @@ def choose_precision(wanted: str | None, fp16: bool, device: torch.device) -> tu
     """The policy for the config's `precision` and `fp16`, and a warning (or "").
 
     An explicit `precision` wins. `fp16=True` alone means fp16 on CUDA. Neither: bf16 on a GPU that
-    has it. On a CPU, where half precision is slower than fp32, both mean fp32.
+    has it. On a CPU both mean fp32: most have no fast half precision.
     """
     on_gpu = device.type == "cuda"
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -65,7 +65,7 @@ def choose_precision(wanted: str | None, fp16: bool, device: torch.device) -> tu
         return POLICIES["fp32"], "precision=tf32: a CPU has no TF32, training in fp32"
     if wanted is None and fp16 and not on_gpu:
         return POLICIES["fp32"], (
-            "fp16=True on a CPU: training in fp32, which is faster there; "
+            "fp16=True on a CPU: training in fp32, which is faster on most; "
             "precision=fp16 or precision=bf16 insists"
         )
     return named_policy(wanted or ("fp16" if fp16 else None), has_bf16), ""
