@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from backbones.weights import load_model
 from benchmarks.bench_faults import whole_state
 from configs.base import Config
+from eval.embedder import Embedder
+from eval.verification import verify
 from tests.conftest import Ranks
 from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
 from tests.test_train import write_pairs
@@ -102,6 +106,19 @@ def test_it_is_what_is_verified_and_saved_and_the_weights_stay_in_the_checkpoint
     for name, parameter in parts.backbone.named_parameters():
         assert torch.equal(stored[f"backbone/{name}"], parameter)
         assert torch.equal(stored[f"ema/backbone/{name}"], averaged[name])
+
+
+def test_on_several_ranks_the_score_is_that_of_the_saved_model(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    faces = write_pairs(tmp_path)
+    changes = {**RUN, "val_targets": ["pairs"], "val_dir": str(tmp_path), "keep_checkpoints": 0}
+    ranks.run(2, whole_run, str(tmp_path / "run"), changes)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    scored = [record["eval"]["pairs"] for record in map(json.loads, lines) if "eval" in record][-1]
+    model, _ = load_model(tmp_path / "run")
+    again = verify(Embedder(model), [faces], input_size=TINY["input_size"])["pairs"]
+    assert scored["xnorm"] == pytest.approx(again["xnorm"], rel=1e-6)
 
 
 def test_a_resumed_run_has_the_same_average_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:

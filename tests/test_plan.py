@@ -422,6 +422,11 @@ def test_json_says_what_the_table_says(capsys):
     assert "from the peaks; assumed: 40% of products" in text
 
 
+def test_a_teacher_is_said_not_to_be_counted(capsys):
+    assert plan.main(["configs/lfw_nano", *WORDS, "val_targets=[]", "teacher=work_dirs/any"]) == 0
+    assert "teacher" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_comes_with_changes_worked_out_anew(capsys):
     words = ["num_classes=40_000_000", "embedding_size=512", "--gpu", "v100", "head_buffer_mib=256"]
     found = run(capsys, *words)

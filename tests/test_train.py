@@ -420,6 +420,17 @@ def test_wrong_words_are_explained_and_exit_with_2(run_main, words, message):
     assert "Traceback" not in text
 
 
+def test_a_folder_of_records_is_no_output(run_main, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.rec").write_bytes(b"")
+    (data / "label_map.txt").write_text("0\tann\n")
+    code, text = run_main(f"output={data}")
+    assert code == 2
+    assert "has records in it" in text
+    assert sorted(path.name for path in data.iterdir()) == ["label_map.txt", "train.rec"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_where_there_is_none_exits_with_2(run_main):
     code, text = run_main("device=cuda")
