@@ -267,6 +267,17 @@ def test_a_captured_step_equals_the_plain_one(tmp_path, captured, changes):
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-6, atol=1e-9)
 
 
+def test_a_captured_backbone_may_be_frozen_at_first(tmp_path, captured):
+    losses = {}
+    for compiled in (False, True):
+        parts = parts_of(tmp_path, compile=compiled, precision="fp64")
+        batches = iter(parts.loader)
+        losses[compiled] = torch.stack(
+            [parts.step([next(batches)], 0.05, is_frozen=n < 2).loss for n in range(4)]
+        )
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-9, atol=0)
+
+
 def test_compiling_needs_a_compiler_and_says_so_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no_such_compiler")
     with pytest.raises(SetupError, match=r"compile=True.*CXX"):
