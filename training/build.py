@@ -217,7 +217,7 @@ def build(cfg: Config, world: World) -> Parts:
     model = TrainedBackbone(
         backbone, precision, cfg.freeze_batch_norm, cfg.channels_last, mean, std
     )
-    model.to(world.device, memory_format=model.memory_format)  # type: ignore[call-overload]
+    model.place(world.device)
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
     average = WeightAverage(backbone, batch_norm, cfg.ema_decay) if cfg.ema_decay else None
     distributed = distribute(

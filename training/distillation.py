@@ -54,7 +54,7 @@ class Teacher:
             ) from error
         mean, std = self.metadata.mean, self.metadata.std
         model = TrainedBackbone(backbone, precision, mean=mean, std=std)
-        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.place(device)
         self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()

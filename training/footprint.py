@@ -154,7 +154,7 @@ def find_needs(
         model = TrainedBackbone(
             backbone, precision, cfg.freeze_batch_norm, cfg.channels_last
         )
-    model.to(memory_format=model.memory_format)  # type: ignore[call-overload]
+    model.place()
     model.train()
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])

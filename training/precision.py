@@ -144,6 +144,11 @@ class TrainedBackbone(nn.Module):
             numbers = torch.tensor(value, dtype=precision.dtype).reshape(1, -1, 1, 1)
             self.register_buffer(name, numbers, persistent=False)
 
+    def place(self, device: torch.device | None = None) -> None:
+        """Move to a device (None: stay), its weights in the memory format of its input."""
+        # torch's stubs know memory_format only together with a tensor.
+        self.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, H, W] -> embeddings [b, D]."""
         if self.is_usual:
