@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import resource
 import time
 import unittest.mock
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from partial_fc import PartialFC
 from tests.conftest import Ranks
 from tests.test_resume import whole_run
-from training.profile import FOLDER, PHASES, SUMMARY, TRACE, WARM_UP_STEPS, StepProfile
+from training.profile import FOLDER, PHASES, SUMMARY, TRACE, WARM_UP_STEPS, StepProfile, phase
 
 PAUSE = 0.5  # seconds that are added to a step
 
@@ -75,3 +76,23 @@ def test_a_run_that_is_too_short_says_so_and_one_without_writes_nothing(
         watch.close()
         assert ("nothing was written" in caplog.text) == said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_events", [1, 1000])  # the profiler fails at the end, or before
+def test_a_disk_that_is_full_costs_the_trace_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_events: int
+) -> None:
+    watch = StepProfile(tmp_path, 2, torch.device("cpu"))
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        for _ in range(WARM_UP_STEPS + 2):
+            with phase("forward"):
+                for _ in range(num_events):
+                    torch.ones(10).sum()
+            watch.after_step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search("cannot be written .*: training goes on", caplog.text)
+    assert "2 steps" in (tmp_path / FOLDER / SUMMARY).read_text()
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [SUMMARY]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -86,19 +87,31 @@ def test_saving_a_wrapped_network_takes_the_prefixes_off(net: nn.Module, tmp_pat
     assert_same_state(torch.load(tmp_path / "m.pt", weights_only=True), net.state_dict())
 
 
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
-    net: nn.Module, run: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("room", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_save_that_the_disk_refuses_is_an_os_error_and_leaves_the_old_file_and_nothing_else(
+    net: nn.Module, run: Path, room: float
 ):
     before = (run / "model.pt").read_bytes()
-
-    def half_a_file(state, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", half_a_file)
-    with pytest.raises(OSError, match="disk full"):
-        save_model(run / "model.pt", net, METADATA)
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * len(before)), hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):  # wherever torch's writer meets it
+            save_model(run / "model.pt", net, METADATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (run / "model.pt").read_bytes() == before
+    assert os.listdir(run) == ["model.pt"]
+
+
+def test_an_error_of_serialising_that_is_not_the_disk_s_stays_what_it_is(
+    net: nn.Module, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(state, file):
+        raise RuntimeError("not the disk")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="not the disk"):
+        save_model(run / "model.pt", net, METADATA)
     assert os.listdir(run) == ["model.pt"]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import logging
-import shutil
+import tempfile
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -85,16 +86,29 @@ class StepProfile:
             torch.cuda.synchronize(self.device)
         milliseconds = 1e3 * (time.perf_counter() - self._start) / self.num_steps
         done.stop()
-        self.folder.mkdir(exist_ok=True)
-        plain = self.folder / TRACE.removesuffix(".gz")
-        done.export_chrome_trace(str(plain))
-        with plain.open("rb") as source, gzip.open(self.folder / TRACE, "wb", 5) as target:
-            shutil.copyfileobj(source, target)
-        plain.unlink()
         page = summary(done, self.num_steps, milliseconds, self.device.type == "cuda")
-        (self.folder / SUMMARY).write_text(page)
+        try:
+            self._write(done, page)
+        except OSError as error:  # a disk that is full costs the files, not the run
+            logger.error("%s cannot be written (%s): training goes on", self.folder, error)
         logger.info("profile of %d steps in %s:\n%s", self.num_steps, self.folder, page)
         self.num_steps, self._profile = 0, None
+
+    def _write(self, done: profile, page: str) -> None:
+        """The page and the trace; no half of a trace is left if it fails."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / SUMMARY).write_text(page)
+        trace = self.folder / TRACE
+        try:
+            with tempfile.TemporaryDirectory(dir=self.folder) as aside:
+                plain = Path(aside, "trace.json")
+                done.export_chrome_trace(str(plain))
+                content = plain.read_bytes() if plain.exists() else b""
+            json.loads(content)  # the profiler says nothing of a disk that took a part, or none
+            trace.write_bytes(gzip.compress(content, 5))
+        except (OSError, ValueError) as error:
+            trace.unlink(missing_ok=True)
+            raise OSError(f"{TRACE} is not whole: {error}") from error
 
 
 def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool) -> str:
