@@ -4,7 +4,8 @@
 
 In one run, each in a process of its own: plain data parallel (the whole weight on every rank,
 out-of-place autograd), the dense sharded head as users have it (tests/reference.py DenseHead),
-torch's linear_cross_entropy (no margin, plain softmax), our readable autograd path and the engine.
+torch's linear_cross_entropy (no margin, plain softmax; since torch 2.13), our readable autograd
+path and the engine.
 Units: one matmul [B, D] x [D, C] over all classes, measured between the steps; and the larger of
 two floors, 6 B S D FLOPs at the measured matmul rate and the bytes that must move (weights read
 twice and written, momentum read and written) at the measured copy rate. Medians after a warm-up;
@@ -25,11 +26,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import Empty
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, linear_cross_entropy, normalize
+from torch.nn import functional
+from torch.nn.functional import cross_entropy, linear, normalize
 
 from head.row_update import SGDRows
 from losses import ArcFace
@@ -90,6 +93,8 @@ def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
                     continue  # minutes per row
                 if head.startswith("linear") and num_classes * batch > 20_000_000:
                     continue  # 40 times the engine's time on a CPU
+                if head.startswith("linear") and not hasattr(functional, "linear_cross_entropy"):
+                    continue  # before torch 2.13
                 if needed < 0.8 * memory_gib and (rate == 1.0 or not only_full):
                     found.append(Case(head, num_classes, batch, rate))
     return found
@@ -104,14 +109,15 @@ def growth_cases(quick: bool, memory_gib: float) -> list[Case]:
 
 def make_step(case: Case, device: str) -> Callable[[], None]:
     """A function that does one step of the head, on fixed random input."""
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(case.batch, WIDTH, generator=generator).to(device)
-    embeddings.requires_grad_(True)
-    labels = torch.randint(case.num_classes, (case.batch,), generator=generator).to(device)
+    drawn: dict[str, Any] = {
+        "generator": torch.Generator(device).manual_seed(0), "device": device,
+    }  # fmt: skip
+    embeddings = torch.randn(case.batch, WIDTH, requires_grad=True, **drawn)
+    labels = torch.randint(case.num_classes, (case.batch,), **drawn)
     if case.head in ("autograd", "engine"):
         return _our_step(case, embeddings, labels, device)
 
-    weight = torch.randn(case.num_classes, WIDTH, generator=generator).mul_(0.01).to(device)
+    weight = torch.randn(case.num_classes, WIDTH, **drawn).mul_(0.01)
     if case.head.startswith("dense"):
         dense = DenseHead(weight, LEARNING_RATE, case.sample_rate)
         return lambda: _clear(embeddings, dense.step(embeddings, labels))
@@ -122,7 +128,7 @@ def make_step(case: Case, device: str) -> Callable[[], None]:
 
     def step() -> None:
         if options is not None:
-            loss = linear_cross_entropy(embeddings, centres, labels, options=options)
+            loss = functional.linear_cross_entropy(embeddings, centres, labels, options=options)
         else:
             logits = ArcFace().logits(linear(normalize(embeddings), normalize(centres)), labels)
             loss = cross_entropy(logits, labels)
@@ -233,10 +239,15 @@ def run(case: Case, device: str, repeats: int) -> Result:
     queue = context.Queue()
     process = context.Process(target=measure, args=(case, device, repeats, queue))
     process.start()
-    try:
-        return Result(*queue.get(timeout=1800))
-    finally:
-        process.join()
+    while True:
+        try:
+            return Result(*queue.get(timeout=1))
+        except Empty:
+            if not process.is_alive() and queue.empty():
+                raise RuntimeError(
+                    f"{case}: its process ended with code {process.exitcode}; see above. If the "
+                    "device was too small, --memory-gib leaves cases out"
+                ) from None
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -35,8 +35,12 @@ def executable(path: Path, text: str) -> str:
 
 @pytest.fixture
 def echo(tmp_path: Path) -> str:
-    """An interpreter that says how it was called."""
-    return executable(tmp_path / "python", 'printf "%s\\n" "$@"\nenv | grep ^TORCH_\n')
+    """An interpreter that says how it was called; its torchrun has the options of HELP."""
+    return executable(
+        tmp_path / "python",
+        'if [[ "${!#}" == --help ]]; then echo "${HELP:-}"; exit; fi\n'
+        'printf "%s\\n" "$@"\nenv | grep ^TORCH_\n',
+    )
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -62,6 +66,7 @@ def test_a_script_can_be_run_and_explains_itself(path):
     assert "usage:" in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("timeout", ["--shutdown-timeout", ""])  # torchrun of torch 2.11 has none
 @pytest.mark.parametrize(
     ("script", "environment", "expected"),
     [
@@ -79,13 +84,17 @@ def test_a_script_can_be_run_and_explains_itself(path):
     ],
 )  # fmt: skip
 def test_a_script_calls_torchrun_so_that_signals_and_restarts_work(
-    echo, script, environment, expected
+    echo, script, environment, expected, timeout
 ):
-    result = run(script, "configs/a", "b=1 2", PYTHON=echo, NPROC="3", **environment)
+    result = run(
+        script, "configs/a", "b=1 2", PYTHON=echo, NPROC="3",
+        HELP=f"  {timeout} SECONDS" if timeout else "", **environment,
+    )  # fmt: skip
     words = result.stdout.splitlines()
     assert result.returncode == 0, result.stderr
+    assert [word for word in words if "timeout" in word] == ([f"{timeout}=60"] if timeout else [])
     for word in (
-        *expected, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=60",
+        *expected, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     ):  # fmt: skip
         assert word in words

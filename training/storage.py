@@ -160,23 +160,25 @@ def read(folder: Path, state: State, group: dist.ProcessGroup | None, is_alone: 
         StorageError: what failed on any rank, on every rank; also when the state has other
             names, sizes or dtypes.
     """
-    with _plain_errors():
+    reader = _Reader(folder)
+    with _plain_errors(reader):
         dcp.load(
-            dict(state), storage_reader=_Reader(folder), planner=_LoadPlanner(),
+            dict(state), storage_reader=reader, planner=_LoadPlanner(),
             process_group=group, no_dist=is_alone,
         )  # fmt: skip
 
 
 @contextmanager
-def _plain_errors(files: _HashedFiles | None = None) -> Iterator[None]:
+def _plain_errors(files: _HashedFiles | _Reader) -> Iterator[None]:
     """What failed on some rank as one sentence; DCP raises it below BaseException only.
 
-    Where this rank's own files failed, that is said: PyTorch's writer hides it.
+    Where this rank's own files failed, that is said: PyTorch's writer hides it, and so does the
+    reader of torch 2.11.
     """
     try:
         yield
     except CheckpointException as error:
-        if files is not None and files.failure is not None:
+        if files.failure is not None:
             raise StorageError(str(files.failure)) from error
         causes = {
             f"rank {rank}: {cause} ({type(cause).__name__})"
@@ -294,7 +296,16 @@ class _LoadPlanner(LoadPlanner):
 class _Reader(dcp.FileSystemReader):
     """Reads the metadata by an unpickler that admits its own classes only."""
 
+    failure: Exception | None = None  # of reading it
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            return self._read_metadata()
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _read_metadata(self) -> Metadata:
         path = Path(self.path) / ".metadata"
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()

@@ -15,8 +15,12 @@ threads=$((cores / NPROC))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 
 # Left to itself, torchrun dies of SIGUSR1 and leaves its workers behind; told so, it passes these
-# signals on, and the workers save and end. It kills those that are not done after 60 s.
-torchrun_options=(--signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=60)
+# signals on, and the workers save and end. It kills those that are not done after 60 s, or after 30 s
+# where torchrun cannot be told (torch 2.11).
+torchrun_options=(--signals-to-handle=SIGTERM,SIGINT,SIGUSR1)
+if [[ "$("$PYTHON" -m torch.distributed.run --help)" == *--shutdown-timeout* ]]; then
+  torchrun_options+=(--shutdown-timeout=60)
+fi
 
 # torchrun keeps one key-value store for all attempts of a run. A restarted group would find the
 # addresses of the dead one in it and fail to connect (seen with torch 2.13 and gloo; pytorch issue
