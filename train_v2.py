@@ -27,16 +27,7 @@ from configs.base import Config
 from dataset import DATA_ERRORS, Batch, DataLoader
 from eval.verification import VerificationSetError
 from training import resume
-from training.build import (
-    VERSION,
-    Parts,
-    SetupError,
-    build,
-    check_output,
-    facts_of,
-    set_aside_earlier_run,
-    share_global_batch,
-)
+from training.build import VERSION, Parts, build, facts_of
 from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named, sweep
 from training.heartbeat import EXIT_RANK_LOST, Heartbeat, heartbeat_store, is_of_a_collective
 from training.init_head import init_head
@@ -51,6 +42,12 @@ from training.preflight import (
 from training.profile import StepProfile, phase
 from training.report import Reporter, start_wandb
 from training.saved_head import remember_class_names
+from training.setup import (
+    SetupError,
+    check_output,
+    set_aside_earlier_run,
+    share_global_batch,
+)
 from training.signals import StopSignals
 from training.state import Progress, RunState
 from training.validation import CUT_SHORT, Validation

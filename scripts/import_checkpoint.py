@@ -35,9 +35,10 @@ if not __package__:  # run as a file: the modules lie one folder up
 from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS
-from training.build import Parts, SetupError, build, check_output, facts_of
+from training.build import Parts, build, facts_of
 from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named
 from training.published import PublishedRun, read_run
+from training.setup import SetupError, check_output
 from training.state import Progress, RunState
 from training.watch import Watch
 from utils.config import ConfigError, load_config

@@ -31,7 +31,8 @@ from backbones import get_model
 from backbones.macs import count_macs
 from configs.base import Config
 from eval.command import run_command, table
-from training import build
+from training.build_data import make_loader
+from training.build_head import embeds_ahead, has_layer, make_margin
 from training.footprint import Needs, find_needs
 from training.precision import Precision, choose_precision, named_policy
 from training.roofline import (
@@ -44,6 +45,7 @@ from training.roofline import (
     estimate,
     this_cpu,
 )
+from training.setup import SetupError, share_global_batch
 from training.stopwatch import time_step
 from utils.config import load_config
 from utils.distributed import World
@@ -108,26 +110,26 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     Raises:
         PlanError, SetupError: it could not run so.
     """
-    cfg = build.share_global_batch(cfg, setting.world_size)
+    cfg = share_global_batch(cfg, setting.world_size)
     machine, world_size = setting.machine, setting.world_size
     kind = device_type(machine)
     precision = policy(cfg, machine)
     if precision.tf32:
         machine = dataclasses.replace(machine, single=machine.tf32)
     needs = find_needs(cfg, world_size, setting.num_classes, precision, kind)
-    embeds_ahead = build.embeds_ahead(cfg, build.make_margin(cfg))
+    embeds_twice = embeds_ahead(cfg, make_margin(cfg))
     if setting.measured_seconds:
         rest, head = time_step(
             cfg, world_size, setting.num_classes, torch.device(kind), setting.measured_seconds
         )
-        passes = 1 if embeds_ahead else cfg.gradient_acc
+        passes = 1 if embeds_twice else cfg.gradient_acc
         collectives = collective_seconds(
             needs, machine, setting.links, world_size, rest, passes
         )
         time = StepTime(rest, head, 0.0, collectives)
     else:
         time = estimate(
-            needs, machine, setting.links, world_size, cfg.gradient_acc, embeds_ahead
+            needs, machine, setting.links, world_size, cfg.gradient_acc, embeds_twice
         )
     global_batch = cfg.batch_size * world_size * cfg.gradient_acc
     steps_per_epoch = setting.num_images // global_batch
@@ -172,7 +174,7 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
         return words, dataclasses.replace(cfg, **values), world_size
 
     found = []
-    if build.has_layer(cfg):
+    if has_layer(cfg):
         if cfg.parallel_dim != 1:
             found.append(with_(parallel_dim=1))
     elif cfg.head_update == "autograd":
@@ -207,7 +209,7 @@ def what_would_fit(cfg: Config, setting: Setting) -> list[tuple[str, Plan]]:
     for words, changed, ranks in changes(cfg, setting.world_size):
         try:
             plan = make_plan(changed, dataclasses.replace(setting, world_size=ranks))
-        except (PlanError, build.SetupError):  # not possible here: an epoch too short, for example
+        except (PlanError, SetupError):  # not possible here: an epoch too short, for example
             continue
         if plan.needs.footprint.total < 0.99 * now:
             found.append((words, plan))
@@ -234,7 +236,7 @@ def sizes(cfg: Config) -> tuple[int, int]:
     """Classes and images of the run; "auto" is looked up in the set. Raises DataError."""
     classes, images = cfg.num_classes, cfg.num_image
     if classes == "auto" or images == "auto":
-        loader = build._make_loader(cfg, World(0, 0, 1, torch.device("cpu")))
+        loader = make_loader(cfg, World(0, 0, 1, torch.device("cpu")))
         classes = loader.num_classes if classes == "auto" else classes
         images = loader.num_images if images == "auto" else images
     return int(classes), int(images)
@@ -403,7 +405,7 @@ def _plan(options: argparse.Namespace) -> int:
         Links(options.ranks_per_host, options.network_gbit), num_classes, num_images,
         options.measure,
     )  # fmt: skip
-    cfg = build.share_global_batch(cfg, options.world_size)
+    cfg = share_global_batch(cfg, options.world_size)
     plan = make_plan(cfg, setting)
     proposals = [] if plan.fits else what_would_fit(cfg, setting)
     facts = describe(cfg, setting, plan)

@@ -47,9 +47,10 @@ from tests.conftest import RankFailure, Ranks
 from tests.test_resume import Unhurried, copy_of_run
 from torch2onnx import export_onnx
 from train_v2 import main, run_on
-from training.build import SetupError, build
+from training.build import build
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
 from training.optimizer import own_optimizer
+from training.setup import SetupError
 from utils.config import load_config
 from utils.distributed import World
 

@@ -14,6 +14,7 @@ from data.sampling import BlockShuffled, ClassBalanced, Shares, Shuffled
 from tests.test_dataset import SIZE, folder, jpeg, records, write_set
 from train_v2 import run_on
 from training import build as building
+from training import build_data
 from training.report import Reporter
 from training.watch import WatchReport
 from utils.distributed import World
@@ -55,7 +56,7 @@ def test_every_data_key_reaches_the_loader(records: Path, tmp_path: Path) -> Non
 def test_the_published_augmentation_goes_with_dali_and_is_announced_without(
     records: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "dali_is_installed", lambda: False)
+    monkeypatch.setattr(build_data, "dali_is_installed", lambda: False)
     published = Augmentation(resize=0.1, blur=0.2, hsv=0.2, gray=0.1)
     assert parts_of(str(records), dali=True, dali_aug=True).loader._make.augmentation == published
     assert "NVIDIA DALI is not installed" in caplog.text

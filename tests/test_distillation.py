@@ -29,8 +29,9 @@ from tests.test_init_head import FACES, NEW, OLD, write_faces, write_records
 from tests.test_resume import EXACT, TINY, assert_same, copy_of_run, whole_run
 from tests.test_train import weights_after_one_step
 from train_v2 import run_on
-from training.build import SetupError, build
+from training.build import build
 from training.checkpoint import CheckpointError
+from training.setup import SetupError
 from utils.distributed import World
 
 CLASSES, WIDTH, TEACHERS_WIDTH, SCALE, TEMPERATURE = 23, 7, 5, 16.0, 3.0

@@ -17,7 +17,7 @@ from head.row_update import AdamWRows, SGDRows
 from losses import ArcFace, CurricularFace
 from partial_fc import PartialFC
 from scripts import plan
-from training import build
+from training.build import build
 from training.classifier import LayerClassifier
 from training.footprint import HEAD_BATCH_MATRICES, HeadWork, find_needs
 from training.precision import POLICIES
@@ -64,7 +64,7 @@ def needs_of(cfg: Config, world_size: int = 1, precision: str = "fp32", device: 
 def test_the_traced_network_allocates_what_a_real_one_does(network, precision, checkpointing):
     cfg = small(network=network, gradient_checkpointing=checkpointing, precision=precision)
     planned = needs_of(cfg, precision=precision).backbone
-    model = build.build(cfg, ALONE).step.model
+    model = build(cfg, ALONE).step.model
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     images = images.to(memory_format=torch.channels_last)
     model.train()
@@ -122,7 +122,7 @@ def test_fake_parameters_have_no_memory_and_keep_what_they_are():
 def test_weights_and_states_are_those_of_a_run_after_a_step(optimizer):
     cfg = small(optimizer=optimizer, sub_centres=2)
     planned = needs_of(cfg)
-    parts = build.build(cfg, ALONE)
+    parts = build(cfg, ALONE)
     parts.step.model.train()
     parts.step(list(islice(iter(parts.loader), 1)), 0.01)
     state = parts.step.optimizer.state.values()

@@ -20,8 +20,9 @@ from tests.conftest import Ranks
 from tests.test_train import TINY, losses_on, run_training
 from training import build as building
 from training.batch_norm import BatchNormStatistics
-from training.build import SetupError, build
+from training.build import build
 from training.precision import POLICIES, TrainedBackbone, allow_tf32, choose_precision
+from training.setup import SetupError
 from training.step import TrainStep, compile_backbone
 from utils.distributed import World
 
@@ -282,6 +283,21 @@ def test_compiling_needs_a_compiler_and_says_so_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no_such_compiler")
     with pytest.raises(SetupError, match=r"compile=True.*CXX"):
         parts_of(tmp_path, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": "adaface", "adaface_t_alpha": 2.0}, "adaface"),
+        ({"teacher": "no_such_run"}, "no_such_run"),
+    ],
+)
+def test_what_cannot_start_is_refused_before_the_compiler_takes_its_minute(
+    tmp_path, changes, words
+):
+    compiled = patch.object(building, "compile_backbone", side_effect=AssertionError("compiled"))
+    with compiled, pytest.raises((SetupError, FileNotFoundError), match=words):
+        parts_of(tmp_path, compile=True, **changes)
 
 
 class Floats(nn.Module):

@@ -17,8 +17,9 @@ from configs.base import LOSSES, Config
 from eval.verification import VerificationSet
 from tests.conftest import Ranks
 from train_v2 import main, run_on
-from training.build import SetupError, build
+from training.build import build
 from training.precision import batch_norms
+from training.setup import SetupError
 from utils.distributed import World
 
 TINY = {

@@ -14,8 +14,10 @@ from backbones.weights import load_model
 from configs.base import Config
 from tests.test_resume import TINY, copy_of_run
 from train_v2 import run_on
-from training.build import Parts, SetupError, make_backbone
+from training.build import Parts
+from training.build_backbone import make_backbone
 from training.checkpoint import CheckpointError
+from training.setup import SetupError
 from utils.distributed import World
 
 VIT = {**TINY, "network": "vit_t_dp005_mask0", "max_steps": 2, "lr": 1e-3, "checkpoint_every": 0}

@@ -52,6 +52,7 @@ class Teacher:
                 f"teacher={path!r}: {error}. (A teacher's file has to say its network itself: "
                 "backbones.weights.save_model writes such files)"
             ) from error
+        self.path, self.precision = path, precision
         mean, std = self.metadata.mean, self.metadata.std
         model = TrainedBackbone(backbone, precision, mean=mean, std=std)
         model.place(device)
@@ -125,21 +126,20 @@ class LogitsDistillation:
 Distillation = CosineDistillation | LogitsDistillation
 
 
-def make_distillation(
-    path: str, kind: str, head: PartialFC, source: ImageSource, precision: Precision, world: World,
-    *, weight: float, scale: float, temperature: float, input_size: int, buffer_mib: float,
-) -> Distillation:  # fmt: skip
-    """The teacher at `path`, loaded and compared with this run; all ranks together.
+def load_teacher(
+    path: str, kind: str, precision: Precision, device: torch.device,
+    *, input_size: int, embedding_size: int,
+) -> Teacher:  # fmt: skip
+    """The teacher at `path`, if this run can learn from it.
 
     Args:
         kind: "cosine" or "logits".
-        source: the training set, for the names of its classes.
-        weight, scale, temperature, buffer_mib: as in the config.
+        precision, input_size, embedding_size: of the run.
 
     Raises:
-        ValueError, WeightsError, CheckpointError, DataError, FileNotFoundError: what does not fit.
+        ValueError, WeightsError, FileNotFoundError: what does not fit.
     """
-    teacher = Teacher(path, precision, world.device)
+    teacher = Teacher(path, precision, device)
     meta = teacher.metadata
     if (meta.input_size, meta.in_channels) != (input_size, 3):
         raise ValueError(
@@ -147,23 +147,41 @@ def make_distillation(
             f"channels; this run has {input_size} pixels, 3 channels: both see the same images, so "
             f"set input_size={meta.input_size} or choose another teacher"
         )
+    if kind == "cosine" and meta.num_features != embedding_size:
+        raise ValueError(
+            f"teacher={path!r} has embeddings of size {meta.num_features}, this run "
+            f"{embedding_size}: cosines need one size; set embedding_size="
+            f"{meta.num_features}, or distillation=logits, which compares class probabilities"
+        )
+    return teacher
+
+
+def make_distillation(
+    kind: str, teacher: Teacher, head: PartialFC, source: ImageSource, world: World,
+    *, weight: float, scale: float, temperature: float, buffer_mib: float,
+) -> Distillation:  # fmt: skip
+    """What the teacher teaches this run; all ranks together.
+
+    Args:
+        kind: "cosine" or "logits".
+        source: the training set, for the names of its classes.
+        weight, scale, temperature, buffer_mib: as in the config.
+
+    Raises:
+        ValueError, CheckpointError, DataError, FileNotFoundError: class centres that do not fit.
+    """
+    path, network = teacher.path, teacher.metadata.network
     if kind == "cosine":
-        if meta.num_features != head.embedding_size:
-            raise ValueError(
-                f"teacher={path!r} has embeddings of size {meta.num_features}, this run "
-                f"{head.embedding_size}: cosines need one size; set embedding_size="
-                f"{meta.num_features}, or distillation=logits, which compares class probabilities"
-            )
-        logger.info("teacher %s (%s): cosine, weight %g", path, meta.network, weight)
+        logger.info("teacher %s (%s): cosine, weight %g", path, network, weight)
         return CosineDistillation(teacher, head, weight)
-    centres, num_known = _centres_of(path, meta, head, source, world)
+    centres, num_known = _centres_of(path, teacher.metadata, head, source, world)
     logger.info(
         "teacher %s (%s): logits, temperature %g, weight %g; it knows %d of the classes",
-        path, meta.network, temperature, weight, num_known,
+        path, network, temperature, weight, num_known,
     )  # fmt: skip
     return LogitsDistillation(
         teacher, centres, head, weight=weight, scale=scale, temperature=temperature,
-        budget_bytes=int(buffer_mib * 2**20 * WORK_SHARE), half=precision.head_matmul,
+        budget_bytes=int(buffer_mib * 2**20 * WORK_SHARE), half=teacher.precision.head_matmul,
     )  # fmt: skip
 
 

@@ -24,8 +24,9 @@ from head.sampling import sample_size
 from head.work_buffer import Plan
 from losses import BatchFacts
 from partial_fc import PartialFC
-from training import build
 from training.batch_norm import BatchNormStatistics
+from training.build_backbone import make_backbone
+from training.build_head import make_head, rank_0_alone
 from training.classifier import LayerClassifier
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone
@@ -140,7 +141,7 @@ def find_needs(
     """Of rank 0, which has the most classes.
 
     Args:
-        cfg: with its global batch shared out (training.build.share_global_batch).
+        cfg: with its global batch shared out (training.setup.share_global_batch).
         num_classes: C.
         precision: the policy on that device.
         device_type: "cpu" or "cuda", where the training would run.
@@ -150,7 +151,7 @@ def find_needs(
     """
     cfg = dataclasses.replace(cfg, init_backbone=None)
     with torch.device("meta"):
-        backbone = build.make_backbone(cfg)
+        backbone = make_backbone(cfg)
         model = TrainedBackbone(
             backbone, precision, cfg.freeze_batch_norm, cfg.channels_last
         )
@@ -158,8 +159,8 @@ def find_needs(
     model.train()
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
-    alone, local = build.rank_0_alone(cfg, world_size, num_classes)
-    head = build.make_head(
+    alone, local = rank_0_alone(cfg, world_size, num_classes)
+    head = make_head(
         dataclasses.replace(alone, head_device="auto"),
         World(0, 0, 1, torch.device("meta")), local, precision,
     )  # fmt: skip
@@ -281,7 +282,7 @@ def _head_needs(
 
         k, local = head.centres_per_class, head.num_classes
         batch = head.batch_size_per_rank
-        assert batch is not None  # training.build always names it
+        assert batch is not None  # training.build_head always names it
         rows = None
         num_rows = local * k
         if head.sample_rate < 1:

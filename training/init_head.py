@@ -26,7 +26,7 @@ from data.prefetch import OrderedPrefetch
 from dataset import DATA_ERRORS, DataLoader
 from head.shard import class_range
 from partial_fc import PartialFC
-from training.build import Parts, SetupError
+from training.build import Parts
 from training.checkpoint import Ranks
 from training.saved_head import (
     SavedHead,
@@ -35,6 +35,7 @@ from training.saved_head import (
     open_saved_head,
     rows_of,
 )
+from training.setup import SetupError
 
 logger = logging.getLogger("train")
 

@@ -14,7 +14,8 @@ from configs.base import Config
 from dataset import Batch, DataLoader
 from head.shard import class_range
 from partial_fc import PartialFC
-from training import build
+from training.build import build
+from training.build_head import embeds_ahead, make_head, rank_0_alone
 from training.classifier import Head
 from training.precision import Precision, choose_precision
 from utils.distributed import World
@@ -33,7 +34,7 @@ def time_step(
     through a head of its share of the classes. Images are generated; decoding is not in it.
 
     Args:
-        cfg: with its global batch shared out (training.build.share_global_batch).
+        cfg: with its global batch shared out (training.setup.share_global_batch).
         seconds: to spend, about; at least 5 steps are made.
 
     Raises:
@@ -52,8 +53,8 @@ def time_step(
     whole, own = _time_parts(cfg, world, precision, seconds)
     if world_size == 1:
         return max(whole - own, 0.0), own
-    alone, local = build.rank_0_alone(cfg, world_size, num_classes)
-    head = build.make_head(alone, world, local, precision)
+    alone, local = rank_0_alone(cfg, world_size, num_classes)
+    head = make_head(alone, world, local, precision)
     return max(whole - own, 0.0), _time_head(head, alone, device, precision, 0.15 * seconds)
 
 
@@ -61,7 +62,7 @@ def _time_parts(
     cfg: Config, world: World, precision: Precision, seconds: float
 ) -> tuple[float, float]:
     """Seconds of (a whole step, its head alone); nothing of the parts stays."""
-    parts = build.build(cfg, world)
+    parts = build(cfg, world)
     parts.step.model.train()
     groups = _groups(parts.loader, cfg.gradient_acc)
     whole = _median(lambda: parts.step(next(groups), 0.0), world.device, 0.7 * seconds)
@@ -73,11 +74,11 @@ def _time_head(
     head: Head, cfg: Config, device: torch.device, precision: Precision, seconds: float
 ) -> float:
     """Of all micro-steps of a step."""
-    calls = 1 if build.embeds_ahead(cfg, head.margin) else cfg.gradient_acc
+    calls = 1 if embeds_ahead(cfg, head.margin) else cfg.gradient_acc
     is_deferred = cfg.gradient_acc > 1 or precision.needs_scaler
     batch = cfg.batch_size
     if isinstance(head, PartialFC):
-        assert head.batch_size_per_rank is not None  # training.build always names it
+        assert head.batch_size_per_rank is not None  # training.build_head always names it
         batch = head.batch_size_per_rank
     embeddings = torch.randn(batch, cfg.embedding_size, device=device, dtype=head.work_dtype)
     embeddings.requires_grad_(True)

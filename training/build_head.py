@@ -1,0 +1,198 @@
+"""The loss and the head that a config names, and its teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from configs.base import Config
+from data.sources import ImageSource
+from head.row_update import AdamWRows, RowUpdate, SGDRows
+from head.shard import class_range
+from losses import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    Softmax,
+    SphereFace,
+)
+from partial_fc import PartialFC
+from training.classifier import Head, LayerClassifier, SplitClassifier
+from training.distillation import Distillation, Teacher, load_teacher, make_distillation
+from training.precision import Precision
+from training.setup import SetupError, is_classification
+from utils.distributed import World
+
+
+def make_margin(cfg: Config) -> Margin:
+    """The loss the config names.
+
+    Raises:
+        SetupError: a value outside the loss's domain.
+    """
+    fixed: dict[str, Any] = {
+        "scale": cfg.scale,
+        "gradient": cfg.margin_gradient,
+        "interclass_filtering_threshold": cfg.interclass_filtering_threshold,
+        "interclass_filtering_mode": cfg.interclass_filtering_mode,
+    }
+    m: dict[str, Any] = {} if cfg.margin is None else {"margin": cfg.margin}
+    elastic: dict[str, Any] = {"std": cfg.elastic_std, "plus": cfg.elastic_plus, "scale": cfg.scale}
+    m1, m2, m3 = cfg.margin_list
+    makers: dict[str, Callable[[], Margin]] = {
+        "combined": lambda: CombinedMargin(m1, m2, m3, **fixed),
+        "softmax": lambda: Softmax(bias=cfg.softmax_bias),
+        "normface": lambda: NormFace(cfg.scale),
+        "arcface": lambda: ArcFace(**m, **fixed),
+        "subcentre_arcface": lambda: ArcFace(**m, **fixed),
+        "cosface": lambda: CosFace(**m, **fixed),
+        "sphereface": lambda: SphereFace(**m, **fixed),
+        "adaface": lambda: AdaFace(
+            **m, h=cfg.adaface_h, t_alpha=cfg.adaface_t_alpha, scale=cfg.scale
+        ),
+        "magface": lambda: MagFace(
+            *cfg.magface_norms, *cfg.magface_margins, cfg.magface_lambda_g, cfg.scale
+        ),
+        "curricularface": lambda: CurricularFace(
+            **m, alpha=cfg.curricular_alpha, scale=cfg.scale
+        ),
+        "elasticface_arc": lambda: ElasticFace("arc", **{"margin": 0.5, **m}, **elastic),
+        "elasticface_cos": lambda: ElasticFace("cos", **{"margin": 0.35, **m}, **elastic),
+    }  # fmt: skip
+    try:
+        return makers[cfg.loss]()
+    except ValueError as error:
+        raise SetupError(f"loss={cfg.loss!r}: {error}") from error
+
+
+def make_head(cfg: Config, world: World, num_classes: int, precision: Precision) -> Head:
+    """The head of this rank, with its update rule.
+
+    Raises:
+        SetupError: a loss or a size that it cannot be built with.
+    """
+    if has_layer(cfg):
+        return _make_layer(cfg, world, num_classes, precision)
+    margin = make_margin(cfg)
+    kind = SplitClassifier if is_classification(cfg) else PartialFC
+    centres_per_class = cfg.sub_centres or (3 if cfg.loss == "subcentre_arcface" else 1)
+    dtype = torch.bfloat16 if cfg.head_weight_dtype == "bf16" else precision.dtype
+    # A margin that looks at the whole batch meets all micro-batches at once (training/step.py).
+    passes = cfg.gradient_acc if embeds_ahead(cfg, margin) else 1
+    try:
+        return kind(
+            margin,
+            cfg.embedding_size,
+            num_classes,
+            cfg.sample_rate,
+            row_update=_make_row_update(cfg),
+            update=cfg.head_update,  # type: ignore[arg-type]
+            batch_size_per_rank=cfg.batch_size * passes,
+            centres_per_class=centres_per_class,
+            buffer_mib=cfg.head_buffer_mib,
+            half=precision.head_matmul if cfg.head_update == "fused" else None,
+            seed=cfg.seed,
+            device=world.device,
+            dtype=dtype,
+            centre_device="cpu" if cfg.head_device == "cpu" else None,
+        )
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    except RuntimeError as error:  # the allocator has no other way to say that it is too much
+        rows = num_classes * centres_per_class
+        size = rows * cfg.embedding_size * dtype.itemsize / world.world_size / 2**30
+        raise SetupError(
+            f"the class centres of num_classes={num_classes} need {size:,.1f} GiB per rank, which "
+            f"cannot be had: more ranks, fewer classes, a smaller embedding_size, "
+            f'head_weight_dtype="bf16" or head_device="cpu" ({error})'
+        ) from error
+
+
+def has_layer(cfg: Config) -> bool:
+    """Whether the head is a LayerClassifier, with whole logits and gradients."""
+    return is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing > 0)
+
+
+def rank_0_alone(cfg: Config, world_size: int, num_classes: int) -> tuple[Config, int]:
+    """Config and number of classes of one rank alone whose head does the work of rank 0."""
+    if has_layer(cfg) and cfg.parallel_dim is None:
+        return cfg, num_classes
+    cfg = dataclasses.replace(cfg, batch_size=cfg.batch_size * world_size)
+    if has_layer(cfg) and cfg.parallel_dim == 0:
+        mine = len(class_range(cfg.embedding_size, 0, world_size))
+        return dataclasses.replace(cfg, embedding_size=mine), num_classes
+    return cfg, len(class_range(num_classes, 0, world_size))
+
+
+def embeds_ahead(cfg: Config, margin: Margin) -> bool:
+    """Whether all micro-batches are embedded before the head sees any."""
+    return cfg.gradient_acc > 1 and margin.reads_batch
+
+
+def _make_layer(
+    cfg: Config, world: World, num_classes: int, precision: Precision
+) -> LayerClassifier:
+    try:
+        return LayerClassifier(
+            cfg.embedding_size, num_classes, cfg.parallel_dim,
+            bias=cfg.softmax_bias, label_smoothing=cfg.label_smoothing,
+            row_update=_make_row_update(cfg), bias_update=_make_row_update(cfg),
+            batch_size_per_rank=cfg.batch_size, half=precision.head_matmul, seed=cfg.seed,
+            device=world.device, dtype=precision.dtype,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise SetupError(
+            f"parallel_dim={cfg.parallel_dim!r}: a last layer of {num_classes} classes cannot be "
+            f"had on this rank; parallel_dim=1 and more ranks make its part smaller ({error})"
+        ) from error
+
+
+def _make_row_update(cfg: Config) -> RowUpdate:
+    state_dtype = torch.bfloat16 if cfg.head_state_dtype == "bf16" else None
+    if cfg.optimizer == "sgd":
+        return SGDRows(cfg.momentum, cfg.weight_decay, state_dtype)
+    return AdamWRows(weight_decay=cfg.weight_decay, state_dtype=state_dtype)
+
+
+def make_teacher(cfg: Config, precision: Precision, world: World) -> Teacher | None:
+    """The network the run also learns from, if the config names one.
+
+    Raises:
+        SetupError, WeightsError, FileNotFoundError: it cannot be loaded, or its embeddings or
+            images are not this run's.
+    """
+    if cfg.teacher is None:
+        return None
+    try:
+        return load_teacher(
+            cfg.teacher, cfg.distillation, precision, world.device,
+            input_size=cfg.input_size, embedding_size=cfg.embedding_size,
+        )  # fmt: skip
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
+def make_second_loss(
+    cfg: Config, teacher: Teacher | None, head: Head, source: ImageSource, world: World
+) -> Distillation | None:
+    """What the teacher teaches, beside the head's own loss."""
+    if teacher is None:
+        return None
+    assert isinstance(head, PartialFC)
+    try:
+        return make_distillation(
+            cfg.distillation, teacher, head, source, world, weight=cfg.distillation_weight,
+            scale=cfg.scale, temperature=cfg.distillation_temperature,
+            buffer_mib=cfg.head_buffer_mib,
+        )  # fmt: skip
+    except ValueError as error:
+        raise SetupError(str(error)) from error
