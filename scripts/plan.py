@@ -61,6 +61,7 @@ PART_WORDS = {
     "centre_state": "class centres: optimizer",
     "head": "head: work buffer",
     "global_batch": "head: global batch",
+    "teacher": "teacher",
     "images": "batches of images",
     "overhead": "holes and workspaces (assumed)",
 }
@@ -119,14 +120,14 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     needs = find_needs(cfg, world_size, setting.num_classes, precision, kind)
     embeds_twice = embeds_ahead(cfg, make_margin(cfg))
     if setting.measured_seconds:
-        rest, head = time_step(
+        rest, head, teacher = time_step(
             cfg, world_size, setting.num_classes, torch.device(kind), setting.measured_seconds
         )
         passes = 1 if embeds_twice else cfg.gradient_acc
         collectives = collective_seconds(
             needs, machine, setting.links, world_size, rest, passes
         )
-        time = StepTime(rest, head, 0.0, collectives)
+        time = StepTime(rest, head, teacher, 0.0, collectives)
     else:
         time = estimate(
             needs, machine, setting.links, world_size, cfg.gradient_acc, embeds_twice
@@ -290,7 +291,7 @@ def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
             "room": plan.room,
             "fits": plan.fits,
             "on_host": footprint.on_host,
-            "peak_is_in": "head" if footprint.is_in_head else "backward",
+            "peak_is_in": footprint.peak_is_in,
         },
         "time": {
             "unit": "seconds per step",
@@ -316,18 +317,20 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
     rows = [["memory per rank", "MiB"]]
     rows += [
         [f"  {words}", f"{memory[part] / 2**20:,.0f}"] for part, words in PART_WORDS.items()
+        if memory[part] or part != "teacher"
     ]
     rows.append(["  total, at most", f"{memory['total'] / 2**20:,.0f}"])
     times = [["time per step", "ms"]]
     names = {
         "backbone": "network, and its optimizer" if time["is_measured"] else "network",
         "head": "head",
+        "teacher": "teacher, and its loss",
         "optimizer": "optimizer of the network",
         "collectives": "collectives that nothing hides",
     }
     times += [
         [f"  {words}", f"{1e3 * time[part]:,.1f}"] for part, words in names.items()
-        if time[part] or part != "optimizer"
+        if time[part] or part not in ("optimizer", "teacher")
     ]  # fmt: skip
     times.append(["  total", f"{1e3 * time['total']:,.1f}"])
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
@@ -397,8 +400,6 @@ def _plan(options: argparse.Namespace) -> int:
     if options.measure and options.gpu is not None and (options.gpu == "cpu") != (here == "cpu"):
         raise PlanError(f"--measure --gpu {options.gpu}: this machine is a {here}; leave --gpu out")
     cfg = load_config(options.config, options.words)
-    if cfg.teacher is not None:
-        print("note: the teacher's memory and time are not in this plan", file=sys.stderr)
     num_classes, num_images = sizes(cfg)
     setting = Setting(
         choose_machine(options.gpu), options.world_size,

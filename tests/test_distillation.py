@@ -31,6 +31,7 @@ from tests.test_train import weights_after_one_step
 from train_v2 import run_on
 from training.build import build
 from training.checkpoint import CheckpointError
+from training.distillation import Teacher
 from training.setup import SetupError
 from utils.distributed import World
 
@@ -322,7 +323,9 @@ def test_the_frozen_teacher_is_left_alone(
     cfg = Config(**{**TINY, **student(teacher, faces, "logits"), "output": str(tmp_path)})
     parts = run_on(cfg, World(0, 0, 1, torch.device("cpu")), tmp_path)
     assert parts.step.distillation is not None
-    model = parts.step.distillation.teacher.model
+    frozen = parts.step.distillation.teacher
+    assert isinstance(frozen, Teacher)
+    model = frozen.model
     assert not model.training
     original, _ = load_model(teacher)
     for key, value in original.state_dict().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backbones import get_model
+from backbones.weights import ModelMetadata, save_model
 from configs.base import Config
 from head.row_update import AdamWRows, SGDRows
 from losses import ArcFace, CurricularFace
@@ -422,9 +425,65 @@ def test_json_says_what_the_table_says(capsys):
     assert "from the peaks; assumed: 40% of products" in text
 
 
-def test_a_teacher_is_said_not_to_be_counted(capsys):
-    assert plan.main(["configs/lfw_nano", *WORDS, "val_targets=[]", "teacher=work_dirs/any"]) == 0
-    assert "teacher" in capsys.readouterr().err
+def teacher_file(folder: Path, network: str) -> str:
+    path = folder / f"{network}.pt"
+    sizes: dict[str, Any] = {"num_features": 64, "input_size": 32}
+    save_model(path, get_model(network, **sizes), ModelMetadata(network, **sizes))
+    return str(path)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    return teacher_file(tmp_path, "mbf")
+
+
+def test_a_teacher_takes_its_weights_and_a_forward_pass_without_a_graph(teacher):
+    network = get_model("mbf", num_features=64, input_size=32)
+    weights = sum(t.numel() * t.itemsize for t in network.state_dict().values())
+    alone, taught = needs_of(small()), needs_of(small(teacher=teacher))
+    work = taught.teacher
+    assert alone.teacher is None
+    assert work is not None
+    assert work.kept_bytes == pytest.approx(weights, rel=0.01)
+    assert 0 < work.peak_bytes < needs_of(small(network="mbf")).footprint.activations
+    assert [op.name for op in work.forward if "backward" in op.name] == []
+    assert taught.footprint.total - alone.footprint.total >= work.kept_bytes
+
+    logits = needs_of(small(teacher=teacher, distillation="logits"), world_size=3)
+    assert logits.teacher is not None
+    assert logits.teacher.kept_bytes - work.kept_bytes == 100 * (64 * 4 + 1)
+
+
+def test_a_teacher_may_be_where_most_memory_is_needed(tmp_path):
+    sizes: dict[str, Any] = {"batch_size": 64, "gradient_checkpointing": True}
+    needs = needs_of(small(teacher=teacher_file(tmp_path, "r18"), **sizes))
+    assert needs.teacher is not None
+    found = needs.footprint
+    assert found.peak_is_in == "teacher"
+    assert found.teacher == needs.teacher.kept_bytes + needs.teacher.peak_bytes
+    assert found.activations == needs.backbone.saved_bytes
+    assert found.global_batch == 0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "logits"])
+def test_a_teacher_takes_time_by_the_peaks_and_by_measuring(capsys, teacher, kind):
+    words = (f"teacher={teacher}", f"distillation={kind}")
+    assert run(capsys)["time"]["teacher"] == 0
+    planned = run(capsys, *words, "--gpu", "h100")["time"]
+    measured = run(capsys, *words, "--gpu", "cpu", "--measure", "0.1")["time"]
+    for time in (planned, measured):
+        assert time["teacher"] > 0
+        parts = ("backbone", "head", "teacher", "optimizer", "collectives")
+        assert time["total"] == pytest.approx(sum(time[part] for part in parts))
+
+
+def test_a_teacher_that_is_not_there_or_does_not_fit_is_one_line(capsys, teacher):
+    for words, said in (
+        (("teacher=work_dirs/none",), "work_dirs/none"),
+        ((f"teacher={teacher}", "embedding_size=32"), "set embedding_size=64"),
+    ):
+        assert plan.main(["configs/lfw_nano", *WORDS, "val_targets=[]", *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_does_not_fit_comes_with_changes_worked_out_anew(capsys):

@@ -111,7 +111,7 @@ def build(cfg: Config, world: World) -> Parts:
     sets = load_pictures(cfg) if is_classification(cfg) else load_verification_sets(cfg)
     if not has_layer(cfg):
         make_margin(cfg)  # refuses values outside the loss's domain before anything slow
-    teacher = make_teacher(cfg, precision, world)
+    teacher = make_teacher(cfg, precision, world.device)
     torch.manual_seed(cfg.seed)  # the same initial backbone on every rank
     backbone = make_backbone(cfg)
     num_classes = loader.num_classes if cfg.num_classes == "auto" else int(cfg.num_classes)

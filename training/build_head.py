@@ -163,7 +163,7 @@ def _make_row_update(cfg: Config) -> RowUpdate:
     return AdamWRows(weight_decay=cfg.weight_decay, state_dtype=state_dtype)
 
 
-def make_teacher(cfg: Config, precision: Precision, world: World) -> Teacher | None:
+def make_teacher(cfg: Config, precision: Precision, device: torch.device) -> Teacher | None:
     """The network the run also learns from, if the config names one.
 
     Raises:
@@ -174,7 +174,7 @@ def make_teacher(cfg: Config, precision: Precision, world: World) -> Teacher | N
         return None
     try:
         return load_teacher(
-            cfg.teacher, cfg.distillation, precision, world.device,
+            cfg.teacher, cfg.distillation, precision, device,
             input_size=cfg.input_size, embedding_size=cfg.embedding_size,
         )  # fmt: skip
     except ValueError as error:

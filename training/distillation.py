@@ -10,7 +10,7 @@ that mean, without a factor of the world size: the contract of the heads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,15 +94,17 @@ class LogitsDistillation:
     """Divergence of class probabilities over the classes that the teacher knows.
 
     Args:
-        teacher: of any embedding size. centres: its class centres for this rank's classes.
+        teacher: images -> embeddings of any size, of length 1.
+        centres: its class centres for this rank's classes.
         head: of the run; its centres of the step are compared with the teacher's.
         weight: of the loss. scale: s of both sides. temperature: T.
         half: dtype of the operands of the large matmuls, None for full precision.
     """
 
     def __init__(
-        self, teacher: Teacher, centres: TeacherCentres, head: PartialFC, *, weight: float,
-        scale: float, temperature: float, budget_bytes: int, half: torch.dtype | None,
+        self, teacher: Callable[[Tensor], Tensor], centres: TeacherCentres, head: PartialFC, *,
+        weight: float, scale: float, temperature: float, budget_bytes: int,
+        half: torch.dtype | None,
     ) -> None:  # fmt: skip
         self.teacher, self.centres, self.head, self.weight = teacher, centres, head, weight
         self.scale, self.temperature = scale, temperature
@@ -121,6 +123,11 @@ class LogitsDistillation:
             self.half,
         )  # fmt: skip
         return sharded_divergence(unit, taught, sides)
+
+
+def block_budget(buffer_mib: float) -> int:
+    """Bytes of the block of classes in work, of `logits`."""
+    return int(buffer_mib * 2**20 * WORK_SHARE)
 
 
 Distillation = CosineDistillation | LogitsDistillation
@@ -181,7 +188,7 @@ def make_distillation(
     )  # fmt: skip
     return LogitsDistillation(
         teacher, centres, head, weight=weight, scale=scale, temperature=temperature,
-        budget_bytes=int(buffer_mib * 2**20 * WORK_SHARE), half=teacher.precision.head_matmul,
+        budget_bytes=block_budget(buffer_mib), half=teacher.precision.head_matmul,
     )  # fmt: skip
 
 

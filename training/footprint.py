@@ -26,11 +26,12 @@ from losses import BatchFacts
 from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
 from training.build_backbone import make_backbone
-from training.build_head import make_head, rank_0_alone
+from training.build_head import make_head, make_teacher, rank_0_alone
 from training.classifier import LayerClassifier
+from training.distillation import block_budget
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone
-from training.trace import Trace, as_fake, make_fake, trace_step
+from training.trace import Ledger, Operation, Trace, as_fake, make_fake, trace_step
 from utils.distributed import World
 
 # Matrices [B, D] of the global batch that the head holds at once at most: gathered as bytes, the
@@ -62,11 +63,12 @@ class Footprint:
         centres: class centres and biases. centre_state: their optimizer's state.
         head: the work buffer, or the logits and gradients of head_update="autograd".
         global_batch: embeddings of the global batch and their gradients in the head.
+        teacher: its weights and class centres, and what its work needs at the moment of the peak.
         images: batches that wait for the step.
         overhead: holes and workspaces, see OVERHEAD.
         on_host: centres, their state and copies in host memory (head_device="cpu"); not in `total`
             where the training runs on a GPU.
-        is_in_head: the moment is between forward and backward, else it is in backward.
+        peak_is_in: "head" or "teacher", between forward and backward, or "backward".
     """
 
     weights: int
@@ -77,10 +79,11 @@ class Footprint:
     centre_state: int
     head: int
     global_batch: int
+    teacher: int
     images: int
     overhead: int
     on_host: int
-    is_in_head: bool
+    peak_is_in: str
 
     @property
     def total(self) -> int:
@@ -89,7 +92,7 @@ class Footprint:
 
     def parts(self) -> dict[str, int]:
         """Bytes on the device, by part."""
-        left_out = ("on_host", "is_in_head")
+        left_out = ("on_host", "peak_is_in")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
 
 
@@ -119,6 +122,21 @@ class HeadWork:
 
 
 @dataclass(frozen=True)
+class TeacherWork:
+    """What a teacher holds and does on one rank.
+
+    kept_bytes: weights and class centres. peak_bytes: most that comes and goes, of its forward
+        pass or of the block of classes in work. forward: of a micro-batch.
+    width: D_t of its class centres, one for each class; 0 where it teaches cosines.
+    """
+
+    kept_bytes: int
+    peak_bytes: int
+    forward: list[Operation]
+    width: int
+
+
+@dataclass(frozen=True)
 class Needs:
     """Memory and work of one rank: footprint, and what the step computes.
 
@@ -129,6 +147,7 @@ class Needs:
     footprint: Footprint
     backbone: Trace
     head: HeadWork
+    teacher: TeacherWork | None
     parameters: int
     trainable_bytes: int
     all_reduced_bytes: int
@@ -147,9 +166,11 @@ def find_needs(
         device_type: "cpu" or "cuda", where the training would run.
 
     Raises:
-        SetupError: the network or the head cannot be built so.
+        SetupError: the network or the head cannot be built so, or the teacher does not fit.
+        WeightsError, FileNotFoundError: there is no such teacher.
     """
     cfg = dataclasses.replace(cfg, init_backbone=None)
+    teacher = _teacher_needs(cfg, world_size, num_classes, precision)
     with torch.device("meta"):
         backbone = make_backbone(cfg)
         model = TrainedBackbone(
@@ -198,7 +219,12 @@ def find_needs(
     in_backward = gradient + (
         trace.gradient_bytes + trace.peak_without_gradients if keeps_gradients else trace.peak_bytes
     )
-    is_in_head = in_head >= in_backward
+    in_teacher = 0
+    if teacher is not None:
+        in_teacher = in_head - batch_bytes + teacher.peak_bytes
+    moments = {"head": in_head, "teacher": in_teacher, "backward": in_backward}
+    peak_is_in = max(moments, key=lambda moment: moments[moment])
+    is_in_head = peak_is_in != "backward"
     if is_in_head:
         gradients = trace.gradient_bytes if keeps_gradients else 0
         activations = trace.saved_bytes
@@ -218,6 +244,9 @@ def find_needs(
             rows_here += 1
             on_host = 0
     batches = cfg.gradient_acc + (cfg.num_workers + 2 if device_type == "cpu" else 1)
+    taught = 0
+    if teacher is not None:
+        taught = teacher.kept_bytes + (teacher.peak_bytes if peak_is_in == "teacher" else 0)
     footprint = Footprint(
         weights=_bytes(parameters) + _bytes(model.buffers()) + kept + average,
         gradients=gradients,
@@ -226,18 +255,22 @@ def find_needs(
         centres=round(centres * rows_here),
         centre_state=round(state * rows_here),
         head=buffer + (logits if is_in_head else gradient),
-        global_batch=batch_bytes if is_in_head else 0,
+        global_batch=batch_bytes if peak_is_in == "head" else 0,
+        teacher=taught,
         images=batches * _bytes([images]),
         overhead=0,
         on_host=on_host,
-        is_in_head=is_in_head,
+        peak_is_in=peak_is_in,
     )
     comes_and_goes = activations + gradients + (logits if is_in_head else gradient)
+    if teacher is not None and peak_is_in == "teacher":
+        comes_and_goes += teacher.peak_bytes
     overhead = round(OVERHEAD[device_type] * comes_and_goes)
     return Needs(
         footprint=dataclasses.replace(footprint, overhead=overhead),
         backbone=trace,
         head=work,
+        teacher=teacher,
         parameters=sum(p.numel() for p in parameters),
         trainable_bytes=_bytes(p for p in parameters if p.requires_grad),
         all_reduced_bytes=sum(
@@ -246,6 +279,32 @@ def find_needs(
         ),
         classes_per_rank=head.num_classes,
     )
+
+
+def _teacher_needs(
+    cfg: Config, world_size: int, num_classes: int, precision: Precision
+) -> TeacherWork | None:
+    """Of the teacher's file, whose weights are read to see that they fit."""
+    teacher = make_teacher(cfg, precision, torch.device("cpu"))
+    if teacher is None:
+        return None
+    model = teacher.model.to("meta")
+    mode = FakeTensorMode()
+    make_fake(model, mode)
+    existing = [*model.parameters(), *model.buffers()]
+    with mode:
+        images = torch.empty(
+            cfg.batch_size, 3, cfg.input_size, cfg.input_size, dtype=torch.uint8
+        ).to(memory_format=torch.channels_last)
+        with Ledger([*existing, images]) as ledger:
+            teacher(images)
+    kept, peak, width = _bytes(existing), ledger.peak, 0
+    if cfg.distillation == "logits":
+        width = teacher.metadata.num_features
+        _, local = rank_0_alone(cfg, world_size, num_classes)
+        kept += local * (width * precision.dtype.itemsize + 1)  # and whether it is known
+        peak = max(peak, block_budget(cfg.head_buffer_mib))
+    return TeacherWork(kept, peak, ledger.operations, width)
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -75,22 +75,26 @@ BACKWARD_SHARE = 2 / 3
 # How often the fused head reads or writes the matrix of a block's numerators [B, rows] per visit
 # (product, scaling, exponential, sum, division by the norms), and once they are there.
 PASSES_OF_A_VISIT, PASSES_OF_A_USE = 8, 1
+# The same of the matrices [B, rows] of both sides, where a teacher's probabilities are compared.
+PASSES_OF_TEACHING = 45
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step on one rank: of the network (forward, backward, all
-    micro-steps), the head, the network's optimizer, and of the collectives what nothing hides."""
+    micro-steps), the head, the teacher and its loss, the network's optimizer, and of the
+    collectives what nothing hides."""
 
     backbone: float
     head: float
+    teacher: float
     optimizer: float
     collectives: float
 
     @property
     def total(self) -> float:
         """One after the other."""
-        return self.backbone + self.head + self.optimizer + self.collectives
+        return self.backbone + self.head + self.teacher + self.optimizer + self.collectives
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,16 @@ def estimate(
     )
     passes = 1 if embeds_ahead else gradient_acc
     head = passes * head_seconds(needs.head, machine)
+    teacher = 0.0
+    if needs.teacher is not None:
+        teacher = gradient_acc * operations_seconds(needs.teacher.forward, machine)
+        teacher += passes * teaching_seconds(needs.head, needs.teacher.width, machine)
     # Clipping reads the gradients twice and writes them; the update reads them, and reads and
     # writes weights and state.
     moved = 6 * needs.trainable_bytes + 2 * needs.footprint.optimizer
     optimizer = moved / _memory_rate(machine)
     collectives = collective_seconds(needs, machine, links, world_size, backbone, passes)
-    return StepTime(backbone, head, optimizer, collectives)
+    return StepTime(backbone, head, teacher, optimizer, collectives)
 
 
 def operations_seconds(operations: Iterable[Operation], machine: Machine) -> float:
@@ -163,6 +171,17 @@ def head_seconds(head: HeadWork, machine: Machine) -> float:
         per_row += 2 * (centre + head.state_bytes_per_row)
     moved = 4 * head.batch * passes + per_row * head.rows
     return arithmetic + moved / _memory_rate(machine)
+
+
+def teaching_seconds(head: HeadWork, width: int, machine: Machine) -> float:
+    """One pass over the class probabilities of both sides (head/distillation.py); `width` as
+    TeacherWork has it."""
+    if not width:
+        return 0.0
+    columns = 3 * head.width + 2 * width  # both sides twice, and the gradient
+    products = 2 * head.batch * head.rows * columns / _product_rate(machine, head.matmul_dtype)
+    moved = 4 * head.rows * (PASSES_OF_TEACHING * head.batch + columns)
+    return products + moved / _memory_rate(machine)
 
 
 def collective_seconds(

@@ -7,16 +7,19 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from itertools import islice
+from typing import Any
 
 import torch
 
 from configs.base import Config
 from dataset import Batch, DataLoader
+from head.distillation import TeacherCentres
 from head.shard import class_range
 from partial_fc import PartialFC
 from training.build import build
-from training.build_head import embeds_ahead, make_head, rank_0_alone
+from training.build_head import embeds_ahead, make_head, make_teacher, rank_0_alone
 from training.classifier import Head
+from training.distillation import LogitsDistillation, block_budget
 from training.precision import Precision, choose_precision
 from utils.distributed import World
 from utils.memory import keep_freed_memory
@@ -27,8 +30,8 @@ LEAST_STEPS, MOST_STEPS = 5, 1000
 
 def time_step(
     cfg: Config, world_size: int, num_classes: int, device: torch.device, seconds: float
-) -> tuple[float, float]:
-    """Seconds of (everything but the head, the head) in a step of rank 0, without collectives.
+) -> tuple[float, float, float]:
+    """Seconds of (everything else, the head, the teacher) in a step of rank 0, without collectives.
 
     One process does the work of one rank: its batch through the network, and the global batch
     through a head of its share of the classes. Images are generated; decoding is not in it.
@@ -43,19 +46,49 @@ def time_step(
     if device.type == "cpu":
         keep_freed_memory()
     local = len(class_range(num_classes, 0, world_size))
+    taught = cfg
     cfg = dataclasses.replace(
-        cfg, rec="synthetic", num_classes=local, init_backbone=None, val_targets=[],
+        cfg, rec="synthetic", num_classes=local, init_backbone=None, teacher=None, val_targets=[],
         num_image=cfg.batch_size * cfg.gradient_acc * 1000, exclude=None, rec_weights=None,
         samples_per_class=0, shuffle_block=0, using_wandb=False,
     )  # fmt: skip
     world = World(0, 0, 1, device)
     precision, _ = choose_precision(cfg.precision, cfg.fp16, device)
     whole, own = _time_parts(cfg, world, precision, seconds)
-    if world_size == 1:
-        return max(whole - own, 0.0), own
+    rest = max(whole - own, 0.0)
+    teacher = make_teacher(taught, precision, device)
+    if world_size == 1 and teacher is None:
+        return rest, own, 0.0
     alone, local = rank_0_alone(cfg, world_size, num_classes)
     head = make_head(alone, world, local, precision)
-    return max(whole - own, 0.0), _time_head(head, alone, device, precision, 0.15 * seconds)
+    own = _time_head(head, alone, device, precision, 0.15 * seconds)
+    if teacher is None:
+        return rest, own, 0.0
+    shape = (cfg.batch_size, 3, cfg.input_size, cfg.input_size)
+    images = torch.zeros(shape, dtype=torch.uint8, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    forward = cfg.gradient_acc * _median(lambda: teacher(images), device, 0.15 * seconds)
+    if cfg.distillation == "cosine":
+        return rest, own, forward
+    assert isinstance(head, PartialFC)
+    second = _second_loss(cfg, head, teacher.metadata.num_features, precision)
+    both = _time_head(head, alone, device, precision, 0.15 * seconds, second)
+    return rest, own, forward + max(both - own, 0.0)
+
+
+def _second_loss(
+    cfg: Config, head: PartialFC, width: int, precision: Precision
+) -> LogitsDistillation:
+    """That of a teacher that knows all classes; it gives random embeddings."""
+    options: dict[str, Any] = {"device": head.device, "dtype": head.work_dtype}
+    unit = torch.randn(head.num_classes_local, 1, width, **options) / width**0.5
+    known = torch.ones(head.num_classes_local, dtype=torch.bool, device=head.device)
+    return LogitsDistillation(
+        lambda images: torch.randn(len(images), width, **options) / width**0.5,
+        TeacherCentres(unit, known), head, weight=1.0, scale=cfg.scale,
+        temperature=cfg.distillation_temperature,
+        budget_bytes=block_budget(cfg.head_buffer_mib), half=precision.head_matmul,
+    )  # fmt: skip
 
 
 def _time_parts(
@@ -71,9 +104,10 @@ def _time_parts(
 
 
 def _time_head(
-    head: Head, cfg: Config, device: torch.device, precision: Precision, seconds: float
-) -> float:
-    """Of all micro-steps of a step."""
+    head: Head, cfg: Config, device: torch.device, precision: Precision, seconds: float,
+    second: LogitsDistillation | None = None,
+) -> float:  # fmt: skip
+    """Of all micro-steps of a step, with a second loss if there is one."""
     calls = 1 if embeds_ahead(cfg, head.margin) else cfg.gradient_acc
     is_deferred = cfg.gradient_acc > 1 or precision.needs_scaler
     batch = cfg.batch_size
@@ -88,7 +122,10 @@ def _time_head(
         if calls > 1:
             head.prepare(labels)
         for each in labels:
-            head(embeddings, each, None if is_deferred else 0.0).backward()
+            loss = head(embeddings, each, None if is_deferred else 0.0)
+            if second is not None:
+                loss = loss + second([embeddings], embeddings)
+            loss.backward()
         head.step(0.0)
         embeddings.grad = None
 
