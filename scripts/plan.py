@@ -43,6 +43,7 @@ from training.roofline import (
     StepTime,
     collective_seconds,
     estimate,
+    forward_share,
     this_cpu,
 )
 from training.setup import SetupError, share_global_batch
@@ -73,7 +74,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """One configuration on one kind of machine. Sizes in bytes on rank 0, times in seconds."""
+    """One configuration on one kind of machine. Sizes in bytes on rank 0, times in seconds.
+
+    frozen_steps: of total_steps, in which the backbone is only read; frozen_seconds: of one.
+    """
 
     needs: Needs
     time: StepTime
@@ -81,6 +85,8 @@ class Plan:
     samples_per_second: float
     steps_per_epoch: int
     total_steps: int
+    frozen_steps: int
+    frozen_seconds: float
 
     @property
     def fits(self) -> bool:
@@ -90,7 +96,8 @@ class Plan:
     @property
     def hours(self) -> float:
         """Of the whole run."""
-        return self.total_steps * self.time.total / 3600
+        moving = self.total_steps - self.frozen_steps
+        return (moving * self.time.total + self.frozen_steps * self.frozen_seconds) / 3600
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,11 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     total = cfg.num_epoch * steps_per_epoch
     ranks_here = min(world_size, setting.links.ranks_per_host) if kind == "cpu" else 1
     room = machine.memory_gib / ranks_here - PROCESS_GIB[kind]
+    total = total if cfg.max_steps is None else min(total, cfg.max_steps)
+    frozen = time.head + time.backbone * forward_share(needs.backbone, machine)
     return Plan(
         needs, time, int(room * 2**30), global_batch / time.total, steps_per_epoch,
-        total if cfg.max_steps is None else min(total, cfg.max_steps),
+        total, min(total, cfg.freeze_epoch * steps_per_epoch), frozen,
     )  # fmt: skip
 
 
@@ -303,6 +312,8 @@ def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "num_epoch": cfg.num_epoch,
         "total_steps": plan.total_steps,
+        "frozen_steps": plan.frozen_steps,
+        "frozen_seconds_per_step": plan.frozen_seconds,
         "hours": plan.hours,
         "assumed": None if setting.measured_seconds else SHARE_OF_PEAK[
             device_type(setting.machine)
@@ -360,6 +371,11 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
         f"{facts['steps_per_epoch']:,} steps; {facts['total_steps']:,} steps take "
         f"{facts['hours']:,.1f} hours"
     )
+    if facts["frozen_steps"]:
+        lines.append(
+            f"the first {facts['frozen_steps']:,} of them frozen: "
+            f"{1e3 * facts['frozen_seconds_per_step']:,.1f} ms each"
+        )
     if not memory["fits"]:
         lines += ["", "what would change it, each by itself (if none fits, then together):"]
         heading = ["change", "MiB", "", "samples/s"]

@@ -477,6 +477,16 @@ def test_a_teacher_takes_time_by_the_peaks_and_by_measuring(capsys, teacher, kin
         assert time["total"] == pytest.approx(sum(time[part] for part in parts))
 
 
+def test_frozen_epochs_take_a_forward_pass_and_the_head(capsys):
+    whole = run(capsys, "num_epoch=4", "--gpu", "v100")
+    found = run(capsys, "num_epoch=4", "freeze_epoch=1", "--gpu", "v100")
+    assert (whole["frozen_steps"], found["frozen_steps"]) == (0, found["steps_per_epoch"])
+    frozen, step = found["frozen_seconds_per_step"], found["time"]["total"]
+    assert found["time"]["head"] < frozen < 0.6 * step
+    assert found["hours"] == pytest.approx(whole["hours"] * (0.75 + 0.25 * frozen / step))
+    assert run(capsys, "freeze_epoch=2", "num_epoch=4", "max_steps=3")["frozen_steps"] == 3
+
+
 def test_a_teacher_that_is_not_there_or_does_not_fit_is_one_line(capsys, teacher):
     for words, said in (
         (("teacher=work_dirs/none",), "work_dirs/none"),

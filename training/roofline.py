@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from training.footprint import HeadWork, Needs
-from training.trace import Operation
+from training.trace import Operation, Trace
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,12 @@ def operations_seconds(operations: Iterable[Operation], machine: Machine) -> flo
         )
         for op in operations
     )
+
+
+def forward_share(trace: Trace, machine: Machine) -> float:
+    """Of a network's time, that of its forward pass."""
+    forward = operations_seconds(trace.forward, machine)
+    return forward / (forward + operations_seconds(trace.backward, machine))
 
 
 def head_seconds(head: HeadWork, machine: Machine) -> float:
