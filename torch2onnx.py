@@ -33,7 +33,8 @@ from onnx.shape_inference import InferenceError
 from backbones import Backbone, model_names
 from backbones.weights import ModelMetadata, WeightsError, load_model
 from eval.embedder import Embedder, open_model
-from eval.verification import VerificationSet, load_verification_set, verify
+from eval.verification import verify
+from eval.verification_sets import VerificationSet, load_verification_set
 
 INPUT_NAME, OUTPUT_NAME = "data", "embedding"
 LOWEST_OPSET = DEFAULT_OPSET = 18  # torch writes no lower one, and the most runtimes read it

@@ -25,7 +25,7 @@ from pathlib import Path
 from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS, Batch, DataLoader
-from eval.verification import VerificationSetError
+from eval.verification_sets import VerificationSetError
 from training import resume
 from training.build import VERSION, Parts, build, facts_of
 from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named, sweep

@@ -25,7 +25,8 @@ from data.sources import DataError
 from eval.embedder import Embedder
 from eval.metrics import pair_distances, roc_curve
 from eval.plots import plot_roc, plot_training_curve
-from eval.verification import VerificationSet, embed_set, load_verification_set, verify
+from eval.verification import embed_set, verify
+from eval.verification_sets import VerificationSet, load_verification_set
 from scripts.make_synthetic import make_synthetic
 from utils.config import load_config
 

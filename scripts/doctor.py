@@ -36,7 +36,7 @@ from data.mend import fix, rebuild
 from data.pairs import read_pairs
 from data.recordio import RecordError
 from data.sources import IMAGE_SUFFIXES, DataError
-from eval.verification import VerificationSetError, load_verification_set
+from eval.verification_sets import VerificationSetError, load_verification_set
 
 
 def read_others(other: Path) -> Others:

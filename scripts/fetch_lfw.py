@@ -36,7 +36,7 @@ from data.pairs import Pair, read_pairs, write_verification_set
 from data.record_set import RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError, MissingDataError, list_class_folders
-from eval.verification import VerificationSetError, load_verification_set
+from eval.verification_sets import VerificationSetError, load_verification_set
 
 SIZE = 112
 FOLDS = 10

@@ -27,7 +27,7 @@ from data.record_set import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.recordio import RecordReader, class_of, pack_record, unpack_record
 from data.sources import DataError, RecordSource
 from data.workers import ordered_map
-from eval.verification import load_verification_set
+from eval.verification_sets import load_verification_set
 from scripts import align as align_tool
 from scripts import fetch_lfw, make_noise, pack, shuffle_rec, unpack
 

@@ -14,7 +14,7 @@ import torch
 from backbones import get_model
 from backbones.weights import ModelMetadata, load_model, save_model
 from configs.base import LOSSES, Config
-from eval.verification import VerificationSet
+from eval.verification_sets import VerificationSet
 from tests.conftest import Ranks
 from train_v2 import main, run_on
 from training.build import build

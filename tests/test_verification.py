@@ -20,16 +20,13 @@ from torch import Tensor, nn
 from eval.embedder import Embedder
 from eval.embedding import share_of_batches
 from eval.groups import Groups
-from eval.verification import (
+from eval.verification import embed_set, main, report_set, verify
+from eval.verification_sets import (
     VerificationSet,
     VerificationSetError,
-    embed_set,
     find_verification_sets,
     load_pairs,
     load_verification_set,
-    main,
-    report_set,
-    verify,
 )
 from tests.conftest import RankFailure
 

@@ -24,7 +24,8 @@ from data.crop import PictureFolder
 from dataset import DataLoader
 from eval.classification import classify
 from eval.embedder import Embedder
-from eval.verification import VerificationSet, verify
+from eval.verification import verify
+from eval.verification_sets import VerificationSet
 from training.batch_norm import BatchNormStatistics
 from training.build_backbone import make_backbone
 from training.build_data import load_pictures, load_verification_sets, make_loader

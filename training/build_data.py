@@ -10,7 +10,11 @@ from data.crop import PictureFolder, RandomResizedCrop
 from data.dali import dali_is_installed
 from data.sources import MissingDataError, list_class_names
 from dataset import DataLoader, get_dataloader
-from eval.verification import VerificationSet, find_verification_sets, load_verification_set
+from eval.verification_sets import (
+    VerificationSet,
+    find_verification_sets,
+    load_verification_set,
+)
 from training.setup import is_classification
 from utils.distributed import World
 

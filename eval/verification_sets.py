@@ -1,0 +1,228 @@
+"""Sets of pairs of faces: found before training starts, read without trusting them.
+
+A missing target is an error before the first step, not after a day.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.decode import ImageError, image_size, read_image_file
+from data.pairs import read_pairs
+from data.sources import DataError
+from eval.safe_pickle import PickledArray, PickleRefused, read_plain_pickle
+
+logger = logging.getLogger(__name__)
+
+MIN_PAIRS = 10
+"""The 10-fold protocol needs a pair per fold."""
+
+
+class VerificationSetError(ValueError):
+    """A verification set that is missing, malformed, or holds what it must not."""
+
+
+@dataclass(frozen=True)
+class VerificationSet:
+    """N pairs of faces, held as they were stored: about 10 kB an image instead of 150.
+
+    `images` has 2N entries, 2i and 2i + 1 being pair i: encoded files, as bytes or as uint8 arrays
+    [length], or uint8 RGB pixels [H, W, 3]. `issame` is bool [N]. `image_names` has 2N names where
+    the images are files.
+    """
+
+    name: str
+    images: list[bytes | NDArray[np.uint8]]
+    issame: NDArray[np.bool_]
+    image_names: list[str] | None = None
+
+    def describe(self, index: int) -> str:
+        """How errors name image `index`."""
+        name = "" if self.image_names is None else f" ({self.image_names[index]})"
+        return f"verification set {self.name}, image {index}{name}"
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.issame)
+
+
+# --------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------
+
+
+def find_verification_sets(val_dir: str | Path, targets: Iterable[str]) -> list[Path]:
+    """Paths of the `.bin` files of `targets` ("lfw" or "lfw.bin") in `val_dir`, in their order.
+
+    Raises VerificationSetError naming every missing target, the directory that was searched and
+    the sets that are there; also for a target named twice.
+    """
+    directory = Path(val_dir)
+    names = [target.removesuffix(".bin") for target in targets]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise VerificationSetError(f"verification targets named twice: {', '.join(repeated)}")
+    paths = [directory / f"{name}.bin" for name in names]
+    missing = [path.stem for path in paths if not path.is_file()]
+    if missing:
+        if directory.is_dir():
+            there = ", ".join(sorted(path.stem for path in directory.glob("*.bin"))) or "none"
+            found = f"sets there: {there}"
+        else:
+            found = "no such directory"
+        raise VerificationSetError(
+            f"verification targets not found: {', '.join(missing)} (searched {directory} for "
+            f"<target>.bin; {found}). Put the files there, point val_dir at them, or shorten "
+            "val_targets"
+        )
+    return paths
+
+
+def load_verification_set(
+    path: str | Path, name: str | None = None, input_size: int | None = None
+) -> VerificationSet:
+    """Read a `.bin` set: a pickle of (2N images, N labels). `name` defaults to the file's stem.
+
+    With `input_size` (pixels) every image's header is read too, so that a set of another size is
+    an error now and not at the first evaluation.
+
+    Reads what InsightFace ships (Python 2 pickles included) and what `scripts/pack.py --pairs`
+    writes. The pickle may hold lists, tuples, bytes, booleans, 0 and 1, and numpy arrays of plain
+    integers; nothing in it is ever executed. Anything else, and any structure but that one,
+    raises VerificationSetError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VerificationSetError(f"{path}: no such file; give the path of a .bin set")
+    try:
+        content = read_plain_pickle(path)
+    except PickleRefused as error:
+        raise VerificationSetError(str(error)) from error
+    if not isinstance(content, (list, tuple)) or len(content) != 2:
+        raise VerificationSetError(
+            f"{path}: holds {_kind(content)}; a set is a pair (list of 2N images, list of N labels)"
+        )
+    issame = _read_labels(path, content[1])
+    images = _read_images(path, content[0])
+    if len(images) != 2 * len(issame):
+        raise VerificationSetError(
+            f"{path}: {len(images)} images for {len(issame)} labels; "
+            "there must be two images per label"
+        )
+    if len(issame) < MIN_PAIRS:
+        raise VerificationSetError(
+            f"{path}: {len(issame)} pairs; the 10-fold protocol needs at least {MIN_PAIRS}"
+        )
+    if input_size is not None:
+        _check_sizes(path, images, input_size)
+    return VerificationSet(name or path.stem, images, issame)
+
+
+def load_pairs(pairs_file: str | Path, folder: str | Path) -> VerificationSet:
+    """A set from a pairs file and the folder of its images, for the layouts of `data.pairs`.
+
+    Raises VerificationSetError naming file and line of a pair that cannot be read.
+    """
+    pairs_file, folder = Path(pairs_file), Path(folder)
+    images: list[bytes | NDArray[np.uint8]] = []
+    names: list[str] = []
+    try:
+        pairs = read_pairs(pairs_file)
+        read: dict[str, bytes] = {}  # an image may be in many pairs
+        for pair in pairs:
+            for name in pair.paths:
+                if name not in read:
+                    where = f"{pairs_file}, line {pair.line}: {folder / name}"
+                    read[name] = read_image_file(folder / name, where)
+                images.append(read[name])
+                names.append(name)
+    except (DataError, ImageError) as error:
+        raise VerificationSetError(str(error)) from error
+    if len(pairs) < MIN_PAIRS:
+        raise VerificationSetError(
+            f"{pairs_file}: {len(pairs)} pairs; the 10-fold protocol needs at least {MIN_PAIRS}"
+        )
+    same = np.array([pair.same for pair in pairs], dtype=np.bool_)
+    return VerificationSet(pairs_file.stem, images, same, names)
+
+
+def _check_sizes(path: Path, images: list[bytes | NDArray[np.uint8]], input_size: int) -> None:
+    for index, image in enumerate(images):
+        where = f"{path}, image {index}"
+        if isinstance(image, bytes) or image.ndim == 1:
+            try:
+                height, width = image_size(memoryview(image), where)
+            except ImageError as error:
+                raise VerificationSetError(str(error)) from error
+        else:
+            height, width = image.shape[:2]
+        if (height, width) != (input_size, input_size):
+            raise VerificationSetError(
+                f"{where}: {height} x {width} pixels; the model takes {input_size} x {input_size}. "
+                "Pack the set again at that size"
+            )
+
+
+def _read_labels(path: Path, labels: Any) -> NDArray[np.bool_]:
+    if isinstance(labels, PickledArray):
+        if labels.array.ndim == 1 and np.isin(labels.array, (0, 1)).all():
+            return labels.array.astype(np.bool_)
+        labels = labels.array
+    if not isinstance(labels, (list, tuple)):
+        raise VerificationSetError(f"{path}: labels are {_kind(labels)}; allowed is a list")
+    for index, label in enumerate(labels):
+        if not (isinstance(label, (bool, int)) and label in (0, 1)):
+            raise VerificationSetError(
+                f"{path}: label {index} is {_kind(label)}; allowed are True and False"
+            )
+    return np.array(labels, dtype=np.bool_)
+
+
+def _read_images(path: Path, images: Any) -> list[bytes | NDArray[np.uint8]]:
+    if isinstance(images, PickledArray) and images.array.ndim == 4:  # [2N, H, W, 3]
+        images = list(images.array)
+    if not isinstance(images, (list, tuple)):
+        raise VerificationSetError(f"{path}: images are {_kind(images)}; allowed is a list")
+    return [_read_image(path, index, image) for index, image in enumerate(images)]
+
+
+def _read_image(path: Path, index: int, image: Any) -> bytes | NDArray[np.uint8]:
+    if isinstance(image, PickledArray):
+        image = image.array
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        if image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return image
+        if image.ndim == 1 and image.size:
+            return image
+    elif isinstance(image, bytes) and image:
+        return image
+    elif isinstance(image, bytearray) and image:
+        return np.frombuffer(image, np.uint8)  # a view: one object may be named a million times
+    raise VerificationSetError(
+        f"{path}: image {index} is {_kind(image)}; allowed are the bytes of an image file and "
+        "uint8 arrays [height, width, 3]"
+    )
+
+
+def _kind(value: Any) -> str:
+    """What a value of a hostile file is, in a few words, without printing its content."""
+    if isinstance(value, PickledArray):
+        value = value.array
+    if isinstance(value, np.ndarray):
+        return f"an array {list(value.shape)} of {value.dtype}"
+    if isinstance(value, int):
+        return f"the integer {value}" if -(10**6) < value < 10**6 else "a large integer"
+    length = f" of length {len(value)}" if hasattr(value, "__len__") else ""
+    return f"a {type(value).__name__}{length}"
+
+
+# --------------------------------------------------------------------------------------------
+# Embedding on all ranks together
+# --------------------------------------------------------------------------------------------
