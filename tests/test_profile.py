@@ -13,11 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from partial_fc import PartialFC
 from tests.conftest import Ranks
 from tests.test_resume import whole_run
-from training.profile import FOLDER, PHASES, SUMMARY, TRACE, WARM_UP_STEPS, StepProfile, phase
+from training.profile import (
+    FOLDER,
+    PHASES,
+    SUMMARY,
+    TRACE,
+    WARM_UP_STEPS,
+    StepProfile,
+    phase,
+    summary,
+)
 
 PAUSE = 0.5  # seconds that are added to a step
 
@@ -96,3 +107,43 @@ def test_a_disk_that_is_full_costs_the_trace_and_not_the_run(
     assert re.search("cannot be written .*: training goes on", caplog.text)
     assert "2 steps" in (tmp_path / FOLDER / SUMMARY).read_text()
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [SUMMARY]
+
+
+def event(
+    name: str, start: float, end: float, thread: int = 0, *, on_device: bool = False
+) -> FunctionEvent:
+    """Of a profile of CUDA; `on_device`: a range as the profiler shows it there."""
+    kind = DeviceType.CUDA if on_device else DeviceType.CPU
+    return FunctionEvent(
+        0, name, thread, start, end, device_type=kind, use_device="cuda",
+        is_user_annotation=on_device,
+    )  # fmt: skip
+
+
+def test_on_a_gpu_kernels_count_for_the_phase_that_asked_for_them() -> None:
+    """Also those of backward, which autograd starts in a thread of its own; the ranges that the
+    profiler shows on the device count for nothing, and a collective once."""
+    seen = [
+        event("arcshard/data", 0, 1000),
+        event("arcshard/forward", 1000, 1400),
+        event("aten::conv2d", 1100, 1200),
+        event("arcshard/backward", 1400, 3000),
+        event("aten::convolution_backward", 1500, 1700, thread=1),
+        event("nccl:all_reduce", 1800, 1900, thread=1),
+        event("aten::lerp_", 3100, 3110),
+    ]
+    for place, name, cost in (
+        (2, "conv", 2000), (4, "conv", 5000), (5, "ncclDevKernel_AllReduce", 700), (6, "lerp", 30),
+    ):  # fmt: skip
+        seen[place].append_kernel(name, 0, cost)
+    names = ("arcshard/forward", "nccl:all_reduce")
+    seen += [event(name, 5000, 9000, on_device=True) for name in names]
+    done = unittest.mock.Mock(events=lambda: EventList(seen))
+    page = summary(done, 1, 10.0, on_device=True)
+    found = {name: float(ms) for name, ms in re.findall(r"^(\S.*?) +([\d.]+) +[\d.]+$", page, re.M)}
+    assert found[PHASES["data"]] == 1.0
+    assert found[PHASES["forward"]] == 2.0
+    assert found[PHASES["backward"]] == 5.7
+    assert found["collectives, within these or beside them"] == 0.7
+    assert found["conv"] == 7.0
+    assert list(found)[-3:] == ["conv", "ncclDevKernel_AllReduce", "lerp"]

@@ -7,10 +7,13 @@ import json
 import logging
 import tempfile
 import time
+from bisect import bisect_right
+from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 logger = logging.getLogger("train")
@@ -118,24 +121,18 @@ def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool)
         milliseconds: of a step, from end to end.
         on_device: times are the device's; else the host's.
     """
-    events = done.key_averages()
-
-    def total(event: object, own: bool) -> float:
-        where = "device" if on_device else "cpu"
-        name = f"self_{where}_time_total" if own else f"{where}_time_total"
-        return float(getattr(event, name)) / 1e3 / num_steps
+    spent, collectives, named = _device_costs(done) if on_device else _host_costs(done)
+    spent, named = (
+        {name: cost / 1e3 / num_steps for name, cost in costs.items()} for costs in (spent, named)
+    )
+    collectives /= 1e3 * num_steps
 
     def line(name: str, ms: float) -> str:
         return f"{name:54} {ms:10.2f} {100 * ms / milliseconds:7.1f}"
 
-    spent = {event.key: total(event, own=False) for event in events}
-    if on_device:  # the host waits for data while the device has nothing to do
-        waiting = [e for e in events if e.key == _PREFIX + "data"]
-        spent[_PREFIX + "data"] = sum(float(e.cpu_time_total) for e in waiting) / 1e3 / num_steps
     phases = {  # a run without a teacher has no line for it
         text: spent[_PREFIX + name] for name, text in PHASES.items() if _PREFIX + name in spent
     }
-    collectives = sum(total(e, own=False) for e in events if e.key.startswith(_COLLECTIVES))
     lines = [
         f"{num_steps} steps, {milliseconds:.2f} ms each",
         f"{'':54} {'ms':>10} {'%':>7}",
@@ -145,7 +142,49 @@ def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool)
         "",
         "largest costs by name",
     ]
-    named = [e for e in events if not e.key.startswith((_PREFIX, "ProfilerStep"))]
-    named.sort(key=lambda e: -total(e, own=True))
-    lines += [line(e.key[:54], total(e, own=True)) for e in named[:3]]
+    largest = sorted(named, key=lambda name: -named[name])
+    lines += [line(name[:54], named[name]) for name in largest[:3]]
     return "\n".join(lines) + "\n"
+
+
+Costs = tuple[dict[str, float], float, dict[str, float]]
+"""Microseconds of all steps: by range of `phase`, of collectives, by name without the ranges."""
+
+
+def _host_costs(done: profile) -> Costs:
+    events = done.key_averages()
+    spent = {e.key: e.cpu_time_total for e in events if e.key.startswith(_PREFIX)}
+    collectives = sum(e.cpu_time_total for e in events if e.key.startswith(_COLLECTIVES))
+    named = {
+        e.key: e.self_cpu_time_total
+        for e in events if not e.key.startswith((_PREFIX, "ProfilerStep"))
+    }  # fmt: skip
+    return spent, collectives, named
+
+
+def _device_costs(done: profile) -> Costs:
+    """What the device worked belongs to the phase in which the host asked for it.
+
+    The profiler's own sums by range leave out backward, whose operations start in threads of
+    autograd's, and count the time between kernels where the range is shown on the device.
+    """
+    spent: dict[str, float] = defaultdict(float)
+    named: dict[str, float] = defaultdict(float)
+    on_host = [e for e in done.events() if e.device_type == DeviceType.CPU]
+    ranges = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in on_host if e.name.startswith(_PREFIX)
+    )  # fmt: skip
+    starts = [start for start, _, _ in ranges]
+    for start, end, name in ranges:
+        # For data the host waits while the device has nothing to do.
+        spent[name] += end - start if name == _PREFIX + "data" else 0.0
+    for event in on_host:
+        place = bisect_right(starts, event.time_range.start) - 1
+        _, end, name = ranges[place] if place >= 0 else (0.0, -1.0, "")
+        for kernel in event.kernels:
+            named[kernel.name] += kernel.duration
+            if event.time_range.start <= end and name != _PREFIX + "data":
+                spent[name] += kernel.duration
+    collectives = sum(cost for name, cost in named.items() if name.startswith(_COLLECTIVES))
+    return spent, collectives, named
