@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import unittest.mock
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +329,28 @@ def test_training_may_move_on_while_the_state_is_written(
     room = some_state(0.0)
     storage.read(tmp_path / "step_00000001", room, None, True)
     assert room["x"].local.eq(1.0).all()
+
+
+def test_on_a_gpu_the_writing_thread_has_a_stream_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new thread stands on the first GPU and on the stream of the training."""
+    entered: list[tuple[object, str]] = []
+
+    @contextlib.contextmanager
+    def stream(chosen: object) -> Iterator[None]:
+        entered.append((chosen, threading.current_thread().name))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "made by the main thread")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    saver = Checkpointer(tmp_path, Ranks(ALONE), keep=2, max_failed=2)
+    saver.save(1, some_state(1.0), {})
+    saver.wait()
+    assert [p.name for p in named(tmp_path)] == ["step_00000001"]
+    assert entered[0][0] == "made by the main thread"
+    assert entered[0][1] != threading.current_thread().name
 
 
 def fails_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, str, list[str]]:

@@ -274,8 +274,11 @@ class Checkpointer:
         if wait:
             self._save(step, state, facts, is_best)
             return
-        arguments = (step, self._stage(state), facts, is_best)
-        self._thread = threading.Thread(target=self._save, args=arguments, daemon=True)
+        # torch.distributed.checkpoint waits for the thread's stream again and again. A new thread
+        # has the training's, and that of the host's first GPU, whatever GPU this rank has.
+        stream = torch.cuda.Stream() if torch.cuda.is_initialized() else None
+        arguments = (stream, step, self._stage(state), facts, is_best)
+        self._thread = threading.Thread(target=self._save_on, args=arguments, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -301,6 +304,10 @@ class Checkpointer:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return staged
+
+    def _save_on(self, stream: torch.cuda.Stream | None, *arguments: Any) -> None:
+        with torch.cuda.stream(stream):
+            self._save(*arguments)
 
     def _save(self, step: int, state: State, facts: dict[str, Any], is_best: bool) -> None:
         start = time.perf_counter()
