@@ -1,6 +1,7 @@
 """What a step of the head costs: forward, backward and update, against the heads of today.
 
     python -m benchmarks.bench_head [--quick] [--json FILE] [--plot FILE] [--device cuda]
+        [--classes N ...] [--batch N ...] [--rate R ...] [--head NAME ...] [--buffer-mib N]
 
 In one run, each in a process of its own: plain data parallel (the whole weight on every rank,
 out-of-place autograd), the dense sharded head as users have it (tests/reference.py DenseHead),
@@ -10,7 +11,12 @@ Units: one matmul [B, D] x [D, C] over all classes, measured between the steps; 
 two floors, 6 B S D FLOPs at the measured matmul rate and the bytes that must move (weights read
 twice and written, momentum read and written) at the measured copy rate. Medians after a warm-up;
 peak memory above weights and momentum. The heads of today run with the allocator as it is, ours
-with utils/memory.py, as train_v2.py sets it; "dense, memory kept" tells the two apart.
+with utils/memory.py, as train_v2.py sets it; "dense, memory kept" tells the two apart (CPU only).
+On a GPU the products of the heads of today are fp16, as arcface_torch has them with fp16=True, the
+engine's bf16, those of "autograd" fp32, and the matmul of the unit is bf16 for all.
+
+A row takes some ten seconds on a GPU, most of them to start: --classes, --batch, --rate and --head
+choose among the rows (a row "of dense" needs the dense one); the files are written after each.
 """
 
 from __future__ import annotations
@@ -88,6 +94,8 @@ def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
                 ("autograd", 2 * weights + 6 * logits, False),
                 ("engine", weights + 0.5, False),
             ):
+                if head == "dense, memory kept" and device != "cpu":
+                    continue  # the same as "dense"
                 is_long = num_classes * batch > 60_000_000 and device == "cpu"
                 if is_long and head not in ("dense", "engine"):
                     continue  # minutes per row
@@ -107,7 +115,7 @@ def growth_cases(quick: bool, memory_gib: float) -> list[Case]:
     return [Case("engine", c, 128, 20_000 / c) for c in fitting]
 
 
-def make_step(case: Case, device: str) -> Callable[[], None]:
+def make_step(case: Case, device: str, buffer_mib: float) -> Callable[[], None]:
     """A function that does one step of the head, on fixed random input."""
     drawn: dict[str, Any] = {
         "generator": torch.Generator(device).manual_seed(0), "device": device,
@@ -115,7 +123,7 @@ def make_step(case: Case, device: str) -> Callable[[], None]:
     embeddings = torch.randn(case.batch, WIDTH, requires_grad=True, **drawn)
     labels = torch.randint(case.num_classes, (case.batch,), **drawn)
     if case.head in ("autograd", "engine"):
-        return _our_step(case, embeddings, labels, device)
+        return _our_step(case, embeddings, labels, device, buffer_mib)
 
     weight = torch.randn(case.num_classes, WIDTH, **drawn).mul_(0.01)
     if case.head.startswith("dense"):
@@ -130,7 +138,9 @@ def make_step(case: Case, device: str) -> Callable[[], None]:
         if options is not None:
             loss = functional.linear_cross_entropy(embeddings, centres, labels, options=options)
         else:
-            logits = ArcFace().logits(linear(normalize(embeddings), normalize(centres)), labels)
+            with torch.autocast(device, torch.float16, enabled=device == "cuda"):
+                cosines = linear(normalize(embeddings), normalize(centres))
+            logits = ArcFace().logits(cosines.float(), labels)
             loss = cross_entropy(logits, labels)
         loss.backward()
         optimizer.step()
@@ -141,13 +151,14 @@ def make_step(case: Case, device: str) -> Callable[[], None]:
 
 
 def _our_step(
-    case: Case, embeddings: Tensor, labels: Tensor, device: str
+    case: Case, embeddings: Tensor, labels: Tensor, device: str, buffer_mib: float
 ) -> Callable[[], None]:
     head = PartialFC(
         ArcFace(gradient="straight_through"), WIDTH, case.num_classes, case.sample_rate,
         row_update=SGDRows(), batch_size_per_rank=case.batch, device=device,
         update="fused" if case.head == "engine" else "autograd",
         half=torch.bfloat16 if device == "cuda" and case.head == "engine" else None,
+        buffer_mib=buffer_mib,
     )  # fmt: skip
     rate = LEARNING_RATE if case.head == "engine" else None
 
@@ -165,9 +176,9 @@ def _clear(embeddings: Tensor, loss: Tensor) -> None:
     embeddings.grad = None
 
 
-def measure(case: Case, device: str, repeats: int, queue: Any) -> None:
+def measure(case: Case, device: str, repeats: int, buffer_mib: float, queue: Any) -> None:
     """Put the Result of one case into the queue; runs in a process of its own."""
-    dtype = torch.bfloat16 if device == "cuda" and case.head == "engine" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left = torch.randn(case.batch, WIDTH, device=device, dtype=dtype)
     right = torch.randn(min(case.num_classes, 1_000_000), WIDTH, device=device, dtype=dtype)
     matmul, copy = _matmul_and_copy(left, right, device, repeats)
@@ -186,7 +197,7 @@ def measure(case: Case, device: str, repeats: int, queue: Any) -> None:
         if case.head in ("autograd", "engine", "dense, memory kept"):
             keep_freed_memory()
     before = _used_mib(device)
-    step = make_step(case, device)
+    step = make_step(case, device, buffer_mib)
     step()
     seconds = _median(step, device, repeats)
     state = 2 * case.num_classes * WIDTH * 4 / 2**20
@@ -233,11 +244,11 @@ def _peak_mib(device: str) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def run(case: Case, device: str, repeats: int) -> Result:
+def run(case: Case, device: str, repeats: int, buffer_mib: float = 256) -> Result:
     """Measure a case in a process of its own."""
     context = mp.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measure, args=(case, device, repeats, queue))
+    process = context.Process(target=measure, args=(case, device, repeats, buffer_mib, queue))
     process.start()
     while True:
         try:
@@ -297,6 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory-gib", type=float, help="of the device; larger cases are left out")
+    parser.add_argument("--classes", type=int, nargs="+", help="only rows of these")
+    parser.add_argument("--batch", type=int, nargs="+", help="only rows of these")
+    parser.add_argument("--rate", type=float, nargs="+", help="only rows of these sample rates")
+    parser.add_argument("--head", nargs="+", help="only rows of these, as the table names them")
+    parser.add_argument("--buffer-mib", type=float, default=256, help="of the engine; default 256")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but this PyTorch sees no GPU", file=sys.stderr)
@@ -315,7 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *((False, c) for c in cases(options.quick, options.device, memory_gib)),
         *((True, c) for c in growth_cases(options.quick, memory_gib)),
     ]:
-        result = run(case, options.device, repeats)
+        wanted = (options.head, options.classes, options.batch, options.rate)
+        if any(some and value not in some for some, value in zip(wanted, case, strict=True)):
+            continue
+        result = run(case, options.device, repeats, options.buffer_mib)
         key = case[1:]
         if case.head == BASELINE:
             baseline[key] = result.step
@@ -337,10 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ratio_to_baseline": ratio, "ratio_to_matmul": result.step / result.matmul,
             "ratio_to_floor": result.step / result.floor,
         })  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if options.plot:
-        draw(rows, options.plot)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if options.plot:
+            draw(rows, options.plot)
     return 0
 
 

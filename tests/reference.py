@@ -101,7 +101,8 @@ class DenseHead:
 
     Logits, clamp, arccos, margin, cos, scale, softmax, one-hot, dense gradient, torch.optim.SGD.
     One rank, ArcFace (1, 0.5, 0), straight-through gradient. In place where the published head
-    is; without the copies it makes in backward.
+    is; without the copies it makes in backward. On a GPU the product is fp16, as there with
+    fp16=True.
 
     Args:
         weight: [C, D] class centres.
@@ -129,9 +130,11 @@ class DenseHead:
                 classes = priority.topk(count).indices.sort().values
                 labels = torch.searchsorted(classes, labels)
             weight = weight[classes]
-        cosines = torch.nn.functional.linear(
-            torch.nn.functional.normalize(embeddings), torch.nn.functional.normalize(weight)
-        ).clamp(-1, 1)
+        with torch.autocast("cuda", torch.float16, enabled=weight.is_cuda):
+            cosines = torch.nn.functional.linear(
+                torch.nn.functional.normalize(embeddings), torch.nn.functional.normalize(weight)
+            )
+        cosines = cosines.float().clamp(-1, 1)
         rows = torch.arange(len(labels), device=labels.device)
         with torch.no_grad():
             cosines.arccos_()
