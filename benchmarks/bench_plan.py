@@ -1,7 +1,7 @@
 """How near scripts/plan.py comes: its memory against a real step's peak, its time against a run.
 
-    python -m benchmarks.bench_plan [--quick] [--only memory|time] [--device cuda] [--json FILE]
-        [--markdown FILE]
+    python -m benchmarks.bench_plan [--quick] [--only memory|time] [--network NAME ...]
+        [--device cuda] [--json FILE] [--markdown FILE]
 
 Memory: for each network and number of classes the parts of a run are built and make a few steps in
 a process of their own. On a CPU: the peak of resident memory above what the process held before,
@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from queue import Empty
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -138,10 +139,16 @@ def _one_peak(case: Case, device: str) -> float:
     queue = context.Queue()
     process = context.Process(target=measure_memory, args=(case, device, queue))
     process.start()
-    try:
-        return float(queue.get(timeout=900))
-    finally:
-        process.join()
+    while True:
+        try:
+            peak = float(queue.get(timeout=1))
+            process.join()
+            return peak
+        except Empty:
+            if not process.is_alive() and queue.empty():
+                raise RuntimeError(
+                    f"{case}: its process ended with code {process.exitcode}; see above"
+                ) from None
 
 
 def run_time(case: Case, device: str, seconds: float) -> tuple[float, float]:
@@ -169,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="r_nano only, less than a minute")
     parser.add_argument("--only", choices=("memory", "time"), help="one of the two tables")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--network", nargs="+", help="only rows of these")
     parser.add_argument("--seconds", type=float, default=20.0, help="per measured time")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
@@ -192,7 +200,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text.append(line)
         print(line, flush=True)
 
-    for case in memory_cases(options.quick, device) if options.only != "time" else ():
+    def write() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if options.markdown:
+            options.markdown.write_text("\n".join(text) + "\n")
+
+    def chosen(what: str, cases: list[Case]) -> list[Case]:
+        networks = options.network or {case.network for case in cases}
+        is_wanted = options.only in (None, what)
+        return [case for case in cases if is_wanted and case.network in networks]
+
+    for case in chosen("memory", memory_cases(options.quick, device)):
         peaks, parts = run_memory(case, device, 1 if options.quick or device == "cuda" else 3)
         peak = median(peaks)
         ratio = sum(parts.values()) / peak
@@ -202,11 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{sum(parts.values()):,.0f} | {peak:,.0f} | {ratio:.2f} |")  # fmt: skip
         rows.append({"what": "memory", **case._asdict(), "peaks_mib": peaks, "plan_mib": parts,
                      "ratio": ratio})  # fmt: skip
+        write()
     add("")
     add("| network | classes | batch | plan --measure, samples/s | train_v2.py, samples/s | "
         "plan / run |")  # fmt: skip
     add("|---|---|---|---|---|---|")
-    for case in time_cases(options.quick, device) if options.only != "memory" else ():
+    for case in chosen("time", time_cases(options.quick, device)):
         run, planned = run_time(case, device, 5.0 if options.quick else options.seconds)
         ratio = planned / run
         ok &= abs(ratio - 1) <= TIME_WITHIN
@@ -214,10 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{run:,.1f} | {ratio:.2f} |")  # fmt: skip
         rows.append({"what": "time", **case._asdict(), "run": run, "planned": planned,
                      "ratio": ratio})  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text("\n".join(text) + "\n")
+        write()
     print("all within the limits" if ok else "NOT all within the limits")
     return 0 if ok else 1
 

@@ -1,7 +1,8 @@
 """The whole training step against the plain configuration that users run today.
 
     python -m benchmarks.bench_train [--must | --quick] [--records] [--repeats 3] [--json FILE]
-        [--markdown FILE] [--plot FILE] [--device cuda] [--network r50 r100] [--ours key=value ...]
+        [--markdown FILE] [--plot FILE] [--device cuda] [--network r50 r100] [--classes N ...]
+        [--ours key=value ...]
     python -m benchmarks.bench_train --options      # what each option gives
 
 Every figure comes from a run of train_v2.py as a process, by its metrics.jsonl, without the first
@@ -252,6 +253,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--options", action="store_true", help="what each option gives instead")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--network", nargs="+", help="only rows of these; --options: its network")
+    parser.add_argument("--classes", type=int, nargs="+", help="only rows of these")
     parser.add_argument("--ours", nargs="+", default=[], metavar="key=value", help="of our side")
     parser.add_argument("--records", action="store_true", help="read JPEG records, made here")
     parser.add_argument("--repeats", type=int, help="runs of each side; default 3")
@@ -279,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         which = "quick" if options.quick else "must" if options.must else "all"
         chosen = [row for row in rows(device, which, more)
-                  if row.network in (options.network or [row.network])]  # fmt: skip
+                  if row.network in (options.network or [row.network])
+                  and row.num_classes in (options.classes or [row.num_classes])]  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         records = Path(temporary) if options.records else None
         if records is not None:
