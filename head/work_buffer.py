@@ -16,6 +16,9 @@ from torch import Tensor
 # smaller ones leave room to keep numerators, which saves a matmul. On a CPU 4,000 to 16,000
 # rows of 512 take the same time; an accelerator wants more per call. (The second is assumed.)
 WORK_SHARE = {"cpu": 1 / 8, "cuda": 1 / 2}
+# Classes of a block where there are several. Tensor cores want rows of matrices to begin at
+# multiples of 16 bytes, 8 numbers of bf16; numerators [B, rows] have `rows` numbers a row.
+ALIGNED = 8
 
 
 class BufferTooSmallError(ValueError):
@@ -94,8 +97,13 @@ def plan_blocks(
         )
     num_classes = max(1, num_rows // centres_per_class)
     classes = min(max(1, int(budget_bytes * work_share) // per_class), num_classes)
+    if ALIGNED <= classes < num_classes:
+        classes -= classes % ALIGNED
     # Blocks of about one size rather than a small last one.
-    classes = -(-num_classes // -(-num_classes // classes))
+    num_blocks = -(-num_classes // classes)
+    classes = -(-num_classes // num_blocks)
+    if num_blocks > 1 and classes >= ALIGNED:
+        classes += -classes % ALIGNED
     rows = classes * centres_per_class
     left = budget_bytes - rows * cost.work_bytes_per_row
     kept = _whole_blocks(left // cost.kept_bytes_per_row, rows, num_rows)
