@@ -243,6 +243,22 @@ def test_bf16_sums_on_cpus_are_refused_before_anything_starts(ranks: Ranks, tmp_
         assert "fp16" in sentence
 
 
+def calls_of_the_compiled(rank: int, world_size: int, folder: str) -> int:
+    """Of DDP itself, which is what `compile` compiles, in a step that embeds everything twice."""
+    changes: dict[str, Any] = {"output": folder, "loss": "adaface", "gradient_acc": 2}
+    cfg = Config(**{**TINY, **changes})
+    parts = build(cfg, World(rank, rank, world_size, torch.device("cpu")))
+    parts.step.model.train()
+    with patch.object(parts.step.model, "_call_impl", wraps=parts.step.model._call_impl) as call:
+        parts.step(list(islice(iter(parts.loader), 2)), 0.05)
+    return call.call_count
+
+
+def test_embeddings_made_twice_are_made_by_the_same_code(ranks: Ranks, tmp_path):
+    """The module in DDP draws other masks than its compiled graph."""
+    assert ranks.run(2, calls_of_the_compiled, str(tmp_path)) == [4, 4]
+
+
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that captures the graphs and runs them as they are: seconds, not minutes."""

@@ -190,14 +190,15 @@ class TrainStep:
         """One loss over all micro-batches, for margins that look at the whole batch.
 
         Embeds them without a graph, runs the head once, and embeds each again, with the same
-        dropout and masks, to carry its part of dE down. Batch norm's running statistics see
-        each image once.
+        dropout and masks, to carry its part of dE down; both times by the same code, because
+        compiled graphs draw otherwise than the modules they come from. Batch norm's running
+        statistics see each image once.
         """
         states, parts = [], []
         with phase("forward"), torch.no_grad():
             for batch in micro_batches:
                 states.append(_random_state(self.device))
-                parts.append(self._bare(batch.images))
+                parts.append(self.model(batch.images))
         self.batch_norm.hold()
         embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
         with phase("head"):
@@ -243,7 +244,7 @@ class TrainStep:
 
     @property
     def _bare(self) -> nn.Module:
-        """The model without DDP, which would prepare for a backward pass."""
+        """The model without DDP, for passes that no backward follows."""
         model = self.model
         return model.module if isinstance(model, DistributedDataParallel) else model
 
