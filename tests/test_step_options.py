@@ -19,6 +19,7 @@ from configs.base import Config
 from tests.conftest import Ranks
 from tests.test_train import TINY, losses_on, run_training
 from training import build as building
+from training import setup
 from training.batch_norm import BatchNormStatistics
 from training.build import build
 from training.precision import POLICIES, TrainedBackbone, allow_tf32, choose_precision
@@ -314,6 +315,14 @@ def test_what_cannot_start_is_refused_before_the_compiler_takes_its_minute(
     compiled = patch.object(building, "compile_backbone", side_effect=AssertionError("compiled"))
     with compiled, pytest.raises((SetupError, FileNotFoundError), match=words):
         parts_of(tmp_path, compile=True, **changes)
+
+
+def test_compiling_for_a_gpu_needs_a_c_compiler(monkeypatch):
+    monkeypatch.setenv("CC", "no_such_compiler")
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: name)
+    on_gpu = World(0, 0, 1, torch.device("cuda", 0))
+    with pytest.raises(SetupError, match=r"compile=True.*C compiler.*CC"):
+        setup.check_step_options(Config(**{**TINY, "compile": True}), on_gpu)
 
 
 class Floats(nn.Module):

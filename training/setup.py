@@ -112,3 +112,12 @@ def check_step_options(cfg: Config, world: World) -> None:
         )
     if cfg.compile and on_gpu and importlib.util.find_spec("triton") is None:
         raise SetupError("compile=True needs triton: pip install triton, or leave compile out")
+    # Triton builds what starts its kernels with a C compiler.
+    if cfg.compile and on_gpu and not any(
+        map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ("gcc", "clang"))
+    ):
+        raise SetupError(
+            "compile=True needs a C compiler for triton, and there is no gcc or clang: install one "
+            "(and Python's headers), name another in the environment variable CC, or leave compile "
+            "out"
+        )
