@@ -66,7 +66,7 @@ class PartialFC(nn.Module):
         centres_per_class: K sub-centres; a class counts with its best one (Deng et al. 2020).
         buffer_mib: work buffer of the fused path, in MiB: all it holds beside the centres,
             their state and O(B D).
-        half: torch.bfloat16 runs the fused path's large matmuls in it, with sums in fp32.
+        half: torch.bfloat16 runs the large matmuls in it, the fused path's with sums in fp32.
         seed: of initial centres (with the class index), sampling (with the rank) and draws.
         process_group: the ranks that share the classes; None means the default group, or no
             group at all when torch.distributed is not initialised.
@@ -146,6 +146,7 @@ class PartialFC(nn.Module):
             self.register_buffer(f"margin_{name}", state)
         self._margin_before: dict[str, Tensor] = {}  # at the start of the step
 
+        self.matmul_half = half
         self.engine: Engine | None = None
         if update == "fused":
             self.engine = Engine(
@@ -227,7 +228,7 @@ class PartialFC(nn.Module):
                 return loss
             loss = readable_loss(
                 self.margin, unit, norms, column, context, *self._rows_of_sample(),
-                self.centres_per_class, row_weight, self.group,
+                self.centres_per_class, row_weight, self.group, self.matmul_half,
             )  # fmt: skip
             return loss + torch.where(batch.has_unknown, torch.nan, 0.0)
 

@@ -12,8 +12,8 @@ two floors, 6 B S D FLOPs at the measured matmul rate and the bytes that must mo
 twice and written, momentum read and written) at the measured copy rate. Medians after a warm-up;
 peak memory above weights and momentum. The heads of today run with the allocator as it is, ours
 with utils/memory.py, as train_v2.py sets it; "dense, memory kept" tells the two apart (CPU only).
-On a GPU the products of the heads of today are fp16, as arcface_torch has them with fp16=True, the
-engine's bf16, those of "autograd" fp32, and the matmul of the unit is bf16 for all.
+On a GPU the products of the heads of today are fp16, as arcface_torch has them with fp16=True, ours
+bf16, and the matmul of the unit is bf16 for all.
 
 A row takes some ten seconds on a GPU, most of them to start: --classes, --batch, --rate and --head
 choose among the rows (a row "of dense" needs the dense one); the files are written after each.
@@ -157,7 +157,7 @@ def _our_step(
         ArcFace(gradient="straight_through"), WIDTH, case.num_classes, case.sample_rate,
         row_update=SGDRows(), batch_size_per_rank=case.batch, device=device,
         update="fused" if case.head == "engine" else "autograd",
-        half=torch.bfloat16 if device == "cuda" and case.head == "engine" else None,
+        half=torch.bfloat16 if device == "cuda" else None,
         buffer_mib=buffer_mib,
     )  # fmt: skip
     rate = LEARNING_RATE if case.head == "engine" else None

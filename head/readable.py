@@ -22,6 +22,7 @@ def readable_loss(
     centres_per_class: int,
     row_weight: Tensor,
     group: Group,
+    half: torch.dtype | None = None,
 ) -> Tensor:
     """Mean loss over the global batch; weight and bias get gradients of their own.
 
@@ -30,9 +31,14 @@ def readable_loss(
         column: [B] int64 place of each row's class among `weight`'s classes, -1 elsewhere.
         weight: [S K, D] centres of this rank that take part; bias: [S K] or None.
         row_weight: [B] share of each row in the loss.
+        half: dtype of the product's operands and result, as autocast has it; None for fp32.
     """
     centres = normalize(weight) if margin.normalise else weight
-    similarities = linear(unit, centres, bias)  # [B, S K]
+    if half is not None and unit.dtype == torch.float32:
+        similarities = linear(unit.to(half), centres.to(half)).float()  # [B, S K]
+        similarities = similarities if bias is None else similarities + bias
+    else:
+        similarities = linear(unit, centres, bias)
     if centres_per_class > 1 and similarities.shape[1]:
         grouped = similarities.view(len(unit), -1, centres_per_class)
         similarities = grouped.max(dim=2).values

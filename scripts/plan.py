@@ -258,12 +258,14 @@ def choose_machine(name: str | None) -> Machine:
     Raises:
         PlanError: an unknown name, or a GPU here that is not in the table.
     """
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    if name is None and here:
-        known = here.lower().replace(" ", "")
-        name = next((key for key in GPUS if key in known), None)
-        if name is None:
-            raise PlanError(f"{here}: not in the table; pass --gpu {'|'.join(GPUS)}")
+    if name is None and torch.cuda.is_available():
+        here = torch.cuda.get_device_properties(0)
+        known = here.name.lower().replace(" ", "")
+        of_table = next((key for key in GPUS if key in known), None)
+        if of_table is None:
+            raise PlanError(f"{here.name}: not in the table; pass --gpu {'|'.join(GPUS)}")
+        # Some have the same name with other sizes.
+        return dataclasses.replace(GPUS[of_table], memory_gib=here.total_memory / 2**30)
     if name is None or name == "cpu":
         return this_cpu()
     if name not in GPUS:

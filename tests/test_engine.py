@@ -198,7 +198,8 @@ def test_loss_and_gradients_are_finite_at_the_ends_of_the_cosine(name, dtype):
                 assert torch.isfinite(part).all()
 
 
-def test_bf16_matmuls_are_as_accurate_as_torchs_own_bf16_dense_head():
+@pytest.mark.parametrize("update", ["fused", "autograd"])
+def test_bf16_matmuls_are_as_accurate_as_torchs_own_bf16_dense_head(update):
     generator = torch.Generator().manual_seed(0)
     batch, width, classes = 64, 128, 2000
     embeddings = torch.randn(batch, width, generator=generator)
@@ -207,8 +208,9 @@ def test_bf16_matmuls_are_as_accurate_as_torchs_own_bf16_dense_head():
 
     def ours(dtype: torch.dtype, half: torch.dtype | None) -> list[torch.Tensor]:
         head = PartialFC(
-            CosFace(0.2, 16.0), width, classes, row_update=SGDRows(0, 0), dtype=dtype, half=half
-        )
+            CosFace(0.2, 16.0), width, classes, row_update=SGDRows(0, 0), dtype=dtype, half=half,
+            update=update,
+        )  # fmt: skip
         head.weight.data.copy_(weight)
         e = embeddings.clone().to(dtype).requires_grad_(True)
         loss = head(e, labels)

@@ -596,6 +596,17 @@ def test_what_cannot_be_planned_is_one_line_and_exit_code_2(words, error, capsys
     assert error in capsys.readouterr().err
 
 
+def test_the_gpu_that_is_here_has_its_own_memory(monkeypatch):
+    here = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: here)
+    found = plan.choose_machine(None)
+    assert (found.name, found.memory_gib) == ("a100", 40)
+    here.name = "Another GPU"
+    with pytest.raises(plan.PlanError, match=r"Another GPU.*--gpu"):
+        plan.choose_machine(None)
+
+
 def test_measuring_a_gpu_that_is_not_here_is_refused(capsys):
     if torch.cuda.is_available():
         pytest.skip("about machines without a GPU")

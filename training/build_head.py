@@ -99,7 +99,7 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
             batch_size_per_rank=cfg.batch_size * passes,
             centres_per_class=centres_per_class,
             buffer_mib=cfg.head_buffer_mib,
-            half=precision.head_matmul if cfg.head_update == "fused" else None,
+            half=precision.head_matmul,
             seed=cfg.seed,
             device=world.device,
             dtype=dtype,

@@ -431,7 +431,7 @@ def _trace_autograd_head(head: PartialFC, num_rows: int, batch: int) -> Trace:
             )  # fmt: skip
             return readable_loss(
                 head.margin, unit, norms, column, context, *of_step, head.centres_per_class,
-                row_weight, None,
+                row_weight, None, head.matmul_half,
             )  # fmt: skip
 
         parameters = [weight] if bias is None else [weight, bias]
