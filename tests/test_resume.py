@@ -303,7 +303,7 @@ def wait_for_step(folder: Path, step: int) -> None:
 def test_a_signal_saves_ends_with_code_4_and_the_run_goes_on_exactly(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    words = ("num_epoch=40", "max_steps=30", "checkpoint_every=0")
+    words = ("num_epoch=40", "max_steps=80", "checkpoint_every=0")
     whole = subprocess.run(
         command(tmp_path / "whole", *words), cwd=ROOT, env=environment(), capture_output=True
     )
@@ -534,7 +534,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """One killed run of benchmarks/bench_faults.py, by torchrun, which restarts it by itself."""
-    words = ("batch_size=6", "num_epoch=40", "max_steps=20")
+    words = ("batch_size=6", "num_epoch=40", "max_steps=100")  # some seconds to be killed in
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
               "--standalone"]  # fmt: skip
 
@@ -549,11 +549,12 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Pat
     whole = start(tmp_path / "whole")
     assert whole.communicate(timeout=120)[1] is not None
     process = start(tmp_path / "run")
-    wait_for_step(tmp_path / "run", 7)
+    wait_for_step(tmp_path / "run", 1)
     listed = subprocess.run(
         ["pgrep", "-f", f"output={tmp_path / 'run'}"], capture_output=True, text=True
     )
     workers = [int(pid) for pid in listed.stdout.split() if int(pid) != process.pid]
+    wait_for_step(tmp_path / "run", 7)
     os.kill(workers[-1], signal.SIGKILL)
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0, text.decode()

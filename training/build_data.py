@@ -22,6 +22,11 @@ logger = logging.getLogger("train")
 
 
 def make_loader(cfg: Config, world: World) -> DataLoader:
+    """Of this rank's share of the training set, prefetching to its GPU if it has one.
+
+    Raises:
+        MissingDataError, and the errors of the set: it is not there, or broken.
+    """
     assert cfg.rec is not None
     use_dali = cfg.dali and dali_is_installed()
     if cfg.dali and not use_dali:
@@ -77,7 +82,11 @@ def _training_folder(cfg: Config) -> str | list[str]:
 
 
 def load_pictures(cfg: Config) -> list[PictureFolder]:
-    """What classification is scored on: val/, its labels by the names of the training classes."""
+    """What classification is scored on: val/, its labels by the names of the training classes.
+
+    Raises:
+        MissingDataError: there is no such folder.
+    """
     if cfg.rec == "synthetic":
         return []
     train = Path(str(_training_folder(cfg)))
@@ -91,6 +100,11 @@ def load_pictures(cfg: Config) -> list[PictureFolder]:
 
 
 def load_verification_sets(cfg: Config) -> list[VerificationSet]:
+    """The `val_targets`, read whole.
+
+    Raises:
+        VerificationSetError: one is missing or malformed.
+    """
     if not cfg.val_targets:
         return []
     assert cfg.rec is not None

@@ -126,6 +126,7 @@ class Heartbeat:
         self._device = device
         self._host = socket.gethostname()
         self._beat = self._made = 0
+        self._ended = self._missed = ""  # see Position
         self._reached = (0, 0, "start", time.time())  # marks, step, where, time
         self._under_way: deque[tuple[tuple[int, int, str, float], torch.cuda.Event]] = deque(
             maxlen=MARKS_UNDER_WAY
@@ -181,7 +182,8 @@ class Heartbeat:
                 f"a collective failed at {self._position().place()}, but every rank still "
                 "answers: look at the network between them (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
             )
-        self._try_to_publish(missed=sentence)
+        self._missed = sentence  # from here on: the thread goes on publishing until `close`
+        self._try_to_publish()
         return f"{sentence}; the collective failed with: {first_line}"
 
     def close(self, ended: str = "") -> None:
@@ -197,7 +199,8 @@ class Heartbeat:
         if self._thread.is_alive():
             logger.warning("the heartbeat's thread hangs in the store and is left behind")
         elif ended:
-            self._try_to_publish(ended=ended)
+            self._ended = ended
+            self._try_to_publish()
         self._thread = None
 
     def _run(self) -> None:
@@ -217,7 +220,8 @@ class Heartbeat:
                 continue  # it has gone on in the meantime
             if sentence:
                 logger.error("rank %d gives up: %s", self.rank, sentence)
-                self._try_to_publish(missed=sentence)
+                self._missed = sentence
+                self._try_to_publish()
                 # The main thread is blocked in a collective, which nothing interrupts.
                 self._end(EXIT_RANK_LOST)
                 return
@@ -280,21 +284,22 @@ class Heartbeat:
             logger.error("rank %d: %s does not answer: %s", self.rank, self._device, error)
             self._under_way.clear()
 
-    def _position(self, ended: str = "", missed: str = "") -> Position:
+    def _position(self) -> Position:
         marks, step, where, at = self._reached
         return Position(
-            self._beat, marks, step, where, at, self._host, str(self._device), ended, missed
-        )
+            self._beat, marks, step, where, at, self._host, str(self._device),
+            self._ended, self._missed,
+        )  # fmt: skip
 
-    def _publish(self, ended: str = "", missed: str = "") -> None:
+    def _publish(self) -> None:
         assert self._store is not None
         with self._lock:
             self._beat += 1
-            self._store.set(_key(self.rank), json.dumps(self._position(ended, missed)))
+            self._store.set(_key(self.rank), json.dumps(self._position()))
 
-    def _try_to_publish(self, ended: str = "", missed: str = "") -> None:
+    def _try_to_publish(self) -> None:
         try:
-            self._publish(ended, missed)
+            self._publish()
         except RuntimeError as error:
             self._warn_of_store(error)
 

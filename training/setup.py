@@ -89,6 +89,7 @@ def is_classification(cfg: Config) -> bool:
 
 
 def check_wandb(cfg: Config) -> None:
+    """Refuse `using_wandb` where it is not installed (SetupError)."""
     if cfg.using_wandb and importlib.util.find_spec("wandb") is None:
         raise SetupError(
             "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
@@ -98,6 +99,7 @@ def check_wandb(cfg: Config) -> None:
 
 
 def check_step_options(cfg: Config, world: World) -> None:
+    """Refuse options of the step that this machine cannot serve (SetupError)."""
     on_gpu = world.device.type == "cuda"
     if cfg.all_reduce_dtype == "bf16" and not on_gpu and world.world_size > 1:
         raise SetupError(
