@@ -549,12 +549,14 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Pat
     whole = start(tmp_path / "whole")
     assert whole.communicate(timeout=120)[1] is not None
     process = start(tmp_path / "run")
-    wait_for_step(tmp_path / "run", 1)
+    wait_for_step(tmp_path / "run", 7)
     listed = subprocess.run(
         ["pgrep", "-f", f"output={tmp_path / 'run'}"], capture_output=True, text=True
     )
     workers = [int(pid) for pid in listed.stdout.split() if int(pid) != process.pid]
-    wait_for_step(tmp_path / "run", 7)
+    while not named(tmp_path / "run" / FOLDER):  # written beside the steps
+        assert process.poll() is None
+        time.sleep(0.01)
     os.kill(workers[-1], signal.SIGKILL)
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0, text.decode()
