@@ -534,7 +534,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """One killed run of benchmarks/bench_faults.py, by torchrun, which restarts it by itself."""
-    words = ("batch_size=6", "num_epoch=40", "max_steps=100")  # some seconds to be killed in
+    words = ("batch_size=6", "num_epoch=40", "max_steps=60")  # a second or two to be killed in
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
               "--standalone"]  # fmt: skip
 
