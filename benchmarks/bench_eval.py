@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
 import resource
 import statistics
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.runs import in_a_process
 from eval.all_pairs import BLOCK, all_pairs
 from eval.ijb import DEFAULT_FARS, pair_scores, template_features
 from eval.ijb_files import IjbSet
@@ -103,17 +103,17 @@ def run_loops(features: np.ndarray, one: IjbSet) -> tuple[list[float], list[floa
     return np.diff(clock).tolist(), tars
 
 
-def measure_ijb(how: str, share: float, repeats: int, queue: Any) -> None:
+def measure_ijb(how: str, share: float, repeats: int) -> tuple[list[float], float]:
     """Medians of the steps' seconds, and peak MiB; in a process."""
     before = _peak_mib()
     features, one = make_set(share)
     run = run_ours if how == "ours" else run_loops
     times = [run(features, one)[0] for _ in range(repeats)]
     seconds = [statistics.median(column) for column in zip(*times, strict=True)]
-    queue.put((seconds, _peak_mib() - before))
+    return seconds, _peak_mib() - before
 
 
-def measure_all_pairs(how: str, count: int, repeats: int, queue: Any) -> None:
+def measure_all_pairs(how: str, count: int, repeats: int) -> tuple[list[float], float]:
     """Seconds and peak MiB of the protocol, of the matmul alone, or of the dense way."""
     before = _peak_mib()
     random = np.random.default_rng(0)
@@ -133,7 +133,7 @@ def measure_all_pairs(how: str, count: int, repeats: int, queue: Any) -> None:
         start_time = time.perf_counter()
         work[how]()
         times.append(time.perf_counter() - start_time)
-    queue.put(([statistics.median(times)], _peak_mib() - before))
+    return [statistics.median(times)], _peak_mib() - before
 
 
 def _upper_triangle(rows: torch.Tensor) -> None:
@@ -157,16 +157,6 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _in_process(work: Callable[..., None], *arguments: Any) -> tuple[list[float], float]:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=work, args=(*arguments, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
-
-
 def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> None:
     """Loops and ours at a share of IJB-C's size: a table, and rows for JSON."""
     lines += [
@@ -177,7 +167,7 @@ def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> 
     baseline = 0.0
     for how in ("loops", "ours"):
         repeats = REPEATS if how == "ours" or share < 1 else 1
-        seconds, peak = _in_process(measure_ijb, how, share, repeats)
+        seconds, peak = in_a_process(measure_ijb, how, share, repeats)
         total = sum(seconds)
         baseline = total if how == "loops" else baseline
         steps = " | ".join(f"{one:.2f}" for one in seconds)
@@ -197,7 +187,7 @@ def _compare_all_pairs(count: int, lines: list[str], rows: list[dict[str, Any]])
     baseline = 0.0
     for how in ("matmul", "ours", "dense") if count <= 10_000 else ("matmul", "ours"):
         repeats = REPEATS if count <= 20_000 else 1
-        (total,), peak = _in_process(measure_all_pairs, how, count, repeats)
+        (total,), peak = in_a_process(measure_all_pairs, how, count, repeats)
         baseline = total if how == "matmul" else baseline
         lines.append(f"| {how} | {total:.2f} | {total / baseline:.2f} | {peak:.0f} |")
         print(lines[-1], flush=True)

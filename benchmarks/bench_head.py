@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing as mp
 import platform
 import resource
 import statistics
@@ -32,7 +31,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import Empty
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import cross_entropy, linear, normalize
 
+from benchmarks.runs import in_a_process
 from head.row_update import SGDRows
 from losses import ArcFace
 from partial_fc import PartialFC
@@ -176,8 +175,8 @@ def _clear(embeddings: Tensor, loss: Tensor) -> None:
     embeddings.grad = None
 
 
-def measure(case: Case, device: str, repeats: int, buffer_mib: float, queue: Any) -> None:
-    """Put the Result of one case into the queue; runs in a process of its own."""
+def measure(case: Case, device: str, repeats: int, buffer_mib: float) -> Result:
+    """One case; in a process of its own."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left = torch.randn(case.batch, WIDTH, device=device, dtype=dtype)
     right = torch.randn(min(case.num_classes, 1_000_000), WIDTH, device=device, dtype=dtype)
@@ -201,7 +200,7 @@ def measure(case: Case, device: str, repeats: int, buffer_mib: float, queue: Any
     step()
     seconds = _median(step, device, repeats)
     state = 2 * case.num_classes * WIDTH * 4 / 2**20
-    queue.put(Result(seconds, matmul, floor, _peak_mib(device) - before - state))
+    return Result(seconds, matmul, floor, _peak_mib(device) - before - state)
 
 
 def _matmul_and_copy(
@@ -242,23 +241,6 @@ def _peak_mib(device: str) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def run(case: Case, device: str, repeats: int, buffer_mib: float = 256) -> Result:
-    """Measure a case in a process of its own."""
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=measure, args=(case, device, repeats, buffer_mib, queue))
-    process.start()
-    while True:
-        try:
-            return Result(*queue.get(timeout=1))
-        except Empty:
-            if not process.is_alive() and queue.empty():
-                raise RuntimeError(
-                    f"{case}: its process ended with code {process.exitcode}; see above. If the "
-                    "device was too small, --memory-gib leaves cases out"
-                ) from None
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -334,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = (options.head, options.classes, options.batch, options.rate)
         if any(some and value not in some for some, value in zip(wanted, case, strict=True)):
             continue
-        result = run(case, options.device, repeats, options.buffer_mib)
+        result = in_a_process(measure, case, options.device, repeats, options.buffer_mib)
         key = case[1:]
         if case.head == BASELINE:
             baseline[key] = result.step

@@ -17,21 +17,19 @@ import argparse
 import dataclasses
 import gc
 import json
-import multiprocessing as mp
 import platform
 import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from queue import Empty
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.bench_head import _peak_mib, _used_mib
-from benchmarks.runs import run_training
+from benchmarks.runs import in_a_process, run_training
 from configs.base import Config
 from scripts.plan import Setting, choose_machine, make_plan
 from training.build import build
@@ -98,8 +96,8 @@ def time_cases(quick: bool, device: str) -> list[Case]:
     return [Case(n, CLASSES[1], scale * batch, more) for n, batch in batches.items()]
 
 
-def measure_memory(case: Case, device: str, queue: Any) -> None:
-    """Put the peak in MiB into the queue; runs in a process of its own."""
+def measure_memory(case: Case, device: str) -> float:
+    """The peak in MiB; in a process of its own."""
     world = World(0, 0, 1, torch.device(device))
     if device == "cpu":
         keep_freed_memory()
@@ -112,7 +110,7 @@ def measure_memory(case: Case, device: str, queue: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = _used_mib(device)
     _steps(case, world)
-    queue.put(_peak_mib(device) - before)
+    return _peak_mib(device) - before
 
 
 def _steps(case: Case, world: World) -> None:
@@ -131,33 +129,15 @@ def run_memory(case: Case, device: str, repeats: int) -> tuple[list[float], dict
     setting = Setting(choose_machine(None), 1, Links(), case.num_classes, 100 * case.batch_size)
     footprint = make_plan(case.config(device), setting).needs.footprint
     parts = {name: size / 2**20 for name, size in footprint.parts().items()}
-    return [_one_peak(case, device) for _ in range(repeats)], parts
-
-
-def _one_peak(case: Case, device: str) -> float:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=measure_memory, args=(case, device, queue))
-    process.start()
-    while True:
-        try:
-            peak = float(queue.get(timeout=1))
-            process.join()
-            return peak
-        except Empty:
-            if not process.is_alive() and queue.empty():
-                raise RuntimeError(
-                    f"{case}: its process ended with code {process.exitcode}; see above"
-                ) from None
+    return [in_a_process(measure_memory, case, device) for _ in range(repeats)], parts
 
 
 def run_time(case: Case, device: str, seconds: float) -> tuple[float, float]:
     """Samples per second of a run of train_v2.py, and of the plan's measurement."""
     machine = dataclasses.replace(choose_machine(None), memory_gib=1e6)
     setting = Setting(machine, 1, Links(), case.num_classes, 100 * case.batch_size, seconds)
-    context = mp.get_context("spawn")
-    with context.Pool(1) as pool:  # threads and memory of its own, as the run has
-        planned = pool.apply(_planned_speed, (case, device, setting))
+    # Threads and memory of its own, as the run has.
+    planned = in_a_process(_planned_speed, case, device, setting)
     steps = max(12, round(seconds * planned / case.batch_size))
     run = run_training({
         **case.keys(), "num_image": case.batch_size * steps, "num_epoch": 1,

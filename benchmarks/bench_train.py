@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import multiprocessing as mp
 import os
 import platform
 import sys
@@ -56,7 +55,7 @@ from benchmarks.comparison import (
     ratio_of_pairs,
     table_row,
 )
-from benchmarks.runs import Reading, RunFailed, run_training
+from benchmarks.runs import Reading, RunFailed, in_a_process, run_training
 from configs.base import Config
 from scripts.flops import describe
 
@@ -194,8 +193,7 @@ class Bench:
         """FLOP/s, measured once per precision in a process of its own (whose memory a run that is
         started from here would otherwise count as its own peak)."""
         if precision not in self.peaks:
-            with mp.get_context("spawn").Pool(1) as pool:
-                self.peaks[precision] = pool.apply(measure_matmul, (self.device, precision))
+            self.peaks[precision] = in_a_process(measure_matmul, self.device, precision)
         return self.peaks[precision]
 
 

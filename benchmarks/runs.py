@@ -1,8 +1,12 @@
-"""Runs of train_v2.py as processes, and what their files say: no benchmark has a second loop."""
+"""Runs of train_v2.py as processes, and what their files say: no benchmark has a second loop.
+
+And `in_a_process`, for what is measured without the loop.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -10,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECONDS_TO_END = 30  # for ranks whose peer is gone, as torchrun gives them
@@ -24,7 +29,18 @@ DOOR_PLAIN_ALLOCATOR = (
     "import sys, utils.memory; utils.memory.keep_freed_memory = lambda: False; "
     "import train_v2; sys.exit(train_v2.main())",
 )
+T = TypeVar("T")
 _CONFIG = "config = dict(rec='synthetic', verbose=0, keep_checkpoints=0)\n"
+
+
+def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` of a process of its own, which has ended when this returns.
+
+    Raises:
+        BrokenProcessPool: it was killed, as for want of memory. What `function` raises comes too.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 class RunFailed(RuntimeError):

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.library import Library, fallthrough_kernel
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -58,25 +59,27 @@ class _Module(backend_registration._DummyBackendModule):
 def install() -> None:
     """Make `DEVICE` known to PyTorch, for the rest of this process."""
     backend_registration._setup_privateuseone_for_python_backend("pretended", _Module())
-    anything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    anything.fallback(torch.library.fallthrough_kernel, AUTOCAST)
+    anything, aten = Library("_", "IMPL"), Library("aten", "IMPL")
+    anything.fallback(fallthrough_kernel, AUTOCAST)
     for name in HALVED:
         aten.impl(name, _halved(getattr(torch.ops.aten, name).default), AUTOCAST)
     kept.extend((anything, aten))
+    for place, name, stand_in in (
+        (nn.Module, "_apply", _apply),
+        (FakeTensor, "__deepcopy__", _copied),
+        (nn.Parameter, "__deepcopy__", _copied),
+        (nn.init, "trunc_normal_", lambda tensor, **_: tensor),  # it looks at its bounds' values
+        (torch, "tensor", _blank),
+        (torch, "Generator", lambda _=None: _RealGenerator()),
+        (torch, "_fused_sgd_", _fused_sgd),
+        (training.distillation, "_centres_of", _teacher_centres),
+        # Verification is no part of a step; it looks at its mean and std when it is made.
+        (training.build, "Embedder", lambda *_, **__: None),
+    ):
+        setattr(place, name, stand_in)
 
-    nn.Module._apply = _apply  # type: ignore[method-assign]
-    FakeTensor.__deepcopy__ = _copied  # type: ignore[method-assign]
-    nn.Parameter.__deepcopy__ = _copied  # type: ignore[method-assign]
-    nn.init.trunc_normal_ = lambda tensor, **_: tensor  # it looks at its bounds by their values
-    torch.tensor = _blank  # type: ignore[assignment]
-    torch.Generator = lambda _=None: _RealGenerator()  # type: ignore[assignment, misc]
-    torch._fused_sgd_ = _fused_sgd
-    training.distillation._centres_of = _teacher_centres  # type: ignore[assignment]
-    # Verification is not part of a step; it looks at its mean and std when it is made.
-    training.build.Embedder = lambda *_, **__: None  # type: ignore[assignment, misc]
 
-
-kept: list[torch.library.Library] = []  # a registration ends with its library
+kept: list[Library] = []  # a registration ends with its library
 _real_tensor, _RealGenerator = torch.tensor, torch.Generator
 
 

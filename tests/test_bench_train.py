@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,3 +213,11 @@ def test_a_quick_run_from_records_measures_both_sides(
     assert "1 threads" in text
     assert "python -m benchmarks.bench_train --quick --records" in text
     assert "JPEG records; medians of 1 runs of 5 steps, the first 1 left out" in text
+
+
+def test_a_measuring_process_that_dies_or_fails_says_so_at_once() -> None:
+    assert runs.in_a_process(abs, -3) == 3
+    with pytest.raises(BrokenProcessPool):
+        runs.in_a_process(os._exit, 3)
+    with pytest.raises(ValueError, match="invalid literal"):
+        runs.in_a_process(int, "three")

@@ -470,6 +470,8 @@ def test_a_teacher_takes_time_by_the_peaks_and_by_measuring(capsys, teacher, kin
     words = (f"teacher={teacher}", f"distillation={kind}")
     assert run(capsys)["time"]["teacher"] == 0
     planned = run(capsys, *words, "--gpu", "h100")["time"]
+    forward = run(capsys, f"teacher={teacher}", "--gpu", "h100")["time"]["teacher"]
+    assert (planned["teacher"] > forward) == (kind == "logits")
     measured = run(capsys, *words, "--gpu", "cpu", "--measure", "0.1")["time"]
     for time in (planned, measured):
         assert time["teacher"] > 0

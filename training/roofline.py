@@ -75,7 +75,8 @@ BACKWARD_SHARE = 2 / 3
 # How often the fused head reads or writes the matrix of a block's numerators [B, rows] per visit
 # (product, scaling, exponential, sum, division by the norms), and once they are there.
 PASSES_OF_A_VISIT, PASSES_OF_A_USE = 8, 1
-# The same of the matrices [B, rows] of both sides, where a teacher's probabilities are compared.
+# The same of the matrices [B, rows] of both sides, where a teacher's probabilities are compared:
+# counted in head/distillation.py, not measured.
 PASSES_OF_TEACHING = 45
 
 
