@@ -31,6 +31,7 @@ from torch.nn.functional import normalize
 from head.arguments import check_arguments
 from head.batch import PAD_LABEL, BatchRules, alikeness
 from head.centres import Centres, ShardCentres
+from head.chunk import without_autocast
 from head.collectives import gather_labels, sum_over_ranks
 from head.engine import Engine, EngineLoss
 from head.host_centres import HostCentres
@@ -38,9 +39,10 @@ from head.initial import fill_initial_centres
 from head.plain_optimizer import refuse_plain_optimizers
 from head.readable import readable_loss
 from head.row_update import RowUpdate
-from head.sampling import ClassSample, draw_sample, hash_key, likely_classes
+from head.sampling import ClassSample, draw_sample, hash_key, likely_classes, sample_size
 from head.shard import class_range
 from head.target import Target, find_targets
+from head.work_buffer import BlockCost, Plan, choose_workspace, memory_bytes_of
 from losses import BatchFacts, Margin
 
 Update = Literal["fused", "autograd"]
@@ -64,8 +66,9 @@ class PartialFC(nn.Module):
             larger ones refused. None: ranks agree on it in every step, which costs one tiny
             collective and, on CUDA, a wait for the device.
         centres_per_class: K sub-centres; a class counts with its best one (Deng et al. 2020).
-        buffer_mib: work buffer of the fused path, in MiB: all it holds beside the centres,
-            their state and O(B D).
+        workspace_mib: memory of the fused path, in MiB: all it holds beside the centres, their
+            state and O(B D). "auto": an eighth of a GPU's memory, at most what it needs to keep
+            all softmax numerators; 256 MiB on a CPU.
         half: torch.bfloat16 runs the large matmuls in it, the fused path's with sums in fp32.
         seed: of initial centres (with the class index), sampling (with the rank) and draws.
         process_group: the ranks that share the classes; None means the default group, or no
@@ -84,7 +87,7 @@ class PartialFC(nn.Module):
             same way; None before the first.
 
     Raises:
-        ValueError: an argument outside its domain; a work buffer too small for one class.
+        ValueError: an argument outside its domain; a workspace too small for one class.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class PartialFC(nn.Module):
         update: Update | None = None,
         batch_size_per_rank: int | None = None,
         centres_per_class: int = 1,
-        buffer_mib: float = 256,
+        workspace_mib: float | str = "auto",
         half: torch.dtype | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -110,7 +113,7 @@ class PartialFC(nn.Module):
         update = update or ("autograd" if row_update is None else "fused")
         check_arguments(
             margin, embedding_size, num_classes, sample_rate, row_update, update,
-            batch_size_per_rank, centres_per_class, buffer_mib, half, dtype, centre_device,
+            batch_size_per_rank, centres_per_class, workspace_mib, half, dtype, centre_device,
         )  # fmt: skip
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
@@ -149,10 +152,12 @@ class PartialFC(nn.Module):
         self.matmul_half = half
         self.engine: Engine | None = None
         if update == "fused":
+            workspace = choose_workspace(
+                workspace_mib, self.device.type, memory_bytes_of(self.device)
+            )
             self.engine = Engine(
-                margin, self.group, buffer_mib=buffer_mib,
-                centres_per_class=centres_per_class, half=half,
-            )  # fmt: skip
+                margin, self.group, workspace, centres_per_class=centres_per_class, half=half
+            )
             refuse_plain_optimizers(self.weight, "update='fused' moves its class centres itself")
         elif self.sample_rate < 1.0:
             refuse_plain_optimizers(
@@ -173,9 +178,7 @@ class PartialFC(nn.Module):
         self._samples_drawn = 0
         self._forwards = 0
         if self.engine is not None and batch_size_per_rank is not None:
-            like = torch.empty(0, dtype=self.work_dtype, device=self.device)
-            batch = batch_size_per_rank * self.world_size
-            self.engine.plan(self._centres(), batch, embedding_size, like)  # or say that it can't
+            self.planned_blocks()  # or say that it can't
 
     def forward(
         self,
@@ -202,7 +205,7 @@ class PartialFC(nn.Module):
                 a label outside the range makes the loss NaN.
             RuntimeError: r < 1 and a second forward before `step`, without `prepare`.
         """
-        with torch.autocast(local_embeddings.device.type, enabled=False):
+        with without_autocast(local_embeddings.device):
             batch = self._rules.gather(
                 local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
             )
@@ -273,7 +276,7 @@ class PartialFC(nn.Module):
         if self.engine is not None:
             if not self.engine.has_moved_since_finish and not self.engine.has_pending:
                 raise RuntimeError("no gradient: call loss.backward() before head.step()")
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device):
                 self.engine.finish(learning_rate, bad, gradient_scale)
         else:
             self._move_by_weight_grad(learning_rate, bad, gradient_scale)
@@ -308,15 +311,45 @@ class PartialFC(nn.Module):
         for (_, rule), count in zip(self.moved_parameters(), state["roundings"], strict=True):
             rule.roundings = count
 
+    def planned_blocks(self) -> tuple[Plan, BlockCost]:
+        """Blocks of a step on this rank, and what a row of them takes; of a sample with no more
+        positives than it has room for. Fused only, with a `batch_size_per_rank`.
+
+        Raises:
+            BufferTooSmallError: not one class fits the workspace.
+        """
+        assert self.engine is not None
+        assert self.batch_size_per_rank is not None
+        centres, size = self._centres(), len(self.weight)
+        if self.sample_rate < 1.0:
+            size = sample_size(self.num_classes_local, self.sample_rate) * self.centres_per_class
+        if self._host is not None:  # a sample's rows come over as a shard of their own
+            centres = ShardCentres(self.weight[:size], self.row_update)
+        elif self.sample_rate < 1.0:
+            rows = torch.empty(size, dtype=torch.int64, device="meta")
+            centres = ShardCentres(
+                self.weight, self.row_update, self.bias, self._bias_update, rows
+            )
+        like = torch.empty(0, dtype=self.work_dtype, device=self.device)
+        batch = self.batch_size_per_rank * self.world_size
+        step = (centres, batch, self.embedding_size, like)
+        return self.engine.plan(*step), self.engine.cost(*step)
+
     def describe_memory(self) -> str:
         """What the head holds on this rank, for the log."""
         state = [] if self.row_update is None else self.row_update.state(self.weight).values()
         size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
         if self.engine is None:
             return f"centres and state {size:,.0f} MiB; logits and gradients by autograd"
-        return (
-            f"centres and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
-            f"work buffer {self.engine.budget_bytes / 2**20:,.0f} MiB"
+        told = f"centres and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
+        budget = self.engine.workspace.budget_bytes / 2**20
+        if self.batch_size_per_rank is None:
+            return told + f"workspace of at most {budget:,.0f} MiB"
+        plan, cost = self.planned_blocks()
+        return told + (
+            f"workspace {cost.total_bytes(plan) / 2**20:,.0f} of at most {budget:,.0f} MiB, "
+            f"{len(plan.blocks())} blocks, softmax numerators of {plan.kept_rows:,} of "
+            f"{plan.num_rows:,} centres kept for backward"
         )
 
     def extra_repr(self) -> str:

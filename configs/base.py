@@ -226,9 +226,10 @@ class Config:
     """"fused": blocks of classes, no B x C matrix and no C x D gradient; "autograd": the readable
     path with an ordinary gradient, slower and larger."""
 
-    head_buffer_mib: int = 256
-    """Work buffer of the fused head per rank, in MiB: what it uses beside class centres, their
-    state and O(global batch). More keeps more from forward to backward, and is faster."""
+    head_workspace_mib: int | str = "auto"
+    """Memory of the fused head per rank, in MiB, beside class centres, their state and O(global
+    batch). More keeps more from forward to backward, and is faster. "auto": an eighth of a GPU's
+    memory, or less where all softmax numerators are kept with less; 256 MiB on a CPU."""
 
     head_device: str = "auto"
     """"auto": class centres live where the training runs; "cpu": in host memory, and the sampled
@@ -465,7 +466,7 @@ class Config:
             ("profile", 0), ("samples_per_class", 0), ("shuffle_block", 0),
             ("checkpoint_every", 0), ("keep_checkpoints", 0), ("max_failed_saves", 1),
             ("checkpoint_minutes", 0), ("max_rollbacks", 0), ("collective_timeout_s", 1),
-            ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0), ("head_buffer_mib", 1),
+            ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0),
             ("freeze_epoch", 0),
         ):  # fmt: skip
             at_least(key, low)
@@ -512,6 +513,11 @@ class Config:
             )
             if self.rec == "synthetic":
                 require(value != "auto", f'{key}="auto": rec="synthetic" needs a number')
+        mib = self.head_workspace_mib
+        require(
+            mib == "auto" or (isinstance(mib, int) and mib >= 1),
+            f'head_workspace_mib={mib!r}: a whole number of at least 1, or "auto"',
+        )
         require(
             self.sub_centres is None or self.sub_centres >= 1,
             f"sub_centres={self.sub_centres!r}: at least 1, or None",

@@ -17,7 +17,7 @@ def check_arguments(
     update: str,
     batch_size_per_rank: int | None,
     centres_per_class: int,
-    buffer_mib: float,
+    workspace_mib: float | str,
     half: torch.dtype | None,
     dtype: torch.dtype,
     centre_device: torch.device | str | None,
@@ -44,7 +44,11 @@ def check_arguments(
             f"batch_size_per_rank={batch_size_per_rank}: at least 1, or None",
         ),
         (centres_per_class >= 1, f"centres_per_class={centres_per_class}: at least 1"),
-        (buffer_mib > 0, f"buffer_mib={buffer_mib!r}: above 0"),
+        (
+            workspace_mib == "auto"
+            or (isinstance(workspace_mib, (int, float)) and workspace_mib > 0),
+            f"workspace_mib={workspace_mib!r}: above 0, or 'auto'",
+        ),
         (
             half in (None, torch.bfloat16),
             f"half={half}: torch.bfloat16, or None for full precision",

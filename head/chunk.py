@@ -16,6 +16,7 @@ is less to read and write, and no normalised copy of w has to exist.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -30,15 +31,20 @@ def inverse_norms(centres: Tensor) -> Tensor:
     return torch.linalg.vector_norm(centres, dim=1).clamp_min_(NORM_FLOOR).reciprocal_()
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off; the meta device, on which a step's operations are counted, has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """left @ right with operands in `dtype`; the result in fp32 (fp64 for fp64) at least.
 
-    Half-precision products add up in fp32; CUDA hands over those sums, a CPU rounds them once.
+    Half-precision products add up in fp32; a GPU hands over those sums, a CPU rounds them once.
     """
     if dtype in (torch.float32, torch.float64):
         return torch.mm(left, right, out=out)
     left, right = left.to(dtype), right.to(dtype)
-    if left.device.type == "cuda":
+    if left.device.type != "cpu":
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right).float()
 

@@ -25,10 +25,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from head.centres import Centres
-from head.chunk import exponentials, inverse_norms, matmul, through_normalisation
+from head.chunk import (
+    exponentials,
+    inverse_norms,
+    matmul,
+    through_normalisation,
+    without_autocast,
+)
 from head.collectives import combine_softmax
 from head.target import Target, TargetGradient
-from head.work_buffer import WORK_SHARE, BlockCost, Plan, WorkBuffer, plan_blocks
+from head.work_buffer import BlockCost, Plan, WorkBuffer, Workspace, plan_blocks
 from margins.base import Context, Margin
 
 
@@ -46,7 +52,7 @@ class Engine:
     Args:
         margin: of the loss.
         group: process group of the ranks that share the classes, None for one rank.
-        buffer_mib: budget of the work buffer.
+        workspace: budget of the work buffer.
         centres_per_class: K.
         half: dtype of the large matmuls' operands (torch.bfloat16), None for full precision.
     """
@@ -55,13 +61,13 @@ class Engine:
         self,
         margin: Margin,
         group: dist.ProcessGroup | None,
+        workspace: Workspace,
         *,
-        buffer_mib: float = 256,
         centres_per_class: int = 1,
         half: torch.dtype | None = None,
     ) -> None:
         self.margin, self.group, self.half = margin, group, half
-        self.budget_bytes = int(buffer_mib * 2**20)
+        self.workspace = workspace
         self.centres_per_class = centres_per_class
         self.times_moved = 0  # how often centres have changed, to notice a stale pass
         self.has_moved_since_finish = False
@@ -75,11 +81,8 @@ class Engine:
         Raises:
             BufferTooSmallError: not one class fits the budget.
         """
-        share = WORK_SHARE.get(like.device.type, 1 / 2)
         cost = self.cost(centres, batch, width, like)
-        return plan_blocks(
-            centres.num_rows, cost, self.budget_bytes, share, self.centres_per_class
-        )
+        return plan_blocks(centres.num_rows, cost, self.workspace, self.centres_per_class)
 
     def cost(self, centres: Centres, batch: int, width: int, like: Tensor) -> BlockCost:
         """What a row of this step takes in the work buffer and beside it.
@@ -400,7 +403,7 @@ class EngineLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(gradients[0].device.type, enabled=False):
+        with without_autocast(gradients[0].device):
             gradient, norm_gradient = ctx.one.backward(gradients[0])
         return gradient, norm_gradient, None, None, None
 

@@ -130,8 +130,10 @@ class RowUpdate(ABC):
 
     def _round_stochastically(self, values: Tensor) -> Tensor:
         """fp32 -> bf16, up or down at random; the draws follow from a count that is saved."""
-        generator = torch.Generator(values.device)
-        generator.manual_seed(hash_key(0x5B, self.roundings))
+        generator = None  # the meta device, where nothing is drawn, has none
+        if not values.is_meta:
+            generator = torch.Generator(values.device)
+            generator.manual_seed(hash_key(0x5B, self.roundings))
         self.roundings += 1
         noise = torch.randint(
             0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator

@@ -77,8 +77,10 @@ def draw_sample(
     is_first = torch.ones_like(positives, dtype=torch.bool)
     is_first[1:] = positives[1:] != positives[:-1]
     is_first &= positives < num_classes_local
-    if size < min(len(positives), num_classes_local):
-        size = max(size, int(is_first.sum()))  # the only wait for the device
+    most_positives = min(len(positives), num_classes_local)
+    if size < most_positives:
+        # The only wait for the device; on the meta device there are no labels to count.
+        size = most_positives if positives.is_meta else max(size, int(is_first.sum()))
 
     candidates = permutation_prefix(
         num_classes_local, size, key=hash_key(seed, rank, step), device=device

@@ -1,7 +1,8 @@
 """How a budget of memory becomes blocks of classes, and the one buffer they are worked on in.
 
-`plan_blocks` is a pure function. A block in work needs matrices [B, rows] and [rows, D]; what
-the budget leaves keeps softmax numerators from the forward to the backward pass.
+`choose_workspace` gives the budget and `plan_blocks` the blocks; both are pure functions. A block in
+work needs matrices [B, rows] and [rows, D]; what the budget leaves keeps softmax numerators from the
+forward to the backward pass.
 """
 
 from __future__ import annotations
@@ -14,15 +15,61 @@ from torch import Tensor
 
 # Share of the budget for the block in work. Large blocks make better matmuls and fewer calls;
 # smaller ones leave room to keep numerators, which saves a matmul. On a CPU 4,000 to 16,000
-# rows of 512 take the same time; an accelerator wants more per call. (The second is assumed.)
-WORK_SHARE = {"cpu": 1 / 8, "cuda": 1 / 2}
+# rows of 512 take the same time. An accelerator needs more work per kernel launch: at the bound in
+# bytes, B = 1024 and D = 512 a block has 131,000 classes, and a pass over its logits takes 0.2 ms
+# where a launch takes 0.008 (both worked out for an H100, not measured).
+CPU_WORK_SHARE, ACCELERATOR_WORK_SHARE = 1 / 8, 1 / 2
+MOST_WORK_BYTES = 2 * 2**30
+# "auto": this share of an accelerator's memory, and these MiB where the memory is unknown or a CPU's.
+AUTO_SHARE = 1 / 8
+AUTO_MIB = 256
 # Classes of a block where there are several. Tensor cores want rows of matrices to begin at
 # multiples of 16 bytes, 8 numbers of bf16; numerators [B, rows] have `rows` numbers a row.
 ALIGNED = 8
 
 
 class BufferTooSmallError(ValueError):
-    """Not even one class fits the work buffer."""
+    """Not even one class fits the workspace."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory that the fused head may use beside class centers, their state and O(B D).
+
+    Attributes:
+        budget_bytes: all of it. work_bytes: of it, the most that the block in work may take.
+    """
+
+    budget_bytes: int
+    work_bytes: int
+
+
+def choose_workspace(
+    mib: float | str, device_type: str, memory_bytes: int | None = None
+) -> Workspace:
+    """The workspace of a head on one device.
+
+    Args:
+        mib: its size in MiB. "auto": an eighth of an accelerator's memory, which keeps the numerators
+            of 2 million classes at a global batch of 1024 on 80 GB; 256 MiB on a CPU.
+        device_type: "cpu", or an accelerator's.
+        memory_bytes: of the accelerator, where it is known.
+    """
+    is_cpu = device_type == "cpu"
+    if isinstance(mib, str):
+        known = None if is_cpu else memory_bytes
+        mib = AUTO_MIB if known is None else AUTO_SHARE * known / 2**20
+    budget = int(mib * 2**20)
+    if is_cpu:
+        return Workspace(budget, int(budget * CPU_WORK_SHARE))
+    return Workspace(budget, min(int(budget * ACCELERATOR_WORK_SHARE), MOST_WORK_BYTES))
+
+
+def memory_bytes_of(device: torch.device) -> int | None:
+    """All memory of a CUDA device; None for other devices."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 @dataclass(frozen=True)
@@ -81,22 +128,23 @@ class Plan:
 
 
 def plan_blocks(
-    num_rows: int, cost: BlockCost, budget_bytes: int, work_share: float, centres_per_class: int = 1
+    num_rows: int, cost: BlockCost, workspace: Workspace, centres_per_class: int = 1
 ) -> Plan:
-    """Blocks of whole classes whose work and kept numerators together fit the budget.
+    """Blocks of whole classes whose work and kept numerators together fit the workspace.
 
     Raises:
         BufferTooSmallError: not one class of `centres_per_class` rows fits.
     """
     per_class = cost.work_bytes_per_row * centres_per_class
+    budget_bytes = workspace.budget_bytes
     if per_class > budget_bytes:
         raise BufferTooSmallError(
-            f"a work buffer of {budget_bytes / 2**20:.3g} MiB does not hold one class: a global "
+            f"a workspace of {budget_bytes / 2**20:.3g} MiB does not hold one class: a global "
             f"batch of {cost.batch} and embeddings of {cost.width} need {per_class / 2**20:.3g} "
-            f"MiB; head_buffer_mib must be at least {math.ceil(per_class / 2**20)}"
+            f"MiB; head_workspace_mib must be at least {math.ceil(per_class / 2**20)}"
         )
     num_classes = max(1, num_rows // centres_per_class)
-    classes = min(max(1, int(budget_bytes * work_share) // per_class), num_classes)
+    classes = min(max(1, workspace.work_bytes // per_class), num_classes)
     if ALIGNED <= classes < num_classes:
         classes -= classes % ALIGNED
     # Blocks of about one size rather than a small last one.

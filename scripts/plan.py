@@ -124,7 +124,8 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     precision = policy(cfg, machine)
     if precision.tf32:
         machine = dataclasses.replace(machine, single=machine.tf32)
-    needs = find_needs(cfg, world_size, setting.num_classes, precision, kind)
+    memory_bytes = int(machine.memory_gib * 2**30)
+    needs = find_needs(cfg, world_size, setting.num_classes, precision, kind, memory_bytes)
     embeds_twice = embeds_ahead(cfg, make_margin(cfg))
     if setting.measured_seconds:
         rest, head, teacher = time_step(
@@ -196,8 +197,8 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
             found.append(with_(head_weight_dtype="bf16", head_state_dtype="bf16"))
         if cfg.head_device == "auto":
             found.append(with_(head_device="cpu", sample_rate=min(cfg.sample_rate, 0.1)))
-        if cfg.head_buffer_mib > 64:
-            found.append(with_(head_buffer_mib=64))
+        if isinstance(cfg.head_workspace_mib, str) or cfg.head_workspace_mib > 64:
+            found.append(with_(head_workspace_mib=64))
     if not cfg.gradient_checkpointing:
         found.append(with_(gradient_checkpointing=True))
     if cfg.global_batch_size is not None:

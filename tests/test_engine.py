@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from head.row_update import AdamWRows, SGDRows
 from head.sampling import hash_key
-from head.work_buffer import BlockCost, BufferTooSmallError, plan_blocks
+from head.work_buffer import BlockCost, BufferTooSmallError, Workspace, plan_blocks
 from losses import (
     AdaFace,
     ArcFace,
@@ -116,7 +116,7 @@ def steps(
 
 
 @pytest.mark.parametrize("path", ["fused", "deferred"])
-@pytest.mark.parametrize("options", [{}, {"buffer_mib": 0.006}, {"centre_device": "cpu"}])
+@pytest.mark.parametrize("options", [{}, {"workspace_mib": 0.006}, {"centre_device": "cpu"}])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_50_steps_end_where_the_readable_path_ends(ranks, rule, sample_rate, options, path):
@@ -270,10 +270,10 @@ def test_blocks_cover_all_rows_in_whole_classes_within_the_budget(
 ):
     cost = BlockCost(batch, width, reads_copies=copies, batch_matrices=2, width_matrices=3)
     if cost.work_bytes_per_row * k > budget:
-        with pytest.raises(BufferTooSmallError, match="head_buffer_mib"):
-            plan_blocks(classes * k, cost, budget, share, k)
+        with pytest.raises(BufferTooSmallError, match="head_workspace_mib"):
+            plan_blocks(classes * k, cost, Workspace(budget, int(budget * share)), k)
         return
-    plan = plan_blocks(classes * k, cost, budget, share, k)
+    plan = plan_blocks(classes * k, cost, Workspace(budget, int(budget * share)), k)
     blocks = plan.blocks()
     assert [a for a, _ in blocks[1:]] == [b for _, b in blocks[:-1]]
     assert (blocks[0][0], blocks[-1][1]) == (0, classes * k) if blocks else classes == 0
@@ -339,7 +339,7 @@ def test_all_that_lives_during_a_step_fits_the_work_buffer(
     head = PartialFC(
         **{"margin": CosFace(), "embedding_size": width, "num_classes": 30_000,
            "sample_rate": sample_rate, "row_update": rule, "batch_size_per_rank": batch,
-           "buffer_mib": mib, **options}
+           "workspace_mib": mib, **options}
     )  # fmt: skip
     known = [head.weight, *rule.state(head.weight).values()]
     embeddings = torch.randn(batch, width, requires_grad=True)
@@ -353,16 +353,16 @@ def test_all_that_lives_during_a_step_fits_the_work_buffer(
     assert memory.peak > 2**20
 
 
-@pytest.mark.parametrize("buffer_mib", [256, 0.02, 0.006])
+@pytest.mark.parametrize("workspace_mib", [256, 0.02, 0.006])
 @pytest.mark.parametrize("sizes", [(8, 4), (4, 8), (8, 4, 2), (4, 4)])
 @pytest.mark.parametrize("k", [1, 2])
-def test_micro_batches_of_any_size_add_up(sizes, k, buffer_mib):
+def test_micro_batches_of_any_size_add_up(sizes, k, workspace_mib):
     """Each with a backward of its own, or all with one; no batch size announced."""
 
     def moved(update: Any, together: bool) -> torch.Tensor:
         head = PartialFC(
             CosFace(0.2, 8.0), 8, 41, row_update=SGDRows(), dtype=torch.float64, update=update,
-            buffer_mib=buffer_mib, centres_per_class=k,
+            workspace_mib=workspace_mib, centres_per_class=k,
         )  # fmt: skip
         losses = []
         for number, size in enumerate(sizes):
@@ -414,7 +414,7 @@ def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centres_exists(
 
     rule = SGDRows()
     head = PartialFC(
-        CosFace(), 64, 20_000, row_update=rule, batch_size_per_rank=64, buffer_mib=1
+        CosFace(), 64, 20_000, row_update=rule, batch_size_per_rank=64, workspace_mib=1
     )
     state = rule.state(head.weight)
     known = {t.untyped_storage().data_ptr() for t in (head.weight, *state.values())}
@@ -512,7 +512,7 @@ def test_a_saved_head_goes_on_as_if_it_had_not_been_interrupted(margin):
 
 def too_small(rank: int, world_size: int, capacity: int | None) -> None:
     head = PartialFC(
-        CosFace(), 8, 41, row_update=SGDRows(), buffer_mib=1e-4, batch_size_per_rank=capacity
+        CosFace(), 8, 41, row_update=SGDRows(), workspace_mib=1e-4, batch_size_per_rank=capacity
     )
     head(torch.randn(4, 8), torch.arange(4))
 
@@ -529,7 +529,7 @@ def test_every_rank_refuses_a_buffer_too_small_for_one_class(ranks, capacity):
     ("arguments", "words"),
     [
         ({"centres_per_class": 0}, "centres_per_class"),
-        ({"buffer_mib": 0}, "buffer_mib"),
+        ({"workspace_mib": 0}, "workspace_mib"),
         ({"update": "magic"}, "fused or autograd"),
         ({"update": "fused", "row_update": None}, "row_update"),
         ({"half": torch.float16}, "bfloat16"),

@@ -74,9 +74,9 @@ def loss_and_gradients(
 PATHS = {
     "autograd": ("autograd", {}),
     "fused": ("fused", {}),
-    "fused, blocks of a few classes": ("fused", {"buffer_mib": 0.006}),
+    "fused, blocks of a few classes": ("fused", {"workspace_mib": 0.006}),
     "deferred": ("deferred", {}),
-    "deferred, blocks of a few classes": ("deferred", {"buffer_mib": 0.006}),
+    "deferred, blocks of a few classes": ("deferred", {"workspace_mib": 0.006}),
 }
 
 

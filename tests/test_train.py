@@ -127,7 +127,7 @@ def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, head,
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, caplog, loss):
-    settings = {"output": str(tmp_path), "loss": loss, "max_steps": 2, "head_buffer_mib": 1}
+    settings = {"output": str(tmp_path), "loss": loss, "max_steps": 2, "head_workspace_mib": 1}
     if loss != "softmax":
         settings |= {"sample_rate": 0.5, "head_device": "cpu", "head_state_dtype": "bf16"}
     cfg = Config(**{**TINY, **settings})
@@ -145,8 +145,8 @@ def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, c
     [
         ({"loss": "adaface", "margin": 2.0}, "margin=2.0"),
         ({"loss": "magface", "magface_norms": (5.0, 4.0)}, "l_a < u_a"),
-        ({"embedding_size": 512, "batch_size": 1000, "head_buffer_mib": 1,
-          "sub_centres": 100}, "head_buffer_mib must be at least 2"),
+        ({"embedding_size": 512, "batch_size": 1000, "head_workspace_mib": 1,
+          "sub_centres": 100}, "head_workspace_mib must be at least 2"),
         ({"head_device": "cpu", "sample_rate": 0.5, "loss": "softmax"}, "without bias"),
     ],
 )  # fmt: skip

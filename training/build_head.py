@@ -12,6 +12,7 @@ from configs.base import Config
 from data.sources import ImageSource
 from head.row_update import AdamWRows, RowUpdate, SGDRows
 from head.shard import class_range
+from head.work_buffer import Workspace, choose_workspace, memory_bytes_of
 from losses import (
     AdaFace,
     ArcFace,
@@ -98,7 +99,7 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
             update=cfg.head_update,  # type: ignore[arg-type]
             batch_size_per_rank=cfg.batch_size * passes,
             centres_per_class=centres_per_class,
-            buffer_mib=cfg.head_buffer_mib,
+            workspace_mib=cfg.head_workspace_mib,
             half=precision.head_matmul,
             seed=cfg.seed,
             device=world.device,
@@ -115,6 +116,11 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
             f"cannot be had: more ranks, fewer classes, a smaller embedding_size, "
             f'head_weight_dtype="bf16" or head_device="cpu" ({error})'
         ) from error
+
+
+def workspace_of(cfg: Config, device: torch.device) -> Workspace:
+    """The workspace of a fused head on that device."""
+    return choose_workspace(cfg.head_workspace_mib, device.type, memory_bytes_of(device))
 
 
 def has_layer(cfg: Config) -> bool:
@@ -192,7 +198,7 @@ def make_second_loss(
         return make_distillation(
             cfg.distillation, teacher, head, source, world, weight=cfg.distillation_weight,
             scale=cfg.scale, temperature=cfg.distillation_temperature,
-            buffer_mib=cfg.head_buffer_mib,
+            workspace=workspace_of(cfg, head.device),
         )  # fmt: skip
     except ValueError as error:
         raise SetupError(str(error)) from error

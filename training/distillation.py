@@ -22,6 +22,7 @@ from backbones.weights import ModelMetadata, WeightsError, load_model
 from data.sources import ImageSource
 from head.collectives import sum_over_ranks
 from head.distillation import Sides, TeacherCentres, sharded_divergence
+from head.work_buffer import Workspace
 from partial_fc import PartialFC
 from training.checkpoint import FOLDER, CheckpointError, Ranks
 from training.precision import Precision, TrainedBackbone
@@ -30,7 +31,7 @@ from utils.distributed import World
 
 logger = logging.getLogger("train")
 
-WORK_SHARE = 1 / 8  # of head_buffer_mib, for the block in work beside the head's
+WORK_SHARE = 1 / 8  # of the head's workspace, for the block in work beside the head's
 
 
 class Teacher:
@@ -125,9 +126,9 @@ class LogitsDistillation:
         return sharded_divergence(unit, taught, sides)
 
 
-def block_budget(buffer_mib: float) -> int:
+def block_budget(workspace: Workspace) -> int:
     """Bytes of the block of classes in work, of `logits`."""
-    return int(buffer_mib * 2**20 * WORK_SHARE)
+    return int(workspace.budget_bytes * WORK_SHARE)
 
 
 Distillation = CosineDistillation | LogitsDistillation
@@ -165,14 +166,14 @@ def load_teacher(
 
 def make_distillation(
     kind: str, teacher: Teacher, head: PartialFC, source: ImageSource, world: World,
-    *, weight: float, scale: float, temperature: float, buffer_mib: float,
+    *, weight: float, scale: float, temperature: float, workspace: Workspace,
 ) -> Distillation:  # fmt: skip
     """What the teacher teaches this run; all ranks together.
 
     Args:
         kind: "cosine" or "logits".
         source: the training set, for the names of its classes.
-        weight, scale, temperature, buffer_mib: as in the config.
+        weight, scale, temperature: as in the config. workspace: of the head.
 
     Raises:
         ValueError, CheckpointError, DataError, FileNotFoundError: class centres that do not fit.
@@ -188,7 +189,7 @@ def make_distillation(
     )  # fmt: skip
     return LogitsDistillation(
         teacher, centres, head, weight=weight, scale=scale, temperature=temperature,
-        budget_bytes=block_budget(buffer_mib), half=teacher.precision.head_matmul,
+        budget_bytes=block_budget(workspace), half=teacher.precision.head_matmul,
     )  # fmt: skip
 
 

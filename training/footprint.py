@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,15 @@ from configs.base import Config
 from head.centres import ShardCentres
 from head.readable import readable_loss
 from head.sampling import sample_size
-from head.work_buffer import Plan
+from head.work_buffer import Workspace, choose_workspace
 from losses import BatchFacts
 from partial_fc import PartialFC
 from training.batch_norm import BatchNormStatistics
 from training.build_backbone import make_backbone
-from training.build_head import make_head, make_teacher, rank_0_alone
-from training.classifier import LayerClassifier
+from training.build_head import embeds_ahead, make_head, make_teacher, rank_0_alone
+from training.classifier import Head, LayerClassifier
 from training.distillation import block_budget
+from training.head_step import HeadOperations, count_head_step
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone
 from training.trace import Ledger, Operation, Trace, as_fake, make_fake, trace_step
@@ -101,9 +103,9 @@ class HeadWork:
     """What the head's step works on, on one rank.
 
     rows: class centres that take part, S K. batch: rows of the global batch of one pass. width: D.
-    kept_rows: of which softmax numerators are kept; None where `trace` says all.
-    is_sampled: rows are copied. state_bytes_per_row: of their optimizer. matmul_dtype: of operands.
-    is_deferred: centres move after backward. trace: of a head by autograd.
+    state_bytes_per_row: of their optimizer. matmul_dtype: of operands.
+    trace: one pass of a head by autograd. operations: counts all passes of a fused head and their
+        update, when they are asked for. One of the two is None.
     gathered_width: columns of the global batch's embeddings that ranks exchange in a pass.
     summed_bytes: of tensors that all ranks add up, per optimizer step.
     """
@@ -111,12 +113,10 @@ class HeadWork:
     rows: int
     batch: int
     width: int
-    kept_rows: int | None
-    is_sampled: bool
     state_bytes_per_row: float
     matmul_dtype: torch.dtype
-    is_deferred: bool
     trace: Trace | None = None
+    operations: Callable[[], HeadOperations] | None = None
     gathered_width: int = 0
     summed_bytes: int = 0
 
@@ -155,8 +155,9 @@ class Needs:
 
 
 def find_needs(
-    cfg: Config, world_size: int, num_classes: int, precision: Precision, device_type: str
-) -> Needs:
+    cfg: Config, world_size: int, num_classes: int, precision: Precision, device_type: str,
+    memory_bytes: int | None = None,
+) -> Needs:  # fmt: skip
     """Of rank 0, which has the most classes.
 
     Args:
@@ -164,13 +165,17 @@ def find_needs(
         num_classes: C.
         precision: the policy on that device.
         device_type: "cpu" or "cuda", where the training would run.
+        memory_bytes: of that GPU, where it is known; it decides head_workspace_mib="auto".
 
     Raises:
         SetupError: the network or the head cannot be built so, or the teacher does not fit.
         WeightsError, FileNotFoundError: there is no such teacher.
     """
-    cfg = dataclasses.replace(cfg, init_backbone=None)
-    teacher = _teacher_needs(cfg, world_size, num_classes, precision)
+    workspace = choose_workspace(cfg.head_workspace_mib, device_type, memory_bytes)
+    cfg = dataclasses.replace(
+        cfg, init_backbone=None, head_workspace_mib=workspace.budget_bytes // 2**20
+    )
+    teacher = _teacher_needs(cfg, world_size, num_classes, precision, workspace)
     with torch.device("meta"):
         backbone = make_backbone(cfg)
         model = TrainedBackbone(
@@ -181,10 +186,20 @@ def find_needs(
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
     alone, local = rank_0_alone(cfg, world_size, num_classes)
-    head = make_head(
-        dataclasses.replace(alone, head_device="auto"),
-        World(0, 0, 1, torch.device("meta")), local, precision,
-    )  # fmt: skip
+    alone = dataclasses.replace(alone, head_device="auto")
+
+    def make(classes: int) -> Head:
+        head = make_head(alone, World(0, 0, 1, torch.device("meta")), classes, precision)
+        if head.engine is not None:
+            head.engine.workspace = workspace
+        return head
+
+    def make_fused(classes: int) -> PartialFC:
+        head = make(classes)
+        assert isinstance(head, PartialFC)
+        return head
+
+    head = make(local)
     average = 0
     if cfg.ema_decay:
         average = _bytes([*backbone.parameters(), *backbone.buffers()]) + kept
@@ -205,9 +220,13 @@ def find_needs(
     if isinstance(head, LayerClassifier):
         centres, state, work, buffer = _layer_needs(head, alone.batch_size, cfg, world_size)
     else:
-        centres, state, work, buffer = _head_needs(
-            head, world_size, device_type, cfg.gradient_acc > 1 or precision.needs_scaler
-        )
+        centres, state, work, buffer = _head_needs(head, world_size, device_type)
+        if head.engine is not None:
+            passes = 1 if embeds_ahead(cfg, head.margin) else cfg.gradient_acc
+            count = cache(
+                lambda: count_head_step(make_fused, local, passes, precision.needs_scaler)
+            )
+            work = dataclasses.replace(work, operations=count)
 
     keeps_gradients = world_size > 1 or cfg.gradient_acc > 1
     batch_bytes = HEAD_BATCH_MATRICES * work.batch * work.gathered_width * head.work_dtype.itemsize
@@ -282,7 +301,7 @@ def find_needs(
 
 
 def _teacher_needs(
-    cfg: Config, world_size: int, num_classes: int, precision: Precision
+    cfg: Config, world_size: int, num_classes: int, precision: Precision, workspace: Workspace
 ) -> TeacherWork | None:
     """Of the teacher's file, whose weights are read to see that they fit."""
     teacher = make_teacher(cfg, precision, torch.device("cpu"))
@@ -303,7 +322,7 @@ def _teacher_needs(
         width = teacher.metadata.num_features
         _, local = rank_0_alone(cfg, world_size, num_classes)
         kept += local * (width * precision.dtype.itemsize + 1)  # and whether it is known
-        peak = max(peak, block_budget(cfg.head_buffer_mib))
+        peak = max(peak, block_budget(workspace))
     return TeacherWork(kept, peak, ledger.operations, width)
 
 
@@ -324,7 +343,7 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _head_needs(
-    head: PartialFC, world_size: int, device_type: str, is_deferred: bool
+    head: PartialFC, world_size: int, device_type: str
 ) -> tuple[int, int, HeadWork, int]:
     """Bytes of the centres and of their state, the head's work, and bytes of its work buffer."""
     mode, device = FakeTensorMode(), torch.device(device_type)
@@ -359,9 +378,7 @@ def _head_needs(
     trace = None if plan is not None else _trace_autograd_head(head, num_rows, batch)
     work = HeadWork(
         rows=num_rows, batch=batch, width=head.embedding_size,
-        kept_rows=_kept(plan), is_sampled=rows is not None,
-        state_bytes_per_row=state_bytes / max(local * k, 1),
-        matmul_dtype=matmul_dtype, is_deferred=is_deferred, trace=trace,
+        state_bytes_per_row=state_bytes / max(local * k, 1), matmul_dtype=matmul_dtype, trace=trace,
         gathered_width=head.embedding_size,
     )  # fmt: skip
     return centres, state_bytes, work, buffer
@@ -390,17 +407,12 @@ def _layer_needs(
     elif cfg.parallel_dim == 0:
         summed = cfg.gradient_acc * batch * head.num_classes * head.work_dtype.itemsize  # logits
     work = HeadWork(
-        rows=head.num_classes, batch=batch, width=head.embedding_size, kept_rows=None,
-        is_sampled=False, state_bytes_per_row=state / head.num_classes,
-        matmul_dtype=head.matmul_dtype, is_deferred=True, trace=trace,
+        rows=head.num_classes, batch=batch, width=head.embedding_size,
+        state_bytes_per_row=state / head.num_classes, matmul_dtype=head.matmul_dtype, trace=trace,
         gathered_width=0 if cfg.parallel_dim is None else cfg.embedding_size,
         summed_bytes=summed if world_size > 1 else 0,
     )  # fmt: skip
     return _bytes(parameters), state, work, 0
-
-
-def _kept(plan: Plan | None) -> int | None:
-    return None if plan is None else plan.kept_rows
 
 
 def _trace_autograd_head(head: PartialFC, num_rows: int, batch: int) -> Trace:

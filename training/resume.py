@@ -25,7 +25,7 @@ logger = logging.getLogger("train")
 
 # Keys of the config by what a change of them means for a run that goes on.
 FREE = frozenset({
-    "num_workers", "worker_type", "dali", "head_update", "head_buffer_mib", "head_device",
+    "num_workers", "worker_type", "dali", "head_update", "head_workspace_mib", "head_device",
     "gradient_checkpointing", "batch_size", "gradient_acc", "global_batch_size", "max_steps",
     "max_bad_steps", "device", "val_targets", "val_dir", "val_batch_size", "output", "resume",
     "save_all_states", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
@@ -34,6 +34,7 @@ FREE = frozenset({
     "wandb_resume", "wandb_log_all", "suffix_run_name", "save_artifacts", "init_backbone",
     "rec", "num_image", "num_classes", "fp16", "zero", "parallel_dim",
     "compile", "channels_last", "static_graph", "init_head",
+    "head_buffer_mib",  # head_workspace_mib in checkpoints written before it was called so
 })  # fmt: skip
 """Leave the result as it is (what they stand for is compared by itself)."""
 FIXED = frozenset({

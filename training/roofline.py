@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from training.footprint import HeadWork, Needs
+from training.head_step import HeadOperations
 from training.trace import Operation, Trace
 
 
@@ -72,9 +73,6 @@ LAUNCH_SECONDS = {"cuda": 8e-6, "cpu": 8e-6}
 # Share of the all-reduce of the network's gradients that can hide behind backward, which is two
 # thirds of the network's time.
 BACKWARD_SHARE = 2 / 3
-# How often the fused head reads or writes the matrix of a block's numerators [B, rows] per visit
-# (product, scaling, exponential, sum, division by the norms), and once they are there.
-PASSES_OF_A_VISIT, PASSES_OF_A_USE = 8, 1
 # The same of the matrices [B, rows] of both sides, where a teacher's probabilities are compared:
 # counted in head/distillation.py, not measured.
 PASSES_OF_TEACHING = 45
@@ -129,7 +127,7 @@ def estimate(
         + operations_seconds(trace.backward, machine)
     )
     passes = 1 if embeds_ahead else gradient_acc
-    head = passes * head_seconds(needs.head, machine)
+    head = head_seconds(needs.head, machine, passes)
     teacher = 0.0
     if needs.teacher is not None:
         teacher = gradient_acc * operations_seconds(needs.teacher.forward, machine)
@@ -145,13 +143,13 @@ def estimate(
 def operations_seconds(operations: Iterable[Operation], machine: Machine) -> float:
     """One operation after the other, each as slow as its products, its memory or its start."""
     start = LAUNCH_SECONDS[_kind(machine)]
-    return sum(
-        max(
-            op.flops / _product_rate(machine, op.dtype),
-            op.bytes_moved / _memory_rate(machine),
-            start,
-        )
-        for op in operations
+    return sum(max(_work_seconds(op, machine), start) for op in operations)
+
+
+def _work_seconds(operation: Operation, machine: Machine) -> float:
+    return max(
+        operation.flops / _product_rate(machine, operation.dtype),
+        operation.bytes_moved / _memory_rate(machine),
     )
 
 
@@ -161,23 +159,27 @@ def forward_share(trace: Trace, machine: Machine) -> float:
     return forward / (forward + operations_seconds(trace.backward, machine))
 
 
-def head_seconds(head: HeadWork, machine: Machine) -> float:
-    """One pass of the head: forward, backward, and the update of the class centres."""
+def head_seconds(head: HeadWork, machine: Machine, passes: int) -> float:
+    """All passes of a step: forward, backward, and the update of the class centres."""
     if head.trace is not None:
         seconds = operations_seconds([*head.trace.forward, *head.trace.backward], machine)
         row_bytes = 5 * 4 * head.width + 2 * head.state_bytes_per_row
-        return seconds + head.rows * row_bytes / _memory_rate(machine)
-    assert head.kept_rows is not None
-    made_again = (head.rows - head.kept_rows) * (1 + head.is_deferred)
-    product = 2 * head.batch * head.width / _product_rate(machine, head.matmul_dtype)
-    arithmetic = product * (3 * head.rows + made_again)  # z, dE, dW; z again
-    passes = PASSES_OF_A_VISIT * (head.rows + made_again) + 2 * PASSES_OF_A_USE * head.rows
-    centre = 4 * head.width
-    per_row = centre * (3 + head.is_deferred) + 2 * head.state_bytes_per_row  # read, read, write
-    if head.is_sampled:  # copied out and back
-        per_row += 2 * (centre + head.state_bytes_per_row)
-    moved = 4 * head.batch * passes + per_row * head.rows
-    return arithmetic + moved / _memory_rate(machine)
+        return passes * (seconds + head.rows * row_bytes / _memory_rate(machine))
+    assert head.operations is not None
+    counted = head.operations()
+    if _kind(machine) == "cpu":
+        return counted.total(lambda operations: operations_seconds(operations, machine))
+    return max(launch_seconds(counted), device_seconds(counted, machine))
+
+
+def launch_seconds(counted: HeadOperations) -> float:
+    """How long the host takes to start them; a GPU works through a queue meanwhile."""
+    return counted.launches * LAUNCH_SECONDS["cuda"]
+
+
+def device_seconds(counted: HeadOperations, machine: Machine) -> float:
+    """How long a GPU works on them, one after the other, if it never waits for the host."""
+    return counted.total(lambda operations: sum(_work_seconds(op, machine) for op in operations))
 
 
 def teaching_seconds(head: HeadWork, width: int, machine: Machine) -> float:

@@ -17,7 +17,13 @@ from head.distillation import TeacherCentres
 from head.shard import class_range
 from partial_fc import PartialFC
 from training.build import build
-from training.build_head import embeds_ahead, make_head, make_teacher, rank_0_alone
+from training.build_head import (
+    embeds_ahead,
+    make_head,
+    make_teacher,
+    rank_0_alone,
+    workspace_of,
+)
 from training.classifier import Head
 from training.distillation import LogitsDistillation, block_budget
 from training.precision import Precision, choose_precision
@@ -87,7 +93,7 @@ def _second_loss(
         lambda images: torch.randn(len(images), width, **options) / width**0.5,
         TeacherCentres(unit, known), head, weight=1.0, scale=cfg.scale,
         temperature=cfg.distillation_temperature,
-        budget_bytes=block_budget(cfg.head_buffer_mib), half=precision.head_matmul,
+        budget_bytes=block_budget(workspace_of(cfg, head.device)), half=precision.head_matmul,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,21 @@ _SAME_FLOPS = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward:
         aten._scaled_dot_product_flash_attention_backward,
 }  # fmt: skip
+
+
+_WITHOUT_META_KERNEL = (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr)
+_NO_KERNEL = frozenset({
+    "_local_scalar_dense", "_unsafe_view", "as_strided_", "detach_", "is_same_size", "item",
+    "promote_types", "resize_", "result_type", "set_", "squeeze_", "t_", "transpose_", "unsqueeze_",
+})  # fmt: skip
+# Operations that touch some places of their first operand, not all of it.
+_PICKS = frozenset({"embedding", "gather", "index", "index_select", "take"})
+_PUTS = frozenset({
+    "index_add_", "index_copy_", "index_put_", "index_fill_", "scatter_", "scatter_add_",
+})  # fmt: skip
+_TAKES_SHAPE = frozenset({
+    "full_like", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "zeros_like",
+})  # fmt: skip
 
 
 class Operation(NamedTuple):
@@ -67,7 +83,44 @@ class Trace:
     backward: list[Operation] = field(default_factory=list)
 
 
-class Ledger(TorchDispatchMode):
+class OperationLog(TorchDispatchMode):
+    """Writes down every operation while it is on, views and allocations left out.
+
+    Attributes:
+        operations: so far, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = self._run(func, args, kwargs)
+        if _is_work(func):
+            self._record(func, args, kwargs, out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _WITHOUT_META_KERNEL and args[0][0].is_meta:
+            return None  # it returns nothing, and there is nothing to change
+        return func(*args, **kwargs)
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        packet = func._overloadpacket
+        read, made = _tensors((args, kwargs)), _tensors(out)
+        formula = flop_registry.get(_SAME_FLOPS.get(packet, packet))
+        flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+        largest = max([*read, *made], key=_size, default=None)
+        if largest is not None:
+            name = packet._qualified_op_name.removeprefix("aten::")
+            moved = _bytes_moved(name, read, made)
+            self.operations.append(Operation(name, flops, moved, largest.dtype))
+
+
+class Ledger(OperationLog):
     """Follows storages and operations while it is on.
 
     Args:
@@ -76,14 +129,12 @@ class Ledger(TorchDispatchMode):
     Attributes:
         live, peak: bytes now, and most so far. gradients: of `live`, see `is_gradient`.
         gradients_at_peak, peak_without_gradients: see Trace.
-        operations: so far.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = self.gradients = 0
         self.gradients_at_peak = self.peak_without_gradients = 0
-        self.operations: list[Operation] = []
         self._sizes: Any = WeakIdKeyDictionary()  # storage -> bytes
         for tensor in existing:
             self._sizes[tensor.untyped_storage()] = 0
@@ -92,22 +143,17 @@ class Ledger(TorchDispatchMode):
         """From now on `tensor` counts as a parameter's gradient."""
         self.gradients += self._sizes.get(tensor.untyped_storage(), 0)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        is_new = [self._see(t) for t in made]
-        if any(is_new) or func._schema.is_mutable:
-            self._record(func, args, kwargs, out, made)
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = super()._run(func, args, kwargs)
+        for tensor in _tensors(out):
+            self._see(tensor)
         return out
 
-    def _see(self, tensor: Tensor) -> bool:
-        """True if its storage is new."""
+    def _see(self, tensor: Tensor) -> None:
+        """Count its storage if it is new."""
         storage = tensor.untyped_storage()
         if storage in self._sizes:
-            return False
+            return
         size = storage.nbytes()
         self._sizes[storage] = size
         weakref.finalize(storage, self._forget, size)
@@ -115,23 +161,39 @@ class Ledger(TorchDispatchMode):
         if self.live > self.peak:
             self.peak, self.gradients_at_peak = self.live, self.gradients
         self.peak_without_gradients = max(self.peak_without_gradients, self.live - self.gradients)
-        return True
 
     def _forget(self, size: int) -> None:
         self.live -= size
 
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
-        packet = func._overloadpacket
-        name = packet._qualified_op_name.removeprefix("aten::")
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if name.startswith(("empty", "new_empty")) or not (read or made):
-            return
-        formula = flop_registry.get(_SAME_FLOPS.get(packet, packet))
-        flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
-        largest = max([*read, *made], key=_size)
-        self.operations.append(
-            Operation(name, flops, sum(map(_size, read)) + sum(map(_size, made)), largest.dtype)
-        )
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+@cache
+def _is_work(func: Any) -> bool:
+    """True if it starts a kernel: neither a view nor an allocation nor a question to the host."""
+    name = func._overloadpacket._qualified_op_name.removeprefix("aten::")
+    if name.startswith(("empty", "new_empty")) or name in _NO_KERNEL:
+        return False
+    returned = [value.alias_info for value in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in returned)
+    return not is_view
+
+
+def _bytes_moved(name: str, read: list[Tensor], made: list[Tensor]) -> int:
+    """Bytes that an operation reads and writes: its tensors, each whole, but for operations that
+    pick some places of their first operand, or only take its shape."""
+    if name in _PICKS:
+        return sum(map(_size, read[1:])) + 2 * sum(map(_size, made))
+    if name in _PUTS:  # indices and values are read; the places of the values, read and written
+        values = max(map(_size, read[1:]), default=0)
+        return sum(map(_size, read[1:])) + 2 * values
+    if name in _TAKES_SHAPE:
+        return sum(map(_size, made))
+    return sum(map(_size, read)) + sum(map(_size, made))
 
 
 def _size(tensor: Tensor) -> int:

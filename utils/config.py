@@ -24,6 +24,8 @@ from configs.base import Config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEVER_SAVED = ("wandb_key",)
+ALIASES = {"head_buffer_mib": "head_workspace_mib"}
+"""Old spellings of keys, which configs and command lines may still use."""
 
 
 class ConfigError(ValueError):
@@ -42,12 +44,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with all problems at once.
     """
     file = find_config_file(path)
-    values = _read_module(file)
-    problems = [_unknown_key(key) for key in values if key not in _FIELD_TYPES]
+    values, problems = _standard_names(_read_module(file))
+    problems += [_unknown_key(key) for key in values if key not in _FIELD_TYPES]
     values = {key: value for key, value in values.items() if key in _FIELD_TYPES}
 
     for word in overrides:
         key, equals, text = word.partition("=")
+        key = ALIASES.get(key, key)
         if not equals:
             problems.append(f"{word!r}: after the config come key=value words, such as lr=0.02")
         elif key not in _FIELD_TYPES:
@@ -149,6 +152,15 @@ def _read_module(file: Path) -> dict[str, Any]:
             f"{file}: no `config` found; define config = EasyDict(...) (any mapping will do)"
         )
     return {str(key): value for key, value in config.items()}
+
+
+def _standard_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`values` without old spellings, and a problem for each key that is there in both."""
+    problems = [
+        f"{old} and {new}: two spellings of one key; leave {old} out"
+        for old, new in ALIASES.items() if old in values and new in values
+    ]  # fmt: skip
+    return {ALIASES.get(key, key): value for key, value in values.items()}, problems
 
 
 def _unknown_key(key: str) -> str:
