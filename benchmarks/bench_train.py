@@ -177,7 +177,10 @@ class Bench:
         return Result(
             speed, peak_mib, peak_mib - self.start_mib(),
             median(r.data_wait_share for r in readings), median(firsts) if firsts else None,
-            utilisation(row, speed, self.matmul_peak(side.keys["precision"])),
+            utilisation(
+                row.network, row.num_classes * row.sample_rate, speed,
+                self.matmul_peak(side.keys["precision"]),
+            ),
         )  # fmt: skip
 
     def start_mib(self) -> float:
@@ -212,14 +215,16 @@ def measure_matmul(device: str, precision: str) -> float:
     return 2 * size**3 / best
 
 
-def utilisation(row: Row, samples_per_second: float, peak: float) -> tuple[float, float]:
+def utilisation(
+    network: str, num_classes: float, samples_per_second: float, peak: float
+) -> tuple[float, float]:
     """Share of `peak` FLOP/s that the backbone's products take, and with the head's.
 
     Backward counts twice the forward pass, recomputation not; a ViT's masked patches are counted.
     """
     width = Config.embedding_size
-    backbone = 3 * describe(row.network, {"num_features": width})["flops"]
-    head = 3 * 2 * width * row.num_classes * row.sample_rate
+    backbone = 3 * describe(network, {"num_features": width})["flops"]
+    head = 3 * 2 * width * num_classes
     per_second = samples_per_second / peak
     return backbone * per_second, (backbone + head) * per_second
 

@@ -6,19 +6,20 @@ And `in_a_process`, for what is measured without the loop.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple, TypeVar
+
+from utils.worker import Worker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECONDS_TO_END = 30  # for ranks whose peer is gone, as torchrun gives them
@@ -37,10 +38,10 @@ def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
     """`function(*arguments)` of a process of its own, which has ended when this returns.
 
     Raises:
-        BrokenProcessPool: it was killed, as for want of memory. What `function` raises comes too.
+        WorkerDied: it was killed, as for want of memory. What `function` raises comes too.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    with Worker() as worker:
+        return worker.run(function, *arguments)
 
 
 class RunFailed(RuntimeError):
@@ -84,11 +85,13 @@ def read_metrics(lines: Sequence[str], log: str = "") -> Reading:
 
 
 def run_training(
-    keys: Mapping[str, Any], *, ranks: int = 1, door: Sequence[str] = DOOR
-) -> Reading:
+    keys: Mapping[str, Any], *, ranks: int = 1, door: Sequence[str] = DOOR,
+    profile_to: Path | None = None,
+) -> Reading:  # fmt: skip
     """Train on generated images (unless `keys` has rec), without verification and checkpoints.
 
-    keys: of the config. ranks: more than one have a thread each.
+    keys: of the config. ranks: more than one have a thread each. profile_to: a folder for what
+    the key `profile` makes the run write.
     Raises RunFailed where a rank ends otherwise than with 0.
     """
     with tempfile.TemporaryDirectory() as temporary:
@@ -107,6 +110,8 @@ def run_training(
             end = (folder / "log").read_text(errors="replace")[-2000:]
             raise RunFailed(f"exit codes {codes} of train_v2.py {' '.join(words)}:\n{end}")
         output = folder / "run"
+        if profile_to is not None:
+            shutil.copytree(output / "profile", profile_to)
         return read_metrics(
             (output / "metrics.jsonl").read_text().splitlines(),
             (output / "training.log").read_text(),

@@ -1,27 +1,35 @@
 """`make gpu-check`: what a GPU must get right; says so and exits 0 where there is none.
 
     1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centres;
-    2. a step waits for the device nowhere (CUDA's sync debug mode raises);
-    3. fp32, tf32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss.
+    2. batches arrive on the GPU as they left the host;
+    3. a step waits for the device nowhere (CUDA's sync debug mode raises);
+    4. fp32, tf32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss;
+    5. the compiled step waits nowhere either, where Triton can build what it needs.
+
+Every check has a time limit and runs in a child process, which is replaced after a failure: an
+error or a hang does not stop the others. The exit code is 1 if a check failed. --rehearse runs the
+code of the checks on a CPU, which proves nothing about a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from backbones import get_model
-from backbones.weights import ModelMetadata, save_model
-from configs.base import Config
-from dataset import get_dataloader
-from head.row_update import AdamWRows, SGDRows
 from losses import (
     AdaFace,
     ArcFace,
@@ -33,9 +41,10 @@ from losses import (
     NormFace,
     Softmax,
 )
-from partial_fc import PartialFC
-from training.build import build
-from utils.distributed import World
+from utils.environment import compiler_problem, describe_environment
+from utils.worker import Worker
+
+# What needs more packages than PyTorch is imported by the check that needs it.
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, Any] = {
@@ -43,30 +52,74 @@ SETTINGS: dict[str, Any] = {
     "embedding_size": 64, "batch_size": 64, "num_epoch": 1, "lr": 0.05, "verbose": 0,
     "frequent": 10, "warmup_epoch": 0.2,
 }  # fmt: skip
-
-
-LOSSES = (
-    (ArcFace(), 1), (NormFace(96.0), 1), (Softmax(bias=True), 1), (AdaFace(), 1), (MagFace(), 1),
-    (CurricularFace(), 1), (ElasticFace(plus=True), 1), (ArcFace(), 3),
-    (CosFace(interclass_filtering_threshold=0.1), 1),
+REHEARSAL_SETTINGS = {"num_classes": 20, "num_image": 160, "batch_size": 8, "frequent": 4}
+LOSSES: dict[str, tuple[Margin, int]] = {
+    "ArcFace": (ArcFace(), 1),
+    "NormFace": (NormFace(96.0), 1),
+    "Softmax with bias": (Softmax(bias=True), 1),
+    "AdaFace": (AdaFace(), 1),
+    "MagFace": (MagFace(), 1),
+    "CurricularFace": (CurricularFace(), 1),
+    "ElasticFace+": (ElasticFace(plus=True), 1),
+    "ArcFace, 3 centres per class": (ArcFace(), 3),
+    "CosFace, inter-class filtering": (CosFace(interclass_filtering_threshold=0.1), 1),
+}
+HEAD_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"update": "autograd"}, {"sample_rate": 0.1}, {"sample_rate": 0.1, "centre_device": "cpu"},
 )  # fmt: skip
+STEPS: tuple[dict[str, Any], ...] = (
+    {"sample_rate": 1.0, "gradient_acc": 1}, {"sample_rate": 1.0, "gradient_acc": 2},
+    {"sample_rate": 0.1, "gradient_acc": 1}, {"sample_rate": 0.1, "gradient_acc": 2},
+    {"precision": "fp16", "freeze_batch_norm": True},
+    {"loss": "adaface"}, {"loss": "curricularface"}, {"loss": "elasticface_arc"},
+    {"loss": "magface"}, {"loss": "softmax"}, {"loss": "adaface", "gradient_acc": 2},
+    {"optimizer": "adamw", "precision": "bf16"},
+    {"ema_decay": 0.99, "layer_decay": 0.8, "decay_norms_and_biases": False},
+    {"channels_last": False, "precision": "tf32"},
+)  # fmt: skip
+LINES_OF_AN_ERROR = 15
+
+
+class Check(NamedTuple):
+    """A check by its name.
+
+    function: raises an exception if the check fails; must be picklable. seconds: its time limit,
+    which the start of a new process counts towards. left_out: why it is not to be run, or "".
+    """
+
+    name: str
+    function: Callable[[], None]
+    seconds: float = 120
+    left_out: str = ""
+
+
+class Row(NamedTuple):
+    """What became of a check; error: the last lines of what it raised, or ""."""
+
+    name: str
+    result: str
+    seconds: float
+    error: str
 
 
 def head_equals_cpu(
-    margin: Margin, tolerance: float, half: torch.dtype | None = None, **options: Any
-) -> None:
+    where: str, margin: Margin, tolerance: float, half: torch.dtype | None = None,
+    sgd: bool = False, **options: Any,
+) -> None:  # fmt: skip
     """Loss, gradient and moved class centres after 3 steps of one head on both devices.
 
     half: of the GPU's products; the CPU, which rounds their sums too, works in fp32, and the
-    centres move by SGD: AdamW's first steps are of one size whatever the gradient's, so that
+    centres should move by SGD: AdamW's first steps are of one size whatever the gradient's, so that
     roundings of small gradients would be a tenth of the centres.
     """
+    from head.row_update import AdamWRows, SGDRows
+    from partial_fc import PartialFC
+
     results = []
-    for device in ("cpu", "cuda"):
-        rule = AdamWRows() if half is None else SGDRows()
+    for device, half_there in (("cpu", None), (where, half)):
         head = PartialFC(
-            margin, 64, 5001, row_update=rule, device=device, buffer_mib=4,
-            half=half if device == "cuda" else None, **options,
+            margin, 64, 5001, row_update=SGDRows() if sgd else AdamWRows(), device=device,
+            workspace_mib=4, half=half_there, **options,
         )  # fmt: skip
         seen = []
         for step in range(3):
@@ -84,31 +137,17 @@ def head_equals_cpu(
         assert error < tolerance, f"{margin}, {half}, {options}: GPU and CPU differ by {error:.2e}"
 
 
-def step_does_not_wait(**changes: Any) -> None:
-    """A step under CUDA's sync debug mode, from the loader's own batches, after a warm-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = Config(**{**SETTINGS, "output": folder, **changes})
-        parts = build(cfg, World(0, 0, 1, torch.device("cuda", 0)))
-    batches = iter(parts.loader)
-    parts.step.model.train()
-    for number in range(4):
-        group = list(islice(batches, cfg.gradient_acc))
-        if number == 3:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            parts.step(group, 0.01)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def batches_arrive_whole() -> None:
+def batches_arrive_whole(where: str) -> None:
     """Batches copied one ahead to the GPU are those of the host, while the GPU is kept busy."""
-    device = torch.device("cuda", 0)
+    from dataset import get_dataloader
+
+    device = torch.device(where)
+    on_gpu = device.type == "cuda"
     options: dict[str, Any] = {"num_classes": 10, "num_images": 512, "input_size": 112}
     host = get_dataloader("synthetic", 16, **options)
-    there = get_dataloader("synthetic", 16, pin_memory=True, device=device, **options)
-    busy = torch.randn(4096, 4096, device=device)
+    there = get_dataloader("synthetic", 16, pin_memory=on_gpu, device=device, **options)
+    size = 4096 if on_gpu else 64
+    busy = torch.randn(size, size, device=device)
     for expected, batch in zip(host, there, strict=True):
         busy = (busy @ busy).clamp(-1, 1)
         assert batch.images.device == device
@@ -116,56 +155,197 @@ def batches_arrive_whole() -> None:
         assert torch.equal(batch.labels.cpu(), expected.labels)
 
 
-def run_trains(precision: str) -> None:
+def step_does_not_wait(where: str, **changes: Any) -> None:
+    """A step under CUDA's sync debug mode, from the loader's own batches, after a warm-up."""
+    from configs.base import Config
+    from training.build import build
+    from utils.distributed import World
+
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = Config(**{**_settings(where), "output": folder, **changes})
+        parts = build(cfg, World(0, 0, 1, torch.device(where)))
+    batches = iter(parts.loader)
+    parts.step.model.train()
+    for number in range(4):
+        group = list(islice(batches, cfg.gradient_acc))
+        is_watched = number == 3 and where != "cpu"
+        if is_watched:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            parts.step(group, 0.01)
+        finally:
+            if is_watched:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def step_with_teacher_does_not_wait(where: str) -> None:
+    """The same with a teacher, whose weights are random."""
+    from backbones import get_model
+    from backbones.weights import ModelMetadata, save_model
+
+    size = SETTINGS["embedding_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Path(folder) / "teacher.pt"
+        save_model(
+            teacher, get_model("r18", num_features=size), ModelMetadata("r18", num_features=size)
+        )
+        step_does_not_wait(where, teacher=teacher)
+
+
+def run_trains(where: str, precision: str) -> None:
     """train_v2.py as a process; the loss is finite and falls."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "gpu_check.py"
-        config.write_text(f"config = {SETTINGS!r}\n")
-        words = [f"output={folder}/run", f"precision={precision}", "device=cuda"]
-        subprocess.run(
-            [sys.executable, "train_v2.py", str(config), *words], check=True, cwd=REPOSITORY
-        )
+        config.write_text(f"config = {_settings(where)!r}\n")
+        device = torch.device(where).type
+        words = [f"output={folder}/run", f"precision={precision}", f"device={device}"]
+        run = subprocess.run(
+            [sys.executable, "train_v2.py", str(config), *words], cwd=REPOSITORY, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
+        )  # fmt: skip
+        if run.returncode:
+            raise RuntimeError(f"train_v2.py ended with {run.returncode}:\n{run.stdout[-2000:]}")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0], f"{precision}: loss went from {losses[0]} to {losses[-1]}"
 
 
-def main() -> int:
-    """Run all checks; 0 when they pass or there is no GPU."""
-    if not torch.cuda.is_available():
+def quick_checks(where: str) -> list[Check]:
+    """Two small heads."""
+    equal = partial(head_equals_cpu, where, sgd=True)
+    tolerance = 5e-2 if where == "cpu" else 1e-2  # A CPU rounds the sums of bf16 products too.
+    return [
+        Check("head: ArcFace, SGD, fp32", partial(equal, ArcFace(), 1e-3)),
+        Check("head: CosFace, SGD, bf16", partial(equal, CosFace(), tolerance, torch.bfloat16)),
+    ]
+
+
+def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
+    """All, those that tell most in little time first.
+
+    compiler_is_missing: why the compiled step is left out, or "".
+    """
+    equal, does_not_wait = partial(head_equals_cpu, where), partial(step_does_not_wait, where)
+    checks = quick_checks(where)
+    for name, (margin, centres) in LOSSES.items():
+        function = partial(equal, margin, 1e-3, centres_per_class=centres)
+        checks.append(Check(f"head: {name}", function))
+    for options in HEAD_OPTIONS:
+        function = partial(equal, ArcFace(), 1e-3, **options)
+        checks.append(Check(f"head: {_words(options)}", function))
+    checks.append(Check("batches arrive whole", partial(batches_arrive_whole, where)))
+    for changes in STEPS:
+        checks.append(Check(f"step: {_words(changes)}", partial(does_not_wait, **changes)))
+    checks.append(Check("step: teacher", partial(step_with_teacher_does_not_wait, where)))
+    for precision in ("fp32", "tf32", "bf16", "fp16") if where != "cpu" else ("fp32",):
+        function = partial(run_trains, where, precision)
+        checks.append(Check(f"training run: {precision}", function, 240))
+    compiled = partial(does_not_wait, compile=True)
+    return [*checks, Check("step: compile=True", compiled, 300, compiler_is_missing)]
+
+
+def run_checks(
+    checks: Sequence[Check], seconds: float | None = None, report: Path | None = None
+) -> list[Row]:
+    """Run them one after another, each in a child process.
+
+    Args:
+        seconds: no check starts later than this, or goes on for longer. None: no limit.
+        report: this JSON file has the rows so far after every check.
+    """
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    rows: list[Row] = []
+    with Worker() as worker:
+        for check in checks:
+            rows.append(_run_check(check, worker, deadline))
+            print(f"{check.name}: {rows[-1].result}, {rows[-1].seconds:.1f} s", flush=True)
+            if report is not None:
+                unfinished = report.with_name(report.name + ".tmp")
+                unfinished.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+                os.replace(unfinished, report)
+    return rows
+
+
+def _run_check(check: Check, worker: Worker, deadline: float) -> Row:
+    begun = time.monotonic()
+    result, error = "passed", ""
+    if check.left_out:
+        result = f"left out: {check.left_out}"
+    elif begun >= deadline:
+        result = "not started: no time left"
+    else:
+        try:
+            worker.run(check.function, seconds=min(check.seconds, deadline - begun))
+        except (Exception, SystemExit) as failure:
+            result, error = "FAILED", _last_lines(failure)
+    seconds = time.monotonic() - begun
+    if error:
+        worker.close()  # After a CUDA error every call of that process fails.
+    return Row(check.name, result, round(seconds, 2), error)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All results, and below them what each failed check raised."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'check':{width}}  seconds  result"]
+    lines += [f"{row.name:{width}}  {row.seconds:7.1f}  {row.result}" for row in rows]
+    for row in rows:
+        if row.error:
+            lines += ["", f"{row.name}: {row.result}", row.error]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the checks; 0 when none fails or there is no GPU."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two checks of the head only")
+    add("--seconds", type=float, metavar="N", help="start no check after N seconds")
+    add("--json", type=Path, metavar="FILE", help="the rows so far, rewritten after every check")
+    add("--rehearse", action="store_true", help="run the code of the checks on a CPU")
+    add("--rehearse-compile", action="store_true", help="with that of the compiled step")
+    options = parser.parse_args(arguments)
+    rehearses = options.rehearse or options.rehearse_compile
+    if not rehearses and not torch.cuda.is_available():
         print("gpu-check: this PyTorch sees no GPU; nothing was checked")
         return 0
-    for margin, centres_per_class in LOSSES:
-        head_equals_cpu(margin, 1e-3, centres_per_class=centres_per_class)
-    for options in (
-        {"update": "autograd"}, {"sample_rate": 0.1},
-        {"sample_rate": 0.1, "centre_device": "cpu"},
-    ):  # fmt: skip
-        head_equals_cpu(ArcFace(), 1e-3, **options)
-    head_equals_cpu(CosFace(), 1e-2, torch.bfloat16)
-    batches_arrive_whole()
-    for sample_rate in (1.0, 0.1):
-        for gradient_acc in (1, 2):
-            step_does_not_wait(sample_rate=sample_rate, gradient_acc=gradient_acc)
-    step_does_not_wait(precision="fp16", freeze_batch_norm=True)
-    for loss in ("adaface", "curricularface", "elasticface_arc", "magface", "softmax"):
-        step_does_not_wait(loss=loss)
-    step_does_not_wait(loss="adaface", gradient_acc=2)
-    step_does_not_wait(optimizer="adamw", precision="bf16")
-    step_does_not_wait(compile=True)
-    step_does_not_wait(ema_decay=0.99, layer_decay=0.8, decay_norms_and_biases=False)
-    with tempfile.TemporaryDirectory() as folder:
-        size = SETTINGS["embedding_size"]
-        teacher = Path(folder) / "teacher.pt"
-        save_model(
-            teacher, get_model("r18", num_features=size), ModelMetadata("r18", num_features=size)
-        )
-        step_does_not_wait(teacher=teacher)
-    step_does_not_wait(channels_last=False, precision="tf32")
-    for precision in ("fp32", "tf32", "bf16", "fp16"):
-        run_trains(precision)
-    print(f"gpu-check: all passed on {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    return 0
+
+    title, where, missing = "gpu-check", "cuda:0", compiler_problem() or ""
+    if rehearses:
+        title, where = "gpu-check, a rehearsal on a CPU", "cpu"
+        missing = "" if options.rehearse_compile else "rehearsed with --rehearse-compile only"
+    facts = describe_environment()
+    print(f"{title}:", ", ".join(f"{name} {fact}" for name, fact in facts.items()), flush=True)
+    checks = quick_checks(where) if options.quick else all_checks(where, missing)
+    if rehearses:
+        checks = [check._replace(name=f"rehearsal of {check.name}") for check in checks]
+    rows = run_checks(checks, options.seconds, options.json)
+    failed = sum(row.result == "FAILED" for row in rows)
+    passed = sum(row.result == "passed" for row in rows)
+    print(f"\n{table(rows)}\n")
+    print(
+        f"{title}: {passed} of {len(rows)} passed, {failed} FAILED, on "
+        f"{where if rehearses else facts['gpu']}, torch {torch.__version__}"
+    )
+    return int(failed > 0)
+
+
+def _settings(where: str) -> dict[str, Any]:
+    return SETTINGS | (REHEARSAL_SETTINGS if where == "cpu" else {})
+
+
+def _words(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _last_lines(failure: BaseException) -> str:
+    """Of the child's traceback where it has one."""
+    text = str(failure.__cause__ or "".join(traceback.format_exception_only(failure)))
+    lines = [line for line in text.strip('\n"').splitlines() if line.strip()]
+    return "\n".join(lines[-LINES_OF_AN_ERROR:])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from benchmarks import bench_train, runs
 from benchmarks.bench_train import Bench, main, option_rows, plain, rows, utilisation
 from benchmarks.comparison import Comparison, Result, Row, Side, line, option_line, ratio_of_pairs
 from configs.base import Config
+from utils.worker import WorkerDied
 
 
 def logged(speed: float, wait: float, peak_gib: float) -> str:
@@ -89,9 +89,8 @@ def test_memory_above_start_has_its_own_ratio() -> None:
 
 def test_utilisation_against_numbers_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "describe", lambda *_: {"flops": 2e9})  # 1 GMAC
-    row = Row(plain("cpu"), plain("cpu"), "r50", 1_000_000, 64, sample_rate=0.1)
     # 3 x 2 x 1e9 x 100 / 1e12; the head adds 3 x 2 x 512 x 100,000 = 3.072e8 per image
-    assert utilisation(row, 100.0, 1e12) == pytest.approx((0.6, 0.63072))
+    assert utilisation("r50", 0.1 * 1_000_000, 100.0, 1e12) == pytest.approx((0.6, 0.63072))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -217,7 +216,7 @@ def test_a_quick_run_from_records_measures_both_sides(
 
 def test_a_measuring_process_that_dies_or_fails_says_so_at_once() -> None:
     assert runs.in_a_process(abs, -3) == 3
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(WorkerDied):
         runs.in_a_process(os._exit, 3)
     with pytest.raises(ValueError, match="invalid literal"):
         runs.in_a_process(int, "three")

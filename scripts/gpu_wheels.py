@@ -1,0 +1,141 @@
+"""Wheels of what a GPU machine with a usual PyTorch image lacks, for where there is no network.
+
+    python -m scripts.gpu_wheels DIR [--python 3.12] [--present NAME ...]     (make gpu-wheels)
+
+Downloads the packages of requirement.txt that such an image does not have, at the versions of
+constraints.txt, and what these packages themselves require; for Linux on x86-64. Prints the command
+that installs them on the other machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import email
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Images with PyTorch for CUDA have these; another torch or numpy would not fit the image's others.
+PRESENT = (
+    "torch", "numpy", "opencv-python-headless", "tqdm", "tensorboard", "matplotlib", "onnx",
+    "onnxscript", "onnxruntime",
+)  # fmt: skip
+PLATFORMS = (
+    "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64", "manylinux1_x86_64", "any",
+)  # fmt: skip
+
+
+class WheelError(RuntimeError):
+    """The wheels cannot be collected; the message says which, and for which Python."""
+
+
+def read_requirements(path: Path) -> list[Requirement]:
+    """Of a file with a requirement per line and comments behind #."""
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def requirements_of(wheel: Path, python: str) -> list[Requirement]:
+    """What the wheel requires on Linux on x86-64 with this version of Python, without extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        # Deeper ones are of packages that the wheel has copies of.
+        (name,) = (
+            name for name in archive.namelist()
+            if name.endswith(".dist-info/METADATA") and name.count("/") == 1
+        )  # fmt: skip
+        metadata = email.message_from_bytes(archive.read(name))
+    environment = {
+        "python_version": ".".join(python.split(".")[:2]),
+        "python_full_version": python if python.count(".") > 1 else f"{python}.0",
+        "implementation_name": "cpython", "platform_python_implementation": "CPython",
+        "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix",
+        "platform_machine": "x86_64", "extra": "",
+    }  # fmt: skip
+    found = map(Requirement, metadata.get_all("Requires-Dist", []))
+    return [r for r in found if r.marker is None or r.marker.evaluate(environment)]
+
+
+def download(requirement: str, folder: Path, python: str) -> None:
+    """Put one wheel into the folder by pip. Raises WheelError."""
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--implementation", "cp", "--python-version", python, "--dest", str(folder),
+        *(f"--platform={platform}" for platform in PLATFORMS), requirement,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise WheelError(
+            f"{requirement}: pip downloaded no wheel for Python {python} on Linux x86-64\n"
+            f"{result.stderr[-2000:]}"
+        )
+
+
+def collect(
+    folder: Path, python: str, present: Collection[str] = PRESENT, repository: Path = REPOSITORY,
+    download: Callable[[str, Path, str], None] = download,
+) -> list[Path]:
+    """The wheels in the folder, after those that lack were downloaded.
+
+    Raises:
+        WheelError: one cannot be had, or the folder has others beside them.
+    """
+    constraints = read_requirements(repository / "constraints.txt")
+    versions = {canonicalize_name(pin.name): str(pin.specifier) for pin in constraints}
+    wanted = read_requirements(repository / "requirement.txt")
+    done = {canonicalize_name(name) for name in present}
+    folder.mkdir(parents=True, exist_ok=True)
+    wheels: list[Path] = []
+    while wanted:
+        requirement = wanted.pop(0)
+        name = canonicalize_name(requirement.name)
+        if name in done:
+            continue
+        done.add(name)
+        download(f"{name}{versions.get(name, requirement.specifier)}", folder, python)
+        here = [p for p in folder.glob("*.whl") if parse_wheel_filename(p.name)[0] == name]
+        wheels += here
+        wanted += [one for wheel in here for one in requirements_of(wheel, python)]
+    others = {*folder.glob("*.whl")} - {*wheels}
+    names = [parse_wheel_filename(path.name)[0] for path in wheels]
+    if others or len({*names}) < len(names):
+        listed = ", ".join(sorted(path.name for path in {*wheels, *others}))
+        raise WheelError(f"{folder} has older wheels, choose an empty folder: {listed}")
+    return wheels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="where the wheels go")
+    add("--python", default="3.12", metavar="X.Y", help="of the other machine (default 3.12)")
+    add("--present", nargs="*", default=PRESENT, metavar="NAME",
+        help=f"packages that it has (default {' '.join(PRESENT)})")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        wheels = collect(options.folder, options.python, options.present)
+    except WheelError as error:
+        print(f"gpu-wheels: {error}", file=sys.stderr)
+        return 1
+    for wheel in wheels:
+        print(f"{wheel.stat().st_size / 2**20:8.2f} MiB  {wheel.name}")
+    total = sum(wheel.stat().st_size for wheel in wheels) / 2**20
+    print(f"{total:8.2f} MiB  in all. This installs them into a folder SITE on the other machine:")
+    print(
+        "python3 -m pip install --no-index --no-deps --target SITE "
+        f"{options.folder}/*.whl && export PYTHONPATH=SITE"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

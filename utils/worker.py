@@ -1,0 +1,195 @@
+"""A child process that runs functions one after another: Python and torch start only once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_SECONDS_TO_END = 10  # A process that was told to end, or was killed, gets this long.
+_SECONDS_TO_LOOK = 0.2  # A wait looks this often whether the process still lives.
+
+
+class WorkerDied(RuntimeError):
+    """The process ended before its function did; the message says how."""
+
+
+class ChildTraceback(Exception):
+    """The traceback of the child process as text; the cause of what `Worker.run` raises."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+class Worker:
+    """A spawned process, which starts at the first `run`, and again at the next after it died.
+
+    The process leads a process group, and what its functions have started ends with it. It ends
+    itself if this process is killed. Its stdout and stderr are those of this process.
+
+    Args:
+        environment: variables that the process has beside those of this process.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = dict(environment or {})
+        self._child: tuple[BaseProcess, Connection] | None = None
+
+    def run(
+        self, function: Callable[..., T], *arguments: Any, seconds: float | None = None
+    ) -> T:
+        """`function(*arguments)` of the process; both and the result must be picklable.
+
+        Args:
+            seconds: a limit, in which the process also starts if it does not run yet.
+
+        Raises:
+            WorkerDied: the process died.
+            TimeoutError: `seconds` have passed, and the process was killed.
+            TypeError: the function, an argument or the result cannot be pickled.
+            BaseException: what `function` raised, from a ChildTraceback; the process goes on.
+        """
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        message = _pickle((function, arguments), f"{_name(function)} or an argument of it")
+        if self._child is not None and not self._child[0].is_alive():
+            self._kill()
+        process, connection = self._child = self._child or self._start()
+        reply = b""
+        try:
+            with contextlib.suppress(EOFError, OSError):  # The process died.
+                connection.send_bytes(message)
+                while not reply and process.is_alive() and time.monotonic() < deadline:
+                    if connection.poll(min(_SECONDS_TO_LOOK, deadline - time.monotonic())):
+                        reply = connection.recv_bytes()
+            if not reply and time.monotonic() >= deadline:
+                raise TimeoutError(f"{_name(function)} did not end within {seconds:g} seconds")
+            if not reply:
+                process.join(_SECONDS_TO_END)
+                raise WorkerDied(f"{_name(function)}: {_ending(process.exitcode)}")
+        except BaseException:  # A reply that still comes would be taken for the next one's.
+            self._kill()
+            raise
+        try:
+            value, child_traceback = pickle.loads(reply)
+        except Exception as error:
+            raise TypeError(f"the result of {_name(function)} cannot be unpickled") from error
+        if child_traceback is not None:
+            raise value from ChildTraceback(child_traceback)
+        result: T = value
+        return result
+
+    def close(self) -> None:
+        """End the process, if there is one, and wait for it; a later `run` starts another."""
+        if self._child is None:
+            return
+        process, connection = self._child
+        with contextlib.suppress(OSError):
+            connection.send_bytes(b"")
+        process.join(_SECONDS_TO_END)
+        self._kill()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        context = multiprocessing.get_context("spawn")
+        connection, its_connection = context.Pipe()
+        # Python ends a daemon at its own exit, where it would wait for another process.
+        process = context.Process(target=_serve, args=(its_connection,), daemon=True)
+        before = {name: os.environ.get(name) for name in self._environment}
+        os.environ.update(self._environment)
+        try:
+            process.start()
+        finally:
+            its_connection.close()
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        return process, connection
+
+    def _kill(self) -> None:
+        """End the process at once, with what its functions have started."""
+        if self._child is None:
+            return
+        process, connection = self._child
+        self._child = None
+        process.kill()
+        with contextlib.suppress(OSError):  # There is no such group, or nothing left in it.
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join(_SECONDS_TO_END)
+        connection.close()
+
+
+def _serve(connection: Connection) -> None:
+    """What the process does until it is sent an empty message."""
+    os.setpgid(0, 0)
+    multiprocessing.current_process().daemon = False  # A daemon may have no child processes.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # The parent process has ended.
+        while message := connection.recv_bytes():
+            connection.send_bytes(_answer(message))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)  # This process's group: itself and what its functions started.
+
+
+def _answer(message: bytes) -> bytes:
+    """The result and None, or an exception and its traceback; pickled."""
+    try:
+        function, arguments = pickle.loads(message)
+        result = function(*arguments)
+        sys.stdout.flush()
+        return _pickle((result, None), f"the result of {_name(function)}")
+    except BaseException as error:  # No variable keeps it: its traceback holds the tensors.
+        return pickle.dumps((_picklable(error), traceback.format_exc()))
+
+
+def _picklable(error: BaseException) -> BaseException:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _pickle(value: object, what: str) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:
+        raise TypeError(f"{what} cannot be pickled: {error}") from error
+
+
+def _name(function: Callable[..., object]) -> str:
+    if isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", repr(function))
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"the process ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    hint = "; memory may have run out" if name == "SIGKILL" else ""
+    return f"the process was killed by {name}{hint}"
