@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 MXNET := .venv-mxnet
 
-.PHONY: help install demo test test-all test-mxnet lint gpu-check gpu-wheels bench clean
+.PHONY: help install demo test test-all test-mxnet lint gpu-check gpu-bench gpu-wheels bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,11 @@ test-all: lint $(MXNET)/.tried  ## also the long versions
 
 gpu-check: $(READY)  ## the checks that need a GPU; says so where there is none
 	$(PY) -m scripts.gpu_check
+
+OUT := benchmarks/results/$(shell date +%F)_gpu_bench
+MINUTES := 8
+gpu-bench: $(READY)  ## everything to be measured on one GPU: [OUT=folder] [MINUTES=8]
+	$(PY) -m benchmarks.gpu_bench "$(OUT)" --minutes $(MINUTES)
 
 PYTHON_VERSION := 3.12
 gpu-wheels: $(READY)  ## what a GPU machine without network lacks: DIR=folder [PYTHON_VERSION=3.12]

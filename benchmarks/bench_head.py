@@ -1,15 +1,20 @@
 """What a step of the head costs: forward, backward and update, against the heads of today.
 
     python -m benchmarks.bench_head [--quick] [--json FILE] [--plot FILE] [--device cuda]
-        [--classes N ...] [--batch N ...] [--rate R ...] [--head NAME ...] [--buffer-mib N]
+        [--classes N ...] [--batch N ...] [--rate R ...] [--head NAME ...] [--workspace-mib N]
+    python -m benchmarks.bench_head --count --classes 2000000 --batch 1024 [--optimizer adamw]
+        [--rate R] [--weight-dtype bf16] [--state-dtype bf16] [--memory-gib 80] [--json FILE]
+
+The second command needs no GPU: it counts what a step would start, move and multiply on one
+(benchmarks/count_head.py) and predicts its time. The first measures.
 
 In one run, each in a process of its own: plain data parallel (the whole weight on every rank,
 out-of-place autograd), the dense sharded head as users have it (tests/reference.py DenseHead),
 torch's linear_cross_entropy (no margin, plain softmax; since torch 2.13), our readable autograd
-path and the engine.
-Units: one matmul [B, D] x [D, C] over all classes, measured between the steps; and the larger of
-two floors, 6 B S D FLOPs at the measured matmul rate and the bytes that must move (weights read
-twice and written, momentum read and written) at the measured copy rate. Medians after a warm-up;
+path and our fused one.
+Units: one matmul [B, D] x [D, C] over all classes, measured between the steps; and the limit, which
+is 6 B S D FLOPs at the measured matmul rate plus the bytes that must move (centers read twice and
+written, momentum read and written) at the measured copy rate. Medians after a warm-up;
 peak memory above weights and momentum. The heads of today run with the allocator as it is, ours
 with utils/memory.py, as train_v2.py sets it; "dense, memory kept" tells the two apart (CPU only).
 On a GPU the products of the heads of today are fp16, as arcface_torch has them with fp16=True, ours
@@ -32,34 +37,49 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import cross_entropy, linear, normalize
 
+import partial_fc
+from benchmarks.count_head import (
+    DTYPES,
+    REACHED,
+    WIDTH,
+    Peaks,
+    assumed_peaks,
+    count,
+    limit_seconds,
+    make_row_update,
+    table,
+)
 from benchmarks.runs import in_a_process
-from head.row_update import SGDRows
+from head.work_buffer import choose_workspace
 from losses import ArcFace
-from partial_fc import PartialFC
 from tests.reference import DenseHead
+from training.roofline import GPUS, LAUNCH_SECONDS
 from utils.memory import keep_freed_memory
 
-WIDTH = 512
 LEARNING_RATE = 0.1
 BASELINE = "dense"
 COLUMNS = (
-    "head", "classes", "batch", "r", "step ms", "/ matmul", "/ floor", "of dense", "peak MiB",
+    "head", "classes", "batch", "r", "step ms", "/ matmul", "/ limit", "of dense", "peak MiB",
 )  # fmt: skip
 
 
 class Case(NamedTuple):
-    """One row of the table."""
+    """One row of the table; the last three are of the fused head."""
 
     head: str
     num_classes: int
     batch: int
     sample_rate: float
+    optimizer: str = "sgd"
+    weight_dtype: str = "fp32"
+    state_dtype: str = "fp32"
 
 
 class Result(NamedTuple):
@@ -67,7 +87,7 @@ class Result(NamedTuple):
 
     step: float
     matmul: float
-    floor: float
+    limit: float
     peak_mib: float
 
 
@@ -91,15 +111,15 @@ def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
                 ("dense, memory kept", 1.7 * weights + 6 * logits, True),
                 ("linear_cross_entropy", 2 * weights, True),
                 ("autograd", 2 * weights + 6 * logits, False),
-                ("engine", weights + 0.5, False),
+                ("fused", weights + 0.5, False),
             ):
                 if head == "dense, memory kept" and device != "cpu":
                     continue  # the same as "dense"
                 is_long = num_classes * batch > 60_000_000 and device == "cpu"
-                if is_long and head not in ("dense", "engine"):
+                if is_long and head not in ("dense", "fused"):
                     continue  # minutes per row
                 if head.startswith("linear") and num_classes * batch > 20_000_000:
-                    continue  # 40 times the engine's time on a CPU
+                    continue  # 40 times the fused head's time on a CPU
                 if head.startswith("linear") and not hasattr(functional, "linear_cross_entropy"):
                     continue  # before torch 2.13
                 if needed < 0.8 * memory_gib and (rate == 1.0 or not only_full):
@@ -108,21 +128,21 @@ def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
 
 
 def growth_cases(quick: bool, memory_gib: float) -> list[Case]:
-    """The engine at a fixed number of sampled classes, 20,000, as C grows."""
+    """The fused head at a fixed number of sampled classes, 20,000, as C grows."""
     sizes = [100_000, 400_000] if quick else [100_000, 400_000, 1_000_000, 4_000_000]
     fitting = [c for c in sizes if 8 * WIDTH * c / 2**30 < 0.75 * memory_gib]
-    return [Case("engine", c, 128, 20_000 / c) for c in fitting]
+    return [Case("fused", c, 128, 20_000 / c) for c in fitting]
 
 
-def make_step(case: Case, device: str, buffer_mib: float) -> Callable[[], None]:
+def make_step(case: Case, device: str, workspace_mib: float | str) -> Callable[[], None]:
     """A function that does one step of the head, on fixed random input."""
     drawn: dict[str, Any] = {
         "generator": torch.Generator(device).manual_seed(0), "device": device,
     }  # fmt: skip
     embeddings = torch.randn(case.batch, WIDTH, requires_grad=True, **drawn)
     labels = torch.randint(case.num_classes, (case.batch,), **drawn)
-    if case.head in ("autograd", "engine"):
-        return _our_step(case, embeddings, labels, device, buffer_mib)
+    if case.head in ("autograd", "fused"):
+        return _our_step(case, embeddings, labels, device, workspace_mib)
 
     weight = torch.randn(case.num_classes, WIDTH, **drawn).mul_(0.01)
     if case.head.startswith("dense"):
@@ -150,16 +170,18 @@ def make_step(case: Case, device: str, buffer_mib: float) -> Callable[[], None]:
 
 
 def _our_step(
-    case: Case, embeddings: Tensor, labels: Tensor, device: str, buffer_mib: float
+    case: Case, embeddings: Tensor, labels: Tensor, device: str, workspace_mib: float | str
 ) -> Callable[[], None]:
-    head = PartialFC(
-        ArcFace(gradient="straight_through"), WIDTH, case.num_classes, case.sample_rate,
-        row_update=SGDRows(), batch_size_per_rank=case.batch, device=device,
-        update="fused" if case.head == "engine" else "autograd",
-        half=torch.bfloat16 if device == "cuda" else None,
-        buffer_mib=buffer_mib,
-    )  # fmt: skip
-    rate = LEARNING_RATE if case.head == "engine" else None
+    # Centers drawn on the device: a CPU takes 10 s for 2 million, and their values do not matter.
+    with mock.patch.object(partial_fc, "fill_initial_centres", _fill_on_the_device):
+        head = partial_fc.PartialFC(
+            ArcFace(gradient="straight_through"), WIDTH, case.num_classes, case.sample_rate,
+            row_update=make_row_update(case.optimizer, case.state_dtype),
+            batch_size_per_rank=case.batch, device=device, dtype=DTYPES[case.weight_dtype],
+            update="fused" if case.head == "fused" else "autograd",
+            half=torch.bfloat16 if device == "cuda" else None, workspace_mib=workspace_mib,
+        )  # fmt: skip
+    rate = LEARNING_RATE if case.head == "fused" else None
 
     def step() -> None:
         loss = head(embeddings, labels, rate)
@@ -170,13 +192,19 @@ def _our_step(
     return step
 
 
+def _fill_on_the_device(weight: Tensor, *_: Any) -> None:
+    with torch.no_grad():
+        for rows in weight.split(2**18):
+            rows.normal_(std=0.01)
+
+
 def _clear(embeddings: Tensor, loss: Tensor) -> None:
     assert embeddings.device.type != "cpu" or torch.isfinite(loss)
     embeddings.grad = None
 
 
-def measure(case: Case, device: str, repeats: int, buffer_mib: float) -> Result:
-    """One case; in a process of its own."""
+def measure(case: Case, device: str, repeats: int, workspace_mib: float | str) -> Result:
+    """One case; in a process of its own, where the peak of a CPU's memory counts."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left = torch.randn(case.batch, WIDTH, device=device, dtype=dtype)
     right = torch.randn(min(case.num_classes, 1_000_000), WIDTH, device=device, dtype=dtype)
@@ -184,23 +212,36 @@ def measure(case: Case, device: str, repeats: int, buffer_mib: float) -> Result:
     matmul *= case.num_classes / len(right)
     bytes_per_second = 2 * right.numel() * right.itemsize / copy  # reads and writes
     del left, right
-    gc.collect()
+    peaks = Peaks("here", 2 * case.batch * case.num_classes * WIDTH / matmul, bytes_per_second)
+    limit = limit_seconds(peaks, case.batch, case.num_classes * case.sample_rate, *case[4:])
+    seconds, peak_mib = time_step(case, device, repeats, workspace_mib)
+    return Result(seconds, matmul, limit, peak_mib)
 
-    classes = case.num_classes * case.sample_rate
-    floor = max(3 * matmul * case.sample_rate, 5 * classes * WIDTH * 4 / bytes_per_second)
+
+def time_step(
+    case: Case, device: str, repeats: int, workspace_mib: float | str
+) -> tuple[float, float]:
+    """Median seconds of a step, and MiB of its peak above the centers and their state."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        if case.head in ("autograd", "engine", "dense, memory kept"):
+        if case.head in ("autograd", "fused", "dense, memory kept"):
             keep_freed_memory()
     before = _used_mib(device)
-    step = make_step(case, device, buffer_mib)
+    step = make_step(case, device, workspace_mib)
     step()
-    seconds = _median(step, device, repeats)
-    state = 2 * case.num_classes * WIDTH * 4 / 2**20
-    return Result(seconds, matmul, floor, _peak_mib(device) - before - state)
+    seconds = median_seconds(step, device, repeats)
+    return seconds, _peak_mib(device) - before - held_mib(case)
+
+
+def held_mib(case: Case) -> float:
+    """Class centers and the state of their optimizer."""
+    averages = 1 if case.optimizer == "sgd" else 2
+    sizes = DTYPES[case.weight_dtype].itemsize + averages * DTYPES[case.state_dtype].itemsize
+    return case.num_classes * WIDTH * sizes / 2**20
 
 
 def _matmul_and_copy(
@@ -209,12 +250,13 @@ def _matmul_and_copy(
     """Seconds of left @ right.T into a given result, and of copying `right`."""
     product, copied = left.new_empty(len(left), len(right)), torch.empty_like(right)
     return (
-        _median(lambda: torch.mm(left, right.t(), out=product), device, repeats),
-        _median(lambda: copied.copy_(right), device, repeats),
+        median_seconds(lambda: torch.mm(left, right.t(), out=product), device, repeats),
+        median_seconds(lambda: copied.copy_(right), device, repeats),
     )
 
 
-def _median(function: Callable[[], object], device: str, repeats: int) -> float:
+def median_seconds(function: Callable[[], object], device: str, repeats: int) -> float:
+    """Of `repeats` calls after a warm-up, each waited for."""
     times = []
     function()
     for _ in range(repeats):
@@ -275,7 +317,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes[2].plot(classes, [row["median_ms"] for row in growth], "o-", label="step, ms")
     axes[2].plot(classes, [row["peak_mib"] for row in growth], "s--", label="peak, MiB")
     axes[2].set(xscale="log", xlabel="classes", ylim=(0, None))
-    axes[2].set_title("engine at 20,000 sampled classes, B = 128", fontsize=10)
+    axes[2].set_title("fused head at 20,000 sampled classes, B = 128", fontsize=10)
     axes[2].legend(fontsize=8)
     axes[2].grid(alpha=0.3)
     figure.tight_layout()
@@ -294,8 +336,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", help="only rows of these")
     parser.add_argument("--rate", type=float, nargs="+", help="only rows of these sample rates")
     parser.add_argument("--head", nargs="+", help="only rows of these, as the table names them")
-    parser.add_argument("--buffer-mib", type=float, default=256, help="of the engine; default 256")
+    parser.add_argument("--workspace-mib", "--buffer-mib", type=mib, default="auto",
+                        help="of the fused head (default auto)")  # fmt: skip
+    parser.add_argument("--count", action="store_true", help="count instead of measuring; no GPU")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
+                        help="of the fused head's centers")  # fmt: skip
+    for name in ("--weight-dtype", "--state-dtype"):
+        parser.add_argument(name, choices=tuple(DTYPES), default="fp32", help="of the fused head")
+    parser.add_argument("--matmul-tflops", type=float, help="with --count: a measured peak")
+    parser.add_argument("--copy-gigabytes", type=float,
+                        help="with --count: a measured peak per second, both ways")  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.count:
+        return report_counts(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but this PyTorch sees no GPU", file=sys.stderr)
         return 2
@@ -308,23 +361,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print("{:22} {:>9} {:>6} {:>6} {:>9} {:>9} {:>8} {:>9} {:>9}".format(*COLUMNS))
     rows: list[dict[str, Any]] = []
-    baseline: dict[tuple[int, int, float], float] = {}
+    baseline: dict[tuple[Any, ...], float] = {}
+    more = (options.optimizer, options.weight_dtype, options.state_dtype)
     for is_growth, case in [
         *((False, c) for c in cases(options.quick, options.device, memory_gib)),
         *((True, c) for c in growth_cases(options.quick, memory_gib)),
     ]:
         wanted = (options.head, options.classes, options.batch, options.rate)
-        if any(some and value not in some for some, value in zip(wanted, case, strict=True)):
+        if any(some and value not in some for some, value in zip(wanted, case[:4], strict=True)):
             continue
-        result = in_a_process(measure, case, options.device, repeats, options.buffer_mib)
-        key = case[1:]
+        if case.head == "fused":
+            case = Case(*case[:4], *more)
+        result = in_a_process(measure, case, options.device, repeats, options.workspace_mib)
+        key = case[1:4]
         if case.head == BASELINE:
             baseline[key] = result.step
         ratio = result.step / baseline[key] if key in baseline else None
         print(
             f"{case.head:22} {case.num_classes:>9,} {case.batch:>6} {case.sample_rate:>6.3g} "
             f"{result.step * 1e3:>9.1f} {result.step / result.matmul:>9.2f} "
-            f"{result.step / result.floor:>8.2f} {'-' if ratio is None else f'{ratio:.3f}':>9} "
+            f"{result.step / result.limit:>8.2f} {'-' if ratio is None else f'{ratio:.3f}':>9} "
             f"{result.peak_mib:>9.0f}",
             flush=True,
         )
@@ -333,15 +389,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "params": {
                 "num_classes": case.num_classes, "batch": case.batch,
                 "sample_rate": case.sample_rate, "growth": is_growth,
+                "optimizer": case.optimizer, "weight_dtype": case.weight_dtype,
+                "state_dtype": case.state_dtype,
             },
             "median_ms": result.step * 1e3, "peak_mib": result.peak_mib,
             "ratio_to_baseline": ratio, "ratio_to_matmul": result.step / result.matmul,
-            "ratio_to_floor": result.step / result.floor,
+            "ratio_to_limit": result.step / result.limit,
         })  # fmt: skip
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
         if options.plot:
             draw(rows, options.plot)
+    return 0
+
+
+def mib(text: str) -> float | str:
+    """A size in MiB, or "auto"; of a command line."""
+    return text if text == "auto" else float(text)
+
+
+def report_counts(options: argparse.Namespace) -> int:
+    """`--count`: a table for every combination asked for, and rows as JSON."""
+    given = (options.matmul_tflops, options.copy_gigabytes)
+    if any(peak is not None and not peak > 0 for peak in given) or (None in given) != (
+        given == (None, None)
+    ):
+        print(
+            "error: --matmul-tflops and --copy-gigabytes: both, above 0, or neither",
+            file=sys.stderr,
+        )
+        return 2
+    peaks = assumed_peaks()
+    if None not in given:
+        peaks.append(Peaks("as given", given[0] * 1e12, given[1] * 1e9))
+    memory_gib = options.memory_gib or GPUS["h100"].memory_gib
+    workspace = choose_workspace(options.workspace_mib, "cuda", int(memory_gib * 2**30))
+    rows = []
+    for num_classes in options.classes or [2_000_000]:
+        for batch in options.batch or [1024]:
+            for rate in options.rate or [1.0]:
+                try:
+                    row = count(
+                        num_classes, batch, rate, workspace.budget_bytes / 2**20,
+                        options.optimizer, options.weight_dtype, options.state_dtype, peaks,
+                    )  # fmt: skip
+                except ValueError as error:  # an argument outside its domain, a small workspace
+                    print(f"error: {error}", file=sys.stderr)
+                    return 2
+                rows.append(row)
+                print(table(row), end="\n\n", flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    share = ", ".join(f"{value:.0%} of {name}" for name, value in REACHED.items())
+    print(f"Counted on the meta device. Times are predicted, not measured: of the data sheets "
+          f"{share} is assumed, and {1e6 * LAUNCH_SECONDS['cuda']:g} us a launch.")  # fmt: skip
     return 0
 
 

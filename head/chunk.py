@@ -32,7 +32,7 @@ def inverse_norms(centres: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off; the meta device, on which a step's operations are counted, has none."""
+    """Autocast switched off. The meta device, where a step's operations are counted, has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

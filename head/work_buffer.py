@@ -1,8 +1,8 @@
 """How a budget of memory becomes blocks of classes, and the one buffer they are worked on in.
 
-`choose_workspace` gives the budget and `plan_blocks` the blocks; both are pure functions. A block in
-work needs matrices [B, rows] and [rows, D]; what the budget leaves keeps softmax numerators from the
-forward to the backward pass.
+`choose_workspace` gives the budget and `plan_blocks` the blocks; both are pure functions. A block
+in work needs matrices [B, rows] and [rows, D]; what the budget leaves keeps softmax numerators from
+the forward to the backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 # where a launch takes 0.008 (both worked out for an H100, not measured).
 CPU_WORK_SHARE, ACCELERATOR_WORK_SHARE = 1 / 8, 1 / 2
 MOST_WORK_BYTES = 2 * 2**30
-# "auto": this share of an accelerator's memory, and these MiB where the memory is unknown or a CPU's.
+# "auto": this share of an accelerator's memory; these MiB of a CPU's, or where it is unknown.
 AUTO_SHARE = 1 / 8
 AUTO_MIB = 256
 # Classes of a block where there are several. Tensor cores want rows of matrices to begin at
@@ -50,8 +50,8 @@ def choose_workspace(
     """The workspace of a head on one device.
 
     Args:
-        mib: its size in MiB. "auto": an eighth of an accelerator's memory, which keeps the numerators
-            of 2 million classes at a global batch of 1024 on 80 GB; 256 MiB on a CPU.
+        mib: its size in MiB. "auto": an eighth of an accelerator's memory, which keeps the
+            numerators of 2 million classes at a global batch of 1024 on 80 GB; 256 MiB on a CPU.
         device_type: "cpu", or an accelerator's.
         memory_bytes: of the accelerator, where it is known.
     """

@@ -52,7 +52,9 @@ SETTINGS: dict[str, Any] = {
     "embedding_size": 64, "batch_size": 64, "num_epoch": 1, "lr": 0.05, "verbose": 0,
     "frequent": 10, "warmup_epoch": 0.2,
 }  # fmt: skip
-REHEARSAL_SETTINGS = {"num_classes": 20, "num_image": 160, "batch_size": 8, "frequent": 4}
+REHEARSAL_SETTINGS: dict[str, Any] = {
+    "num_classes": 20, "num_image": 160, "batch_size": 8, "frequent": 4, "input_size": 32,
+}  # fmt: skip
 LOSSES: dict[str, tuple[Margin, int]] = {
     "ArcFace": (ArcFace(), 1),
     "NormFace": (NormFace(96.0), 1),
@@ -184,12 +186,13 @@ def step_with_teacher_does_not_wait(where: str) -> None:
     from backbones import get_model
     from backbones.weights import ModelMetadata, save_model
 
-    size = SETTINGS["embedding_size"]
+    settings = _settings(where)
+    options = {
+        "num_features": settings["embedding_size"], "input_size": settings.get("input_size", 112),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher.pt"
-        save_model(
-            teacher, get_model("r18", num_features=size), ModelMetadata("r18", num_features=size)
-        )
+        save_model(teacher, get_model("r18", **options), ModelMetadata("r18", **options))
         step_does_not_wait(where, teacher=teacher)
 
 

@@ -40,6 +40,7 @@ def reads(report: str, names: list[str]) -> None:
     assert [row["name"] for row in json.loads(Path(report).read_text())] == names
 
 
+@pytest.mark.slow  # tests/test_gpu_bench.py runs the same checks
 def test_a_rehearsal_runs_the_code_of_all_checks(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "scripts.gpu_check", "--rehearse", "--json", tmp_path / "rows.json"],

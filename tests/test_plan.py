@@ -365,7 +365,7 @@ def test_the_heads_time_grows_where_numerators_are_made_again():
     assert kept < again < deferred
     product = 2 * 1024 * 512 * 100_000 / (SHARE_OF_PEAK["cuda"]["products"] * 989.4e12)
     assert kept > 3 * product
-    assert seconds(head_workspace_mib=2048, sample_rate=0.1) < 0.5 * kept  # its launches take longest
+    assert seconds(head_workspace_mib=2048, sample_rate=0.1) < 0.5 * kept
 
 
 def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
@@ -518,7 +518,8 @@ def test_a_teacher_that_is_not_there_or_does_not_fit_is_one_line(capsys, teacher
 
 
 def test_what_does_not_fit_comes_with_changes_worked_out_anew(capsys):
-    words = ["num_classes=40_000_000", "embedding_size=512", "--gpu", "v100", "head_workspace_mib=256"]
+    words = ["num_classes=40_000_000", "embedding_size=512", "--gpu", "v100"]
+    words.append("head_workspace_mib=256")
     found = run(capsys, *words)
     assert found["memory"]["fits"] is False
     changes = {one["words"]: one for one in found["changes"]}
@@ -606,7 +607,8 @@ def test_numbers_of_the_set_are_looked_up_where_the_config_says_auto(tmp_path, c
         (["--world-size", "0"], "--world-size 0: above 0"),
         (["--gpu", "h100", "network=r51"], "there is no backbone 'r51'"),
         (["--gpu", "h100", "batch_siz=3"], "nearest known: batch_size"),
-        (["--gpu", "h100", "head_workspace_mib=1", "embedding_size=400000"], "head_workspace_mib must"),
+        (["--gpu", "h100", "head_buffer_mib=1", "embedding_size=400000"],
+         "head_workspace_mib must"),
         (["--measure", "-1"], "--measure -1.0: seconds"),
     ],
 )

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from training.build_backbone import make_backbone
 from training.build_head import embeds_ahead, make_head, make_teacher, rank_0_alone
 from training.classifier import Head, LayerClassifier
 from training.distillation import block_budget
-from training.head_step import HeadOperations, count_head_step
+from training.head_step import HeadOperations, count_head_step, trace_head_step
 from training.optimizer import make_optimizer
 from training.precision import Precision, TrainedBackbone
 from training.trace import Ledger, Operation, Trace, as_fake, make_fake, trace_step
@@ -223,9 +223,10 @@ def find_needs(
         centres, state, work, buffer = _head_needs(head, world_size, device_type)
         if head.engine is not None:
             passes = 1 if embeds_ahead(cfg, head.margin) else cfg.gradient_acc
-            count = cache(
-                lambda: count_head_step(make_fused, local, passes, precision.needs_scaler)
+            trace_step_of = partial(
+                trace_head_step, passes=passes, is_deferred=precision.needs_scaler
             )
+            count = cache(lambda: count_head_step(make_fused, local, trace_step_of))
             work = dataclasses.replace(work, operations=count)
 
     keeps_gradients = world_size > 1 or cfg.gradient_acc > 1

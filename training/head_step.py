@@ -16,23 +16,28 @@ from head.work_buffer import Workspace
 from partial_fc import PartialFC
 from training.trace import Operation, OperationLog
 
-# Blocks are alike. Of more than twice this many the rest is worked out from what the second half of
-# these adds to the first: an operation on the meta device takes 0.1 ms, and there can be millions.
-FEW_BLOCKS = 16
+# Blocks are alike, so that more than this many are not all traced: an operation on the meta device
+# takes 0.1 ms, and a step can have millions.
+MOST_BLOCKS = 8
+Tracer = Callable[[PartialFC], Sequence[Operation]]
 
 
 @dataclass(frozen=True)
 class HeadOperations:
-    """Operations of a step: `some`, and `factor` times what `more` has beyond `some`."""
+    """Operations of a step: those of a shorter one, and what each further block adds.
 
-    some: Sequence[Operation]
-    more: Sequence[Operation]
-    factor: float
+    Attributes:
+        base: of the shorter step.
+        further: pairs of a step with one more block, and how often that block is to be added.
+    """
+
+    base: Sequence[Operation]
+    further: Sequence[tuple[Sequence[Operation], int]] = ()
 
     def total(self, measure: Callable[[Sequence[Operation]], float]) -> float:
         """Of a measure that adds up over operations, such as their number or their bytes."""
-        base = measure(self.some)
-        return base + self.factor * (measure(self.more) - base)
+        base = measure(self.base)
+        return base + sum(times * (measure(more) - base) for more, times in self.further)
 
     @property
     def launches(self) -> int:
@@ -44,36 +49,52 @@ class HeadOperations:
         """Bytes that they read and write."""
         return self.total(lambda operations: sum(op.bytes_moved for op in operations))
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations in products."""
+        return self.total(lambda operations: sum(op.flops for op in operations))
+
 
 def count_head_step(
-    make: Callable[[int], PartialFC], num_classes: int, passes: int = 1, is_deferred: bool = False
+    make: Callable[[int], PartialFC], num_classes: int, trace: Tracer
 ) -> HeadOperations:
-    """The operations of one optimizer step; exact where there are few blocks.
+    """The operations of one step.
+
+    A step of many blocks is worked out from steps of a few. Its launches are exact; its bytes are
+    those of blocks of one size, where the last block is a little smaller.
 
     Args:
-        make: gives the head for a number of classes, as `trace_head_step` needs it.
-        num_classes: of this rank. passes, is_deferred: as of `trace_head_step`.
+        make: gives the head for a number of classes, on the meta device.
+        num_classes: of this rank.
+        trace: gives the operations of a step of a head: `trace_head_step`, or a part of it.
     """
     head = make(num_classes)
-    assert head.engine is not None
     plan, cost = head.planned_blocks()
-    blocks = len(plan.blocks())
-    if blocks <= 2 * FEW_BLOCKS:
-        return HeadOperations((), trace_head_step(head, passes, is_deferred), 1.0)
-    found = []
-    for count in (FEW_BLOCKS, 2 * FEW_BLOCKS):
-        share = count / blocks
-        part = make(math.ceil(num_classes * share))
+    count, rows = len(plan.blocks()), plan.rows_per_block
+    if count <= MOST_BLOCKS:
+        return HeadOperations(trace(head))
+    # There are two kinds of blocks at most. The first ones are kept, or kept with their copies.
+    has_copies = plan.copied_rows > 0
+    first = math.ceil((plan.copied_rows if has_copies else plan.kept_rows) / rows)
+    numbers = (min(first, 2), min(count - first, 2))
+
+    def of_blocks(first: int, others: int) -> Sequence[Operation]:
+        classes = math.floor((first + others) * rows / head.centres_per_class / head.sample_rate)
+        part = make(classes)
         assert part.engine is not None
-        kept, copied = (
-            round(rows * share / plan.rows_per_block) * plan.rows_per_block
-            for rows in (plan.kept_rows, plan.copied_rows)
-        )
-        budget = plan.rows_per_block * cost.work_bytes_per_row + kept * cost.kept_bytes_per_row
-        budget += copied * cost.width * cost.element_bytes
-        part.engine.workspace = Workspace(budget, head.engine.workspace.work_bytes)
-        found.append(trace_head_step(part, passes, is_deferred))
-    return HeadOperations(found[0], found[1], (blocks - FEW_BLOCKS) / FEW_BLOCKS)
+        kept = first + others if has_copies else first
+        work = rows * cost.work_bytes_per_row
+        budget = work + kept * rows * cost.kept_bytes_per_row
+        budget += first * rows * cost.width * cost.element_bytes if has_copies else 0
+        part.engine.workspace = Workspace(budget, work)
+        return trace(part)
+
+    further = []
+    if first > numbers[0]:
+        further.append((of_blocks(numbers[0] + 1, numbers[1]), first - numbers[0]))
+    if count - first > numbers[1]:
+        further.append((of_blocks(numbers[0], numbers[1] + 1), count - first - numbers[1]))
+    return HeadOperations(of_blocks(*numbers), further)
 
 
 def trace_head_step(

@@ -1,0 +1,231 @@
+"""Kernel launches, bytes and products of one step of the fused head, counted without a GPU.
+
+`python -m benchmarks.bench_head --count` prints what this module counts. The head's own code runs
+on the meta device and takes the path of a GPU there (training/head_step.py). There are two parts:
+
+    loop     the passes over the classes: forward, backward, update. `launches`, `gigabytes` and
+             `products` are of this part.
+    around   gathering and normalizing the batch, finding its targets, drawing the sample
+
+A product is 2 B S D floating-point operations: one product of the batch with all S classes of the
+step. The limit is 3 products at the rate of a large matmul plus the bytes that must move at the
+rate of a copy: centers read twice and written once, optimizer state read and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from head.row_update import AdamWRows, RowUpdate, SGDRows
+from head.sampling import sample_size
+from head.target import find_targets
+from losses import ArcFace
+from partial_fc import PartialFC
+from training.head_step import HeadOperations, count_head_step, trace_head_step
+from training.roofline import GPUS, LAUNCH_SECONDS, Machine
+from training.trace import Operation, OperationLog
+
+WIDTH = 512
+LEARNING_RATE = 0.1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PREDICTED = ("h100", "h200", "a100")
+# What large kernels reach of a GPU's data sheet: an 8192^3 bf16 product 798 of 989 TFLOP/s on an
+# H100, the head's shapes less, a copy 3.0 of 3.35 TB/s. Options of the command replace them.
+REACHED = {"products": 0.6, "memory": 0.9}
+KINDS = {
+    "matrix products": {"addmm", "baddbmm", "bmm", "dot", "mm", "mv"},
+    "optimizer": {"_fused_sgd_"},
+    "sums and norms": {
+        "_weight_norm_interface_backward", "all", "amax", "any", "cumsum", "linalg_vector_norm",
+        "max", "mean", "sum",
+    },
+    "casts and copies": {"_to_copy", "cat", "clone", "copy_", "stack"},
+    "gather, scatter, sort": {
+        "argsort", "gather", "index", "index_add_", "index_copy_", "index_put_", "index_select",
+        "scatter_", "searchsorted", "sort",
+    },
+    "fills": {
+        "arange", "full", "full_like", "new_full", "new_zeros", "ones", "ones_like",
+        "scalar_tensor", "zeros", "zeros_like",
+    },
+}  # fmt: skip
+OTHERS = "elementwise"
+
+
+class Peaks(NamedTuple):
+    """What a GPU reaches: FLOP/s of bf16 products, bytes per second read and written."""
+
+    name: str
+    flops: float
+    bytes_per_second: float
+
+
+def peaks_of(machine: Machine) -> Peaks:
+    """Assumed from the data sheet."""
+    return Peaks(
+        machine.name,
+        REACHED["products"] * machine.half * 1e12,
+        REACHED["memory"] * machine.gigabytes_per_second * 1e9,
+    )
+
+
+def make_row_update(optimizer: str, state_dtype: str) -> RowUpdate:
+    """The rule of the centers. optimizer: "sgd" or "adamw"; state_dtype: "fp32" or "bf16"."""
+    dtype = torch.bfloat16 if state_dtype == "bf16" else None
+    return SGDRows(state_dtype=dtype) if optimizer == "sgd" else AdamWRows(state_dtype=dtype)
+
+
+def limit_seconds(
+    peaks: Peaks, batch: int, num_classes: float, optimizer: str = "sgd",
+    weight_dtype: str = "fp32", state_dtype: str = "fp32",
+) -> float:  # fmt: skip
+    """No step of the head is faster: 3 products, and the bytes that must move.
+
+    Args:
+        num_classes: that take part in the step, S.
+    """
+    state = (1 if optimizer == "sgd" else 2) * DTYPES[state_dtype].itemsize
+    moved = num_classes * WIDTH * (3 * DTYPES[weight_dtype].itemsize + 2 * state)
+    return 6 * batch * num_classes * WIDTH / peaks.flops + moved / peaks.bytes_per_second
+
+
+def count(
+    num_classes: int, batch: int, rate: float, workspace_mib: float, optimizer: str = "sgd",
+    weight_dtype: str = "fp32", state_dtype: str = "fp32", peaks: Iterable[Peaks] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """One row: what a step of the head on one GPU starts, moves and multiplies.
+
+    Args:
+        num_classes: C, of this GPU. batch: B, the global one. rate: r.
+        workspace_mib: of the head. peaks: of the GPUs to predict times for.
+    """
+
+    def make(classes: int) -> PartialFC:
+        return PartialFC(
+            ArcFace(gradient="straight_through"), WIDTH, classes, rate,
+            row_update=make_row_update(optimizer, state_dtype), batch_size_per_rank=batch,
+            device="meta", dtype=DTYPES[weight_dtype], workspace_mib=workspace_mib,
+            half=torch.bfloat16,
+        )  # fmt: skip
+
+    plan, cost = make(num_classes).planned_blocks()
+    loop = count_head_step(make, num_classes, _trace_loop)
+    whole = count_head_step(make, num_classes, trace_head_step)
+    size = sample_size(num_classes, rate)
+    products = loop.flops / (2 * batch * max(size, 1) * WIDTH)
+    return {
+        "name": "fused",
+        "params": {
+            "num_classes": num_classes, "batch": batch, "sample_rate": rate,
+            "optimizer": optimizer, "weight_dtype": weight_dtype, "state_dtype": state_dtype,
+            "workspace_mib": workspace_mib,
+        },
+        "launches": loop.launches, "gigabytes": loop.bytes_moved / 1e9,
+        "products": round(products, 3),
+        "launches_around": whole.launches - loop.launches,
+        "gigabytes_around": (whole.bytes_moved - loop.bytes_moved) / 1e9,
+        "blocks": len(plan.blocks()), "rows_per_block": plan.rows_per_block,
+        "kept_share": plan.kept_rows / max(plan.num_rows, 1),
+        "workspace_used_mib": cost.total_bytes(plan) / 2**20,
+        "kinds": _by_kind(loop),
+        "predicted": {
+            one.name: predict(one, whole)
+            | {"limit_ms": 1e3 * limit_seconds(one, batch, size, optimizer, weight_dtype,
+                                               state_dtype)}
+            for one in peaks
+        },
+    }  # fmt: skip
+
+
+def predict(peaks: Peaks, counted: HeadOperations) -> dict[str, float]:
+    """Milliseconds of the host, which starts the kernels, and of the device, which runs them; the
+    step takes the longer of the two."""
+    host = counted.launches * LAUNCH_SECONDS["cuda"]
+    device = counted.total(lambda operations: sum(
+        max(op.flops / peaks.flops, op.bytes_moved / peaks.bytes_per_second) for op in operations
+    ))  # fmt: skip
+    return {"host_ms": 1e3 * host, "device_ms": 1e3 * device, "step_ms": 1e3 * max(host, device)}
+
+
+def _trace_loop(head: PartialFC) -> list[Operation]:
+    """Operations of the passes over the classes alone."""
+    batch = head.batch_size_per_rank
+    assert batch is not None
+    assert head.engine is not None
+    assert head.row_update is not None
+    head.row_update.state(head.weight)
+    unit = torch.empty(batch, WIDTH, device="meta")
+    column = torch.empty(batch, dtype=torch.int64, device="meta")
+    head.prepare([column])
+    centers, _ = head.centres_of_step()
+    target = find_targets(unit, column, centers, head.margin.normalise, head.centres_per_class)
+    weight, veto = unit.new_empty(batch), torch.empty((), dtype=torch.bool, device="meta")
+    with OperationLog() as log:
+        loss, one = head.engine.forward(
+            unit, None, target, {}, centers, weight, LEARNING_RATE, veto
+        )
+        one.backward(torch.empty_like(loss))
+    return log.operations
+
+
+def kind_of(operation: Operation) -> str:
+    """The line of the table it belongs to."""
+    return next((kind for kind, names in KINDS.items() if operation.name in names), OTHERS)
+
+
+def _by_kind(counted: HeadOperations) -> dict[str, dict[str, float]]:
+    return {
+        kind: {
+            "launches": round(counted.total(partial(_launches, kind))),
+            "gigabytes": counted.total(partial(_bytes_moved, kind)) / 1e9,
+        }
+        for kind in (*KINDS, OTHERS)
+    }
+
+
+def _launches(kind: str, operations: Sequence[Operation]) -> int:
+    return sum(kind_of(op) == kind for op in operations)
+
+
+def _bytes_moved(kind: str, operations: Sequence[Operation]) -> int:
+    return sum(op.bytes_moved for op in operations if kind_of(op) == kind)
+
+
+def table(row: dict[str, Any]) -> str:
+    """A counted row as text."""
+    params = row["params"]
+    lines = [
+        f"C = {params['num_classes']:,}, B = {params['batch']:,}, D = {WIDTH}, "
+        f"r = {params['sample_rate']:g}, {params['optimizer']}, "
+        f"centers {params['weight_dtype']}, state {params['state_dtype']}, products bf16",
+        f"workspace {row['workspace_used_mib']:,.0f} of at most {params['workspace_mib']:,.0f} "
+        f"MiB: {row['blocks']:,} blocks of {row['rows_per_block']:,} classes, "
+        f"{row['kept_share']:.0%} of the numerators kept",
+        f"{'':24}{'launches':>10}{'GB':>10}",
+    ]  # fmt: skip
+    lines += [
+        f"{kind:24}{found['launches']:>10,}{found['gigabytes']:>10.2f}"
+        for kind, found in row["kinds"].items() if found["launches"]
+    ]  # fmt: skip
+    lines += [
+        f"{'loop over the classes':24}{row['launches']:>10,}{row['gigabytes']:>10.2f}"
+        f"   {row['products']:.2f} products [B, D] x [D, S]",
+        f"{'around it':24}{row['launches_around']:>10,}{row['gigabytes_around']:>10.2f}",
+    ]
+    if row["predicted"]:
+        lines.append(f"{'predicted, ms':24}{'host':>10}{'device':>10}{'step':>10}{'limit':>10}")
+    lines += [
+        f"  {name:22}{one['host_ms']:>10.1f}{one['device_ms']:>10.1f}{one['step_ms']:>10.1f}"
+        f"{one['limit_ms']:>10.1f}"
+        for name, one in row["predicted"].items()
+    ]
+    return "\n".join(lines)
+
+
+def assumed_peaks() -> list[Peaks]:
+    """Of the GPUs that times are predicted for."""
+    return [peaks_of(GPUS[name]) for name in PREDICTED]

@@ -1,0 +1,392 @@
+"""Everything that has to be measured on one GPU, in order of value, within a few minutes.
+
+    python3 -m benchmarks.gpu_bench OUT [--minutes 8]     # `make gpu-bench`
+    python3 -m benchmarks.gpu_bench OUT --minutes 1       # the head's checks and small rows only
+    python3 -m benchmarks.gpu_bench OUT --sections step published
+    python3 -m benchmarks.gpu_bench OUT --rehearse        # all of it at toy size, on a CPU
+
+OUT gets rows.jsonl (one JSON object per line, written when its row is done), report.md (tables
+made of them, replaced after every row) and trace.json.gz (a profile). A run that is cut off loses
+the row in work and nothing else. Every row has a time limit and runs in a child process: an error,
+a hang or a lack of memory costs that row. A row that does not fit into the time left is named and
+left out.
+
+Sections, in this order: environment; ceilings (a large product, a copy); check (what
+scripts/gpu_check.py checks; the long ones come after step); head (benchmarks/bench_head.py, against
+the limit of this card); product (a ceiling for each shape of the head's products); step
+(train_v2.py in the plain configuration and in ours); published (img/s and MiB against the number of
+identities, as published for eight V100); dali.
+
+Exit code 0, also where rows failed, which the report names; 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import gpu_rows
+from benchmarks.bench_head import Case
+from benchmarks.bench_train import COMPILED, INTERVALS, OURS, plain
+from benchmarks.gpu_report import report, title
+from scripts.gpu_check import Check, all_checks, quick_checks
+from utils.environment import compiler_problem
+from utils.worker import Worker
+
+ROWS, REPORT, TRACE = "rows.jsonl", "report.md", "trace.json.gz"
+SECTIONS = ("environment", "ceilings", "check", "head", "product", "step", "published", "dali")
+LEAST_SECONDS = 2.0  # nothing starts later than this before the end
+SMOKE_MINUTES = 1  # up to here only the head is looked at, at small size
+CHECK_SHARE = 0.25  # of the time, for checks that come before everything else
+LONG_CHECKS = ("training run", "step: compile")  # their names begin so; they come at the end
+STEPS_PER_INTERVAL, PROFILED_STEPS = 10, 4  # profiled after the first five
+# Where a row's time is not measured yet: starting train_v2.py with its first steps, drawing a
+# million class centers (on a CPU), compiling r50, images per second.
+START_SECONDS, MILLION_SECONDS, COMPILE_SECONDS = 20.0, 5.0, 75.0
+ASSUMED_SPEED = {"r50": 2500.0, "r100": 1400.0, "r_nano": 100.0}
+IDENTITIES = (125_000, 1_400_000, 5_500_000, 8_000_000, 16_000_000, 29_000_000)
+
+
+class Task(NamedTuple):
+    """A row to be measured.
+
+    function, arguments: called in the child process, give the row's figures. expected: seconds it
+    takes, about; it starts only if they are left. limit: seconds after which it is given up.
+    is_alone: in a new process, while nothing else holds the GPU's memory. missing: what it lacks
+    here, so that it is left out; "" for nothing.
+    """
+
+    section: str
+    name: str
+    params: Mapping[str, Any]
+    function: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...] = ()
+    expected: float = 3.0
+    limit: float = 60.0
+    is_alone: bool = False
+    missing: str = ""
+
+
+class Bench:
+    """Runs tasks until the time is over, and writes each row when it is done.
+
+    Args:
+        folder: of the results; made here. seconds: for everything.
+
+    Raises:
+        FileExistsError: the folder has the rows of an earlier run.
+    """
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
+        self.start = time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+        self.worker = Worker()
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / ROWS).exists():
+            raise FileExistsError(f"{folder / ROWS} is of an earlier run: choose another folder")
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the end of the time."""
+        return self.seconds - (time.monotonic() - self.start)
+
+    def run(self, task: Task) -> dict[str, Any]:
+        """Measure one row, or say why not; returns its figures."""
+        left = self.seconds_left
+        if task.missing:
+            return self._write(task, {"left_out": task.missing}, 0.0)
+        if left < max(task.expected, LEAST_SECONDS):
+            words = f"no time: about {task.expected:.0f} s needed, {max(left, 0):.0f} left"
+            return self._write(task, {"left_out": words}, 0.0)
+        begun = time.monotonic()
+        if task.is_alone:
+            self.worker.close()
+        try:
+            found = self.worker.run(
+                task.function, *task.arguments, seconds=min(task.limit, left)
+            )
+        except Exception as error:
+            # After an error of CUDA every call of that process fails.
+            self.worker.close()
+            found = {"error": str(error.__cause__ or error).strip()[-2000:] or repr(error)}
+        return self._write(task, found, time.monotonic() - begun)
+
+    def close(self) -> None:
+        """End the child process."""
+        self.worker.close()
+
+    def _write(self, task: Task, found: dict[str, Any], seconds: float) -> dict[str, Any]:
+        row = {
+            "section": task.section, "name": task.name, "params": dict(task.params), **found,
+            "seconds": round(seconds, 2),
+        }  # fmt: skip
+        self.rows.append(row)
+        line = (json.dumps(row) + "\n").encode()
+        # One call for one line: a kill finds it whole or not at all.
+        file = os.open(self.folder / ROWS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, line)
+        finally:
+            os.close(file)
+        unfinished = self.folder / f".{REPORT}.tmp"
+        unfinished.write_text(report(self.rows))
+        os.replace(unfinished, self.folder / REPORT)
+        print(f"{self.seconds - self.seconds_left:5.0f} s  {task.section}: {title(row)}: "
+              f"{_in_a_line(found)}", flush=True)  # fmt: skip
+        return found
+
+
+def _in_a_line(found: Mapping[str, Any]) -> str:
+    for key in ("left_out", "error"):
+        if key in found:
+            return f"{key.replace('_', ' ')}: {str(found[key]).splitlines()[-1]}"
+    told = (
+        f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, (int, float))
+    )
+    return ", ".join(told) or ", ".join(f"{k} {v}" for k, v in found.items() if k == "result")
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def run_check(check: Check) -> dict[str, Any]:
+    """A check as a row; an exception is its failure."""
+    check.function()
+    return {"result": "passed"}
+
+
+def check_tasks(
+    device: str, is_quick: bool, is_rehearsal: bool
+) -> tuple[list[Task], list[Task]]:
+    """Checks that come first, and the long ones that come last."""
+    where = "cuda:0" if device == "cuda" else "cpu"
+    missing = "not rehearsed" if is_rehearsal else compiler_problem() or ""
+    checks = quick_checks(where) if is_quick else all_checks(where, missing)
+    tasks = [
+        Task("check", one.name, {}, run_check, (one,), 1.0, one.seconds, missing=one.left_out)
+        for one in checks
+    ]
+    late = [
+        task._replace(expected=1.0 if is_rehearsal else START_SECONDS)
+        for task in tasks if task.name.startswith(LONG_CHECKS)
+    ]  # fmt: skip
+    return [task for task in tasks if not task.name.startswith(LONG_CHECKS)], late
+
+
+def head_tasks(
+    device: str, is_quick: bool, is_rehearsal: bool, measured: Mapping[str, float]
+) -> list[Task]:
+    """Ours against the dense head that users have, the largest first."""
+    sizes: tuple[int, ...] = (2_000_000, 1_000_000, 100_000)
+    batch, many = 1024, (29_000_000, 512)
+    if is_rehearsal:
+        sizes, batch, many = (3_000, 2_000, 1_000), 16, (5_000, 8)
+    if is_quick:
+        sizes = sizes[-1:]
+    rows: list[tuple[Case, float | str]] = []
+    for rate in (1.0, 0.1):
+        for size in sizes:
+            rows += [(Case("fused", size, batch, rate), "auto"),
+                     (Case("dense", size, batch, rate), "auto")]  # fmt: skip
+            if size == sizes[0] and rate == 1.0 and not is_quick:
+                rows.append((Case("fused", size, batch, rate), 256))  # the size before "auto"
+                rows.append((Case("fused", size, batch, rate, "adamw"), "auto"))
+    if not is_quick:
+        rows.append((Case("fused", *many, 1.0, "sgd", "bf16", "bf16"), "auto"))
+    repeats = 2 if is_rehearsal else 7
+    return [
+        Task(
+            "head", case.head, {**case._asdict(), "workspace_mib": mib}, gpu_rows.head,
+            (tuple(case), device, repeats, mib, measured),
+            expected=2 if is_rehearsal else 4 + case.num_classes / 1e6,
+            limit=120,
+        )
+        for case, mib in rows
+    ]  # fmt: skip
+
+
+def product_tasks(device: str, is_rehearsal: bool) -> list[Task]:
+    """The shapes of blocks of several sizes at B = 1024."""
+    batch, sizes = (16, (256,)) if is_rehearsal else (1024, (32_768, 125_000))
+    return [
+        Task("product", f"n = {rows:,}", {"batch": batch, "rows": rows}, gpu_rows.products,
+             (device, batch, rows))  # fmt: skip
+        for rows in sizes
+    ]
+
+
+def training_keys(
+    device: str, network: str, num_classes: int, batch: int, rate: float
+) -> dict[str, Any]:
+    """What both configurations of a row share; the first log interval is left out."""
+    steps, toy = STEPS_PER_INTERVAL, {"input_size": 32} if network == "r_nano" else {}
+    return {
+        "network": network, "num_classes": num_classes, "batch_size": batch, "sample_rate": rate,
+        "device": device, "max_steps": steps * INTERVALS, "num_image": batch * steps * INTERVALS,
+        "frequent": steps, "num_epoch": 1, "num_workers": min(8, os.cpu_count() or 1),
+        **toy,
+    }  # fmt: skip
+
+
+def step_tasks(
+    device: str, is_rehearsal: bool, measured: Mapping[str, float], trace: Path
+) -> list[Task]:
+    """Whole steps: ours (with a profile in the first row), compiled, and plain."""
+    networks, sizes, batch = ["r50", "r100"], [2_000_000, 360_000], 512
+    if is_rehearsal:
+        networks, sizes, batch = ["r_nano"], [300], 4
+    ours, base = OURS[device], plain(device)
+    sides: dict[str, dict[str, Any]] = {
+        "ours": ours, "ours, compiled": {**ours, **COMPILED}, "plain": base.keys,
+    }  # fmt: skip
+    tasks: list[Task] = []
+    for network in networks:
+        for size in sizes:
+            shared = training_keys(device, network, size, batch, 1.0)
+            for name, keys in sides.items():
+                is_first = not tasks
+                # The profiled steps lie in the interval that is left out.
+                profile = {"profile": PROFILED_STEPS} if is_first else {}
+                tasks.append(_training(
+                    "step", name, {**shared, **keys, **profile}, measured,
+                    str(trace) if is_first else None, is_rehearsal,
+                ))  # fmt: skip
+    return tasks
+
+
+def published_tasks(
+    device: str, is_rehearsal: bool, measured: Mapping[str, float]
+) -> list[Task]:
+    """The rows of the published table; all identities on this one GPU."""
+    identities, batch, network = list(IDENTITIES), 128, "r50"
+    if is_rehearsal:
+        identities, batch, network = [500], 4, "r_nano"
+    tasks = []
+    for size in identities:
+        for rate in (1.0, 0.1) if not is_rehearsal else (0.1,):
+            keys = training_keys(device, network, size, batch, rate) | OURS[device]
+            if size * 4096 > 40e9:  # centers and momentum in fp32
+                keys |= {"head_weight_dtype": "bf16", "head_state_dtype": "bf16"}
+            name = f"{size:,} identities, r = {rate:g}"
+            tasks.append(_training("published", name, keys, measured, None, is_rehearsal))
+    return tasks
+
+
+def _training(
+    section: str, name: str, keys: dict[str, Any], measured: Mapping[str, float],
+    trace: str | None, is_rehearsal: bool,
+) -> Task:  # fmt: skip
+    expected = START_SECONDS + MILLION_SECONDS * keys["num_classes"] / 1e6
+    expected += keys["num_image"] / ASSUMED_SPEED[keys["network"]]
+    expected += COMPILE_SECONDS if keys.get("compile") else 0.0
+    missing = compiler_problem() if keys.get("compile") else None
+    return Task(
+        section, name, keys, gpu_rows.training, (keys, measured, trace),
+        expected=5.0 if is_rehearsal else expected, limit=300.0, is_alone=True,
+        missing=missing or "",
+    )  # fmt: skip
+
+
+def dali_task(device: str, is_rehearsal: bool, measured: Mapping[str, float]) -> Task:
+    """Records decoded on the GPU, where DALI is installed."""
+    network, batch = ("r_nano", 4) if is_rehearsal else ("r50", 128)
+    keys = training_keys(device, network, 100, batch, 1.0) | OURS[device]
+    arguments = ({**keys, "dali": True}, keys["num_image"], measured)
+    return Task(
+        "dali", "DALI on the GPU", keys, gpu_rows.dali, arguments, START_SECONDS + 20, 180.0, True,
+        "" if has_dali() else "DALI is not installed (docs/installing_dali.md)",
+    )  # fmt: skip
+
+
+def has_dali() -> bool:
+    """nvidia.dali can be imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------- the command
+
+
+def measure(bench: Bench, device: str, sections: Sequence[str], is_rehearsal: bool) -> None:
+    """All tasks of the sections, in order of value."""
+    is_quick = bench.seconds <= 60 * SMOKE_MINUTES and not is_rehearsal
+    command = f"python -m benchmarks.gpu_bench OUT --minutes {bench.seconds / 60:g}"
+    command += " --rehearse" if is_rehearsal else ""
+    command += "" if tuple(sections) == SECTIONS else f" --sections {' '.join(sections)}"
+    words = {"date": time.strftime("%Y-%m-%d"), "command": command, "rehearsal": is_rehearsal}
+    bench.run(Task("environment", "environment", words, gpu_rows.environment, (), 0.0))
+    # Other sections are told against these.
+    measured = bench.run(
+        Task("ceilings", "ceilings", {}, gpu_rows.ceilings, (device, is_rehearsal), 0.0)
+    )
+    checks, late_checks = check_tasks(device, is_quick, is_rehearsal)
+    if "check" in sections:
+        while checks and bench.seconds_left > (1 - CHECK_SHARE) * bench.seconds:
+            bench.run(checks.pop(0))
+    if "head" in sections:
+        for task in head_tasks(device, is_quick, is_rehearsal, measured):
+            bench.run(task)
+    if is_quick:
+        return
+    tasks: list[Task] = []
+    if "product" in sections:
+        tasks += product_tasks(device, is_rehearsal)
+    if "step" in sections:
+        tasks += step_tasks(device, is_rehearsal, measured, bench.folder / TRACE)
+    if "check" in sections:
+        tasks += [*checks, *late_checks]
+    if "published" in sections:
+        tasks += published_tasks(device, is_rehearsal, measured)
+    if "dali" in sections:
+        tasks.append(dali_task(device, is_rehearsal, measured))
+    for task in tasks:
+        bench.run(task)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT", help="a folder for the results")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything (default 8)")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
+        help="only these, beside environment and ceilings",
+    )  # fmt: skip
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        print(f"error: --minutes {options.minutes:g}: above 0", file=sys.stderr)
+        return 2
+    if not options.rehearse and not torch.cuda.is_available():
+        print("gpu-bench: this PyTorch sees no GPU; nothing was measured (--rehearse runs the "
+              "same rows at toy size on a CPU)", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        bench = Bench(options.folder, 60 * options.minutes)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        measure(bench, "cpu" if options.rehearse else "cuda", options.sections, options.rehearse)
+    finally:
+        bench.close()
+    print(f"\n{report(bench.rows)}\nwritten to {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

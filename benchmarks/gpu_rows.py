@@ -1,0 +1,167 @@
+"""What benchmarks/gpu_bench.py measures: each function gives the figures of one row.
+
+They are called in a child process with plain arguments, and run on a CPU as well, where their
+figures mean nothing and only prove that the code runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bench_data import make_records
+from benchmarks.bench_head import Case, held_mib, median_seconds, time_step
+from benchmarks.bench_train import utilisation
+from benchmarks.count_head import WIDTH, Peaks, count, limit_seconds
+from benchmarks.runs import run_training
+from head.work_buffer import choose_workspace, memory_bytes_of
+from utils.environment import describe_environment
+
+MOST_TRACE_BYTES = 12 * 2**20
+
+
+def environment() -> dict[str, Any]:
+    """Versions, card, compiler, commit."""
+    return describe_environment()
+
+
+def ceilings(device: str, is_rehearsal: bool) -> dict[str, Any]:
+    """What this card reaches: a large bf16 product of random numbers, and a copy.
+
+    Returns:
+        matmul_tflops, fp32_tflops; copy_gigabytes_per_second, read and written.
+    """
+    _clean(device)
+    size, numbers, repeats = (256, 2**20, 3) if is_rehearsal else (8192, 2**30, 10)
+    left = torch.randn(size, size, device=device)
+    half = left.bfloat16()
+    product = torch.empty_like(half)
+    seconds = median_seconds(lambda: torch.mm(half, half, out=product), device, repeats)
+    result = torch.empty_like(left)
+    single = median_seconds(lambda: torch.mm(left, left, out=result), device, 3)
+    source = torch.ones(numbers, dtype=torch.float32, device=device)
+    copied = torch.empty_like(source)
+    copying = median_seconds(lambda: copied.copy_(source), device, repeats)
+    return {
+        "matmul_tflops": 2 * size**3 / seconds / 1e12,
+        "fp32_tflops": 2 * size**3 / single / 1e12,
+        "copy_gigabytes_per_second": 2 * 4 * numbers / copying / 1e9,
+    }
+
+
+def head(
+    case: Sequence[Any], device: str, repeats: int, workspace_mib: float | str,
+    measured: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    """One head (benchmarks/bench_head.py) against the limit of this card.
+
+    Args:
+        case: a `Case`. workspace_mib: of the fused head. measured: `ceilings`.
+    """
+    one = Case(*case)
+    _clean(device)
+    seconds, peak_mib = time_step(one, device, repeats, workspace_mib)
+    _clean(device)
+    found = {"step_ms": 1e3 * seconds, "peak_mib": peak_mib, "held_mib": held_mib(one)}
+    if "matmul_tflops" in measured:
+        peaks = Peaks(
+            "here", measured["matmul_tflops"] * 1e12, measured["copy_gigabytes_per_second"] * 1e9
+        )
+        limit = limit_seconds(peaks, one.batch, one.num_classes * one.sample_rate, *one[4:])
+        found |= {"limit_ms": 1e3 * limit, "share_of_limit": limit / seconds}
+    if one.head == "fused":
+        workspace = choose_workspace(
+            workspace_mib, device, memory_bytes_of(torch.device(device))
+        )
+        counted = count(
+            one.num_classes, one.batch, one.sample_rate, workspace.budget_bytes / 2**20, *one[4:]
+        )
+        found |= {key: counted[key] for key in ("launches", "gigabytes", "products", "blocks")}
+    return found
+
+
+def products(device: str, batch: int, rows: int) -> dict[str, Any]:
+    """Milliseconds and TFLOP/s of the head's products of one block: a ceiling for each shape.
+
+    Args:
+        batch: B. rows: n, classes of the block; n x B numerators.
+    """
+    _clean(device)
+    weight = torch.randn(rows, WIDTH, device=device).bfloat16()
+    unit = torch.randn(batch, WIDTH, device=device).bfloat16()
+    by_class = torch.rand(rows, batch, device=device).bfloat16()
+    by_sample = torch.rand(batch, rows, device=device).bfloat16()
+    shapes = {
+        "logits, E W^T [B, D] x [D, n]": (unit, weight.t()),
+        "logits, W E^T [n, D] x [D, B]": (weight, unit.t()),
+        "dE, [B, n] x [n, D]": (by_sample, weight),
+        "dE, [n, B]^T x [n, D]": (by_class.t(), weight),
+        "dW, [B, n]^T x [B, D]": (by_sample.t(), unit),
+        "dW, [n, B] x [B, D]": (by_class, unit),
+    }
+    found: dict[str, Any] = {}
+    for name, (left, right) in shapes.items():
+        flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        for dtype in ("bf16", "fp32"):
+            options: dict[str, Any] = {}
+            if dtype == "fp32":
+                if device == "cpu":
+                    continue  # a CPU has no product of bf16 operands with an fp32 result
+                options = {"out_dtype": torch.float32}
+            multiply = partial(torch.mm, left, right, **options)
+            seconds = median_seconds(multiply, device, 10)
+            found[f"{name} -> {dtype}"] = {"ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
+    return {"rows": rows, "batch": batch, "products": found}
+
+
+def training(
+    keys: Mapping[str, Any], measured: Mapping[str, float], profile_to: str | None = None
+) -> dict[str, Any]:
+    """A run of train_v2.py as a process, by its metrics.jsonl.
+
+    Args:
+        keys: of the config. measured: `ceilings`.
+        profile_to: a file for the trace, where `keys` ask for a profile; its page is in the result.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "profile") if profile_to else None
+        reading = run_training(keys, profile_to=folder)
+        if folder is not None and profile_to is not None:
+            found["profile"] = (folder / "summary.txt").read_text()
+            trace = (folder / "trace.json.gz").read_bytes()
+            if len(trace) <= MOST_TRACE_BYTES:
+                Path(profile_to).write_bytes(trace)
+            else:
+                found["trace"] = f"left out: {len(trace) / 2**20:.1f} MiB"
+    found |= {
+        "samples_per_second": reading.samples_per_second, "peak_mib": reading.peak_mib,
+        "data_wait_share": reading.data_wait_share, "compile_seconds": reading.compile_seconds,
+    }  # fmt: skip
+    peak = "matmul_tflops" if keys.get("precision") in ("bf16", "fp16") else "fp32_tflops"
+    if peak in measured:
+        in_step = keys["num_classes"] * keys.get("sample_rate", 1.0)
+        found["mfu"], found["mfu_with_head"] = utilisation(
+            keys["network"], in_step, reading.samples_per_second, measured[peak] * 1e12
+        )
+    return found
+
+
+def dali(keys: Mapping[str, Any], images: int, measured: Mapping[str, float]) -> dict[str, Any]:
+    """`training` from JPEG records, decoded by DALI on the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_records(Path(folder), images)
+        return training({**keys, "rec": folder, "num_image": "auto"}, measured)
+
+
+def _clean(device: str) -> None:
+    """Give back what the row before has left."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

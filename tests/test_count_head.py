@@ -1,0 +1,224 @@
+"""What a step of the head costs on a GPU, by counting: launches, bytes, products."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import head.engine
+from benchmarks import bench_head
+from benchmarks.count_head import Peaks, count, limit_seconds
+from head.row_update import AdamWRows, RowUpdate, SGDRows
+from head.work_buffer import AUTO_MIB, MOST_WORK_BYTES, choose_workspace, memory_bytes_of
+from losses import AdaFace, ArcFace, CosFace, CurricularFace, ElasticFace, MagFace
+from partial_fc import PartialFC
+from training.head_step import MOST_BLOCKS, count_head_step, trace_head_step
+
+GIB = 2**30
+EIGHTY_GB = choose_workspace("auto", "cuda", int(79.6 * GIB)).budget_bytes / 2**20
+
+
+def full_size(workspace_mib: float, **more: Any) -> dict[str, Any]:
+    """C = 2M, B = 1024, bf16 products, SGD, r = 1."""
+    return count(2_000_000, 1024, 1.0, workspace_mib, **more)
+
+
+@pytest.mark.parametrize(
+    ("workspace_mib", "launches", "gigabytes"), [(256, 23_216, 230), (4096, 1_461, 185)]
+)
+def test_counts_are_those_worked_out_for_two_million_classes(workspace_mib, launches, gigabytes):
+    row = full_size(workspace_mib)
+    assert row["launches"] == pytest.approx(launches, rel=0.02)
+    assert row["gigabytes"] == pytest.approx(gigabytes, rel=0.02)
+
+
+def test_with_the_automatic_workspace_of_80_gb_everything_is_kept_in_1500_launches():
+    row = full_size(EIGHTY_GB)
+    assert row["launches"] + row["launches_around"] <= 1_500
+    assert row["products"] == 3
+    assert row["kept_share"] == 1
+    assert row["gigabytes"] <= 140.5
+    assert full_size(256)["products"] == pytest.approx(4 - full_size(256)["kept_share"], abs=0.01)
+
+
+def test_one_more_pass_over_the_logits_is_found(monkeypatch):
+    before = full_size(4096)
+    real = head.engine.exponentials
+
+    def slower(z, *arguments, **options):
+        return real(z.mul_(1.0), *arguments, **options)
+
+    monkeypatch.setattr(head.engine, "exponentials", slower)
+    after = full_size(4096)
+    visits = before["blocks"] * (2 - before["kept_share"])
+    assert after["launches"] - before["launches"] == visits
+    moved = 2 * 4 * 1024 * 2_000_000 * (2 - before["kept_share"]) / 1e9
+    assert after["gigabytes"] - before["gigabytes"] == pytest.approx(moved, rel=0.01)
+    with pytest.raises(AssertionError):
+        test_counts_are_those_worked_out_for_two_million_classes(4096, 1_461, 185)
+
+
+@pytest.mark.parametrize(
+    ("workspace_mib", "rate", "rule", "options"),
+    [
+        (1.0, 1.0, SGDRows, {}),  # nearly nothing is kept
+        (3.0, 1.0, SGDRows, {"half": torch.bfloat16}),
+        (3.3, 0.5, AdamWRows, {}),  # all is kept, and some of the copies
+        (2.0, 0.5, SGDRows, {"centres_per_class": 2}),
+        (2.0, 1.0, AdamWRows, {"dtype": torch.bfloat16}),
+    ],
+)
+def test_a_step_of_many_blocks_is_counted_from_a_few(workspace_mib, rate, rule, options):
+    passes, is_deferred = (2, True) if rule is SGDRows and rate == 1.0 else (1, False)
+
+    def make(classes: int) -> PartialFC:
+        return PartialFC(
+            ArcFace(), 64, classes, rate, row_update=rule(), batch_size_per_rank=32,
+            device="meta", workspace_mib=workspace_mib, **options,
+        )  # fmt: skip
+
+    def trace(head: PartialFC):
+        return trace_head_step(head, passes, is_deferred)
+
+    plan, _ = make(20_000).planned_blocks()
+    assert len(plan.blocks()) > MOST_BLOCKS
+    counted, exact = count_head_step(make, 20_000, trace), trace(make(20_000))
+    assert counted.launches == len(exact)
+    last = 1 / len(plan.blocks())  # the last block may be smaller
+    assert counted.flops == pytest.approx(sum(op.flops for op in exact), rel=last)
+    assert counted.bytes_moved == pytest.approx(sum(op.bytes_moved for op in exact), rel=last)
+
+
+@pytest.mark.parametrize(
+    "margin",
+    [AdaFace(), CurricularFace(), ElasticFace(), MagFace(),
+     CosFace(interclass_filtering_threshold=0.2)],
+    ids=lambda margin: type(margin).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("rate", [1.0, 0.1, 0.001])  # the last: fewer classes than the batch
+def test_every_loss_can_be_counted(margin, rate):
+    rule: RowUpdate = SGDRows()
+    head = PartialFC(
+        margin, 64, 1000, rate, row_update=rule, batch_size_per_rank=32, device="meta",
+        half=torch.bfloat16,
+    )  # fmt: skip
+    names = [op.name for op in trace_head_step(head)]
+    assert names.count("mm") == 4  # the fourth is of the batch's mean cosine
+    assert "_fused_sgd_" in names
+    assert not {"view", "t", "empty", "slice", "detach", "expand"} & set(names)
+
+
+def test_places_that_are_picked_are_counted_and_not_the_whole_matrix():
+    from training.trace import OperationLog
+
+    matrix = torch.empty(1000, 64, device="meta")
+    index = torch.empty(10, dtype=torch.int64, device="meta")
+    rows = torch.empty(10, 64, device="meta")
+    with OperationLog() as log:
+        matrix.index_select(0, index)
+        matrix[index]
+        matrix.index_copy_(0, index, rows)
+        matrix.index_add_(0, index, rows)
+        matrix.new_zeros(3)
+    picked = 2 * 10 * 64 * 4 + 10 * 8
+    assert [op.bytes_moved for op in log.operations] == [
+        picked, picked, picked + 10 * 64 * 4, picked + 10 * 64 * 4, 12,
+    ]  # fmt: skip
+
+
+# --- the workspace ---------------------------------------------------------------------------
+
+
+def test_the_automatic_workspace_is_a_share_of_a_gpus_memory_and_256_mib_elsewhere():
+    gpu = choose_workspace("auto", "cuda", 80 * GIB)
+    assert (gpu.budget_bytes, gpu.work_bytes) == (10 * GIB, MOST_WORK_BYTES)
+    small = choose_workspace("auto", "cuda", 8 * GIB)
+    assert (small.budget_bytes, small.work_bytes) == (GIB, GIB // 2)
+    assert choose_workspace("auto", "cpu", 80 * GIB).budget_bytes == AUTO_MIB * 2**20
+    assert choose_workspace("auto", "xpu").budget_bytes == AUTO_MIB * 2**20
+    assert choose_workspace(1024, "cuda", GIB).budget_bytes == GIB
+    assert choose_workspace(256, "cpu").work_bytes == 32 * 2**20
+    assert memory_bytes_of(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_the_log_says_how_large_the_workspace_is_and_what_is_kept(rate):
+    def words(workspace_mib: float) -> str:
+        head = PartialFC(
+            ArcFace(), 64, 40_000, rate, row_update=SGDRows(), batch_size_per_rank=32,
+            workspace_mib=workspace_mib,
+        )  # fmt: skip
+        return head.describe_memory()
+
+    rows = round(40_000 * rate)
+    assert f"numerators of {rows:,} of {rows:,} centres kept" in words(64)
+    assert f"numerators of 280 of {rows:,} centres kept" in words(0.04)
+    assert "of at most 64 MiB" in words(64)
+
+
+def test_a_sampled_head_refuses_a_workspace_without_room_for_a_class_when_it_is_made():
+    with pytest.raises(ValueError, match="head_workspace_mib must be at least 2"):
+        PartialFC(
+            ArcFace(), 100_000, 10, 0.5, row_update=SGDRows(), batch_size_per_rank=8,
+            workspace_mib=1,
+        )  # fmt: skip
+    for wrong in ("automatic", 0, -1):
+        with pytest.raises(ValueError, match=r"workspace_mib=.*above 0, or 'auto'"):
+            PartialFC(ArcFace(), 8, 10, row_update=SGDRows(), workspace_mib=wrong)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_the_limit_is_three_products_and_the_bytes_that_must_move():
+    """C = 2M, B = 1024 at 798 TFLOP/s and 3.0 TB/s: 14.7 ms."""
+    h100 = Peaks("h100", 798e12, 3.0e12)
+    assert limit_seconds(h100, 1024, 2_000_000) == pytest.approx(14.7e-3, rel=0.01)
+    moved = 2_000_000 * 512 * 4 / 3.0e12  # one more average, read and written
+    more = limit_seconds(h100, 1024, 2_000_000, "adamw") - limit_seconds(h100, 1024, 2_000_000)
+    assert more == pytest.approx(2 * moved)
+
+
+def test_the_command_writes_a_row_for_each_combination(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    words = ["--count", "--classes", "1000", "2000", "--batch", "8", "--rate", "1", "0.5"]
+    words += ["--optimizer", "adamw", "--matmul-tflops", "798", "--copy-gigabytes", "3000"]
+    assert bench_head.main([*words, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [(r["params"]["num_classes"], r["params"]["sample_rate"]) for r in rows] == [
+        (1000, 1.0), (1000, 0.5), (2000, 1.0), (2000, 0.5),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["launches"] > 100
+        assert row["gigabytes"] > 0
+        assert row["products"] == 3
+        kinds = row["kinds"].values()
+        assert sum(kind["launches"] for kind in kinds) == row["launches"]
+        assert sum(kind["gigabytes"] for kind in kinds) == pytest.approx(row["gigabytes"])
+        assert set(row["predicted"]) == {"h100", "h200", "a100", "as given"}
+        for one in row["predicted"].values():
+            assert one["step_ms"] == max(one["host_ms"], one["device_ms"]) > one["limit_ms"]
+    said = capsys.readouterr().out
+    assert "Times are predicted, not measured" in said
+    assert "loop over the classes" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--matmul-tflops", "798"], "both, above 0, or neither"),
+        (["--matmul-tflops", "-1", "--copy-gigabytes", "3000"], "both, above 0, or neither"),
+        (["--rate", "1.5"], "sample_rate=1.5"),
+        (["--classes", "0"], "at least 1 each"),
+        (["--workspace-mib", "0.001"], "head_workspace_mib must be at least 1"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line(words, error, capsys):
+    assert bench_head.main(["--count", "--classes", "100", "--batch", "8", *words]) == 2
+    said = capsys.readouterr().err
+    assert error in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1

@@ -1,0 +1,286 @@
+"""The GPU benchmark runs at toy size on a CPU, keeps to its time, and loses nothing when killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_bench
+from benchmarks.gpu_bench import REPORT, ROWS, SECTIONS, TRACE, Bench, Task, main
+from benchmarks.gpu_report import report
+from tests import rows_of_tests
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+
+
+def rehearse(folder: Path, *words: str, compiles: bool = False) -> subprocess.Popen[str]:
+    """Without the compiler the code around it still runs."""
+    more = {"OMP_NUM_THREADS": "1"} | ({} if compiles else {"TORCH_COMPILE_DISABLE": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu_bench", folder, "--rehearse", *words],
+        cwd=ROOT, env=os.environ | more, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def is_whole(folder: Path) -> None:
+    """All sections have rows, none failed, and the files are few and small."""
+    rows = rows_of(folder)
+    assert {row["section"] for row in rows} == set(SECTIONS)
+    assert [row for row in rows if "error" in row] == []
+    left_out = {row["name"]: row["left_out"] for row in rows if "left_out" in row}
+    assert left_out.pop("DALI on the GPU", "DALI is not").startswith("DALI is not")
+    assert left_out == {"step: compile=True": "not rehearsed"}
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == [REPORT, ROWS, TRACE]
+    assert all(path.stat().st_size < 16 * 2**20 for path in folder.iterdir())
+
+    heads = [row for row in rows if row["section"] == "head"]
+    fused = [row for row in heads if row["name"] == "fused"]
+    assert {row["name"] for row in heads} == {"fused", "dense"}
+    for row in heads:
+        assert row["share_of_limit"] == pytest.approx(row["limit_ms"] / row["step_ms"])
+    assert all(row["launches"] > 100 and row["products"] == 3 for row in fused)
+    assert {row["params"]["sample_rate"] for row in fused} == {1.0, 0.1}
+    assert {row["params"]["weight_dtype"] for row in fused} == {"fp32", "bf16"}
+    steps = {row["name"]: row for row in rows if row["section"] == "step"}
+    assert list(steps) == ["ours", "ours, compiled", "plain"]
+    assert all(row["samples_per_second"] > 0 and row["mfu"] > 0 for row in steps.values())
+    assert "backbone, forward" in steps["ours"]["profile"]
+    facts = rows[0]
+    assert {"torch", "git_commit", "source_sha256", "c_compiler", "python_headers"} <= set(facts)
+    text = (folder / REPORT).read_text()
+    assert text == report(rows)
+    assert "a rehearsal on a CPU, whose figures mean nothing" in text
+    for heading in ("## What this card reaches", "## Head:", "## Whole step", "### Profile",
+                    "## Identities", "## Checks: 31 of 32 passed", "## Left out"):  # fmt: skip
+        assert heading in text
+    assert "## Failed" not in text
+
+
+def test_a_rehearsal_runs_every_section(tmp_path):
+    run = rehearse(tmp_path / "out")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    is_whole(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_rehearsal_with_the_compiler_takes_at_most_four_minutes(tmp_path):
+    run = rehearse(tmp_path / "out", compiles=True)
+    said, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, said
+    is_whole(tmp_path / "out")
+
+
+# --- killed at any moment --------------------------------------------------------------------
+
+
+def write_rows(folder: Path) -> None:
+    """Rows without end, as fast as they can be written."""
+    bench = Bench(folder, 1e9)
+    for number in range(10**9):
+        bench.run(Task("head", f"row {number}", {}, dict, missing="no time " * 40))
+
+
+def write_and_be_killed(folder: str) -> None:
+    """20 processes, one after another, that write rows and are killed at a moment of their own."""
+    random.seed(0)
+    for number in range(20):
+        rows = Path(folder, str(number))
+        process = os.fork()
+        if process == 0:
+            write_rows(rows)
+        wait_for((rows / REPORT).exists)
+        time.sleep(random.uniform(0, 0.1))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def test_killed_at_any_moment_it_leaves_valid_files(tmp_path):
+    words = "import sys; from tests.test_gpu_bench import *; write_and_be_killed(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", words, tmp_path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == 20
+    for folder in folders:
+        rows = rows_of(folder)
+        assert [row["name"] for row in rows] == [f"row {number}" for number in range(len(rows))]
+        # The report has every row but the last at least.
+        text = (folder / REPORT).read_text()
+        assert text in (report(rows), report(rows[:-1]))
+
+
+def test_a_killed_run_keeps_the_rows_it_has_done_and_ends_its_child(tmp_path):
+    folder = tmp_path / "out"
+    run = rehearse(folder, "--sections", "head")
+    wait_for(lambda: (folder / ROWS).exists() and len(rows_of(folder)) >= 4)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()  # returns when nobody has the pipe any more, the child neither
+    rows = rows_of(folder)
+    assert [row["section"] for row in rows[:4]] == ["environment", "ceilings", "head", "head"]
+    assert (folder / REPORT).read_text() in (report(rows), report(rows[:-1]))
+    assert main([str(folder), "--rehearse"]) == 2  # it is not written over
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# --- time and failures -----------------------------------------------------------------------
+
+
+def test_a_row_that_fails_hangs_or_dies_costs_only_itself(tmp_path, capsys):
+    bench = Bench(tmp_path, 100)
+    plain = Task("head", "quick", {}, rows_of_tests.process)
+    rows = [
+        bench.run(task)
+        for task in (
+            plain, plain, Task("head", "broken", {}, rows_of_tests.broken), plain,
+            Task("head", "hanging", {}, rows_of_tests.hanging, limit=1.5),
+            Task("head", "dying", {}, os._exit, (7,)),
+            plain, plain._replace(is_alone=True),
+            plain._replace(missing="it is not installed"),
+            plain._replace(name="long", expected=1000),
+        )
+    ]  # fmt: skip
+    bench.close()
+    assert rows[0] == rows[1]
+    assert "RuntimeError: planted" in rows[2]["error"]
+    assert "did not end within 1.5 seconds" in rows[4]["error"]
+    assert "exit code 7" in rows[5]["error"]
+    assert len({row["pid"] for row in rows if "pid" in row}) == 4  # after a failure, and alone
+    assert rows[8] == {"left_out": "it is not installed"}
+    assert rows[9]["left_out"].startswith("no time: about 1000 s needed")
+    assert [row["name"] for row in rows_of(tmp_path)].count("quick") == 6
+    text = (tmp_path / REPORT).read_text()
+    assert "## Failed" in text
+    assert "- head: long: no time" in text
+    assert "dying" in capsys.readouterr().out
+
+
+def planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, minutes: float, *sections: str
+) -> list[Task]:
+    """The tasks of a run whose rows take no time, on a machine with a GPU and a compiler."""
+    tasks: list[Task] = []
+
+    def run(self: Bench, task: Task) -> dict[str, Any]:
+        tasks.append(task)
+        return {"matmul_tflops": 800.0, "fp32_tflops": 50.0, "copy_gigabytes_per_second": 3000.0}
+
+    monkeypatch.setattr(Bench, "run", run)
+    monkeypatch.setattr(gpu_bench, "compiler_problem", lambda: None)
+    bench = Bench(tmp_path / "out", 60 * minutes)
+    gpu_bench.measure(bench, device, sections or SECTIONS, False)
+    return tasks
+
+
+def test_the_first_call_looks_at_small_heads_only(monkeypatch, tmp_path):
+    tasks = planned(monkeypatch, tmp_path, "cuda", 1)
+    assert {task.section for task in tasks} == {"environment", "ceilings", "check", "head"}
+    assert [task.name for task in tasks if task.section == "check"] == [
+        "head: ArcFace, SGD, fp32", "head: CosFace, SGD, bf16",
+    ]  # fmt: skip
+    heads = [task.params for task in tasks if task.section == "head"]
+    assert {params["num_classes"] for params in heads} == {100_000}
+    assert sum(task.expected for task in tasks) < 45
+
+
+def test_everything_is_asked_for_in_order_of_value(monkeypatch, tmp_path):
+    tasks = planned(monkeypatch, tmp_path, "cuda", 8)
+    order = list(dict.fromkeys(task.section for task in tasks))
+    assert order == list(SECTIONS)
+    names = [f"{task.section} {task.name}" for task in tasks]
+    first_step = next(place for place, name in enumerate(names) if name.startswith("step "))
+    assert "check training run: bf16" in names[first_step:]
+    assert "check step: compile=True" in names[first_step:]
+    heads = [task.params for task in tasks if task.section == "head"]
+    sizes = {(h["head"], h["num_classes"], h["batch"], h["sample_rate"]) for h in heads}
+    for head in ("fused", "dense"):
+        for size in (100_000, 1_000_000, 2_000_000):
+            assert {(head, size, 1024, 1.0), (head, size, 1024, 0.1)} <= sizes
+    largest = next(h for h in heads if h["num_classes"] == 29_000_000)
+    assert (largest["batch"], largest["sample_rate"]) == (512, 1.0)
+    assert (largest["weight_dtype"], largest["state_dtype"]) == ("bf16", "bf16")
+    assert {h["workspace_mib"] for h in heads} == {"auto", 256}
+    steps = [task.params for task in tasks if task.section == "step"]
+    assert {(s["network"], s["num_classes"]) for s in steps} == {
+        (network, size) for network in ("r50", "r100") for size in (360_000, 2_000_000)
+    }
+    assert len(steps) == 12
+    assert [s.get("profile", 0) > 0 for s in steps] == [True] + 11 * [False]
+    published = [task.params for task in tasks if task.section == "published"]
+    assert [p["num_classes"] for p in published[::2]] == list(gpu_bench.IDENTITIES)
+    assert [p.get("head_weight_dtype") for p in published[-4:]] == 4 * ["bf16"]
+    chosen = planned(monkeypatch, tmp_path, "cuda", 8, "product")
+    assert {task.section for task in chosen} == {"environment", "ceilings", "product"}
+
+
+def test_configs_of_the_rows_are_valid(monkeypatch, tmp_path):
+    from configs.base import Config
+
+    for task in planned(monkeypatch, tmp_path, "cuda", 8):
+        if task.section in ("step", "published", "dali"):
+            keys = {"rec": "synthetic", "output": "unused", **task.params}
+            assert Config(**keys).problems() == []
+
+
+# --- the report and the command --------------------------------------------------------------
+
+
+def row(section: str, name: str, params: dict[str, Any], **figures: Any) -> dict[str, Any]:
+    return {"section": section, "name": name, "params": params, "seconds": 1.0, **figures}
+
+
+def test_the_report_compares_with_the_row_of_the_same_settings():
+    large, small = ({"num_classes": c, "batch": 8, "optimizer": "sgd"} for c in (2_000, 1_000))
+    heads = [
+        row("head", "dense", large, step_ms=30.0), row("head", "fused", large, step_ms=10.0),
+        row("head", "fused", small, step_ms=5.0),
+        row("head", "fused", {**large, "optimizer": "adamw"}, step_ms=12.0),
+    ]  # fmt: skip
+    keys = {"network": "r50", "num_classes": 7, "batch_size": 4}
+    steps = [
+        row("step", "ours", keys, samples_per_second=300.0),
+        row("step", "plain", keys, samples_per_second=100.0),
+    ]
+    lines = report([*heads, *steps]).splitlines()
+    cells = [line.split(" | ") for line in lines if line.startswith(("| fused", "| dense"))]
+    column = next(
+        line for line in lines if "times the dense head's speed" in line
+    ).split(" | ").index("times the dense head's speed")  # fmt: skip
+    assert [line[column] for line in cells] == ["-", "3.00", "-", "-"]
+    ours = next(line for line in lines if line.startswith("| ours"))
+    assert " | 300 | 3.00 | " in ours
+
+
+def test_without_a_gpu_it_says_so_and_measures_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([str(tmp_path / "out")]) == 2
+    assert "this PyTorch sees no GPU; nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([str(tmp_path / "out"), "--rehearse", "--minutes", "0"]) == 2
+    assert "--minutes 0: above 0" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "file"), "--rehearse"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
