@@ -42,8 +42,10 @@ from training.roofline import (
     Machine,
     StepTime,
     collective_seconds,
+    device_seconds,
     estimate,
     forward_share,
+    launch_seconds,
     this_cpu,
 )
 from training.setup import SetupError, share_global_batch
@@ -311,6 +313,7 @@ def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
             **dataclasses.asdict(plan.time),
             "total": plan.time.total,
         },
+        "head": describe_head(plan.needs, setting.machine),
         "samples_per_second": plan.samples_per_second,
         "steps_per_epoch": plan.steps_per_epoch,
         "num_epoch": cfg.num_epoch,
@@ -322,6 +325,21 @@ def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
             device_type(setting.machine)
         ],
     }  # fmt: skip
+
+
+def describe_head(needs: Needs, machine: Machine) -> dict[str, Any] | None:
+    """Kernel launches and gigabytes of a step of the fused head, all its passes; None for others.
+    On a GPU also the seconds that the host takes to start them, and the device to run them."""
+    if needs.head.operations is None:
+        return None
+    counted = needs.head.operations()
+    found = {"launches": counted.launches, "gigabytes": counted.bytes_moved / 1e9}
+    if device_type(machine) == "cpu":
+        return found
+    return found | {
+        "launch_seconds": launch_seconds(counted),
+        "device_seconds": device_seconds(counted, machine),
+    }
 
 
 def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
@@ -347,6 +365,7 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
         if time[part] or part not in ("optimizer", "teacher")
     ]  # fmt: skip
     times.append(["  total", f"{1e3 * time['total']:,.1f}"])
+    head = facts["head"] or {}
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
     lines = [
         f"{facts['network']}, {facts['parameters'] / 1e6:.1f} M parameters, {macs:.2f} GMACs "
@@ -369,6 +388,12 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
         "measured here, without decoding of images" if assumed is None else
         "from the peaks; assumed: " + ", ".join(f"{v:.0%} of {k}" for k, v in assumed.items())
     )  # fmt: skip
+    if "launch_seconds" in head and assumed is not None:
+        lines.append(
+            f"head: {head['launches']:,} kernel launches, which the host starts in "
+            f"{1e3 * head['launch_seconds']:,.1f} ms, and {head['gigabytes']:,.1f} GB moved; with "
+            f"its products the GPU works {1e3 * head['device_seconds']:,.1f} ms"
+        )
     lines.append(
         f"{facts['samples_per_second']:,.0f} samples/s; {facts['num_epoch']} epochs of "
         f"{facts['steps_per_epoch']:,} steps; {facts['total_steps']:,} steps take "

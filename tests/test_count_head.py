@@ -105,7 +105,9 @@ def test_every_loss_can_be_counted(margin, rate):
         margin, 64, 1000, rate, row_update=rule, batch_size_per_rank=32, device="meta",
         half=torch.bfloat16,
     )  # fmt: skip
-    names = [op.name for op in trace_head_step(head)]
+    operations = trace_head_step(head)
+    assert {op.dtype for op in operations if op.flops > 2 * 32 * 64} == {torch.bfloat16}
+    names = [op.name for op in operations]
     assert names.count("mm") == 4  # the fourth is of the batch's mean cosine
     assert "_fused_sgd_" in names
     assert not {"view", "t", "empty", "slice", "detach", "expand"} & set(names)

@@ -77,6 +77,8 @@ def test_the_traced_network_allocates_what_a_real_one_does(network, precision, c
     assert planned.peak_without_gradients == pytest.approx(real.peak_without_gradients, rel=0.01)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert planned.gradient_bytes == real.gradient_bytes == 4 * trained
+    operations = [*planned.forward, *planned.backward]
+    assert not [op.name for op in operations if op.name.startswith(("prim", "view", "detach"))]
     flops = [sum(op.flops for op in ops) for ops in (planned.forward, planned.backward)]
     assert flops == [sum(op.flops for op in ops) for ops in (real.forward, real.backward)]
 
@@ -365,7 +367,8 @@ def test_the_heads_time_grows_where_numerators_are_made_again():
     assert kept < again < deferred
     product = 2 * 1024 * 512 * 100_000 / (SHARE_OF_PEAK["cuda"]["products"] * 989.4e12)
     assert kept > 3 * product
-    assert seconds(head_workspace_mib=2048, sample_rate=0.1) < 0.5 * kept
+    large: dict[str, Any] = {"num_classes": 1_000_000, "head_workspace_mib": 8192}
+    assert seconds(**large, sample_rate=0.1) < 0.3 * seconds(**large)
 
 
 def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
@@ -380,6 +383,10 @@ def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
     assert planned.time.head == pytest.approx(launches * LAUNCH_SECONDS["cuda"])
     automatic = plan.make_plan(dataclasses.replace(cfg, head_workspace_mib="auto"), setting)
     assert automatic.time.head < planned.time.head
+    facts = plan.describe_head(automatic.needs, setting.machine)
+    assert facts is not None
+    assert facts["launches"] < 1_500
+    assert automatic.time.head == max(facts["launch_seconds"], facts["device_seconds"])
     assert 5000 * 2**20 < automatic.needs.footprint.head < GPUS["h100"].memory_gib * 2**30 / 8
 
 
@@ -503,7 +510,8 @@ def test_frozen_epochs_take_a_forward_pass_and_the_head(capsys):
     found = run(capsys, "num_epoch=4", "freeze_epoch=1", "--gpu", "v100")
     assert (whole["frozen_steps"], found["frozen_steps"]) == (0, found["steps_per_epoch"])
     frozen, step = found["frozen_seconds_per_step"], found["time"]["total"]
-    assert found["time"]["head"] < frozen < 0.6 * step
+    time = found["time"]
+    assert time["head"] < frozen < time["head"] + 0.6 * time["backbone"] < step
     assert found["hours"] == pytest.approx(whole["hours"] * (0.75 + 0.25 * frozen / step))
     assert run(capsys, "freeze_epoch=2", "num_epoch=4", "max_steps=3")["frozen_steps"] == 3
 

@@ -113,11 +113,11 @@ class OperationLog(TorchDispatchMode):
         read, made = _tensors((args, kwargs)), _tensors(out)
         formula = flop_registry.get(_SAME_FLOPS.get(packet, packet))
         flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
-        largest = max([*read, *made], key=_size, default=None)
-        if largest is not None:
+        operands = read or made  # a product of half-precision operands may have an fp32 result
+        if operands:
             name = packet._qualified_op_name.removeprefix("aten::")
-            moved = _bytes_moved(name, read, made)
-            self.operations.append(Operation(name, flops, moved, largest.dtype))
+            moved, dtype = _bytes_moved(name, read, made), max(operands, key=_size).dtype
+            self.operations.append(Operation(name, flops, moved, dtype))
 
 
 class Ledger(OperationLog):
@@ -176,7 +176,7 @@ def _tensors(values: Any) -> list[Tensor]:
 def _is_work(func: Any) -> bool:
     """True if it starts a kernel: neither a view nor an allocation nor a question to the host."""
     name = func._overloadpacket._qualified_op_name.removeprefix("aten::")
-    if name.startswith(("empty", "new_empty")) or name in _NO_KERNEL:
+    if name.startswith(("empty", "new_empty", "prim::")) or name in _NO_KERNEL:
         return False
     returned = [value.alias_info for value in func._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in returned)
