@@ -320,16 +320,18 @@ class PartialFC(nn.Module):
         """
         assert self.engine is not None
         assert self.batch_size_per_rank is not None
-        centres, size = self._centres(), len(self.weight)
+        assert self.row_update is not None
+        weight: Tensor = self.weight
+        rows, state = None, self.row_update.state(weight)
         if self.sample_rate < 1.0:
             size = sample_size(self.num_classes_local, self.sample_rate) * self.centres_per_class
-        if self._host is not None:  # a sample's rows come over as a shard of their own
-            centres = ShardCentres(self.weight[:size], self.row_update)
-        elif self.sample_rate < 1.0:
-            rows = torch.empty(size, dtype=torch.int64, device="meta")
-            centres = ShardCentres(
-                self.weight, self.row_update, self.bias, self._bias_update, rows
-            )
+            if self._host is not None:  # a sample's rows come over as a shard of their own
+                weight = self.weight[:size]
+            else:
+                rows = torch.empty(size, dtype=torch.int64, device="meta")
+        centres = ShardCentres(
+            weight, self.row_update, self.bias, self._bias_update, rows, state=state
+        )
         like = torch.empty(0, dtype=self.work_dtype, device=self.device)
         batch = self.batch_size_per_rank * self.world_size
         step = (centres, batch, self.embedding_size, like)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from head.row_update import RowUpdate
@@ -46,8 +48,8 @@ def check_arguments(
         (centres_per_class >= 1, f"centres_per_class={centres_per_class}: at least 1"),
         (
             workspace_mib == "auto"
-            or (isinstance(workspace_mib, (int, float)) and workspace_mib > 0),
-            f"workspace_mib={workspace_mib!r}: above 0, or 'auto'",
+            or (isinstance(workspace_mib, (int, float)) and 0 < workspace_mib < math.inf),
+            f"workspace_mib={workspace_mib!r}: MiB above 0, or 'auto'",
         ),
         (
             half in (None, torch.bfloat16),

@@ -97,6 +97,19 @@ def test_command_line_words_take_the_fields_type(write_config):
     assert config.val_dir == "/a b"
 
 
+def test_an_old_spelling_is_the_same_key(write_config):
+    old = write_config(SMALL + "config.head_buffer_mib = 512\n")
+    assert load_config(old).head_workspace_mib == 512
+    assert load_config(old, ["head_workspace_mib=auto"]).head_workspace_mib == "auto"
+    assert load_config(old, ["head_buffer_mib=1024"]).head_workspace_mib == 1024
+    both = write_config(SMALL + "config.head_buffer_mib = 512\nconfig.head_workspace_mib = 256\n")
+    with pytest.raises(ConfigError, match="head_buffer_mib and head_workspace_mib: two spellings"):
+        load_config(both)
+    for wrong in ("0", "1.5", "automatic"):
+        with pytest.raises(ConfigError, match=r'head_workspace_mib=.*at least 1, or "auto"'):
+            load_config(write_config(SMALL), [f"head_workspace_mib={wrong}"])
+
+
 def test_all_problems_are_reported_at_once(write_config):
     path = write_config(SMALL + "config.lrr = 1\nconfig.batch_size = 'x'\nconfig.momentum = 2.0\n")
     with pytest.raises(ConfigError) as error:

@@ -15,7 +15,9 @@ from head.row_update import AdamWRows, RowUpdate, SGDRows
 from head.work_buffer import AUTO_MIB, MOST_WORK_BYTES, choose_workspace, memory_bytes_of
 from losses import AdaFace, ArcFace, CosFace, CurricularFace, ElasticFace, MagFace
 from partial_fc import PartialFC
+from training import resume
 from training.head_step import MOST_BLOCKS, count_head_step, trace_head_step
+from training.trace import OperationLog
 
 GIB = 2**30
 EIGHTY_GB = choose_workspace("auto", "cuda", int(79.6 * GIB)).budget_bytes / 2**20
@@ -114,8 +116,6 @@ def test_every_loss_can_be_counted(margin, rate):
 
 
 def test_places_that_are_picked_are_counted_and_not_the_whole_matrix():
-    from training.trace import OperationLog
-
     matrix = torch.empty(1000, 64, device="meta")
     index = torch.empty(10, dtype=torch.int64, device="meta")
     rows = torch.empty(10, 64, device="meta")
@@ -167,9 +167,17 @@ def test_a_sampled_head_refuses_a_workspace_without_room_for_a_class_when_it_is_
             ArcFace(), 100_000, 10, 0.5, row_update=SGDRows(), batch_size_per_rank=8,
             workspace_mib=1,
         )  # fmt: skip
-    for wrong in ("automatic", 0, -1):
-        with pytest.raises(ValueError, match=r"workspace_mib=.*above 0, or 'auto'"):
+    for wrong in ("automatic", 0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"workspace_mib=.*MiB above 0, or 'auto'"):
             PartialFC(ArcFace(), 8, 10, row_update=SGDRows(), workspace_mib=wrong)
+
+
+def test_a_checkpoint_with_the_old_spelling_resumes_without_a_word(caplog):
+    facts: dict[str, Any] = {"data": {}, "data set": "the same"}
+    saved, now = {"head_buffer_mib": 256}, {"head_workspace_mib": "auto"}
+    resume.check({"config": saved, **facts}, {"config": now, **facts})
+    assert caplog.text == ""
+    assert resume.config_sha256(saved) == resume.config_sha256(now)
 
 
 # --- the command -----------------------------------------------------------------------------
