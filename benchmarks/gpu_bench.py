@@ -23,6 +23,7 @@ Exit code 0, also where rows failed, which the report names; 2 where there is no
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import json
 import os
@@ -38,7 +39,7 @@ from benchmarks import gpu_rows
 from benchmarks.bench_head import Case
 from benchmarks.bench_train import COMPILED, INTERVALS, OURS, plain
 from benchmarks.gpu_report import report, title
-from scripts.gpu_check import Check, all_checks, quick_checks
+from scripts.gpu_check import Check, all_checks, needs_new_process, quick_checks
 from utils.environment import compiler_problem
 from utils.worker import Worker
 
@@ -115,9 +116,9 @@ class Bench:
             found = self.worker.run(
                 task.function, *task.arguments, seconds=min(task.limit, left)
             )
-        except Exception as error:
-            # After an error of CUDA every call of that process fails.
-            self.worker.close()
+        except (Exception, SystemExit) as error:
+            if needs_new_process(error):
+                self.worker.close()
             found = {"error": str(error.__cause__ or error).strip()[-2000:] or repr(error)}
         return self._write(task, found, time.monotonic() - begun)
 
@@ -131,19 +132,33 @@ class Bench:
             "seconds": round(seconds, 2),
         }  # fmt: skip
         self.rows.append(row)
-        line = (json.dumps(row) + "\n").encode()
-        # One call for one line: a kill finds it whole or not at all.
-        file = os.open(self.folder / ROWS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(file, line)
-        finally:
-            os.close(file)
-        unfinished = self.folder / f".{REPORT}.tmp"
-        unfinished.write_text(report(self.rows))
-        os.replace(unfinished, self.folder / REPORT)
+            append_line(self.folder / ROWS, json.dumps(row))
+            unfinished = self.folder / f".{REPORT}.tmp"
+            unfinished.write_text(report(self.rows))
+            os.replace(unfinished, self.folder / REPORT)
+        except OSError as error:  # such as a full disk: the row is printed, the next one may fit
+            print(f"error: not written: {error}", file=sys.stderr, flush=True)
         print(f"{self.seconds - self.seconds_left:5.0f} s  {task.section}: {title(row)}: "
               f"{_in_a_line(found)}", flush=True)  # fmt: skip
         return found
+
+
+def append_line(path: Path, line: str) -> None:
+    """Write a line behind the others in one call: a kill finds it whole or not at all.
+
+    Raises:
+        OSError: it does not fit on the disk; the file is as it was.
+    """
+    content = (line + "\n").encode()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        if os.write(file, content) != len(content):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)
 
 
 def _in_a_line(found: Mapping[str, Any]) -> str:
@@ -218,11 +233,12 @@ def head_tasks(
 def product_tasks(device: str, is_rehearsal: bool) -> list[Task]:
     """The shapes of blocks of several sizes at B = 1024."""
     batch, sizes = (16, (256,)) if is_rehearsal else (1024, (32_768, 125_000))
-    return [
-        Task("product", f"n = {rows:,}", {"batch": batch, "rows": rows}, gpu_rows.products,
-             (device, batch, rows))  # fmt: skip
-        for rows in sizes
-    ]
+    tasks = []
+    for rows in sizes:
+        params = {"batch": batch, "rows": rows}
+        arguments = (device, batch, rows)
+        tasks.append(Task("product", f"n = {rows:,}", params, gpu_rows.products, arguments))
+    return tasks
 
 
 def training_keys(

@@ -108,12 +108,14 @@ def _environment(row: Row) -> str:
 
 def _products(rows: Sequence[Row]) -> list[str]:
     """Of every shape of every size of block."""
-    lines = [
-        [shape, f"{row['batch']:,}", f"{row['rows']:,}", f"{found['ms']:.3f}",
-         f"{found['tflops']:.4g}"]  # fmt: skip
-        for row in rows if row["section"] == "product" and _is_done(row)
-        for shape, found in row["products"].items()
-    ]
+    lines = []
+    for row in rows:
+        if row["section"] == "product" and _is_done(row):
+            sizes = [f"{row['batch']:,}", f"{row['rows']:,}"]
+            lines += [
+                [shape, *sizes, f"{found['ms']:.3f}", f"{found['tflops']:.4g}"]
+                for shape, found in row["products"].items()
+            ]
     if not lines:
         return []
     heading = ["product -> dtype of its result", "B", "n", "ms", "TFLOP/s"]

@@ -6,9 +6,9 @@
     4. fp32, tf32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss;
     5. the compiled step waits nowhere either, where Triton can build what it needs.
 
-Every check has a time limit and runs in a child process, which is replaced after a failure: an
-error or a hang does not stop the others. The exit code is 1 if a check failed. --rehearse runs the
-code of the checks on a CPU, which proves nothing about a GPU.
+Every check has a time limit and runs in a child process, which is replaced after an error that may
+be CUDA's: an error or a hang does not stop the others. The exit code is 1 if a check failed.
+--rehearse runs the code of the checks on a CPU, which proves nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def run_checks(
 
 def _run_check(check: Check, worker: Worker, deadline: float) -> Row:
     begun = time.monotonic()
-    result, error = "passed", ""
+    result, error, is_spoiled = "passed", "", False
     if check.left_out:
         result = f"left out: {check.left_out}"
     elif begun >= deadline:
@@ -282,10 +282,16 @@ def _run_check(check: Check, worker: Worker, deadline: float) -> Row:
             worker.run(check.function, seconds=min(check.seconds, deadline - begun))
         except (Exception, SystemExit) as failure:
             result, error = "FAILED", _last_lines(failure)
+            is_spoiled = needs_new_process(failure)
     seconds = time.monotonic() - begun
-    if error:
-        worker.close()  # After a CUDA error every call of that process fails.
+    if is_spoiled:
+        worker.close()
     return Row(check.name, result, round(seconds, 2), error)
+
+
+def needs_new_process(failure: BaseException) -> bool:
+    """After an error of CUDA every call of that process fails; these are none."""
+    return not isinstance(failure, (AssertionError, ImportError, torch.OutOfMemoryError))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -178,6 +178,27 @@ def test_a_row_that_fails_hangs_or_dies_costs_only_itself(tmp_path, capsys):
     assert "dying" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size", [900, 1000])
+def test_a_full_disk_costs_a_row_and_never_half_of_one(tmp_path, size):
+    """The limit on the size of a file stands for the disk."""
+    words = (
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from benchmarks.gpu_bench import Bench, Task\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        "bench = Bench(Path(sys.argv[1]), 100)\n"
+        "for number in range(20):\n"
+        "    bench.run(Task('head', f'row {number}', {}, dict, missing='no time'))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", words, tmp_path], cwd=ROOT, capture_output=True,
+                         text=True, check=True)  # fmt: skip
+    rows = rows_of(tmp_path)
+    assert [row["name"] for row in rows] == [f"row {number}" for number in range(len(rows))]
+    assert 5 < len(rows) < 20
+    assert "error: not written" in run.stderr
+    assert all(f"row {number}: left out: no time" in run.stdout for number in range(20))
+
+
 def planned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, minutes: float, *sections: str
 ) -> list[Task]:
