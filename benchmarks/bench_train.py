@@ -41,8 +41,11 @@ import torch
 
 from benchmarks.bench_data import make_records
 from benchmarks.comparison import (
+    COMPILED,
     HEADER,
+    INTERVALS,
     OPTIONS_HEADER,
+    OURS,
     Comparison,
     Keys,
     Result,
@@ -52,6 +55,7 @@ from benchmarks.comparison import (
     draw,
     line,
     option_line,
+    plain,
     ratio_of_pairs,
     table_row,
 )
@@ -59,23 +63,10 @@ from benchmarks.runs import Reading, RunFailed, in_a_process, run_training
 from configs.base import Config
 from scripts.flops import describe
 
-PLAIN: dict[str, Keys] = {
-    "cpu": {"precision": "fp32"},
-    "cuda": {"precision": "fp16", "all_reduce_dtype": "fp16"},
-}
-PLAIN_EVERYWHERE: Keys = {"channels_last": False, "head_update": "autograd", "compile": False}
-OURS: dict[str, Keys] = {"cpu": {"precision": "fp32"}, "cuda": {"precision": "bf16"}}
-COMPILED: Keys = {"compile": True}
-INTERVALS = 5  # log intervals of a run; the first is left out
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------- what is compared
-
-
-def plain(device: str) -> Side:
-    """The configuration that users run today."""
-    return Side("plain", {**PLAIN_EVERYWHERE, **PLAIN[device]})
 
 
 def rows(device: str, which: str, more: Keys) -> list[Row]:

@@ -11,6 +11,15 @@ from benchmarks.runs import DOOR, DOOR_PLAIN_ALLOCATOR, Reading, run_training
 
 Keys = dict[str, Any]
 
+PLAIN: dict[str, Keys] = {
+    "cpu": {"precision": "fp32"},
+    "cuda": {"precision": "fp16", "all_reduce_dtype": "fp16"},
+}
+PLAIN_EVERYWHERE: Keys = {"channels_last": False, "head_update": "autograd", "compile": False}
+OURS: dict[str, Keys] = {"cpu": {"precision": "fp32"}, "cuda": {"precision": "bf16"}}
+COMPILED: Keys = {"compile": True}
+INTERVALS = 5  # log intervals of a run; the first is left out
+
 HEADER = (
     "network | classes | batch | r | plain | ours | samples/s plain | ours | ours / plain "
     "| peak MiB plain | ours | ours / plain | above start | MFU plain | ours | with head | "
@@ -33,6 +42,11 @@ class Side(NamedTuple):
         """Train once with `keys`, and what this side changes of them."""
         door = DOOR if self.own_allocator else DOOR_PLAIN_ALLOCATOR
         return run_training({**keys, **self.keys}, ranks=ranks, door=door)
+
+
+def plain(device: str) -> Side:
+    """The configuration that users run today."""
+    return Side("plain", {**PLAIN_EVERYWHERE, **PLAIN[device]})
 
 
 class Row(NamedTuple):

@@ -37,7 +37,7 @@ import torch
 
 from benchmarks import gpu_rows
 from benchmarks.bench_head import Case
-from benchmarks.bench_train import COMPILED, INTERVALS, OURS, plain
+from benchmarks.comparison import COMPILED, INTERVALS, OURS, plain
 from benchmarks.gpu_report import report, title
 from scripts.gpu_check import Check, all_checks, needs_new_process, quick_checks
 from utils.environment import compiler_problem
@@ -308,7 +308,7 @@ def _training(
     missing = compiler_problem() if keys.get("compile") else None
     return Task(
         section, name, keys, gpu_rows.training, (keys, measured, trace),
-        expected=5.0 if is_rehearsal else expected, limit=300.0, is_alone=True,
+        expected=5.0 if is_rehearsal else expected, limit=300.0, is_alone=not is_rehearsal,
         missing=missing or "",
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """What benchmarks/gpu_bench.py measures: each function gives the figures of one row.
 
 They are called in a child process with plain arguments, and run on a CPU as well, where their
-figures mean nothing and only prove that the code runs.
+figures mean nothing and only prove that the code runs. What needs more packages than PyTorch is
+imported by the row that needs it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_data import make_records
 from benchmarks.bench_head import Case, held_mib, median_seconds, time_step
-from benchmarks.bench_train import utilisation
 from benchmarks.count_head import WIDTH, Peaks, count, limit_seconds
 from benchmarks.runs import run_training
 from head.work_buffer import choose_workspace, memory_bytes_of
@@ -146,6 +145,8 @@ def training(
     }  # fmt: skip
     peak = "matmul_tflops" if keys.get("precision") in ("bf16", "fp16") else "fp32_tflops"
     if peak in measured:
+        from benchmarks.bench_train import utilisation
+
         in_step = keys["num_classes"] * keys.get("sample_rate", 1.0)
         found["mfu"], found["mfu_with_head"] = utilisation(
             keys["network"], in_step, reading.samples_per_second, measured[peak] * 1e12
@@ -155,6 +156,8 @@ def training(
 
 def dali(keys: Mapping[str, Any], images: int, measured: Mapping[str, float]) -> dict[str, Any]:
     """`training` from JPEG records, decoded by DALI on the GPU."""
+    from benchmarks.bench_data import make_records
+
     with tempfile.TemporaryDirectory() as folder:
         make_records(Path(folder), images)
         return training({**keys, "rec": folder, "num_image": "auto"}, measured)

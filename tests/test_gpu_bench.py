@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +198,27 @@ def test_a_full_disk_costs_a_row_and_never_half_of_one(tmp_path, size):
     assert 5 < len(rows) < 20
     assert "error: not written" in run.stderr
     assert all(f"row {number}: left out: no time" in run.stdout for number in range(20))
+
+
+def test_a_missing_package_is_named_and_costs_only_the_rows_that_need_it(tmp_path):
+    for name in ("simplejpeg", "easydict", "cv2", "tqdm", "onnxruntime", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here')")
+    words = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks import gpu_bench as b\n"
+        "if __name__ == '__main__':\n"
+        "    bench = b.Bench(Path(sys.argv[1]), 100)\n"
+        "    bench.run(b.head_tasks('cpu', False, True, {})[0])\n"
+        "    bench.run(b.published_tasks('cpu', True, {})[0])\n"
+        "    bench.close()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", words, tmp_path / "out"], cwd=ROOT, check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    head, published = rows_of(tmp_path / "out")
+    assert head["step_ms"] > 0
+    assert "limit_ms" not in head  # there was no ceiling to compare with
+    assert re.search("no (simplejpeg|easydict|cv2|tqdm|onnxruntime) here", published["error"])
 
 
 def planned(

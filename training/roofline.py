@@ -11,12 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from training.footprint import HeadWork, Needs
 from training.head_step import HeadOperations
 from training.trace import Operation, Trace
+
+if TYPE_CHECKING:  # it imports all of the trainer, which counting on a bare machine does not need
+    from training.footprint import HeadWork, Needs
 
 
 @dataclass(frozen=True)
