@@ -312,8 +312,9 @@ class PartialFC(nn.Module):
             rule.roundings = count
 
     def planned_blocks(self) -> tuple[Plan, BlockCost]:
-        """Blocks of a step on this rank, and what a row of them takes; of a sample with no more
-        positives than it has room for. Fused only, with a `batch_size_per_rank`.
+        """Blocks of a step on this rank, and what a row of them takes. Fused only, with a
+        `batch_size_per_rank`. A sample smaller than the batch counts as large as the batch's own
+        classes can make it.
 
         Raises:
             BufferTooSmallError: not one class fits the workspace.
@@ -321,10 +322,12 @@ class PartialFC(nn.Module):
         assert self.engine is not None
         assert self.batch_size_per_rank is not None
         assert self.row_update is not None
+        batch = self.batch_size_per_rank * self.world_size
         weight: Tensor = self.weight
         rows, state = None, self.row_update.state(weight)
         if self.sample_rate < 1.0:
-            size = sample_size(self.num_classes_local, self.sample_rate) * self.centres_per_class
+            size = sample_size(self.num_classes_local, self.sample_rate)
+            size = max(size, min(batch, self.num_classes_local)) * self.centres_per_class
             if self._host is not None:  # a sample's rows come over as a shard of their own
                 weight = self.weight[:size]
             else:
@@ -333,7 +336,6 @@ class PartialFC(nn.Module):
             weight, self.row_update, self.bias, self._bias_update, rows, state=state
         )
         like = torch.empty(0, dtype=self.work_dtype, device=self.device)
-        batch = self.batch_size_per_rank * self.world_size
         step = (centres, batch, self.embedding_size, like)
         return self.engine.plan(*step), self.engine.cost(*step)
 

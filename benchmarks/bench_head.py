@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import platform
 import resource
 import statistics
@@ -326,7 +327,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints a table and optionally writes rows as JSON and a plot."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one size, about a minute on 2 cores")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
@@ -419,10 +422,20 @@ def report_counts(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    unused = [name for name in ("quick", "plot", "head") if getattr(options, name)]
+    unused += ["device"] if options.device != "cpu" else []
+    if unused:
+        print(f"error: --count with --{', --'.join(unused)}: leave them out; what is counted is "
+              "the fused head on a GPU", file=sys.stderr)  # fmt: skip
+        return 2
     peaks = assumed_peaks()
     if None not in given:
         peaks.append(Peaks("as given", given[0] * 1e12, given[1] * 1e9))
     memory_gib = options.memory_gib or GPUS["h100"].memory_gib
+    sizes = [memory_gib, 1 if options.workspace_mib == "auto" else options.workspace_mib]
+    if not all(0 < size < math.inf for size in sizes):
+        print("error: --memory-gib and --workspace-mib: above 0", file=sys.stderr)
+        return 2
     workspace = choose_workspace(options.workspace_mib, "cuda", int(memory_gib * 2**30))
     rows = []
     for num_classes in options.classes or [2_000_000]:
@@ -433,13 +446,13 @@ def report_counts(options: argparse.Namespace) -> int:
                         num_classes, batch, rate, workspace.budget_bytes / 2**20,
                         options.optimizer, options.weight_dtype, options.state_dtype, peaks,
                     )  # fmt: skip
-                except ValueError as error:  # an argument outside its domain, a small workspace
+                    rows.append(row)
+                    if options.json:
+                        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+                except (ValueError, OSError) as error:  # outside its domain; not to be written
                     print(f"error: {error}", file=sys.stderr)
                     return 2
-                rows.append(row)
                 print(table(row), end="\n\n", flush=True)
-                if options.json:
-                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
     share = ", ".join(f"{value:.0%} of {name}" for name, value in REACHED.items())
     print(f"Counted on the meta device. Times are predicted, not measured: of the data sheets "
           f"{share} is assumed, and {1e6 * LAUNCH_SECONDS['cuda']:g} us a launch.")  # fmt: skip

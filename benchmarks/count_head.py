@@ -3,13 +3,17 @@
 `python -m benchmarks.bench_head --count` prints what this module counts. The head's own code runs
 on the meta device and takes the path of a GPU there (training/head_step.py). There are two parts:
 
-    loop     the passes over the classes: forward, backward, update. `launches`, `gigabytes` and
-             `products` are of this part.
+    loop     the passes over the classes: forward, backward, update. `launches`, `gigabytes`,
+             `gigabytes_moved` and `products` are of this part.
     around   gathering and normalizing the batch, finding its targets, drawing the sample
 
-A product is 2 B S D floating-point operations: one product of the batch with all S classes of the
-step. The limit is 3 products at the rate of a large matmul plus the bytes that must move at the
-rate of a copy: centers read twice and written once, optimizer state read and written once.
+launches: operations that start a kernel; a few, such as sorting, start more than one.
+gigabytes_moved: what they read and write. gigabytes: the tensors that they are given and return,
+which leaves out what a fused optimizer writes, and counts what a copy overwrites.
+products: of 2 B S D floating-point operations, the batch with all S classes of the step.
+The limit to compare with is 3 products at the rate of a large matmul plus, as if one came after the
+other, the bytes that must move at the rate of a copy: centers read twice and written once,
+optimizer state read and written once.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 
 from head.row_update import AdamWRows, RowUpdate, SGDRows
-from head.sampling import sample_size
 from head.target import find_targets
 from losses import ArcFace
 from partial_fc import PartialFC
@@ -33,8 +36,7 @@ WIDTH = 512
 LEARNING_RATE = 0.1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREDICTED = ("h100", "h200", "a100")
-# What large kernels reach of a GPU's data sheet: an 8192^3 bf16 product 798 of 989 TFLOP/s on an
-# H100, the head's shapes less, a copy 3.0 of 3.35 TB/s. Options of the command replace them.
+# Assumed: what the head's products and large elementwise kernels reach of a GPU's data sheet.
 REACHED = {"products": 0.6, "memory": 0.9}
 KINDS = {
     "matrix products": {"addmm", "baddbmm", "bmm", "dot", "mm", "mv"},
@@ -83,7 +85,7 @@ def limit_seconds(
     peaks: Peaks, batch: int, num_classes: float, optimizer: str = "sgd",
     weight_dtype: str = "fp32", state_dtype: str = "fp32",
 ) -> float:  # fmt: skip
-    """No step of the head is faster: 3 products, and the bytes that must move.
+    """3 products, and then the bytes that must move.
 
     Args:
         num_classes: that take part in the step, S.
@@ -115,8 +117,8 @@ def count(
     plan, cost = make(num_classes).planned_blocks()
     loop = count_head_step(make, num_classes, _trace_loop)
     whole = count_head_step(make, num_classes, trace_head_step)
-    size = sample_size(num_classes, rate)
-    products = loop.flops / (2 * batch * max(size, 1) * WIDTH)
+    size = plan.num_rows
+    products = loop.flops / (2 * batch * size * WIDTH)
     return {
         "name": "fused",
         "params": {
@@ -124,10 +126,11 @@ def count(
             "optimizer": optimizer, "weight_dtype": weight_dtype, "state_dtype": state_dtype,
             "workspace_mib": workspace_mib,
         },
-        "launches": loop.launches, "gigabytes": loop.bytes_moved / 1e9,
+        "launches": loop.launches, "gigabytes": loop.named_bytes / 1e9,
+        "gigabytes_moved": loop.bytes_moved / 1e9,
         "products": round(products, 3),
         "launches_around": whole.launches - loop.launches,
-        "gigabytes_around": (whole.bytes_moved - loop.bytes_moved) / 1e9,
+        "gigabytes_moved_around": (whole.bytes_moved - loop.bytes_moved) / 1e9,
         "blocks": len(plan.blocks()), "rows_per_block": plan.rows_per_block,
         "kept_share": plan.kept_rows / max(plan.num_rows, 1),
         "workspace_used_mib": cost.total_bytes(plan) / 2**20,
@@ -181,7 +184,7 @@ def _by_kind(counted: HeadOperations) -> dict[str, dict[str, float]]:
     return {
         kind: {
             "launches": round(counted.total(partial(_launches, kind))),
-            "gigabytes": counted.total(partial(_bytes_moved, kind)) / 1e9,
+            "gigabytes_moved": counted.total(partial(_bytes_moved, kind)) / 1e9,
         }
         for kind in (*KINDS, OTHERS)
     }
@@ -205,16 +208,17 @@ def table(row: dict[str, Any]) -> str:
         f"workspace {row['workspace_used_mib']:,.0f} of at most {params['workspace_mib']:,.0f} "
         f"MiB: {row['blocks']:,} blocks of {row['rows_per_block']:,} classes, "
         f"{row['kept_share']:.0%} of the numerators kept",
-        f"{'':24}{'launches':>10}{'GB':>10}",
+        f"{'':24}{'launches':>10}{'GB moved':>10}",
     ]  # fmt: skip
     lines += [
-        f"{kind:24}{found['launches']:>10,}{found['gigabytes']:>10.2f}"
+        f"{kind:24}{found['launches']:>10,}{found['gigabytes_moved']:>10.2f}"
         for kind, found in row["kinds"].items() if found["launches"]
     ]  # fmt: skip
     lines += [
-        f"{'loop over the classes':24}{row['launches']:>10,}{row['gigabytes']:>10.2f}"
-        f"   {row['products']:.2f} products [B, D] x [D, S]",
-        f"{'around it':24}{row['launches_around']:>10,}{row['gigabytes_around']:>10.2f}",
+        f"{'loop over the classes':24}{row['launches']:>10,}{row['gigabytes_moved']:>10.2f}"
+        f"   {row['products']:.2f} products [B, D] x [D, S]; tensors given and returned "
+        f"{row['gigabytes']:.2f} GB",
+        f"{'around it':24}{row['launches_around']:>10,}{row['gigabytes_moved_around']:>10.2f}",
     ]
     if row["predicted"]:
         lines.append(f"{'predicted, ms':24}{'host':>10}{'device':>10}{'step':>10}{'limit':>10}")

@@ -17,7 +17,9 @@ the limit of this card); product (a ceiling for each shape of the head's product
 (train_v2.py in the plain configuration and in ours); published (img/s and MiB against the number of
 identities, as published for eight V100); dali.
 
-Exit code 0, also where rows failed, which the report names; 2 where there is no GPU.
+All sections take about half an hour on one H100 (worked out, not measured): a shorter run has the
+first of them, and --sections chooses others. Exit code 0, also where rows failed, which the report
+names; 2 where there is no GPU, for options that do not fit and for an OUT that has rows already.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import argparse
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -39,8 +42,15 @@ from benchmarks import gpu_rows
 from benchmarks.bench_head import Case
 from benchmarks.comparison import COMPILED, INTERVALS, OURS, plain
 from benchmarks.gpu_report import report, title
-from scripts.gpu_check import Check, all_checks, needs_new_process, quick_checks
-from utils.environment import compiler_problem
+from scripts.gpu_check import (
+    TRAINER_NEEDS,
+    Check,
+    all_checks,
+    last_lines,
+    needs_new_process,
+    quick_checks,
+)
+from utils.environment import compiler_problem, missing_packages, triton_problem
 from utils.worker import Worker
 
 ROWS, REPORT, TRACE = "rows.jsonl", "report.md", "trace.json.gz"
@@ -48,7 +58,8 @@ SECTIONS = ("environment", "ceilings", "check", "head", "product", "step", "publ
 LEAST_SECONDS = 2.0  # nothing starts later than this before the end
 SMOKE_MINUTES = 1  # up to here only the head is looked at, at small size
 CHECK_SHARE = 0.25  # of the time, for checks that come before everything else
-LONG_CHECKS = ("training run", "step: compile")  # their names begin so; they come at the end
+COMPILED_CHECK = "step: compile=True"
+LONG_CHECKS = ("training run", COMPILED_CHECK)  # their names begin so; they come at the end
 STEPS_PER_INTERVAL, PROFILED_STEPS = 10, 4  # profiled after the first five
 # Where a row's time is not measured yet: starting train_v2.py with its first steps, drawing a
 # million class centers (on a CPU), compiling r50, images per second.
@@ -62,7 +73,8 @@ class Task(NamedTuple):
 
     function, arguments: called in the child process, give the row's figures. expected: seconds it
     takes, about; it starts only if they are left. limit: seconds after which it is given up.
-    is_alone: in a new process, while nothing else holds the GPU's memory. missing: what it lacks
+    is_alone: it starts a process of its own that uses the GPU, whose memory nothing else may hold
+    then. missing: what it lacks
     here, so that it is left out; "" for nothing.
     """
 
@@ -92,9 +104,14 @@ class Bench:
         self.start = time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.worker = Worker()
+        self._holds_memory = False  # the child process may have used the GPU
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / ROWS).exists():
-            raise FileExistsError(f"{folder / ROWS} is of an earlier run: choose another folder")
+        try:
+            (folder / ROWS).touch(exist_ok=False)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{folder / ROWS} is of another run: choose another folder"
+            ) from None
 
     @property
     def seconds_left(self) -> float:
@@ -110,16 +127,17 @@ class Bench:
             words = f"no time: about {task.expected:.0f} s needed, {max(left, 0):.0f} left"
             return self._write(task, {"left_out": words}, 0.0)
         begun = time.monotonic()
-        if task.is_alone:
+        if task.is_alone and self._holds_memory:
             self.worker.close()
+        self._holds_memory = not task.is_alone
+        # A row that takes far longer than it should is given up for the sake of the others.
+        limit = min(task.limit, 3 * task.expected + 20, left)
         try:
-            found = self.worker.run(
-                task.function, *task.arguments, seconds=min(task.limit, left)
-            )
+            found = self.worker.run(task.function, *task.arguments, seconds=limit)
         except (Exception, SystemExit) as error:
             if needs_new_process(error):
                 self.worker.close()
-            found = {"error": str(error.__cause__ or error).strip()[-2000:] or repr(error)}
+            found = {"error": last_lines(error)}
         return self._write(task, found, time.monotonic() - begun)
 
     def close(self) -> None:
@@ -133,7 +151,7 @@ class Bench:
         }  # fmt: skip
         self.rows.append(row)
         try:
-            append_line(self.folder / ROWS, json.dumps(row))
+            append_line(self.folder / ROWS, json.dumps(finite(row)))
             unfinished = self.folder / f".{REPORT}.tmp"
             unfinished.write_text(report(self.rows))
             os.replace(unfinished, self.folder / REPORT)
@@ -142,6 +160,15 @@ class Bench:
         print(f"{self.seconds - self.seconds_left:5.0f} s  {task.section}: {title(row)}: "
               f"{_in_a_line(found)}", flush=True)  # fmt: skip
         return found
+
+
+def finite(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def append_line(path: Path, line: str) -> None:
@@ -166,18 +193,19 @@ def _in_a_line(found: Mapping[str, Any]) -> str:
         if key in found:
             return f"{key.replace('_', ' ')}: {str(found[key]).splitlines()[-1]}"
     told = (
-        f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, (int, float))
-    )
-    return ", ".join(told) or ", ".join(f"{k} {v}" for k, v in found.items() if k == "result")
+        f"{key} {value:.4g}" for key, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    )  # fmt: skip
+    return ", ".join(told) or "done"
 
 
 # ---------------------------------------------------------------- what is measured
 
 
 def run_check(check: Check) -> dict[str, Any]:
-    """A check as a row; an exception is its failure."""
+    """A check as a row, which has no figures; an exception is its failure."""
     check.function()
-    return {"result": "passed"}
+    return {}
 
 
 def check_tasks(
@@ -185,14 +213,17 @@ def check_tasks(
 ) -> tuple[list[Task], list[Task]]:
     """Checks that come first, and the long ones that come last."""
     where = "cuda:0" if device == "cuda" else "cpu"
-    missing = "not rehearsed" if is_rehearsal else compiler_problem() or ""
+    missing = "not rehearsed" if is_rehearsal else triton_problem() or ""
     checks = quick_checks(where) if is_quick else all_checks(where, missing)
     tasks = [
         Task("check", one.name, {}, run_check, (one,), 1.0, one.seconds, missing=one.left_out)
         for one in checks
     ]
     late = [
-        task._replace(expected=1.0 if is_rehearsal else START_SECONDS)
+        task._replace(
+            expected=COMPILE_SECONDS if task.name == COMPILED_CHECK else
+            1.0 if is_rehearsal else START_SECONDS
+        )
         for task in tasks if task.name.startswith(LONG_CHECKS)
     ]  # fmt: skip
     return [task for task in tasks if not task.name.startswith(LONG_CHECKS)], late
@@ -221,7 +252,9 @@ def head_tasks(
     repeats = 2 if is_rehearsal else 7
     return [
         Task(
-            "head", case.head, {**case._asdict(), "workspace_mib": mib}, gpu_rows.head,
+            "head", case.head,
+            {**case._asdict(), "workspace_mib": mib if case.head == "fused" else None},
+            gpu_rows.head,
             (tuple(case), device, repeats, mib, measured),
             expected=2 if is_rehearsal else 4 + case.num_classes / 1e6,
             limit=120,
@@ -257,25 +290,27 @@ def training_keys(
 def step_tasks(
     device: str, is_rehearsal: bool, measured: Mapping[str, float], trace: Path
 ) -> list[Task]:
-    """Whole steps: ours (with a profile in the first row), compiled, and plain."""
+    """Whole steps: ours, plain, ours compiled; once a profile of ours."""
     networks, sizes, batch = ["r50", "r100"], [2_000_000, 360_000], 512
     if is_rehearsal:
         networks, sizes, batch = ["r_nano"], [300], 4
-    ours, base = OURS[device], plain(device)
+    ours = OURS[device]
     sides: dict[str, dict[str, Any]] = {
-        "ours": ours, "ours, compiled": {**ours, **COMPILED}, "plain": base.keys,
+        "ours": ours, "plain": plain(device).keys, "ours, compiled": {**ours, **COMPILED},
     }  # fmt: skip
     tasks: list[Task] = []
     for network in networks:
         for size in sizes:
             shared = training_keys(device, network, size, batch, 1.0)
-            for name, keys in sides.items():
-                is_first = not tasks
-                # The profiled steps lie in the interval that is left out.
-                profile = {"profile": PROFILED_STEPS} if is_first else {}
+            tasks += [
+                _training("step", name, {**shared, **keys}, measured, None, is_rehearsal)
+                for name, keys in sides.items()
+            ]
+            if len(tasks) == len(sides):  # a run of its own, since watching slows it
+                steps = 2 * STEPS_PER_INTERVAL
+                keys = {**shared, **ours, "profile": PROFILED_STEPS, "max_steps": steps}
                 tasks.append(_training(
-                    "step", name, {**shared, **keys, **profile}, measured,
-                    str(trace) if is_first else None, is_rehearsal,
+                    "step", "ours, profiled", keys, measured, str(trace), is_rehearsal
                 ))  # fmt: skip
     return tasks
 
@@ -305,22 +340,28 @@ def _training(
     expected = START_SECONDS + MILLION_SECONDS * keys["num_classes"] / 1e6
     expected += keys["num_image"] / ASSUMED_SPEED[keys["network"]]
     expected += COMPILE_SECONDS if keys.get("compile") else 0.0
-    missing = compiler_problem() if keys.get("compile") else None
+    missing = missing_packages(*TRAINER_NEEDS)
+    if keys.get("compile"):
+        missing = missing or (
+            triton_problem() if keys["device"] == "cuda" else compiler_problem()
+        ) or ""  # fmt: skip
     return Task(
         section, name, keys, gpu_rows.training, (keys, measured, trace),
-        expected=5.0 if is_rehearsal else expected, limit=300.0, is_alone=not is_rehearsal,
-        missing=missing or "",
+        expected=expected / 4 if is_rehearsal else expected, limit=300.0,
+        is_alone=not is_rehearsal,
+        missing=missing,
     )  # fmt: skip
 
 
 def dali_task(device: str, is_rehearsal: bool, measured: Mapping[str, float]) -> Task:
     """Records decoded on the GPU, where DALI is installed."""
     network, batch = ("r_nano", 4) if is_rehearsal else ("r50", 128)
-    keys = training_keys(device, network, 100, batch, 1.0) | OURS[device]
+    keys = training_keys(device, network, 100, batch, 1.0) | OURS[device] | {"input_size": 112}
     arguments = ({**keys, "dali": True}, keys["num_image"], measured)
     return Task(
         "dali", "DALI on the GPU", keys, gpu_rows.dali, arguments, START_SECONDS + 20, 180.0, True,
-        "" if has_dali() else "DALI is not installed (docs/installing_dali.md)",
+        missing_packages(*TRAINER_NEEDS)
+        or ("" if has_dali() else "DALI is not installed (docs/installing_dali.md)"),
     )  # fmt: skip
 
 
@@ -342,10 +383,10 @@ def measure(bench: Bench, device: str, sections: Sequence[str], is_rehearsal: bo
     command += " --rehearse" if is_rehearsal else ""
     command += "" if tuple(sections) == SECTIONS else f" --sections {' '.join(sections)}"
     words = {"date": time.strftime("%Y-%m-%d"), "command": command, "rehearsal": is_rehearsal}
-    bench.run(Task("environment", "environment", words, gpu_rows.environment, (), 0.0))
+    bench.run(Task("environment", "environment", words, gpu_rows.environment, (), 15.0))
     # Other sections are told against these.
     measured = bench.run(
-        Task("ceilings", "ceilings", {}, gpu_rows.ceilings, (device, is_rehearsal), 0.0)
+        Task("ceilings", "ceilings", {}, gpu_rows.ceilings, (device, is_rehearsal), 10.0)
     )
     checks, late_checks = check_tasks(device, is_quick, is_rehearsal)
     if "check" in sections:
@@ -384,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     options = parser.parse_args(arguments)
-    if not options.minutes > 0:
+    if not 0 < options.minutes < math.inf:
         print(f"error: --minutes {options.minutes:g}: above 0", file=sys.stderr)
         return 2
     if not options.rehearse and not torch.cuda.is_available():
@@ -398,6 +439,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         measure(bench, "cpu" if options.rehearse else "cuda", options.sections, options.rehearse)
+    except KeyboardInterrupt:
+        print(f"interrupted; {options.folder} has the rows so far", file=sys.stderr)
+        return 130
     finally:
         bench.close()
     print(f"\n{report(bench.rows)}\nwritten to {options.folder}")

@@ -57,14 +57,16 @@ HEAD = (
     ("centers", "weight_dtype", ""), ("workspace, MiB", "workspace_mib", ""),
     ("step, ms", "step_ms", ",.2f"), ("times the dense head's speed", "ratio", ".2f"),
     ("limit, ms", "limit_ms", ",.2f"),
-    ("share of the limit", "share_of_limit", ".1%"), ("peak, MiB", "peak_mib", ",.0f"),
-    ("launches", "launches", ",d"), ("GB", "gigabytes", ".1f"),
+    ("share of the limit", "share_of_limit", ".1%"),
+    ("peak beside centers and state, MiB allocated", "peak_mib", ",.0f"),
+    ("launches, counted", "launches_counted", ",d"),
+    ("GB moved, counted", "gigabytes_moved_counted", ".1f"),
 )  # fmt: skip
 TRAINING = (
     ("configuration", "name", ""), ("network", "network", ""), ("classes", "num_classes", ",d"),
     ("B", "batch_size", "d"), ("r", "sample_rate", "g"), ("precision", "precision", ""),
     ("img/s", "samples_per_second", ",.0f"), ("times plain", "ratio", ".2f"),
-    ("peak, MiB", "peak_mib", ",.0f"),
+    ("peak, MiB reserved", "peak_mib", ",.0f"),
     ("MFU", "mfu", ".1%"), ("MFU with the head", "mfu_with_head", ".1%"),
     ("compiling, s", "compile_seconds", ".0f"), ("data wait", "data_wait_share", ".1%"),
 )  # fmt: skip
@@ -111,7 +113,7 @@ def _products(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row["section"] == "product" and _is_done(row):
-            sizes = [f"{row['batch']:,}", f"{row['rows']:,}"]
+            sizes = [f"{row['params'][key]:,}" for key in ("batch", "rows")]
             lines += [
                 [shape, *sizes, f"{found['ms']:.3f}", f"{found['tflops']:.4g}"]
                 for shape, found in row["products"].items()
@@ -162,5 +164,6 @@ def _not_done(rows: Sequence[Row]) -> list[str]:
 
 def title(row: Row) -> str:
     """A row's name and what tells it apart."""
-    told = [form.format(row["params"][key]) for key, form in NAMED.items() if key in row["params"]]
+    known = {key: value for key, value in row["params"].items() if value is not None}
+    told = [form.format(known[key]) for key, form in NAMED.items() if key in known]
     return f"{row['name']} ({', '.join(told)})" if told else str(row["name"])

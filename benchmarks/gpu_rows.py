@@ -8,7 +8,9 @@ imported by the row that needs it.
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from head.work_buffer import choose_workspace, memory_bytes_of
 from utils.environment import describe_environment
 
 MOST_TRACE_BYTES = 12 * 2**20
+SECONDS_TO_WARM_UP = 1.0
 
 
 def environment() -> dict[str, Any]:
@@ -41,6 +44,9 @@ def ceilings(device: str, is_rehearsal: bool) -> dict[str, Any]:
     left = torch.randn(size, size, device=device)
     half = left.bfloat16()
     product = torch.empty_like(half)
+    end = time.monotonic() + (0 if is_rehearsal else SECONDS_TO_WARM_UP)
+    while time.monotonic() < end:  # an idle card runs at a fraction of its clock rate
+        median_seconds(lambda: torch.mm(half, half, out=product), device, repeats)
     seconds = median_seconds(lambda: torch.mm(half, half, out=product), device, repeats)
     result = torch.empty_like(left)
     single = median_seconds(lambda: torch.mm(left, left, out=result), device, 3)
@@ -81,7 +87,9 @@ def head(
         counted = count(
             one.num_classes, one.batch, one.sample_rate, workspace.budget_bytes / 2**20, *one[4:]
         )
-        found |= {key: counted[key] for key in ("launches", "gigabytes", "products", "blocks")}
+        for key in ("launches", "gigabytes_moved", "products"):
+            found[f"{key}_counted"] = counted[key]
+        found["blocks"] = counted["blocks"]
     return found
 
 
@@ -104,7 +112,7 @@ def products(device: str, batch: int, rows: int) -> dict[str, Any]:
         "dW, [B, n]^T x [B, D]": (by_sample.t(), unit),
         "dW, [n, B] x [B, D]": (by_class, unit),
     }
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, float]] = {}
     for name, (left, right) in shapes.items():
         flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
         for dtype in ("bf16", "fp32"):
@@ -116,7 +124,8 @@ def products(device: str, batch: int, rows: int) -> dict[str, Any]:
             multiply = partial(torch.mm, left, right, **options)
             seconds = median_seconds(multiply, device, 10)
             found[f"{name} -> {dtype}"] = {"ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
-    return {"rows": rows, "batch": batch, "products": found}
+    rates = [one["tflops"] for one in found.values()]
+    return {"slowest_tflops": min(rates), "fastest_tflops": max(rates), "products": found}
 
 
 def training(
@@ -128,17 +137,10 @@ def training(
         keys: of the config. measured: `ceilings`.
         profile_to: a file for the trace, where `keys` ask for a profile; its page is in the result.
     """
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "profile") if profile_to else None
         reading = run_training(keys, profile_to=folder)
-        if folder is not None and profile_to is not None:
-            found["profile"] = (folder / "summary.txt").read_text()
-            trace = (folder / "trace.json.gz").read_bytes()
-            if len(trace) <= MOST_TRACE_BYTES:
-                Path(profile_to).write_bytes(trace)
-            else:
-                found["trace"] = f"left out: {len(trace) / 2**20:.1f} MiB"
+        found = {} if folder is None or profile_to is None else _profile(folder, Path(profile_to))
     found |= {
         "samples_per_second": reading.samples_per_second, "peak_mib": reading.peak_mib,
         "data_wait_share": reading.data_wait_share, "compile_seconds": reading.compile_seconds,
@@ -151,6 +153,19 @@ def training(
         found["mfu"], found["mfu_with_head"] = utilisation(
             keys["network"], in_step, reading.samples_per_second, measured[peak] * 1e12
         )
+    return found
+
+
+def _profile(folder: Path, trace_to: Path) -> dict[str, Any]:
+    """The page that the profiler wrote; its trace, if that is small enough, goes to a file."""
+    page, trace = folder / "summary.txt", folder / "trace.json.gz"
+    found = {"profile": page.read_text() if page.exists() else "no page was written\n"}
+    size = trace.stat().st_size if trace.exists() else 0
+    if not 0 < size <= MOST_TRACE_BYTES:
+        return {**found, "trace": f"left out: {size / 2**20:.1f} MiB"}
+    unfinished = trace_to.with_name(f".{trace_to.name}.tmp")
+    unfinished.write_bytes(trace.read_bytes())
+    os.replace(unfinished, trace_to)
     return found
 
 

@@ -44,7 +44,7 @@ def matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None =
     if dtype in (torch.float32, torch.float64):
         return torch.mm(left, right, out=out)
     left, right = left.to(dtype), right.to(dtype)
-    if left.device.type != "cpu":
+    if left.device.type in ("cuda", "meta"):
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right).float()
 

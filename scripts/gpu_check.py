@@ -41,7 +41,7 @@ from losses import (
     NormFace,
     Softmax,
 )
-from utils.environment import compiler_problem, describe_environment
+from utils.environment import describe_environment, missing_packages, triton_problem
 from utils.worker import Worker
 
 # What needs more packages than PyTorch is imported by the check that needs it.
@@ -80,6 +80,7 @@ STEPS: tuple[dict[str, Any], ...] = (
     {"channels_last": False, "precision": "tf32"},
 )  # fmt: skip
 LINES_OF_AN_ERROR = 15
+TRAINER_NEEDS = ("cv2", "onnxruntime", "simplejpeg", "tqdm")
 
 
 class Check(NamedTuple):
@@ -237,15 +238,17 @@ def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
     for options in HEAD_OPTIONS:
         function = partial(equal, ArcFace(), 1e-3, **options)
         checks.append(Check(f"head: {_words(options)}", function))
-    checks.append(Check("batches arrive whole", partial(batches_arrive_whole, where)))
+    of_trainer = [Check("batches arrive whole", partial(batches_arrive_whole, where))]
     for changes in STEPS:
-        checks.append(Check(f"step: {_words(changes)}", partial(does_not_wait, **changes)))
-    checks.append(Check("step: teacher", partial(step_with_teacher_does_not_wait, where)))
+        of_trainer.append(Check(f"step: {_words(changes)}", partial(does_not_wait, **changes)))
+    of_trainer.append(Check("step: teacher", partial(step_with_teacher_does_not_wait, where)))
     for precision in ("fp32", "tf32", "bf16", "fp16") if where != "cpu" else ("fp32",):
         function = partial(run_trains, where, precision)
-        checks.append(Check(f"training run: {precision}", function, 240))
+        of_trainer.append(Check(f"training run: {precision}", function, 240))
     compiled = partial(does_not_wait, compile=True)
-    return [*checks, Check("step: compile=True", compiled, 300, compiler_is_missing)]
+    of_trainer.append(Check("step: compile=True", compiled, 300, compiler_is_missing))
+    missing = missing_packages(*TRAINER_NEEDS)
+    return [*checks, *(one._replace(left_out=missing or one.left_out) for one in of_trainer)]
 
 
 def run_checks(
@@ -264,10 +267,17 @@ def run_checks(
             rows.append(_run_check(check, worker, deadline))
             print(f"{check.name}: {rows[-1].result}, {rows[-1].seconds:.1f} s", flush=True)
             if report is not None:
-                unfinished = report.with_name(report.name + ".tmp")
-                unfinished.write_text(json.dumps([row._asdict() for row in rows], indent=1))
-                os.replace(unfinished, report)
+                _write(report, rows)
     return rows
+
+
+def _write(report: Path, rows: Sequence[Row]) -> None:
+    try:
+        unfinished = report.with_name(report.name + ".tmp")
+        unfinished.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+        os.replace(unfinished, report)
+    except OSError as error:  # the checks are worth more than their file
+        print(f"error: not written: {error}", file=sys.stderr, flush=True)
 
 
 def _run_check(check: Check, worker: Worker, deadline: float) -> Row:
@@ -281,7 +291,7 @@ def _run_check(check: Check, worker: Worker, deadline: float) -> Row:
         try:
             worker.run(check.function, seconds=min(check.seconds, deadline - begun))
         except (Exception, SystemExit) as failure:
-            result, error = "FAILED", _last_lines(failure)
+            result, error = "FAILED", last_lines(failure)
             is_spoiled = needs_new_process(failure)
     seconds = time.monotonic() - begun
     if is_spoiled:
@@ -322,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu-check: this PyTorch sees no GPU; nothing was checked")
         return 0
 
-    title, where, missing = "gpu-check", "cuda:0", compiler_problem() or ""
+    title, where, missing = "gpu-check", "cuda:0", triton_problem() or ""
     if rehearses:
         title, where = "gpu-check, a rehearsal on a CPU", "cpu"
         missing = "" if options.rehearse_compile else "rehearsed with --rehearse-compile only"
@@ -350,8 +360,8 @@ def _words(options: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
-def _last_lines(failure: BaseException) -> str:
-    """Of the child's traceback where it has one."""
+def last_lines(failure: BaseException) -> str:
+    """Of an error, and of the child's traceback where it has one."""
     text = str(failure.__cause__ or "".join(traceback.format_exception_only(failure)))
     lines = [line for line in text.strip('\n"').splitlines() if line.strip()]
     return "\n".join(lines[-LINES_OF_AN_ERROR:])

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         wheels = collect(options.folder, options.python, options.present)
-    except WheelError as error:
+    except (WheelError, OSError) as error:
         print(f"gpu-wheels: {error}", file=sys.stderr)
         return 1
     for wheel in wheels:

@@ -105,6 +105,8 @@ def test_an_old_spelling_is_the_same_key(write_config):
     both = write_config(SMALL + "config.head_buffer_mib = 512\nconfig.head_workspace_mib = 256\n")
     with pytest.raises(ConfigError, match="head_buffer_mib and head_workspace_mib: two spellings"):
         load_config(both)
+    with pytest.raises(ConfigError, match="head_workspace_mib and head_buffer_mib: two spellings"):
+        load_config(write_config(SMALL), ["head_workspace_mib=6", "head_buffer_mib=5"])
     for wrong in ("0", "1.5", "automatic"):
         with pytest.raises(ConfigError, match=r'head_workspace_mib=.*at least 1, or "auto"'):
             load_config(write_config(SMALL), [f"head_workspace_mib={wrong}"])

@@ -42,7 +42,11 @@ def test_with_the_automatic_workspace_of_80_gb_everything_is_kept_in_1500_launch
     assert row["launches"] + row["launches_around"] <= 1_500
     assert row["products"] == 3
     assert row["kept_share"] == 1
-    assert row["gigabytes"] <= 140.5
+    # What fused SGD writes, two tensors of 4.1 GB, is moved and not returned; the numerators of
+    # 4.1 GB that a copy overwrites are given and not read.
+    assert row["gigabytes"] == pytest.approx(140, rel=0.01)
+    assert row["gigabytes_moved"] - row["gigabytes"] == pytest.approx(2 * 4.096 - 4.096, rel=0.01)
+    assert row["kinds"]["optimizer"]["gigabytes_moved"] == pytest.approx(5 * 4.096, rel=0.001)
     assert full_size(256)["products"] == pytest.approx(4 - full_size(256)["kept_share"], abs=0.01)
 
 
@@ -115,6 +119,12 @@ def test_every_loss_can_be_counted(margin, rate):
     assert not {"view", "t", "empty", "slice", "detach", "expand"} & set(names)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.0001])
+def test_a_sample_smaller_than_the_batch_is_counted_as_large_as_the_batch_makes_it(rate):
+    row = count(200_000, 256, rate, 256)
+    assert (row["blocks"], row["rows_per_block"], row["products"]) == (1, 256, 3)
+
+
 def test_places_that_are_picked_are_counted_and_not_the_whole_matrix():
     matrix = torch.empty(1000, 64, device="meta")
     index = torch.empty(10, dtype=torch.int64, device="meta")
@@ -125,9 +135,12 @@ def test_places_that_are_picked_are_counted_and_not_the_whole_matrix():
         matrix.index_copy_(0, index, rows)
         matrix.index_add_(0, index, rows)
         matrix.new_zeros(3)
+        rows.copy_(rows)
+        rows.mul_(2)
     picked = 2 * 10 * 64 * 4 + 10 * 8
     assert [op.bytes_moved for op in log.operations] == [
         picked, picked, picked + 10 * 64 * 4, picked + 10 * 64 * 4, 12,
+        2 * 10 * 64 * 4, 2 * 10 * 64 * 4,
     ]  # fmt: skip
 
 
@@ -207,7 +220,8 @@ def test_the_command_writes_a_row_for_each_combination(tmp_path, capsys):
         assert row["products"] == 3
         kinds = row["kinds"].values()
         assert sum(kind["launches"] for kind in kinds) == row["launches"]
-        assert sum(kind["gigabytes"] for kind in kinds) == pytest.approx(row["gigabytes"])
+        moved = sum(kind["gigabytes_moved"] for kind in kinds)
+        assert moved == pytest.approx(row["gigabytes_moved"])
         assert set(row["predicted"]) == {"h100", "h200", "a100", "as given"}
         for one in row["predicted"].values():
             assert one["step_ms"] == max(one["host_ms"], one["device_ms"]) > one["limit_ms"]
@@ -224,6 +238,10 @@ def test_the_command_writes_a_row_for_each_combination(tmp_path, capsys):
         (["--rate", "1.5"], "sample_rate=1.5"),
         (["--classes", "0"], "at least 1 each"),
         (["--workspace-mib", "0.001"], "head_workspace_mib must be at least 1"),
+        (["--workspace-mib", "inf"], "--memory-gib and --workspace-mib: above 0"),
+        (["--memory-gib", "nan"], "--memory-gib and --workspace-mib: above 0"),
+        (["--json", "/nonexistent/rows.json"], "No such file or directory"),
+        (["--head", "dense", "--quick"], "--count with --quick, --head: leave them out"),
     ],
 )
 def test_what_cannot_be_counted_is_one_line(words, error, capsys):

@@ -13,7 +13,14 @@ import numpy
 import pytest
 import torch
 
-from utils.environment import compiler_problem, describe_environment, source_sha256
+from utils import environment
+from utils.environment import (
+    compiler_problem,
+    describe_environment,
+    missing_packages,
+    source_sha256,
+    triton_problem,
+)
 
 
 def make_code(folder: Path) -> Path:
@@ -99,3 +106,26 @@ def test_what_triton_lacks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert compiler_problem() == "no Python.h"
     monkeypatch.setenv("CC", "no-such-compiler")
     assert compiler_problem() == "no C compiler"
+
+
+def test_packages_that_are_not_there_are_named() -> None:
+    assert missing_packages("torch", "json") == ""
+    assert missing_packages("no_a", "json", "no_b") == "not installed: no_a, no_b"
+
+
+def test_triton_needs_a_compiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, object] = {"triton": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found[name])
+    monkeypatch.setattr("utils.environment.compiler_problem", lambda: "no Python.h")
+    assert triton_problem() == "Triton is not installed"
+    found["triton"] = object()
+    assert triton_problem() == "no Python.h"
+
+
+def test_a_folder_that_has_a_packages_name_is_no_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a_mere_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert environment._version("a_mere_folder") is None
+    assert environment._version("torch") == torch.__version__

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_bench
+from benchmarks import gpu_bench, gpu_rows, runs
 from benchmarks.gpu_bench import REPORT, ROWS, SECTIONS, TRACE, Bench, Task, main
 from benchmarks.gpu_report import report
 from tests import rows_of_tests
@@ -56,13 +56,13 @@ def is_whole(folder: Path) -> None:
     assert {row["name"] for row in heads} == {"fused", "dense"}
     for row in heads:
         assert row["share_of_limit"] == pytest.approx(row["limit_ms"] / row["step_ms"])
-    assert all(row["launches"] > 100 and row["products"] == 3 for row in fused)
+    assert all(row["launches_counted"] > 100 and row["products_counted"] == 3 for row in fused)
     assert {row["params"]["sample_rate"] for row in fused} == {1.0, 0.1}
     assert {row["params"]["weight_dtype"] for row in fused} == {"fp32", "bf16"}
     steps = {row["name"]: row for row in rows if row["section"] == "step"}
-    assert list(steps) == ["ours", "ours, compiled", "plain"]
+    assert list(steps) == ["ours", "plain", "ours, compiled", "ours, profiled"]
     assert all(row["samples_per_second"] > 0 and row["mfu"] > 0 for row in steps.values())
-    assert "backbone, forward" in steps["ours"]["profile"]
+    assert "backbone, forward" in steps["ours, profiled"]["profile"]
     facts = rows[0]
     assert {"torch", "git_commit", "source_sha256", "c_compiler", "python_headers"} <= set(facts)
     text = (folder / REPORT).read_text()
@@ -166,7 +166,7 @@ def test_a_row_that_fails_hangs_or_dies_costs_only_itself(tmp_path, capsys):
     ]  # fmt: skip
     bench.close()
     assert rows[0] == rows[1]
-    assert "RuntimeError: planted" in rows[2]["error"]
+    assert rows[2]["error"].endswith("RuntimeError: planted")
     assert "did not end within 1.5 seconds" in rows[4]["error"]
     assert "exit code 7" in rows[5]["error"]
     assert len({row["pid"] for row in rows if "pid" in row}) == 4  # after a failure, and alone
@@ -177,6 +177,38 @@ def test_a_row_that_fails_hangs_or_dies_costs_only_itself(tmp_path, capsys):
     assert "## Failed" in text
     assert "- head: long: no time" in text
     assert "dying" in capsys.readouterr().out
+
+
+def test_packages_that_are_not_there_leave_their_rows_out_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_bench, "missing_packages", lambda *names: f"not installed: {names[0]}")
+    tasks = planned(monkeypatch, tmp_path, "cuda", 8)
+    for task in tasks:
+        needs = task.section in ("step", "published", "dali")
+        assert (task.missing == "not installed: cv2") == needs
+
+
+def test_what_json_does_not_have_is_null(tmp_path):
+    bench = Bench(tmp_path, 100)
+    bench.run(Task("head", "odd", {"x": float("inf")}, dict, ({"y": float("nan"), "z": 1.5},)))
+    bench.close()
+    assert "NaN" not in (tmp_path / ROWS).read_text()
+    (row,) = rows_of(tmp_path)
+    assert (row["params"]["x"], row["y"], row["z"]) == (None, None, 1.5)
+
+
+def test_a_profile_that_was_not_written_loses_no_row(monkeypatch, tmp_path):
+    reading = runs.Reading(100.0, 0.0, 1000.0)
+    monkeypatch.setattr(gpu_rows, "run_training", lambda *_, **__: reading)
+    found = gpu_rows.training({"precision": "bf16"}, {}, str(tmp_path / TRACE))
+    assert found["samples_per_second"] == 100
+    assert found["profile"] == "no page was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    Bench(tmp_path / "out", 1.0)
+    with pytest.raises(FileExistsError, match="of another run: choose another folder"):
+        Bench(tmp_path / "out", 1.0)
 
 
 @pytest.mark.parametrize("size", [900, 1000])
@@ -232,8 +264,8 @@ def planned(
         return {"matmul_tflops": 800.0, "fp32_tflops": 50.0, "copy_gigabytes_per_second": 3000.0}
 
     monkeypatch.setattr(Bench, "run", run)
-    monkeypatch.setattr(gpu_bench, "compiler_problem", lambda: None)
-    bench = Bench(tmp_path / "out", 60 * minutes)
+    monkeypatch.setattr(gpu_bench, "triton_problem", lambda: None)
+    bench = Bench(tmp_path / f"out{len(list(tmp_path.iterdir()))}", 60 * minutes)
     gpu_bench.measure(bench, device, sections or SECTIONS, False)
     return tasks
 
@@ -265,13 +297,14 @@ def test_everything_is_asked_for_in_order_of_value(monkeypatch, tmp_path):
     largest = next(h for h in heads if h["num_classes"] == 29_000_000)
     assert (largest["batch"], largest["sample_rate"]) == (512, 1.0)
     assert (largest["weight_dtype"], largest["state_dtype"]) == ("bf16", "bf16")
-    assert {h["workspace_mib"] for h in heads} == {"auto", 256}
+    assert {h["workspace_mib"] for h in heads} == {"auto", 256, None}  # the dense head has none
+    assert not [task for task in tasks if task.missing and task.section != "dali"]
     steps = [task.params for task in tasks if task.section == "step"]
     assert {(s["network"], s["num_classes"]) for s in steps} == {
         (network, size) for network in ("r50", "r100") for size in (360_000, 2_000_000)
     }
-    assert len(steps) == 12
-    assert [s.get("profile", 0) > 0 for s in steps] == [True] + 11 * [False]
+    assert len(steps) == 13
+    assert [s.get("profile", 0) > 0 for s in steps] == 3 * [False] + [True] + 9 * [False]
     published = [task.params for task in tasks if task.section == "published"]
     assert [p["num_classes"] for p in published[::2]] == list(gpu_bench.IDENTITIES)
     assert [p.get("head_weight_dtype") for p in published[-4:]] == 4 * ["bf16"]
@@ -322,8 +355,9 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(monkeypatch, tmp_path, ca
     assert main([str(tmp_path / "out")]) == 2
     assert "this PyTorch sees no GPU; nothing was measured" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main([str(tmp_path / "out"), "--rehearse", "--minutes", "0"]) == 2
-    assert "--minutes 0: above 0" in capsys.readouterr().err
+    for minutes in ("0", "inf", "nan"):
+        assert main([str(tmp_path / "out"), "--rehearse", "--minutes", minutes]) == 2
+        assert f"--minutes {minutes}: above 0" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "file"), "--rehearse"]) == 2
     assert capsys.readouterr().err.startswith("error: ")

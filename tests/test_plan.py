@@ -615,7 +615,7 @@ def test_numbers_of_the_set_are_looked_up_where_the_config_says_auto(tmp_path, c
         (["--world-size", "0"], "--world-size 0: above 0"),
         (["--gpu", "h100", "network=r51"], "there is no backbone 'r51'"),
         (["--gpu", "h100", "batch_siz=3"], "nearest known: batch_size"),
-        (["--gpu", "h100", "head_buffer_mib=1", "embedding_size=400000"],
+        (["--gpu", "h100", "head_workspace_mib=1", "embedding_size=400000"],
          "head_workspace_mib must"),
         (["--measure", "-1"], "--measure -1.0: seconds"),
     ],

@@ -59,10 +59,6 @@ def make_lock() -> Any:
     return threading.Lock()
 
 
-def variable(name: str) -> tuple[str | None, bool]:
-    return os.environ.get(name), "torch" in sys.modules
-
-
 def start_sleeper(file: str, hang: bool) -> int:
     """The process id of a child, which is also in the file."""
     pid = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid
@@ -173,16 +169,6 @@ def test_what_cannot_be_pickled_is_said(worker: Worker) -> None:
     with pytest.raises(TypeError, match=r"the result of make_lock cannot be pickled.*lock"):
         worker.run(make_lock)
     assert worker.run(abs, -3) == 3
-
-
-def test_the_environment_is_there_before_anything_is_imported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("ARCSHARD_BOTH", "parent")
-    with Worker({"ARCSHARD_BOTH": "child", "ARCSHARD_ONE": "child"}) as worker:
-        assert worker.run(variable, "ARCSHARD_BOTH") == ("child", False)
-        assert worker.run(variable, "ARCSHARD_ONE")[0] == "child"
-    assert (os.environ["ARCSHARD_BOTH"], os.environ.get("ARCSHARD_ONE")) == ("parent", None)
 
 
 PARENT = """

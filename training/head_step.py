@@ -41,13 +41,18 @@ class HeadOperations:
 
     @property
     def launches(self) -> int:
-        """Kernels that the host starts."""
+        """Operations that start a kernel. A few start more than one, such as sorting."""
         return round(self.total(len))
 
     @property
     def bytes_moved(self) -> float:
         """Bytes that they read and write."""
         return self.total(lambda operations: sum(op.bytes_moved for op in operations))
+
+    @property
+    def named_bytes(self) -> float:
+        """Of the tensors that they are given and return (`Operation.named_bytes`)."""
+        return self.total(lambda operations: sum(op.named_bytes for op in operations))
 
     @property
     def flops(self) -> float:
@@ -60,7 +65,7 @@ def count_head_step(
 ) -> HeadOperations:
     """The operations of one step.
 
-    A step of many blocks is worked out from steps of a few. Its launches are exact; its bytes are
+    A step of many blocks is worked out from steps of a few. It has as many launches; its bytes are
     those of blocks of one size, where the last block is a little smaller.
 
     Args:

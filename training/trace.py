@@ -46,19 +46,28 @@ _PICKS = frozenset({"embedding", "gather", "index", "index_select", "take"})
 _PUTS = frozenset({
     "index_add_", "index_copy_", "index_put_", "index_fill_", "scatter_", "scatter_add_",
 })  # fmt: skip
+_OVERWRITES = frozenset({"copy_", "fill_", "normal_", "random_", "uniform_", "zero_"})
 _TAKES_SHAPE = frozenset({
     "full_like", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "zeros_like",
 })  # fmt: skip
 
 
 class Operation(NamedTuple):
-    """One operation: its name, floating-point operations in products (0 for all others), bytes it
-    reads and writes, and the dtype of its largest operand."""
+    """One operation.
+
+    Attributes:
+        flops: floating-point operations in products, 0 for all others.
+        bytes_moved: that it reads and writes.
+        dtype: of its largest operand.
+        named_bytes: of the tensors it is given and returns. An operation that returns nothing, such
+            as a fused optimizer, writes more; one that overwrites its first operand reads less.
+    """
 
     name: str
     flops: int
     bytes_moved: int
     dtype: torch.dtype
+    named_bytes: int = 0
 
 
 @dataclass
@@ -116,8 +125,13 @@ class OperationLog(TorchDispatchMode):
         operands = read or made  # a product of half-precision operands may have an fp32 result
         if operands:
             name = packet._qualified_op_name.removeprefix("aten::")
-            moved, dtype = _bytes_moved(name, read, made), max(operands, key=_size).dtype
-            self.operations.append(Operation(name, flops, moved, dtype))
+            named, dtype = _named_bytes(name, read, made), max(operands, key=_size).dtype
+            moved = named
+            if name in _OVERWRITES:
+                moved -= _size(args[0])
+            elif not made:
+                moved += sum(map(_size, _written(func, args, kwargs)))
+            self.operations.append(Operation(name, flops, moved, dtype, named))
 
 
 class Ledger(OperationLog):
@@ -183,9 +197,19 @@ def _is_work(func: Any) -> bool:
     return not is_view
 
 
-def _bytes_moved(name: str, read: list[Tensor], made: list[Tensor]) -> int:
-    """Bytes that an operation reads and writes: its tensors, each whole, but for operations that
-    pick some places of their first operand, or only take its shape."""
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The operands that it changes. Fused optimizers may change gradients too, but do so only
+    where they take out a loss scale, which nothing here asks of them."""
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+    return _tensors([
+        given.get(one.name) for one in func._schema.arguments
+        if one.alias_info is not None and one.alias_info.is_write and one.name != "grads"
+    ])  # fmt: skip
+
+
+def _named_bytes(name: str, read: list[Tensor], made: list[Tensor]) -> int:
+    """Of the tensors an operation is given and returns, each whole, but for operations that pick
+    some places of their first operand, or only take its shape."""
     if name in _PICKS:
         return sum(map(_size, read[1:])) + 2 * sum(map(_size, made))
     if name in _PUTS:  # indices and values are read; the places of the values, read and written

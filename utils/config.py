@@ -48,9 +48,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     problems += [_unknown_key(key) for key in values if key not in _FIELD_TYPES]
     values = {key: value for key, value in values.items() if key in _FIELD_TYPES}
 
+    spellings: dict[str, str] = {}
     for word in overrides:
-        key, equals, text = word.partition("=")
-        key = ALIASES.get(key, key)
+        spelled, equals, text = word.partition("=")
+        key = ALIASES.get(spelled, spelled)
+        if spellings.setdefault(key, spelled) != spelled:
+            both = f"{spellings[key]} and {spelled}"
+            problems.append(f"{both}: two spellings of one key; leave one out")
         if not equals:
             problems.append(f"{word!r}: after the config come key=value words, such as lr=0.02")
         elif key not in _FIELD_TYPES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -62,6 +63,19 @@ def compiler_problem() -> str | None:
     return None if _finds_python_headers(compiler) else "no Python.h"
 
 
+def triton_problem() -> str | None:
+    """Why nothing can be compiled by Triton here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return compiler_problem()
+
+
+def missing_packages(*names: str) -> str:
+    """"not installed: ..." with those that cannot be imported, or ""."""
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
 def c_compiler() -> str | None:
     """The compiler that Triton takes: CC's, else gcc, else clang."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
@@ -101,7 +115,7 @@ def _git_commit(repository: Path) -> str | None:
 def _version(module: str) -> str | None:
     try:
         return str(importlib.import_module(module).__version__)
-    except ImportError:
+    except (ImportError, AttributeError):  # a folder of that name is no package
         return None
 
 

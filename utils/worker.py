@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -39,13 +39,9 @@ class Worker:
 
     The process leads a process group, and what its functions have started ends with it. It ends
     itself if this process is killed. Its stdout and stderr are those of this process.
-
-    Args:
-        environment: variables that the process has beside those of this process.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        self._environment = dict(environment or {})
+    def __init__(self) -> None:
         self._child: tuple[BaseProcess, Connection] | None = None
 
     def run(
@@ -112,17 +108,8 @@ class Worker:
         connection, its_connection = context.Pipe()
         # Python ends a daemon at its own exit, where it would wait for another process.
         process = context.Process(target=_serve, args=(its_connection,), daemon=True)
-        before = {name: os.environ.get(name) for name in self._environment}
-        os.environ.update(self._environment)
-        try:
-            process.start()
-        finally:
-            its_connection.close()
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+        process.start()
+        its_connection.close()
         return process, connection
 
     def _kill(self) -> None:
@@ -132,8 +119,9 @@ class Worker:
         process, connection = self._child
         self._child = None
         process.kill()
+        assert process.pid is not None
         with contextlib.suppress(OSError):  # There is no such group, or nothing left in it.
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         process.join(_SECONDS_TO_END)
         connection.close()
 
