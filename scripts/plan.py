@@ -62,7 +62,7 @@ PART_WORDS = {
     "activations": "network: activations",
     "centres": "class centres",
     "centre_state": "class centres: optimizer",
-    "head": "head: work buffer",
+    "head": "head: workspace",
     "global_batch": "head: global batch",
     "teacher": "teacher",
     "images": "batches of images",

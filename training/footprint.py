@@ -1,7 +1,7 @@
 """What a run needs on one rank, by part, before anything is allocated.
 
 Every size comes from the code that allocates: `training/build.py` makes the network, the optimizer
-and the head on the meta device, the head's own plan gives the work buffer, and a traced step
+and the head on the meta device, the head's own plan gives the workspace, and a traced step
 (training/trace.py) the activations. Only what CPUs or GPUs need beside PyTorch's tensors is a
 named assumption (OVERHEAD).
 """
@@ -63,7 +63,7 @@ class Footprint:
         optimizer: state of the network's optimizer.
         activations: what backward needs, and what operations make on the way.
         centres: class centres and biases. centre_state: their optimizer's state.
-        head: the work buffer, or the logits and gradients of head_update="autograd".
+        head: the workspace, or the logits and gradients of head_update="autograd".
         global_batch: embeddings of the global batch and their gradients in the head.
         teacher: its weights and class centres, and what its work needs at the moment of the peak.
         images: batches that wait for the step.
@@ -346,7 +346,7 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _head_needs(
     head: PartialFC, world_size: int, device_type: str
 ) -> tuple[int, int, HeadWork, int]:
-    """Bytes of the centres and of their state, the head's work, and bytes of its work buffer."""
+    """Bytes of the centres and of their state, the head's work, and bytes of its workspace."""
     mode, device = FakeTensorMode(), torch.device(device_type)
     weight = as_fake(head.weight, mode, device)
     bias = None if head.bias is None else as_fake(head.bias, mode, device)
