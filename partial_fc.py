@@ -66,7 +66,7 @@ class PartialFC(nn.Module):
             larger ones refused. None: ranks agree on it in every step, which costs one tiny
             collective and, on CUDA, a wait for the device.
         centres_per_class: K sub-centres; a class counts with its best one (Deng et al. 2020).
-        workspace_mib: memory of the fused path, in MiB: all it holds beside the centres, their
+        workspace_mib: memory of the fused path, in MiB: all it holds beside the centers, their
             state and O(B D). "auto": an eighth of a GPU's memory, at most what it needs to keep
             all softmax numerators; 256 MiB on a CPU.
         half: torch.bfloat16 runs the large matmuls in it, the fused path's with sums in fp32.
@@ -344,8 +344,8 @@ class PartialFC(nn.Module):
         state = [] if self.row_update is None else self.row_update.state(self.weight).values()
         size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
         if self.engine is None:
-            return f"centres and state {size:,.0f} MiB; logits and gradients by autograd"
-        told = f"centres and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
+            return f"centers and state {size:,.0f} MiB; logits and gradients by autograd"
+        told = f"centers and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
         budget = self.engine.workspace.budget_bytes / 2**20
         if self.batch_size_per_rank is None:
             return told + f"workspace of at most {budget:,.0f} MiB"
@@ -353,7 +353,7 @@ class PartialFC(nn.Module):
         return told + (
             f"workspace {cost.total_bytes(plan) / 2**20:,.0f} of at most {budget:,.0f} MiB, "
             f"{len(plan.blocks())} blocks, softmax numerators of {plan.kept_rows:,} of "
-            f"{plan.num_rows:,} centres kept for backward"
+            f"{plan.num_rows:,} centers kept for backward"
         )
 
     def extra_repr(self) -> str:

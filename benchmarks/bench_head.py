@@ -360,12 +360,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
         f"{time.strftime('%Y-%m-%d')}, {where}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, D = {WIDTH}, SGD, medians of {repeats}"
+        f"torch {torch.__version__}, D = {WIDTH}, SGD, medians of {repeats}; the fused head: "
+        f"{options.optimizer}, centers {options.weight_dtype}, state {options.state_dtype}"
     )
     print("{:22} {:>9} {:>6} {:>6} {:>9} {:>9} {:>8} {:>9} {:>9}".format(*COLUMNS))
     rows: list[dict[str, Any]] = []
     baseline: dict[tuple[Any, ...], float] = {}
-    more = (options.optimizer, options.weight_dtype, options.state_dtype)
+    of_fused = (options.optimizer, options.weight_dtype, options.state_dtype)
     for is_growth, case in [
         *((False, c) for c in cases(options.quick, options.device, memory_gib)),
         *((True, c) for c in growth_cases(options.quick, memory_gib)),
@@ -374,9 +375,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(some and value not in some for some, value in zip(wanted, case[:4], strict=True)):
             continue
         if case.head == "fused":
-            case = Case(*case[:4], *more)
+            case = Case(*case[:4], *of_fused)
         result = in_a_process(measure, case, options.device, repeats, options.workspace_mib)
-        key = case[1:4]
+        key = case[1:]  # another optimizer or dtype has no row of the dense head to compare with
         if case.head == BASELINE:
             baseline[key] = result.step
         ratio = result.step / baseline[key] if key in baseline else None
@@ -431,7 +432,7 @@ def report_counts(options: argparse.Namespace) -> int:
     peaks = assumed_peaks()
     if None not in given:
         peaks.append(Peaks("as given", given[0] * 1e12, given[1] * 1e9))
-    memory_gib = options.memory_gib or GPUS["h100"].memory_gib
+    memory_gib = GPUS["h100"].memory_gib if options.memory_gib is None else options.memory_gib
     sizes = [memory_gib, 1 if options.workspace_mib == "auto" else options.workspace_mib]
     if not all(0 < size < math.inf for size in sizes):
         print("error: --memory-gib and --workspace-mib: above 0", file=sys.stderr)

@@ -29,7 +29,7 @@ from head.target import find_targets
 from losses import ArcFace
 from partial_fc import PartialFC
 from training.head_step import HeadOperations, count_head_step, trace_head_step
-from training.roofline import GPUS, LAUNCH_SECONDS, Machine
+from training.roofline import GPUS, Machine, launch_seconds
 from training.trace import Operation, OperationLog
 
 WIDTH = 512
@@ -147,7 +147,7 @@ def count(
 def predict(peaks: Peaks, counted: HeadOperations) -> dict[str, float]:
     """Milliseconds of the host, which starts the kernels, and of the device, which runs them; the
     step takes the longer of the two."""
-    host = counted.launches * LAUNCH_SECONDS["cuda"]
+    host = launch_seconds(counted)
     device = counted.total(lambda operations: sum(
         max(op.flops / peaks.flops, op.bytes_moved / peaks.bytes_per_second) for op in operations
     ))  # fmt: skip

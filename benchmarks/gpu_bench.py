@@ -42,6 +42,7 @@ from benchmarks import gpu_rows
 from benchmarks.bench_head import Case
 from benchmarks.comparison import COMPILED, INTERVALS, OURS, plain
 from benchmarks.gpu_report import report, title
+from data.files import write_whole
 from scripts.gpu_check import (
     TRAINER_NEEDS,
     Check,
@@ -50,7 +51,13 @@ from scripts.gpu_check import (
     needs_new_process,
     quick_checks,
 )
-from utils.environment import compiler_problem, missing_packages, triton_problem
+from utils.environment import (
+    compiler_problem,
+    describe_environment,
+    missing_packages,
+    triton_problem,
+)
+from utils.json_values import without_nan
 from utils.worker import Worker
 
 ROWS, REPORT, TRACE = "rows.jsonl", "report.md", "trace.json.gz"
@@ -58,8 +65,7 @@ SECTIONS = ("environment", "ceilings", "check", "head", "product", "step", "publ
 LEAST_SECONDS = 2.0  # nothing starts later than this before the end
 SMOKE_MINUTES = 1  # up to here only the head is looked at, at small size
 CHECK_SHARE = 0.25  # of the time, for checks that come before everything else
-COMPILED_CHECK = "step: compile=True"
-LONG_CHECKS = ("training run", COMPILED_CHECK)  # their names begin so; they come at the end
+LONG_CHECK_SECONDS = 10.0  # checks that take longer, about, come at the end
 STEPS_PER_INTERVAL, PROFILED_STEPS = 10, 4  # profiled after the first five
 # Where a row's time is not measured yet: starting train_v2.py with its first steps, drawing a
 # million class centers (on a CPU), compiling r50, images per second.
@@ -74,8 +80,7 @@ class Task(NamedTuple):
     function, arguments: called in the child process, give the row's figures. expected: seconds it
     takes, about; it starts only if they are left. limit: seconds after which it is given up.
     is_alone: it starts a process of its own that uses the GPU, whose memory nothing else may hold
-    then. missing: what it lacks
-    here, so that it is left out; "" for nothing.
+    then. missing: what it lacks here, so that it is left out; "" for nothing.
     """
 
     section: str
@@ -96,7 +101,7 @@ class Bench:
         folder: of the results; made here. seconds: for everything.
 
     Raises:
-        FileExistsError: the folder has the rows of an earlier run.
+        FileExistsError: the folder has the rows of another run, or is a file.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -151,24 +156,13 @@ class Bench:
         }  # fmt: skip
         self.rows.append(row)
         try:
-            append_line(self.folder / ROWS, json.dumps(finite(row)))
-            unfinished = self.folder / f".{REPORT}.tmp"
-            unfinished.write_text(report(self.rows))
-            os.replace(unfinished, self.folder / REPORT)
+            append_line(self.folder / ROWS, json.dumps(without_nan(row)))
+            write_whole(self.folder / REPORT, report(self.rows).encode())
         except OSError as error:  # such as a full disk: the row is printed, the next one may fit
             print(f"error: not written: {error}", file=sys.stderr, flush=True)
         print(f"{self.seconds - self.seconds_left:5.0f} s  {task.section}: {title(row)}: "
               f"{_in_a_line(found)}", flush=True)  # fmt: skip
         return found
-
-
-def finite(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def append_line(path: Path, line: str) -> None:
@@ -215,18 +209,13 @@ def check_tasks(
     where = "cuda:0" if device == "cuda" else "cpu"
     missing = "not rehearsed" if is_rehearsal else triton_problem() or ""
     checks = quick_checks(where) if is_quick else all_checks(where, missing)
-    tasks = [
-        Task("check", one.name, {}, run_check, (one,), 1.0, one.seconds, missing=one.left_out)
-        for one in checks
-    ]
-    late = [
-        task._replace(
-            expected=COMPILE_SECONDS if task.name == COMPILED_CHECK else
-            1.0 if is_rehearsal else START_SECONDS
-        )
-        for task in tasks if task.name.startswith(LONG_CHECKS)
-    ]  # fmt: skip
-    return [task for task in tasks if not task.name.startswith(LONG_CHECKS)], late
+    first: list[Task] = []
+    late: list[Task] = []
+    for one in checks:
+        part = late if one.expected > LONG_CHECK_SECONDS else first
+        part.append(Task("check", one.name, {}, run_check, (one,), one.expected, one.seconds,
+                         missing=one.left_out))  # fmt: skip
+    return first, late
 
 
 def head_tasks(
@@ -383,7 +372,7 @@ def measure(bench: Bench, device: str, sections: Sequence[str], is_rehearsal: bo
     command += " --rehearse" if is_rehearsal else ""
     command += "" if tuple(sections) == SECTIONS else f" --sections {' '.join(sections)}"
     words = {"date": time.strftime("%Y-%m-%d"), "command": command, "rehearsal": is_rehearsal}
-    bench.run(Task("environment", "environment", words, gpu_rows.environment, (), 15.0))
+    bench.run(Task("environment", "environment", words, describe_environment, (), 15.0))
     # Other sections are told against these.
     measured = bench.run(
         Task("ceilings", "ceilings", {}, gpu_rows.ceilings, (device, is_rehearsal), 10.0)

@@ -8,7 +8,6 @@ imported by the row that needs it.
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,16 +20,11 @@ import torch
 from benchmarks.bench_head import Case, held_mib, median_seconds, time_step
 from benchmarks.count_head import WIDTH, Peaks, count, limit_seconds
 from benchmarks.runs import run_training
+from data.files import write_whole
 from head.work_buffer import choose_workspace, memory_bytes_of
-from utils.environment import describe_environment
 
 MOST_TRACE_BYTES = 12 * 2**20
 SECONDS_TO_WARM_UP = 1.0
-
-
-def environment() -> dict[str, Any]:
-    """Versions, card, compiler, commit."""
-    return describe_environment()
 
 
 def ceilings(device: str, is_rehearsal: bool) -> dict[str, Any]:
@@ -163,9 +157,7 @@ def _profile(folder: Path, trace_to: Path) -> dict[str, Any]:
     size = trace.stat().st_size if trace.exists() else 0
     if not 0 < size <= MOST_TRACE_BYTES:
         return {**found, "trace": f"left out: {size / 2**20:.1f} MiB"}
-    unfinished = trace_to.with_name(f".{trace_to.name}.tmp")
-    unfinished.write_bytes(trace.read_bytes())
-    os.replace(unfinished, trace_to)
+    write_whole(trace_to, trace.read_bytes())
     return found
 
 

@@ -227,7 +227,7 @@ class Config:
     path with an ordinary gradient, slower and larger."""
 
     head_workspace_mib: int | str = "auto"
-    """Memory of the fused head per rank, in MiB, beside class centres, their state and O(global
+    """Memory of the fused head per rank, in MiB, beside class centers, their state and O(global
     batch). More keeps more from forward to backward, and is faster. "auto": an eighth of a GPU's
     memory, or less where all softmax numerators are kept with less; 256 MiB on a CPU."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from backbones.weights import WeightsError
 from eval.embedder import Model, open_model, parse_channels
 from eval.embedding import EmbeddingCache
 from utils.distributed import DeviceError, World, join_world, leave_world
+from utils.json_values import without_nan
 
 logger = logging.getLogger(__name__)
 
@@ -153,15 +153,6 @@ def write_whole(path: Path, content: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)  # gone already unless something failed
-
-
-def without_nan(value: Any) -> Any:
-    """`value` with null for what JSON cannot say."""
-    if isinstance(value, dict):
-        return {str(key): without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_rates(text: str) -> list[float]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data.files import write_whole
 from losses import (
     AdaFace,
     ArcFace,
@@ -88,12 +88,14 @@ class Check(NamedTuple):
 
     function: raises an exception if the check fails; must be picklable. seconds: its time limit,
     which the start of a new process counts towards. left_out: why it is not to be run, or "".
+    expected: seconds it takes on a GPU, about (assumed).
     """
 
     name: str
     function: Callable[[], None]
     seconds: float = 120
     left_out: str = ""
+    expected: float = 1.0
 
 
 class Row(NamedTuple):
@@ -244,9 +246,9 @@ def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
     of_trainer.append(Check("step: teacher", partial(step_with_teacher_does_not_wait, where)))
     for precision in ("fp32", "tf32", "bf16", "fp16") if where != "cpu" else ("fp32",):
         function = partial(run_trains, where, precision)
-        of_trainer.append(Check(f"training run: {precision}", function, 240))
+        of_trainer.append(Check(f"training run: {precision}", function, 240, expected=20))
     compiled = partial(does_not_wait, compile=True)
-    of_trainer.append(Check("step: compile=True", compiled, 300, compiler_is_missing))
+    of_trainer.append(Check("step: compile=True", compiled, 300, compiler_is_missing, 75))
     missing = missing_packages(*TRAINER_NEEDS)
     return [*checks, *(one._replace(left_out=missing or one.left_out) for one in of_trainer)]
 
@@ -273,9 +275,7 @@ def run_checks(
 
 def _write(report: Path, rows: Sequence[Row]) -> None:
     try:
-        unfinished = report.with_name(report.name + ".tmp")
-        unfinished.write_text(json.dumps([row._asdict() for row in rows], indent=1))
-        os.replace(unfinished, report)
+        write_whole(report, json.dumps([row._asdict() for row in rows], indent=1).encode())
     except OSError as error:  # the checks are worth more than their file
         print(f"error: not written: {error}", file=sys.stderr, flush=True)
 

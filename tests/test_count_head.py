@@ -99,6 +99,26 @@ def test_a_step_of_many_blocks_is_counted_from_a_few(workspace_mib, rate, rule, 
 
 
 @pytest.mark.parametrize(
+    ("rate", "batch", "workspace_mib"),
+    [(0.1, 2048, 2), (0.1, 512, 1), (0.02, 2048, 2), (0.0, 2048, 2)],
+)
+def test_blocks_of_a_sample_that_the_batch_makes_large_are_counted_one_by_one(
+    rate, batch, workspace_mib
+):
+    """A few blocks have fewer classes than the batch has rows: no smaller head has so few."""
+
+    def make(classes: int) -> PartialFC:
+        return PartialFC(
+            ArcFace(), 64, classes, rate, row_update=SGDRows(), batch_size_per_rank=batch,
+            device="meta", workspace_mib=workspace_mib,
+        )  # fmt: skip
+
+    assert len(make(40_000).planned_blocks()[0].blocks()) > MOST_BLOCKS
+    counted = count_head_step(make, 40_000, trace_head_step)
+    assert counted.launches == len(trace_head_step(make(40_000)))
+
+
+@pytest.mark.parametrize(
     "margin",
     [AdaFace(), CurricularFace(), ElasticFace(), MagFace(),
      CosFace(interclass_filtering_threshold=0.2)],
@@ -169,8 +189,8 @@ def test_the_log_says_how_large_the_workspace_is_and_what_is_kept(rate):
         return head.describe_memory()
 
     rows = round(40_000 * rate)
-    assert f"numerators of {rows:,} of {rows:,} centres kept" in words(64)
-    assert f"numerators of 280 of {rows:,} centres kept" in words(0.04)
+    assert f"numerators of {rows:,} of {rows:,} centers kept" in words(64)
+    assert f"numerators of 280 of {rows:,} centers kept" in words(0.04)
     assert "of at most 64 MiB" in words(64)
 
 

@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "partial_fc": ("head", "losses"),
     "dataset": ("data",),
-    "eval": ("utils.distributed", "backbones", "data", "eval"),
+    "eval": ("utils.distributed", "utils.json_values", "backbones", "data", "eval"),
     "eval.classification": ("data", "head.ranking"),
     "training": (
         "configs.base", "losses", "partial_fc", "dataset", "data", "head", "eval", "backbones",

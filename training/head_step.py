@@ -66,7 +66,8 @@ def count_head_step(
     """The operations of one step.
 
     A step of many blocks is worked out from steps of a few. It has as many launches; its bytes are
-    those of blocks of one size, where the last block is a little smaller.
+    those of blocks of one size, where the last block is a little smaller. Where no smaller head has
+    such blocks, since its sample is as large as the batch makes it, all blocks are traced.
 
     Args:
         make: gives the head for a number of classes, on the meta device.
@@ -76,30 +77,38 @@ def count_head_step(
     head = make(num_classes)
     plan, cost = head.planned_blocks()
     count, rows = len(plan.blocks()), plan.rows_per_block
-    if count <= MOST_BLOCKS:
+    if count <= MOST_BLOCKS or head.sample_rate == 0:
         return HeadOperations(trace(head))
     # There are two kinds of blocks at most. The first ones are kept, or kept with their copies.
     has_copies = plan.copied_rows > 0
     first = math.ceil((plan.copied_rows if has_copies else plan.kept_rows) / rows)
     numbers = (min(first, 2), min(count - first, 2))
 
-    def of_blocks(first: int, others: int) -> Sequence[Operation]:
+    def of_blocks(first: int, others: int) -> PartialFC | None:
+        """A head with so many blocks of either kind, if there is one."""
         classes = math.floor((first + others) * rows / head.centres_per_class / head.sample_rate)
         part = make(classes)
         assert part.engine is not None
-        kept = first + others if has_copies else first
+        kept, copied = (first + others, first) if has_copies else (first, 0)
         work = rows * cost.work_bytes_per_row
         budget = work + kept * rows * cost.kept_bytes_per_row
-        budget += first * rows * cost.width * cost.element_bytes if has_copies else 0
+        budget += copied * rows * cost.width * cost.element_bytes
         part.engine.workspace = Workspace(budget, work)
-        return trace(part)
+        found, _ = part.planned_blocks()
+        has = [len(found.blocks()), found.rows_per_block]
+        has += [math.ceil(n / rows) for n in (found.kept_rows, found.copied_rows)]
+        return part if has == [first + others, rows, kept, copied] else None
 
-    further = []
+    wanted = [(numbers, 1)]
     if first > numbers[0]:
-        further.append((of_blocks(numbers[0] + 1, numbers[1]), first - numbers[0]))
+        wanted.append(((numbers[0] + 1, numbers[1]), first - numbers[0]))
     if count - first > numbers[1]:
-        further.append((of_blocks(numbers[0], numbers[1] + 1), count - first - numbers[1]))
-    return HeadOperations(of_blocks(*numbers), further)
+        wanted.append(((numbers[0], numbers[1] + 1), count - first - numbers[1]))
+    parts = [(part, times) for blocks, times in wanted if (part := of_blocks(*blocks)) is not None]
+    if len(parts) < len(wanted):
+        return HeadOperations(trace(head))
+    (base, _), *further = [(trace(part), times) for part, times in parts]
+    return HeadOperations(base, further)
 
 
 def trace_head_step(

@@ -10,6 +10,7 @@ from typing import Any
 
 from training.journal import Journal
 from training.watch import WatchReport
+from utils.json_values import without_nan
 from utils.meter import Rates
 
 logger = logging.getLogger("train")
@@ -135,7 +136,7 @@ class Reporter:
     def _write(self, step: int, record: dict[str, Any]) -> None:
         scalars = dict(_scalars(record))
         if self._journal is not None:
-            if self._journal.write(_without_nan(record)) and self._board is None:
+            if self._journal.write(without_nan(record)) and self._board is None:
                 self._open_board(step - 1)  # the disk takes files again
             self._to_board(scalars, step)
         if self._wandb is not None:
@@ -170,13 +171,6 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
         elif key != "step" and isinstance(value, (int, float)):
             found.append((prefix + key, value))
     return found
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN and infinities as null: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(

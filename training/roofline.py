@@ -76,8 +76,8 @@ LAUNCH_SECONDS = {"cuda": 8e-6, "cpu": 8e-6}
 # Share of the all-reduce of the network's gradients that can hide behind backward, which is two
 # thirds of the network's time.
 BACKWARD_SHARE = 2 / 3
-# The same of the matrices [B, rows] of both sides, where a teacher's probabilities are compared:
-# counted in head/distillation.py, not measured.
+# How often the matrices [B, rows] of student and teacher are read or written where their class
+# probabilities are compared: counted in head/distillation.py, not measured.
 PASSES_OF_TEACHING = 45
 
 
