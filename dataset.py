@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from data.augment import normalise, parse_augmentation
-from data.batches import DATA_ERRORS, BatchMaker, Loaded
+from data.collate import DATA_ERRORS, BatchMaker, Loaded
+from data.concat import ExcludingSource, JoinedSource
 from data.crop import RandomResizedCrop, centre_crop
 from data.decode import decode_image
 from data.device import prefetch_to_device
 from data.fingerprint import join_samples
 from data.prefetch import OrderedPrefetch
 from data.sampling import BlockShuffled, ClassBalanced, InOrder, Order, Shares, Shuffled
-from data.sets import ExcludingSource, JoinedSource
 from data.sources import (
     DataError,
     FolderSource,
@@ -209,11 +209,11 @@ def get_dataloader(
         shuffle, for disks that read neighbours faster; 0: over the whole set.
     weights: each set's share of an epoch, as relative numbers; None: by its size.
     samples_per_class: every class equally often, this many images of it at a time; 0: as it is.
-    exclude: a list of images and classes to leave out, see data/sets.py; with several sets one
+    exclude: a list of images and classes to leave out, see data/concat.py; with several sets one
         list (or None) for each.
     drop_last: leave out what does not fill a global batch (a different tail in each epoch);
         False makes it a smaller last batch.
-    on_bad_record: "error", or "skip": replace what cannot be read, see data/batches.py.
+    on_bad_record: "error", or "skip": replace what cannot be read, see data/collate.py.
     worker_type: "threads" or "processes".
     dali: decode and augment with NVIDIA DALI, on `device`; see data/dali.py.
     pin_memory: batches lie in page-locked memory, so that `.to(device, non_blocking=True)` does not

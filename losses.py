@@ -1,42 +1,36 @@
-"""Losses by name: what happens to the similarity of an embedding with its class centres.
+"""Losses by name: what happens to the cosine of an embedding with its class center.
 
-Every loss is a `Margin` (margins/base.py): pure functions of cosines, norms and the batch, which
-know nothing of ranks. One engine serves them all, and one readable path it is tested against.
-
-    margins/fixed.py      softmax, NormFace, ArcFace, CosFace, SphereFace, inter-class filtering
-    margins/adaptive.py   AdaFace, MagFace, CurricularFace, ElasticFace
-
-Sub-centre ArcFace (Deng et al. 2020, "Sub-center ArcFace", ECCV) is any of them on a head with
-several centres per class: PartialFC(..., centres_per_class=3).
+The functions and classes are in arcshard/losses.py, the formulas in arcshard/margins/.
 """
 
-from __future__ import annotations
-
-from margins.adaptive import AdaFace, CurricularFace, ElasticFace, MagFace
-from margins.base import DERIVATIVE_CLAMP, BatchFacts, Margin
-from margins.fixed import CombinedMargin, Softmax
+from arcshard.losses import (
+    DERIVATIVE_CLAMP,
+    AdaFace,
+    ArcFace,
+    BatchFacts,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    NormFace,
+    Softmax,
+    SphereFace,
+)
 
 __all__ = [
-    "DERIVATIVE_CLAMP", "AdaFace", "ArcFace", "BatchFacts", "CombinedMargin", "CosFace",
-    "CurricularFace", "ElasticFace", "MagFace", "Margin", "NormFace", "Softmax", "SphereFace",
-]  # fmt: skip
-
-
-def ArcFace(margin: float = 0.5, scale: float = 64.0, **options: object) -> CombinedMargin:
-    """Additive angular margin: cos(theta + margin). Deng et al. 2019, arXiv:1801.07698."""
-    return CombinedMargin(1.0, margin, 0.0, scale, **options)  # type: ignore[arg-type]
-
-
-def CosFace(margin: float = 0.4, scale: float = 64.0, **options: object) -> CombinedMargin:
-    """Additive cosine margin: cos(theta) - margin. Wang et al. 2018, arXiv:1801.09414."""
-    return CombinedMargin(1.0, 0.0, margin, scale, **options)  # type: ignore[arg-type]
-
-
-def SphereFace(margin: float = 1.7, scale: float = 64.0, **options: object) -> CombinedMargin:
-    """Multiplicative angular margin: cos(margin theta). Liu et al. 2017, arXiv:1704.08063."""
-    return CombinedMargin(margin, 0.0, 0.0, scale, **options)  # type: ignore[arg-type]
-
-
-def NormFace(scale: float = 64.0) -> Softmax:
-    """Scaled cosines without a margin. Wang et al. 2017, arXiv:1704.06369."""
-    return Softmax(scale=scale, normalise=True)
+    "DERIVATIVE_CLAMP",
+    "AdaFace",
+    "ArcFace",
+    "BatchFacts",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "ElasticFace",
+    "MagFace",
+    "Margin",
+    "NormFace",
+    "Softmax",
+    "SphereFace",
+]

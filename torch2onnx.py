@@ -32,7 +32,7 @@ from onnx.shape_inference import InferenceError
 
 from backbones import Backbone, model_names
 from backbones.weights import ModelMetadata, WeightsError, load_model
-from eval.embedder import Embedder, open_model
+from eval.model import Embedder, open_model
 from eval.verification import verify
 from eval.verification_sets import VerificationSet, load_verification_set
 

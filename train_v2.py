@@ -26,12 +26,22 @@ from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS, Batch, DataLoader
 from eval.verification_sets import VerificationSetError
-from training import resume
 from training.build import VERSION, Parts, build, facts_of
-from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named, sweep
+from training.checkpoint import resume
+from training.checkpoint.checkpointer import (
+    FOLDER,
+    Checkpointer,
+    CheckpointError,
+    Ranks,
+    named,
+    sweep,
+)
+from training.checkpoint.class_centers import remember_class_names
+from training.checkpoint_manager import Keeper, SavesFailed, Stopped
+from training.divergence import Diverged, DivergencePolicy, RollBack, Watch
 from training.heartbeat import EXIT_RANK_LOST, Heartbeat, heartbeat_store, is_of_a_collective
 from training.init_head import init_head
-from training.keeper import Keeper, SavesFailed, Stopped
+from training.metrics_logger import Reporter, start_wandb
 from training.preflight import (
     PreflightError,
     code_version,
@@ -40,8 +50,6 @@ from training.preflight import (
     preflight,
 )
 from training.profile import StepProfile, phase
-from training.report import Reporter, start_wandb
-from training.saved_head import remember_class_names
 from training.setup import (
     SetupError,
     check_output,
@@ -51,7 +59,6 @@ from training.setup import (
 from training.signals import StopSignals
 from training.state import Progress, RunState
 from training.validation import CUT_SHORT, Validation
-from training.watch import Diverged, DivergencePolicy, RollBack, Watch
 from utils.config import ConfigError, describe_fields, load_config, plain_values, save_config
 from utils.distributed import DeviceError, World, barrier, join_world, leave_world
 from utils.log import init_logging

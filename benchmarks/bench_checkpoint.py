@@ -33,9 +33,9 @@ from benchmarks.runs import free_port
 from dataset import Batch
 from scripts.make_synthetic import make_synthetic
 from training.build import build
-from training.checkpoint import Checkpointer, Ranks, check_intact
+from training.checkpoint.checkpointer import Checkpointer, Ranks, check_intact
+from training.divergence import Watch
 from training.state import Progress, RunState
-from training.watch import Watch
 from utils.config import load_config
 from utils.distributed import World, join_world, leave_world
 from utils.memory import keep_freed_memory

@@ -32,9 +32,9 @@ import torch
 
 from benchmarks.runs import start_ranks, wait_for
 from scripts.make_synthetic import make_synthetic
-from training import storage
-from training.checkpoint import FOLDER, LATEST, Found, Manifest, damage, named, step_of
-from training.storage import Stored
+from training.checkpoint import sharded_io
+from training.checkpoint.checkpointer import FOLDER, LATEST, Found, Manifest, damage, named, step_of
+from training.checkpoint.sharded_io import Stored
 
 GLOBAL_BATCH = 12
 STEPS = 30
@@ -133,9 +133,9 @@ def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole."""
     state = {
         name: Stored.whole(torch.empty(shape, dtype=dtype), False)
-        for name, (shape, dtype) in storage.describe(checkpoint).items()
+        for name, (shape, dtype) in sharded_io.describe(checkpoint).items()
     }
-    storage.read(checkpoint, state, None, True)
+    sharded_io.read(checkpoint, state, None, True)
     return {name: stored.local for name, stored in state.items()}
 
 

@@ -45,7 +45,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import cross_entropy, linear, normalize
 
-import partial_fc
+from arcshard import partial_fc
+from arcshard.head.workspace import choose_workspace
+from arcshard.losses import ArcFace
 from benchmarks.count_head import (
     DTYPES,
     REACHED,
@@ -58,10 +60,8 @@ from benchmarks.count_head import (
     table,
 )
 from benchmarks.runs import in_a_process
-from head.work_buffer import choose_workspace
-from losses import ArcFace
 from tests.reference import DenseHead
-from training.roofline import GPUS, LAUNCH_SECONDS
+from training.planner.roofline import GPUS, LAUNCH_SECONDS
 from utils.memory import keep_freed_memory
 
 LEARNING_RATE = 0.1

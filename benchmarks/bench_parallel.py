@@ -39,13 +39,13 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.bench_head import _peak_mib, _used_mib
-from parallel import (
+from arcshard.parallel import (
     ParallelCrossEntropyLoss,
     ParallelLinear,
     gather,
     register_ddp_parameters_to_ignore,
 )
+from benchmarks.bench_head import _peak_mib, _used_mib
 
 BATCH = 32
 BASELINE = "nn.Linear"

@@ -31,9 +31,9 @@ import torch
 from benchmarks.bench_head import _peak_mib, _used_mib
 from benchmarks.runs import in_a_process, run_training
 from configs.base import Config
-from scripts.plan import Setting, choose_machine, make_plan
 from training.build import build
-from training.roofline import Links
+from training.planner.plan import Setting, choose_machine, make_plan
+from training.planner.roofline import Links
 from utils.distributed import World
 from utils.memory import keep_freed_memory
 

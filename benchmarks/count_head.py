@@ -1,7 +1,8 @@
 """Kernel launches, bytes and products of one step of the fused head, counted without a GPU.
 
 `python -m benchmarks.bench_head --count` prints what this module counts. The head's own code runs
-on the meta device and takes the path of a GPU there (training/head_step.py). There are two parts:
+on the meta device and takes the path of a GPU there (training/planner/head_step.py). There are two
+parts:
 
     loop     the passes over the classes: forward, backward, update. `launches`, `gigabytes`,
              `gigabytes_moved` and `products` are of this part.
@@ -24,13 +25,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from head.row_update import AdamWRows, RowUpdate, SGDRows
-from head.target import find_targets
-from losses import ArcFace
-from partial_fc import PartialFC
-from training.head_step import HeadOperations, count_head_step, trace_head_step
-from training.roofline import GPUS, Machine, launch_seconds
-from training.trace import Operation, OperationLog
+from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
+from arcshard.head.target import find_targets
+from arcshard.losses import ArcFace
+from arcshard.partial_fc import PartialFC
+from training.planner.head_step import HeadOperations, count_head_step, trace_head_step
+from training.planner.roofline import GPUS, Machine, launch_seconds
+from training.planner.trace import Operation, OperationLog
 
 WIDTH = 512
 LEARNING_RATE = 0.1

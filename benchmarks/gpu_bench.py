@@ -42,7 +42,6 @@ from benchmarks import gpu_rows
 from benchmarks.bench_head import Case
 from benchmarks.comparison import COMPILED, INTERVALS, OURS, plain
 from benchmarks.gpu_report import report, title
-from data.files import write_whole
 from scripts.gpu_check import (
     TRAINER_NEEDS,
     Check,
@@ -57,6 +56,7 @@ from utils.environment import (
     missing_packages,
     triton_problem,
 )
+from utils.files import write_whole
 from utils.json_values import without_nan
 from utils.worker import Worker
 

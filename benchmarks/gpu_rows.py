@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from arcshard.head.workspace import choose_workspace, memory_bytes_of
 from benchmarks.bench_head import Case, held_mib, median_seconds, time_step
 from benchmarks.count_head import WIDTH, Peaks, count, limit_seconds
 from benchmarks.runs import run_training
-from data.files import write_whole
-from head.work_buffer import choose_workspace, memory_bytes_of
+from utils.files import write_whole
 
 MOST_TRACE_BYTES = 12 * 2**20
 SECONDS_TO_WARM_UP = 1.0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from data.image_records import read_label_map
-from data.sets import ExcludingSource, JoinedSource
+from data.concat import ExcludingSource, JoinedSource
 from data.sources import DataError, FolderSource, ImageSource, RecordSource
 
 LABEL_MAP = "label_map.txt"
@@ -62,3 +62,24 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def read_label_map(folder: Path) -> list[str] | None:
+    """Class names by label from `label_map.txt`; None where there is none. Raises DataError."""
+    path = folder / LABEL_MAP
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is no UTF-8 text ({error}); correct it or delete it") from error
+    names: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        label, tab, name = line.partition("\t")
+        if not tab or label != str(number - 1):
+            raise DataError(
+                f"{path}, line {number}: expected '{number - 1}<tab>name', got {line[:80]!r}; "
+                "correct it or delete the file"
+            )
+        names.append(name)
+    return names

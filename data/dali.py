@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data.augment import CUBIC, ERASED, LINEAR, NEAREST, Draws, blur_sigma
-from data.batches import DATA_ERRORS, BatchMaker, Loaded, stand_ins
+from data.collate import DATA_ERRORS, BatchMaker, Loaded, stand_ins
 from data.decode import decode_into, empty_pixels, image_size
 from data.prefetch import OrderedPrefetch
 from data.sources import DataError

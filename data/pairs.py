@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data.files import write_atomically
 from data.sources import DataError, MissingDataError
+from utils.files import write_atomically
 
 Face = tuple[str, int | None]
 """(name, number) of LFW's layout, or (path, None)."""

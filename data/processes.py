@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import Dataset, Sampler
 
-from data.batches import DATA_ERRORS, BatchMaker, Loaded
+from data.collate import DATA_ERRORS, BatchMaker, Loaded
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from arcshard.head.ranking import logit_places
 from data.crop import PictureFolder
 from data.sources import DataError, list_class_names
-from eval.command import (
+from eval.cli import (
     add_model_options,
     check_outputs,
     choose_world,
@@ -30,14 +31,13 @@ from eval.command import (
     run_command,
     write_json,
 )
-from eval.embedding import (
+from eval.extract import (
     Embed,
     OtherRankFailed,
     Progress,
     embedded_batches,
     share_of_batches,
 )
-from head.ranking import logit_places
 
 Places = Callable[[Tensor, Tensor], Tensor]
 """(outputs [b, width] of the model, labels [b]) -> [b] int64: classes above each row's own."""

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.sources import IMAGE_SUFFIXES, DataError
-from eval.command import (
+from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
@@ -32,7 +32,7 @@ from eval.command import (
     table,
     write_json,
 )
-from eval.embedding import FileImages, embed_images
+from eval.extract import FileImages, embed_images
 from eval.groups import Groups
 from eval.metrics import allowed_false_accepts, rate_name
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eval.command import (
+from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
@@ -33,12 +33,12 @@ from eval.command import (
     table,
     write_json,
 )
-from eval.embedder import Model
-from eval.embedding import AlignedImages, embed_images
+from eval.extract import AlignedImages, embed_images
 from eval.groups import Groups, pair_groups
 from eval.identification import format_summaries, search, summarise
 from eval.ijb_files import GALLERIES, IjbError, IjbSet, read_ijb
 from eval.metrics import allowed_false_accepts, auc, rate_name, tars_at_fars
+from eval.model import Model
 from utils.distributed import World
 
 DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.all_pairs import BLOCK, AllPairs, all_pairs
-from eval.command import (
+from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
@@ -36,12 +36,12 @@ from eval.command import (
     write_json,
     write_whole,
 )
-from eval.embedder import open_model
-from eval.embedding import FileImages, Progress, embed_images
+from eval.extract import FileImages, Progress, embed_images
 from eval.groups import Groups
 from eval.identification import list_images
 from eval.metrics import rate_name
-from eval.onnx_embedder import metadata_of
+from eval.model import open_model
+from eval.onnx_model import metadata_of
 from eval.submission import Report, SubmissionError, check_submission, find_track
 
 DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3)

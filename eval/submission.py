@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from eval.onnx_embedder import OnnxModelError, open_session
+from eval.onnx_model import OnnxModelError, open_session
 
 MIB = 1024**2
 LARGEST_MIB = 1024

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from data.decode import decode_image
-from eval.command import (
+from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
@@ -32,7 +32,7 @@ from eval.command import (
     table,
     write_json,
 )
-from eval.embedding import Embed, EmbeddingCache, embed_images
+from eval.extract import Embed, EmbeddingCache, embed_images
 from eval.groups import Groups, pair_groups
 from eval.metrics import (
     allowed_false_accepts,

@@ -29,10 +29,10 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.alignment import AlignmentError, align
 from data.decode import ImageError, decode_image, read_image_file
-from data.encode import encode_jpeg
-from data.files import list_some, publish_folder, staging_folder, write_whole
 from data.sources import DataError
-from data.workers import ordered_map
+from data.tools.encode import encode_jpeg
+from data.tools.workers import ordered_map
+from utils.files import list_some, publish_folder, staging_folder, write_whole
 
 _CHUNK = 32  # images per task handed to a process
 

@@ -21,8 +21,8 @@ import numpy as np
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.command import add_model_options, cache_of, choose_world, open_models, run_command
-from eval.embedding import FileImages, embed_images
+from eval.cli import add_model_options, cache_of, choose_world, open_models, run_command
+from eval.extract import FileImages, embed_images
 
 
 class EvaluationError(ValueError):

@@ -22,8 +22,8 @@ import torch
 from backbones import get_model
 from backbones.weights import load_model
 from data.sources import DataError
-from eval.embedder import Embedder
 from eval.metrics import pair_distances, roc_curve
+from eval.model import Embedder
 from eval.plots import plot_roc, plot_training_curve
 from eval.verification import embed_set, verify
 from eval.verification_sets import VerificationSet, load_verification_set

@@ -28,15 +28,15 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.examine import Others, content_hash, examine, verify
-from data.files import write_atomically
-from data.findings import CHECKS
-from data.image_records import rec_path
-from data.mend import fix, rebuild
 from data.pairs import read_pairs
 from data.recordio import RecordError
 from data.sources import IMAGE_SUFFIXES, DataError
+from data.tools.image_records import rec_path
+from data.tools.repair import fix, rebuild
+from data.tools.report import CHECKS
+from data.tools.validate import Others, content_hash, examine, verify
 from eval.verification_sets import VerificationSetError, load_verification_set
+from utils.files import write_atomically
 
 
 def read_others(other: Path) -> Others:

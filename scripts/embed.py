@@ -27,7 +27,7 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.decode import decode_image
 from data.sources import DataError, RecordSource
-from eval.command import (
+from eval.cli import (
     add_model_options,
     cache_of,
     choose_world,
@@ -36,7 +36,7 @@ from eval.command import (
     write_json,
     write_whole,
 )
-from eval.embedding import (
+from eval.extract import (
     FileImages,
     Images,
     Progress,

@@ -31,11 +31,11 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.decode import ImageError, decode_image, read_image_file
-from data.encode import encode_jpeg, fit_pixels
 from data.pairs import Pair, read_pairs, write_verification_set
-from data.record_set import RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError, MissingDataError, list_class_folders
+from data.tools.encode import encode_jpeg, fit_pixels
+from data.tools.record_writer import RecordSetWriter
 from eval.verification_sets import VerificationSetError, load_verification_set
 
 SIZE = 112

@@ -27,7 +27,7 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from backbones import get_model
 from backbones.macs import count_macs
-from eval.command import run_command, table
+from eval.cli import run_command, table
 
 HEADINGS = (
     "network", "M parameters", "GMACs", "GFLOPs", "as published", "convolution GMACs",

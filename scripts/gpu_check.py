@@ -29,8 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.files import write_whole
-from losses import (
+from arcshard.losses import (
     AdaFace,
     ArcFace,
     CosFace,
@@ -42,6 +41,7 @@ from losses import (
     Softmax,
 )
 from utils.environment import describe_environment, missing_packages, triton_problem
+from utils.files import write_whole
 from utils.worker import Worker
 
 # What needs more packages than PyTorch is imported by the check that needs it.
@@ -117,8 +117,8 @@ def head_equals_cpu(
     centres should move by SGD: AdamW's first steps are of one size whatever the gradient's, so that
     roundings of small gradients would be a tenth of the centres.
     """
-    from head.row_update import AdamWRows, SGDRows
-    from partial_fc import PartialFC
+    from arcshard.head.row_optimizer import AdamWRows, SGDRows
+    from arcshard.partial_fc import PartialFC
 
     results = []
     for device, half_there in (("cpu", None), (where, half)):

@@ -36,11 +36,11 @@ from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS
 from training.build import Parts, build, facts_of
-from training.checkpoint import FOLDER, Checkpointer, CheckpointError, Ranks, named
-from training.published import PublishedRun, read_run
+from training.checkpoint.arcface_torch import PublishedRun, read_run
+from training.checkpoint.checkpointer import FOLDER, Checkpointer, CheckpointError, Ranks, named
+from training.divergence import Watch
 from training.setup import SetupError, check_output
 from training.state import Progress, RunState
-from training.watch import Watch
 from utils.config import ConfigError, load_config
 from utils.distributed import World
 

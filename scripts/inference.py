@@ -23,7 +23,7 @@ import numpy as np
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.command import (
+from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
@@ -32,7 +32,7 @@ from eval.command import (
     run_command,
     write_whole,
 )
-from eval.embedding import FileImages, embed_images
+from eval.extract import FileImages, embed_images
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

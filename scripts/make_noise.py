@@ -22,13 +22,14 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.class_names import read_label_map
 from data.decode import ImageError
-from data.files import write_atomically
-from data.image_records import ImageRecords, read_label_map, relabelled
 from data.order import derive_key, hash_indices, shuffled_indices
-from data.record_set import RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError
+from data.tools.image_records import ImageRecords, relabelled
+from data.tools.record_writer import RecordSetWriter
+from utils.files import write_atomically
 
 
 def flip_labels(classes: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -27,11 +27,11 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.encode import encode_jpeg
 from data.pairs import write_verification_set
-from data.record_set import RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError
+from data.tools.encode import encode_jpeg
+from data.tools.record_writer import RecordSetWriter
 
 # How hard the set is: IDENTITY scales how much people differ, the others how much images of one
 # person do; 0 switches a variation off. These are the demo's: an untrained r_nano verifies 0.69 of

@@ -31,14 +31,14 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.decode import ImageError, read_image_file
-from data.encode import FitTask, fit_files, fit_image
-from data.files import list_some
 from data.order import shuffled_indices
 from data.pairs import read_pairs, write_verification_set
-from data.record_set import IM2REC, INSIGHTFACE, STYLES, RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError, MissingDataError, list_class_folders
-from data.workers import ordered_map
+from data.tools.encode import FitTask, fit_files, fit_image
+from data.tools.record_writer import IM2REC, INSIGHTFACE, STYLES, RecordSetWriter
+from data.tools.workers import ordered_map
+from utils.files import list_some
 
 _CHUNK = 64  # images per task handed to a process
 _KEPT = 1000  # left out images remembered by name; the rest is counted

@@ -8,7 +8,7 @@ Our own loader needs no such copy: its order is random over the whole set (docs/
 The order is that of a 64-bit hash of (seed, position), so it depends on the seed and the number of
 images alone. Larger sets than --memory are sorted into files on disk first and then shuffled file
 by file: both disks are read and written from front to back. At the end the new set is read again,
-and must hold the same images under the same classes (`MultisetDigest` in data/manifest.py).
+and must hold the same images under the same classes (`MultisetDigest` in data/tools/manifest.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.class_names import read_label_map
 from data.decode import ImageError
-from data.image_records import ImageRecords, read_label_map
-from data.manifest import MultisetDigest
 from data.order import derive_key, hash_indices
-from data.record_set import STAGING, RecordSetWriter
 from data.recordio import RecordError
 from data.sources import DataError
+from data.tools.image_records import ImageRecords
+from data.tools.manifest import MultisetDigest
+from data.tools.record_writer import STAGING, RecordSetWriter
 
 _COPIED = ("*.bin", "*.lst")
 _MAX_BUCKETS = 512  # files open at once

@@ -24,10 +24,11 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import publish_folder, staging_folder, write_whole
-from data.image_records import ImageRecords, read_label_map
+from data.class_names import read_label_map
 from data.recordio import RecordError, unpack_record
 from data.sources import DataError
+from data.tools.image_records import ImageRecords
+from utils.files import publish_folder, staging_folder, write_whole
 
 _SUFFIXES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
 

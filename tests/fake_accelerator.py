@@ -32,12 +32,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import training.build
 import training.distillation
+from arcshard.head.distillation import TeacherCentres
+from arcshard.partial_fc import PartialFC
 from backbones import get_model
 from backbones.weights import ModelMetadata, save_model
 from configs.base import Config
 from dataset import Batch
-from head.distillation import TeacherCentres
-from partial_fc import PartialFC
 from utils.distributed import World
 
 DEVICE, AUTOCAST = "pretended:0", "AutocastPrivateUse1"

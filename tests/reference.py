@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses import (
+from arcshard.losses import (
     DERIVATIVE_CLAMP,
     AdaFace,
     CombinedMargin,

@@ -20,10 +20,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 
-from head.shard import class_range
+from arcshard.shard import class_range
 from tests.conftest import Ranks as Pool
-from training import storage
-from training.checkpoint import (
+from training.checkpoint import sharded_io
+from training.checkpoint.checkpointer import (
     Checkpointer,
     CheckpointError,
     Manifest,
@@ -33,7 +33,7 @@ from training.checkpoint import (
     pointed_to,
     sweep,
 )
-from training.storage import FileDigest, StorageError, Stored
+from training.checkpoint.sharded_io import FileDigest, StorageError, Stored
 from utils.distributed import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -51,9 +51,9 @@ def shards(whole: torch.Tensor, world_size: int, per_class: int, fill: bool) -> 
 
 
 def write_as(folder: Path, states: list[dict[str, Stored]]) -> None:
-    """What `storage.write` does on many ranks, in this process, without the collectives."""
+    """What `sharded_io.write` does on many ranks, in this process, without the collectives."""
     writers = [dcp.FileSystemWriter(folder) for _ in states]
-    planners = [storage._SavePlanner() for _ in states]
+    planners = [sharded_io._SavePlanner() for _ in states]
     plans = []
     for rank, (planner, writer, state) in enumerate(zip(planners, writers, states, strict=True)):
         planner.set_up_planner(state, is_coordinator=rank == 0)
@@ -84,8 +84,8 @@ def test_any_number_of_classes_goes_from_any_ranks_to_any_others(
     rows = classes * per_class
     weight = torch.arange(rows * 5, dtype=torch.float32).view(rows, 5)
     step = torch.arange(rows, dtype=torch.float64) / 7
-    pieces = storage.PIECE_BYTES
-    storage.PIECE_BYTES = piece
+    pieces = sharded_io.PIECE_BYTES
+    sharded_io.PIECE_BYTES = piece
     try:
         saved = zip(
             shards(weight, before, per_class, True), shards(step, before, per_class, True),
@@ -93,14 +93,14 @@ def test_any_number_of_classes_goes_from_any_ranks_to_any_others(
         )  # fmt: skip
         write_as(folder, [{"weight": w, "step": s} for w, s in saved])
     finally:
-        storage.PIECE_BYTES = pieces
+        sharded_io.PIECE_BYTES = pieces
     wanted = zip(
         shards(weight, after, per_class, False), shards(step, after, per_class, False),
         strict=True,
     )  # fmt: skip
     states = [{"weight": w, "step": s} for w, s in wanted]
     for state in states:
-        storage.read(folder, state, None, True)
+        sharded_io.read(folder, state, None, True)
     assert torch.equal(torch.cat([state["weight"].local for state in states]), weight)
     assert torch.equal(torch.cat([state["step"].local for state in states]), step)
 
@@ -126,7 +126,7 @@ def save_and_load(rank: int, world_size: int, folder: str) -> list[dict[str, Any
     found = find_intact(Path(folder), ranks)
     assert found is not None
     assert found.manifest.facts == {"a": [1, [2, 3]]}
-    storage.read(found.path, room, ranks.group, ranks.is_alone)
+    sharded_io.read(found.path, room, ranks.group, ranks.is_alone)
     return [{name: bool(torch.equal(room[name].local, state[name].local)) for name in state}]
 
 
@@ -143,19 +143,19 @@ def some_state(value: float = 1.0) -> dict[str, Stored]:
 
 
 def test_another_name_size_or_dtype_is_refused(tmp_path: Path) -> None:
-    storage.write(tmp_path / "a", some_state(), None, True)
+    sharded_io.write(tmp_path / "a", some_state(), None, True)
     for state, words in (
         ({"y": Stored.whole(torch.zeros(1000), True)}, "y is not in the saved state"),
         ({"x": Stored.whole(torch.zeros(999), True)}, "was saved as [1000]"),
         ({"x": Stored.whole(torch.zeros(1000).half(), True)}, "torch.float16"),
     ):
         with pytest.raises(StorageError) as refused:
-            storage.read(tmp_path / "a", state, None, True)
+            sharded_io.read(tmp_path / "a", state, None, True)
         assert words in str(refused.value)
 
 
 def test_a_pickle_in_place_of_the_metadata_runs_nothing(tmp_path: Path) -> None:
-    storage.write(tmp_path / "a", some_state(), None, True)
+    sharded_io.write(tmp_path / "a", some_state(), None, True)
 
     class Hostile:
         def __reduce__(self) -> Any:
@@ -163,20 +163,20 @@ def test_a_pickle_in_place_of_the_metadata_runs_nothing(tmp_path: Path) -> None:
 
     (tmp_path / "a" / ".metadata").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(StorageError, match="refused"):
-        storage.describe(tmp_path / "a")
+        sharded_io.describe(tmp_path / "a")
     with pytest.raises(StorageError, match="refused"):
-        storage.read(tmp_path / "a", some_state(), None, True)
+        sharded_io.read(tmp_path / "a", some_state(), None, True)
     assert not (tmp_path / "made by the pickle").exists()
 
 
 def test_metadata_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
-    storage.write(tmp_path / "a", some_state(), None, True)
+    sharded_io.write(tmp_path / "a", some_state(), None, True)
     path = tmp_path / "a" / ".metadata"
     content = path.read_bytes()
     assert b"__0_0.distcp" in content
     path.write_bytes(content.replace(b"__0_0.distcp", b"../../passwd"))
     with pytest.raises(StorageError, match="points outside"):
-        storage.describe(tmp_path / "a")
+        sharded_io.describe(tmp_path / "a")
 
 
 @given(st.data())
@@ -245,7 +245,7 @@ import logging, resource, sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.test_checkpoint import Disk, some_state
-from training.storage import Stored
+from training.checkpoint.sharded_io import Stored
 logging.basicConfig(level=logging.INFO)
 disk = Disk(Path({folder!r}))
 disk.save(1)
@@ -275,14 +275,14 @@ def test_what_does_not_read_back_is_never_named(
 ) -> None:
     disk = Disk(tmp_path)
     disk.save(1)
-    close = storage._HashingStream.close
+    close = sharded_io._HashingStream.close
 
-    def lose_a_byte(stream: storage._HashingStream) -> None:
+    def lose_a_byte(stream: sharded_io._HashingStream) -> None:
         stream.raw.flush()
         os.pwrite(stream.raw.fileno(), b"\xff\x00", 100)
         close(stream)
 
-    monkeypatch.setattr(storage._HashingStream, "close", lose_a_byte)
+    monkeypatch.setattr(sharded_io._HashingStream, "close", lose_a_byte)
     disk.save(2)
     assert "does not read back" in disk.saver.last_error
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step_00000001"]
@@ -303,7 +303,7 @@ def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path: Path) -> None
     disk.save(5, value=1.0)
     disk.save(5, value=2.0)
     room = some_state(0.0)
-    storage.read(tmp_path / "step_00000005", room, None, True)
+    sharded_io.read(tmp_path / "step_00000005", room, None, True)
     assert room["x"].local[0] == 2.0
     assert {p.name for p in tmp_path.iterdir()} == {"latest", "step_00000005"}
 
@@ -312,13 +312,13 @@ def test_training_may_move_on_while_the_state_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-    write = storage.write
+    write = sharded_io.write
 
     def slow_write(*arguments: Any) -> Any:
         assert go_on.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(storage, "write", slow_write)
+    monkeypatch.setattr(sharded_io, "write", slow_write)
     saver = Checkpointer(tmp_path, Ranks(ALONE), keep=2, max_failed=2)
     state = some_state(1.0)
     saver.save(1, state, {})
@@ -327,7 +327,7 @@ def test_training_may_move_on_while_the_state_is_written(
     go_on.set()
     saver.wait()
     room = some_state(0.0)
-    storage.read(tmp_path / "step_00000001", room, None, True)
+    sharded_io.read(tmp_path / "step_00000001", room, None, True)
     assert room["x"].local.eq(1.0).all()
 
 
@@ -359,8 +359,8 @@ def fails_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, str
     saver = Checkpointer(Path(folder), Ranks(world), keep=2, max_failed=2)
     state = {"x": Stored(torch.ones(2, 3), 2 * rank, 2 * world_size)}
     saver.save(1, state, {}, wait=True)
-    write = _no_space if rank == 1 else storage._HashingStream.write
-    with unittest.mock.patch.object(storage._HashingStream, "write", write):
+    write = _no_space if rank == 1 else sharded_io._HashingStream.write
+    with unittest.mock.patch.object(sharded_io._HashingStream, "write", write):
         saver.save(2, state, {}, wait=True)
     failed = saver.failed_in_a_row, saver.last_error
     saver.save(3, state, {}, wait=True)
@@ -368,7 +368,7 @@ def fails_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, str
     return *failed, [p.name for p in named(Path(folder))]
 
 
-def _no_space(stream: storage._HashingStream, data: Any) -> int:
+def _no_space(stream: sharded_io._HashingStream, data: Any) -> int:
     stream.files.failure = OSError(28, "No space left on device")
     raise stream.files.failure
 

@@ -20,6 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arcshard.head.ranking import logit_places, target_places
+from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
+from arcshard.losses import Softmax
+from arcshard.parallel import ParallelLinear, Split, clip_grad_norm_, grad_norm
+from arcshard.parallel.state_dict import whole_on_first_rank
 from backbones import get_model
 from backbones.resnet import ResNet
 from backbones.weights import (
@@ -36,12 +41,7 @@ from data.sources import DataError
 from dataset import get_dataloader
 from eval import classification
 from eval.classification import classify, open_pictures
-from eval.embedder import open_model
-from head.ranking import logit_places, target_places
-from head.row_update import AdamWRows, RowUpdate, SGDRows
-from losses import Softmax
-from parallel import ParallelLinear, Split, clip_grad_norm_, grad_norm
-from parallel.state_dict import whole_on_first_rank
+from eval.model import open_model
 from scripts import hold_out
 from tests.conftest import RankFailure, Ranks
 from tests.test_resume import Unhurried, copy_of_run
@@ -317,7 +317,7 @@ def test_places_are_those_of_a_sort_with_ties_by_number(num_classes, rows, seed,
     expected = places_by_sorting(logits, labels)
     assert torch.equal(logit_places(logits, labels), expected)
     # the identity as weights, in blocks of one class
-    with unittest.mock.patch("head.ranking.BLOCK_ELEMENTS", 1):
+    with unittest.mock.patch("arcshard.head.ranking.BLOCK_ELEMENTS", 1):
         weight = torch.eye(num_classes, dtype=torch.float64)
         found = target_places(logits, labels, weight, None, 0, None)
     assert torch.equal(found, expected)
@@ -871,7 +871,7 @@ def test_the_norm_of_split_gradients_is_that_of_the_whole_and_clipping_is_torchs
 def put_together(rank: int, world_size: int, dim: int, shape: list[int]) -> Tensor | None:
     whole = torch.arange(float(np.prod(shape))).view(shape)
     split = Split(dim, shape[dim], torch.distributed.group.WORLD if world_size > 1 else None)
-    with unittest.mock.patch("parallel.state_dict.PIECE_BYTES", 40):
+    with unittest.mock.patch("arcshard.parallel.state_dict.PIECE_BYTES", 40):
         return whole_on_first_rank(split.take(whole), split)
 
 

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-import head.engine
+from arcshard.head import fused
+from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
+from arcshard.head.workspace import AUTO_MIB, MOST_WORK_BYTES, choose_workspace, memory_bytes_of
+from arcshard.losses import AdaFace, ArcFace, CosFace, CurricularFace, ElasticFace, MagFace
+from arcshard.partial_fc import PartialFC
 from benchmarks import bench_head
 from benchmarks.count_head import Peaks, count, limit_seconds
-from head.row_update import AdamWRows, RowUpdate, SGDRows
-from head.work_buffer import AUTO_MIB, MOST_WORK_BYTES, choose_workspace, memory_bytes_of
-from losses import AdaFace, ArcFace, CosFace, CurricularFace, ElasticFace, MagFace
-from partial_fc import PartialFC
-from training import resume
-from training.head_step import MOST_BLOCKS, count_head_step, trace_head_step
-from training.trace import OperationLog
+from training.checkpoint import resume
+from training.planner.head_step import MOST_BLOCKS, count_head_step, trace_head_step
+from training.planner.trace import OperationLog
 
 GIB = 2**30
 EIGHTY_GB = choose_workspace("auto", "cuda", int(79.6 * GIB)).budget_bytes / 2**20
@@ -52,12 +52,12 @@ def test_with_the_automatic_workspace_of_80_gb_everything_is_kept_in_1500_launch
 
 def test_one_more_pass_over_the_logits_is_found(monkeypatch):
     before = full_size(4096)
-    real = head.engine.exponentials
+    real = fused.exponentials
 
     def slower(z, *arguments, **options):
         return real(z.mul_(1.0), *arguments, **options)
 
-    monkeypatch.setattr(head.engine, "exponentials", slower)
+    monkeypatch.setattr(fused, "exponentials", slower)
     after = full_size(4096)
     visits = before["blocks"] * (2 - before["kept_share"])
     assert after["launches"] - before["launches"] == visits

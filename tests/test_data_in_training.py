@@ -15,8 +15,8 @@ from tests.test_dataset import SIZE, folder, jpeg, records, write_set
 from train_v2 import run_on
 from training import build as building
 from training import build_data
-from training.report import Reporter
-from training.watch import WatchReport
+from training.divergence import WatchReport
+from training.metrics_logger import Reporter
 from utils.distributed import World
 from utils.meter import Rates
 

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from arcshard.head.centers import ShardCentres
+from arcshard.head.distillation import Sides, TeacherCentres, sharded_divergence
+from arcshard.partial_fc import PartialFC
+from arcshard.shard import class_range
 from backbones import get_model
 from backbones.weights import WeightsError, load_model
 from configs.base import Config
 from data.sources import DataError
-from head.centres import ShardCentres
-from head.distillation import Sides, TeacherCentres, sharded_divergence
-from head.shard import class_range
-from partial_fc import PartialFC
 from tests.conftest import Ranks
 from tests.reference import dense_divergence
 from tests.test_init_head import FACES, NEW, OLD, write_faces, write_records
@@ -30,7 +30,7 @@ from tests.test_resume import EXACT, TINY, assert_same, copy_of_run, whole_run
 from tests.test_train import weights_after_one_step
 from train_v2 import run_on
 from training.build import build
-from training.checkpoint import CheckpointError
+from training.checkpoint.checkpointer import CheckpointError
 from training.distillation import Teacher
 from training.setup import SetupError
 from utils.distributed import World

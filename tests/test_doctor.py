@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.decode import decode_image
-from data.image_records import ImageRecords
 from data.index import read_index
 from data.pairs import write_verification_set
-from data.record_set import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.recordio import PART_HEADER, RECORD_HEADER, RecordReader, pack_range, pack_record
-from data.salvage import Damage, rebuild_index, scan_on
 from data.sources import RecordSource
+from data.tools.image_records import ImageRecords
+from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
+from data.tools.scan import Damage, rebuild_index, scan_on
 from scripts import doctor
 
 SIZE = 24

@@ -15,15 +15,15 @@ from torch import Tensor
 from backbones.weights import load_model
 from benchmarks.bench_faults import whole_state
 from configs.base import Config
-from eval.embedder import Embedder
+from eval.model import Embedder
 from eval.verification import verify
 from tests.conftest import Ranks
 from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
 from tests.test_train import write_pairs
 from train_v2 import run_on
 from training.build import Parts, build
-from training.checkpoint import FOLDER
-from training.footprint import find_needs
+from training.checkpoint.checkpointer import FOLDER
+from training.planner.memory import find_needs
 from training.precision import POLICIES
 from utils.distributed import World
 

@@ -19,9 +19,9 @@ from backbones import get_model
 from backbones.weights import ModelMetadata, WeightsError, save_model
 from data.decode import ImageError
 from data.recordio import RecordWriter, pack_record
-from eval.embedder import ModelOptionsError, open_model, parse_channels
-from eval.embedding import EmbeddingCache, FileImages, embed_images
-from eval.onnx_embedder import OnnxEmbedder, OnnxModelError
+from eval.extract import EmbeddingCache, FileImages, embed_images
+from eval.model import ModelOptionsError, open_model, parse_channels
+from eval.onnx_model import OnnxEmbedder, OnnxModelError
 from scripts import compare, embed
 from tests.models import OURS, write_pooling_model
 

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from head.row_update import AdamWRows, SGDRows
-from head.sampling import hash_key
-from head.work_buffer import BlockCost, BufferTooSmallError, Workspace, plan_blocks
-from losses import (
+from arcshard.head.row_optimizer import AdamWRows, SGDRows
+from arcshard.head.workspace import BlockCost, BufferTooSmallError, Workspace, plan_blocks
+from arcshard.losses import (
     AdaFace,
     ArcFace,
     CosFace,
@@ -28,7 +27,8 @@ from losses import (
     NormFace,
     Softmax,
 )
-from partial_fc import PartialFC
+from arcshard.partial_fc import PartialFC
+from arcshard.random import hash_key
 from tests.conftest import RankFailure
 from tests.reference import dense_loss_by_paper
 from tests.test_partial_fc import PATHS, batch_for, loss_and_gradients

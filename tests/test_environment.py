@@ -24,7 +24,7 @@ from utils.environment import (
 
 
 def make_code(folder: Path) -> Path:
-    for name in ("train_v2.py", "head/engine.py", "scripts/launch/ranks.py"):
+    for name in ("train_v2.py", "arcshard/head/fused.py", "scripts/launch/ranks.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"# {name}\n")
     return folder

@@ -15,7 +15,7 @@ from configs.base import Config
 from tests.conftest import Ranks
 from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
 from training.build import Parts, build
-from training.checkpoint import FOLDER
+from training.checkpoint.checkpointer import FOLDER
 from utils.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")

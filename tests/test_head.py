@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from head.sampling import draw_sample, hash_key, permutation_prefix, sample_size
-from head.shard import class_range, owner
+from arcshard.head.sampling import draw_sample, permutation_prefix, sample_size
+from arcshard.random import hash_key
+from arcshard.shard import class_range, owner
 
 sizes = st.integers(1, 10**7)
 worlds = st.integers(1, 128)

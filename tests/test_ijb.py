@@ -347,7 +347,7 @@ def test_galleries_are_searched_and_groups_reported(
 
 
 def _scores_on_a_rank(rank: int, world_size: int, root: str) -> list[float]:
-    from eval.embedding import AlignedImages, embed_images
+    from eval.extract import AlignedImages, embed_images
 
     one = read_ijb(root, "IJBC")
     features = embed_images(

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from arcshard.shard import class_range
 from backbones import get_model
 from backbones.weights import WeightsError
 from benchmarks.bench_faults import whole_state
 from configs.base import Config
-from head.shard import class_range
 from scripts.import_checkpoint import import_checkpoint
 from tests.conftest import Ranks
 from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
-from training.checkpoint import FOLDER, CheckpointError
-from training.published import read_run
+from training.checkpoint.arcface_torch import read_run
+from training.checkpoint.checkpointer import FOLDER, CheckpointError
 
 STEPS_PER_EPOCH = TINY["num_image"] // TINY["batch_size"]
 NUM_CLASSES = TINY["num_classes"]

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from eval.embedder import open_model
-from eval.embedding import FileImages, embed_images
+from eval.extract import FileImages, embed_images
+from eval.model import open_model
 from scripts import inference
 from tests.models import OURS, write_pooling_model
 

@@ -22,19 +22,18 @@ from torch.nn.functional import normalize
 from backbones.weights import load_model
 from benchmarks.bench_faults import whole_state
 from configs.base import Config
-from data.class_names import class_names, label_map_text
-from data.image_records import read_label_map
-from data.record_set import RecordSetWriter
+from data.class_names import class_names, label_map_text, read_label_map
 from data.sources import DataError
+from data.tools.record_writer import RecordSetWriter
 from dataset import open_sources
 from scripts.hold_out import hold_out
 from tests.conftest import RankFailure, Ranks
 from tests.test_resume import TINY, whole_run
 from train_v2 import main
-from training import saved_head
-from training.checkpoint import FOLDER, CheckpointError, named
+from training.checkpoint import class_centers
+from training.checkpoint.checkpointer import FOLDER, CheckpointError, named
+from training.checkpoint.class_centers import match_names
 from training.init_head import SUB_CENTRE_TILT
-from training.saved_head import match_names
 
 OLD = ("bea", "carl", "dora", "emil", "gina", "hugo", "ines")
 NEW = ("anna", "carl", "dora", "fritz", "gina", "ines", "zoe")
@@ -198,14 +197,14 @@ def test_rows_are_read_in_bounded_pieces_and_those_nobody_wants_are_not(
     ranks: Ranks, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     sizes: list[int] = []
-    read = saved_head.storage.read
+    read = class_centers.sharded_io.read
 
     def spy(folder: Path, state: Any, *rest: Any, **options: Any) -> None:
         sizes.extend(len(each.local) for each in state.values())
         read(folder, state, *rest, **options)
 
-    monkeypatch.setattr(saved_head, "BLOCK_BYTES", 3 * 16 * 4)  # three rows
-    monkeypatch.setattr(saved_head.storage, "read", spy)
+    monkeypatch.setattr(class_centers, "BLOCK_BYTES", 3 * 16 * 4)  # three rows
+    monkeypatch.setattr(class_centers.sharded_io, "read", spy)
     settings = {
         **FACES, "max_steps": 0, "rec": str(write_faces(tmp_path / "data", NEW)),
         "init_head": str(old), "init_backbone": str(old),
@@ -433,7 +432,7 @@ def test_a_run_whose_folders_have_impossible_names_goes_on_without_a_map(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = open_sources([write_faces(tmp_path / "data", ("two\nlines", "c"))], 32)
-    saved_head.remember_class_names(source, tmp_path)
+    class_centers.remember_class_names(source, tmp_path)
     assert "will not know the names of its classes" in caplog.text
     assert not (tmp_path / "label_map.txt").exists()
     with pytest.raises(DataError, match="needs names of one line of text"):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.concat import ExcludingSource, JoinedSource
 from data.device import prefetch_to_device
 from data.recordio import RecordWriter, pack_record
-from data.sets import ExcludingSource, JoinedSource
 from data.sources import DataError, ImageSource, RecordSource
 from dataset import DATA_ERRORS, Batch, DataLoader
 from tests.test_dataset import (

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from losses import ArcFace, CombinedMargin, CosFace, SphereFace
+from arcshard.losses import ArcFace, CombinedMargin, CosFace, SphereFace
 from tests.reference import dense_target
 
 ALL = [

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.index import read_index
-from data.manifest import Entry, ManifestLines, MultisetDigest, read_manifest, verify_records
-from data.record_set import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.recordio import PART_HEADER, RECORD_HEADER, RecordError, RecordReader
+from data.tools.manifest import Entry, ManifestLines, MultisetDigest, read_manifest, verify_records
+from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
 from tests.test_recordio import PAYLOADS
 
 NUM_IMAGES = 7

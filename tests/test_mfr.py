@@ -240,8 +240,8 @@ def test_the_protocol_on_a_folder_with_groups_is_the_dense_computation(
     ]  # fmt: skip
     assert (content["images"], content["people"]) == (18, 6)
 
-    from eval.embedder import open_model
-    from eval.embedding import FileImages, embed_images
+    from eval.extract import FileImages, embed_images
+    from eval.model import open_model
 
     opened = open_model(model)
     images = FileImages([tmp_path / "faces" / name for name in names], 112)

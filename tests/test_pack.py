@@ -17,9 +17,9 @@ import simplejpeg
 
 from data.decode import decode_image
 from data.index import read_index
-from data.manifest import manifest_path, verify_records
 from data.recordio import RecordReader, class_of, unpack_record
 from data.sources import DataError, RecordSource
+from data.tools.manifest import manifest_path, verify_records
 from scripts import make_synthetic as synthetic
 from scripts import pack
 
@@ -319,10 +319,10 @@ def test_several_processes_write_the_same_files_as_one(large_folder: Path, tmp_p
 
 KILLED_AFTER = """
 import os, signal, sys
-from data import record_set
+from data.tools import record_writer
 from scripts import pack
-record_set._NOTE_EVERY_SECONDS = 0
-note, calls = record_set.RecordSetWriter.note, 0
+record_writer._NOTE_EVERY_SECONDS = 0
+note, calls = record_writer.RecordSetWriter.note, 0
 def note_and_die(self, **progress):
     global calls
     note(self, **progress)
@@ -331,7 +331,7 @@ def note_and_die(self, **progress):
         self.add(b"half a chunk that nobody noted", 99)
         self._files[0].flush()
         os.kill(os.getpid(), int(sys.argv[2]))
-record_set.RecordSetWriter.note = note_and_die
+record_writer.RecordSetWriter.note = note_and_die
 sys.exit(pack.main(sys.argv[3:]))
 """
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from head.cross_entropy import BLOCK_ELEMENTS
-from losses import AdaFace, ArcFace, CosFace, Margin, Softmax
-from parallel import (
+from arcshard.head.cross_entropy import BLOCK_ELEMENTS
+from arcshard.losses import AdaFace, ArcFace, CosFace, Margin, Softmax
+from arcshard.parallel import (
     ParallelArcLinear,
     ParallelArcLoss,
     ParallelCrossEntropyLoss,
@@ -27,7 +27,7 @@ from parallel import (
     scatter,
     split_of,
 )
-from partial_fc import PartialFC
+from arcshard.partial_fc import PartialFC
 from tests.conftest import RankFailure
 
 RANKS = [1, 2, 3, 4]  # lowest in each stack: a new size means a new process group

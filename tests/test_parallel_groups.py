@@ -14,7 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from parallel import (
+from arcshard.parallel import (
     Groups,
     ParallelCrossEntropyLoss,
     ParallelLinear,

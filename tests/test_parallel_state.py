@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from head.shard import class_range
-from parallel import (
+from arcshard.parallel import (
     ParallelEmbedding,
     ParallelLinear,
     Split,
@@ -29,6 +28,7 @@ from parallel import (
     relocate_state_dict,
     scatter,
 )
+from arcshard.shard import class_range
 from tests.conftest import RankFailure
 
 RANKS = [1, 2, 3, 4]

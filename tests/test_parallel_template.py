@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel import collect_state_dict, relocate_state_dict
+from arcshard.parallel import collect_state_dict, relocate_state_dict
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "custom_parallel_layer.md"
 

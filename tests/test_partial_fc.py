@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from head.row_update import AdamWRows, SGDRows
-from losses import ArcFace, CombinedMargin, CosFace, Margin, SphereFace
-from partial_fc import PartialFC
+from arcshard.head.row_optimizer import AdamWRows, SGDRows
+from arcshard.losses import ArcFace, CombinedMargin, CosFace, Margin, SphereFace
+from arcshard.partial_fc import PartialFC
 from tests.conftest import RankFailure
 from tests.reference import dense_loss
 

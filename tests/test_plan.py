@@ -13,18 +13,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from arcshard.head.row_optimizer import AdamWRows, SGDRows
+from arcshard.losses import ArcFace, CurricularFace
+from arcshard.partial_fc import PartialFC
 from backbones import get_model
 from backbones.weights import ModelMetadata, save_model
 from configs.base import Config
-from head.row_update import AdamWRows, SGDRows
-from losses import ArcFace, CurricularFace
-from partial_fc import PartialFC
 from scripts import plan
 from training.build import build
 from training.classifier import LayerClassifier
-from training.footprint import HEAD_BATCH_MATRICES, find_needs
-from training.precision import POLICIES
-from training.roofline import (
+from training.planner.memory import HEAD_BATCH_MATRICES, find_needs
+from training.planner.roofline import (
     BACKWARD_SHARE,
     GPUS,
     LAUNCH_SECONDS,
@@ -34,7 +33,8 @@ from training.roofline import (
     head_seconds,
     operations_seconds,
 )
-from training.trace import Ledger, Operation, as_fake, make_fake, trace_step
+from training.planner.trace import Ledger, Operation, as_fake, make_fake, trace_step
+from training.precision import POLICIES
 from utils.distributed import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

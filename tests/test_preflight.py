@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import RankFailure
-from tests.test_imports import DOORS, ROOMS
+from tests.test_imports import ENTRY_POINTS, PACKAGES
 from training import preflight as module
 from training.preflight import (
     CODE_FOLDERS,
@@ -154,27 +154,26 @@ def test_ranks_are_named_in_ranges_that_hold_exactly_them(ranks_named):
 
 
 def test_the_code_version_moves_with_any_file_a_rank_runs(tmp_path):
-    assert set(CODE_FOLDERS) | {"configs", "parallel", "scripts", "tests", "benchmarks"} == (
-        set(ROOMS)
-    )
-    for name in ("train_v2.py", "head/engine.py", "configs/base.py", "configs/demo.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    not_run = {"configs", "scripts", "tests", "benchmarks", "head", "margins", "parallel"}
+    assert set(CODE_FOLDERS) | not_run == set(PACKAGES)
+    for name in ("train_v2.py", "arcshard/head/fused.py", "configs/base.py", "configs/demo.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("a = 1\n")
     before = code_version("ArcShard 1", tmp_path)
     assert before.startswith("ArcShard 1 (")
     (tmp_path / "configs/demo.py").write_text("a = 2\n")  # the config has a hash of its own
     assert code_version("ArcShard 1", tmp_path) == before
     seen = {before}
-    for name in ("train_v2.py", "head/engine.py", "configs/base.py"):
+    for name in ("train_v2.py", "arcshard/head/fused.py", "configs/base.py"):
         (tmp_path / name).write_text("a = 3\n")
         seen.add(code_version("ArcShard 1", tmp_path))
-    (tmp_path / "head/engine.py").rename(tmp_path / "head/motor.py")
+    (tmp_path / "arcshard/head/fused.py").rename(tmp_path / "arcshard/head/motor.py")
     seen.add(code_version("ArcShard 1", tmp_path))
     assert len(seen) == 5
 
 
 def test_this_repository_has_a_code_version():
-    assert all((ROOT / f"{door}.py").exists() for door in DOORS)
+    assert all((ROOT / f"{name}.py").exists() for name in ENTRY_POINTS)
     assert code_version("x", ROOT) == code_version("x", ROOT)
 
 

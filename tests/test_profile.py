@@ -16,7 +16,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from partial_fc import PartialFC
+from arcshard.partial_fc import PartialFC
 from tests.conftest import Ranks
 from tests.test_resume import whole_run
 from training.profile import (

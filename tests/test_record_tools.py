@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from data.alignment import align
 from data.decode import decode_image
-from data.encode import encode_jpeg
-from data.image_records import ImageRecords, relabelled
 from data.index import read_index
-from data.manifest import manifest_path, verify_records
-from data.record_set import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.recordio import RecordReader, class_of, pack_record, unpack_record
 from data.sources import DataError, RecordSource
-from data.workers import ordered_map
+from data.tools.encode import encode_jpeg
+from data.tools.image_records import ImageRecords, relabelled
+from data.tools.manifest import manifest_path, verify_records
+from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
+from data.tools.workers import ordered_map
 from eval.verification_sets import load_verification_set
 from scripts import align as align_tool
 from scripts import fetch_lfw, make_noise, pack, shuffle_rec, unpack
@@ -148,13 +148,13 @@ def test_ctrl_c_leaves_nothing_behind(tool: str, tmp_path: Path) -> None:
     data = write_set(tmp_path / "faces", [0, 0, 1, 1])
     code = f"""
 import os, signal, sys
-from data import record_set
+from data.tools import record_writer
 from scripts import {tool} as tool
-add = record_set.RecordSetWriter.add_payload
+add = record_writer.RecordSetWriter.add_payload
 def stop(self, *args):
     add(self, *args)
     os.kill(os.getpid(), signal.SIGINT)
-record_set.RecordSetWriter.add_payload = stop
+record_writer.RecordSetWriter.add_payload = stop
 sys.exit(tool.main(sys.argv[1:]))
 """
     options = ["--flip", "0.5"] if tool == "make_noise" else []
@@ -523,7 +523,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from data.workers import ordered_map\n"
+        "from data.tools.workers import ordered_map\n"
         "if __name__ == '__main__':\n"
         f"    for pid in ordered_map(eval, [{PROCESS!r}] * 10**6, 2):\n"
         "        print(pid, flush=True)\n"

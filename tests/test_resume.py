@@ -29,13 +29,20 @@ from configs.base import Config
 from tests.conftest import RankFailure, Ranks
 from tests.test_train import write_pairs
 from train_v2 import run_on
-from training import checkpoint as checkpoints
-from training.checkpoint import FOLDER, Checkpointer, Found, Manifest, named, pointed_to
-from training.journal import Journal
-from training.keeper import Keeper, Stopped
+from training.checkpoint import checkpointer as checkpoints
+from training.checkpoint.checkpointer import (
+    FOLDER,
+    Checkpointer,
+    Found,
+    Manifest,
+    named,
+    pointed_to,
+)
+from training.checkpoint_manager import Keeper, Stopped
+from training.divergence import DivergencePolicy, WatchReport
+from training.metrics_logger import Journal
 from training.state import Progress
 from training.validation import Validation
-from training.watch import DivergencePolicy, WatchReport
 from utils.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,9 +22,10 @@ from training import build as building
 from training import setup
 from training.batch_norm import BatchNormStatistics
 from training.build import build
+from training.parallelize import compile_backbone
 from training.precision import POLICIES, TrainedBackbone, allow_tf32, choose_precision
 from training.setup import SetupError
-from training.step import TrainStep, compile_backbone
+from training.step import TrainStep
 from utils.distributed import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -97,7 +98,8 @@ def test_a_step_never_asks_the_device_for_a_number(tmp_path, waits, changes):
     for _ in range(3):
         group = list(islice(batches, parts.global_batch // TINY["batch_size"]))
         waits.seen.clear()  # before the first step optimizers make their state
-        with patch("head.batch.BatchRules._refuse_unknown", return_value=None):  # for CPUs alone
+        # The check of labels waits on CPUs alone.
+        with patch("arcshard.head.batch.BatchRules._refuse_unknown", return_value=None):
             parts.step(group, 0.01, is_frozen="freeze_epoch" in changes)
     assert waits.seen == []
 
@@ -112,7 +114,7 @@ def test_the_loop_asks_at_log_lines_only(tmp_path, waits):
 
     with (
         patch.object(TrainStep, "__call__", noted),
-        patch("head.batch.BatchRules._refuse_unknown", return_value=None),
+        patch("arcshard.head.batch.BatchRules._refuse_unknown", return_value=None),
     ):
         run_training(0, 1, str(tmp_path), {"frequent": 4, "max_steps": 9, "keep_checkpoints": 0})
     between = [later - earlier for earlier, later in pairwise(begins)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import parallel
+from arcshard import parallel
 from utils.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from training.divergence import Diverged, DivergencePolicy, Watch
 from training.precision import choose_precision
 from training.schedule import Schedule
 from training.step import StepOutcome
-from training.watch import Diverged, DivergencePolicy, Watch
 
 
 def test_warm_up_rises_from_zero_in_a_straight_line():

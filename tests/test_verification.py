@@ -17,9 +17,9 @@ import simplejpeg
 import torch
 from torch import Tensor, nn
 
-from eval.embedder import Embedder
-from eval.embedding import share_of_batches
+from eval.extract import share_of_batches
 from eval.groups import Groups
+from eval.model import Embedder
 from eval.verification import embed_set, main, report_set, verify
 from eval.verification_sets import (
     VerificationSet,

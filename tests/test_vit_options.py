@@ -16,7 +16,7 @@ from tests.test_resume import TINY, copy_of_run
 from train_v2 import run_on
 from training.build import Parts
 from training.build_backbone import make_backbone
-from training.checkpoint import CheckpointError
+from training.checkpoint.checkpointer import CheckpointError
 from training.setup import SetupError
 from utils.distributed import World
 

@@ -10,11 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from head.batch import alikeness
-from losses import CosFace
-from partial_fc import PartialFC
-from training.step import StepOutcome
-from training.watch import (
+from arcshard.head.batch import alikeness
+from arcshard.losses import CosFace
+from arcshard.partial_fc import PartialFC
+from training.divergence import (
     COLLAPSE_STEPS,
     READ_AT_LEAST_EVERY,
     SETTLE_STEPS,
@@ -25,6 +24,7 @@ from training.watch import (
     Watch,
     WatchReport,
 )
+from training.step import StepOutcome
 
 CPU = torch.device("cpu")
 

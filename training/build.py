@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+import arcshard
 from backbones.base import Backbone
 from backbones.weights import ModelMetadata
 from configs.base import Config
 from data.crop import PictureFolder
 from dataset import DataLoader
 from eval.classification import classify
-from eval.embedder import Embedder
+from eval.model import Embedder
 from eval.verification import verify
 from eval.verification_sets import VerificationSet
 from training.batch_norm import BatchNormStatistics
@@ -40,16 +41,17 @@ from training.build_head import (
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
 from training.ema import WeightAverage
 from training.optimizer import make_optimizer
+from training.parallelize import compile_backbone, distribute, settle_buckets
 from training.precision import TrainedBackbone, allow_tf32, choose_precision, tf32_allowed
 from training.schedule import Schedule
 from training.setup import SetupError, check_step_options, check_wandb, is_classification
-from training.step import TrainStep, compile_backbone, distribute, settle_buckets
+from training.step import TrainStep
 from utils.config import plain_values
 from utils.distributed import World
 
 logger = logging.getLogger("train")
 
-VERSION = "ArcShard 0.1.0"
+VERSION = f"ArcShard {arcshard.__version__}"
 
 
 @dataclass
@@ -199,7 +201,7 @@ def build(cfg: Config, world: World) -> Parts:
 
 
 def facts_of(cfg: Config, parts: Parts) -> dict[str, Any]:
-    """What a checkpoint says of its run, for training/resume.py to compare."""
+    """What a checkpoint says of its run, for training/checkpoint/resume.py to compare."""
     return {
         "config": plain_values(cfg),
         "data set": parts.loader.fingerprint(),

@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
-from configs.base import Config
-from data.sources import ImageSource
-from head.row_update import AdamWRows, RowUpdate, SGDRows
-from head.shard import class_range
-from head.work_buffer import Workspace, choose_workspace, memory_bytes_of
-from losses import (
+from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
+from arcshard.head.workspace import Workspace, choose_workspace, memory_bytes_of
+from arcshard.losses import (
     AdaFace,
     ArcFace,
     CombinedMargin,
@@ -26,7 +23,10 @@ from losses import (
     Softmax,
     SphereFace,
 )
-from partial_fc import PartialFC
+from arcshard.partial_fc import PartialFC
+from arcshard.shard import class_range
+from configs.base import Config
+from data.sources import ImageSource
 from training.classifier import Head, LayerClassifier, SplitClassifier
 from training.distillation import Distillation, Teacher, load_teacher, make_distillation
 from training.precision import Precision

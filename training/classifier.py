@@ -6,10 +6,10 @@
     1, -1          [C / n, D]             all rows, own classes     own classes
 
 `SplitClassifier` is PartialFC without a margin and serves the last line: bounded memory, sampling,
-class centres that move in backward. `LayerClassifier` is the layers of parallel/, logits and
-gradients by autograd, and serves all lines, with label smoothing. Both start from the same weights
-whatever the split, keep PartialFC's gradient contract, and name their state alike: a checkpoint of
-one goes on with the other.
+class centres that move in backward. `LayerClassifier` is the layers of arcshard/parallel/, logits
+and gradients by autograd, and serves all lines, with label smoothing. Both start from the same
+weights whatever the split, keep PartialFC's gradient contract, and name their state alike: a
+checkpoint of one goes on with the other.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from head.batch import PAD_LABEL, BatchRules
-from head.cross_entropy import Spread, sharded_cross_entropy
-from head.initial import fill_initial_centres
-from head.ranking import target_places
-from head.row_update import RowUpdate
-from losses import Softmax
-from parallel.collectives import reduce
-from parallel.groups import resolve_group
-from parallel.loss import local_columns
-from parallel.split import ParallelDim, Split, check_dim, register_parallel_dim, size_of
-from parallel.state_dict import whole_on_first_rank
-from partial_fc import PartialFC
+from arcshard.head.batch import PAD_LABEL, BatchRules
+from arcshard.head.cross_entropy import Spread, sharded_cross_entropy
+from arcshard.head.init import fill_initial_centres
+from arcshard.head.ranking import target_places
+from arcshard.head.row_optimizer import RowUpdate
+from arcshard.losses import Softmax
+from arcshard.parallel.collectives import reduce
+from arcshard.parallel.groups import resolve_group
+from arcshard.parallel.loss import local_columns
+from arcshard.parallel.split import ParallelDim, Split, check_dim, register_parallel_dim, size_of
+from arcshard.parallel.state_dict import whole_on_first_rank
+from arcshard.partial_fc import PartialFC
 
 
 class SplitClassifier(PartialFC):

@@ -1,7 +1,8 @@
 """Knowledge distillation: the run also learns from a frozen teacher (docs/distillation.md).
 
     cosine   mean of 1 - cos(student's embedding, teacher's)
-    logits   T^2 KL of the student's class probabilities from the teacher's (head/distillation.py)
+    logits   T^2 KL of the student's class probabilities from the teacher's
+             (arcshard/head/distillation.py)
 
 Both are means over the global batch, and what they ask of `local_embeddings` is the gradient of
 that mean, without a factor of the world size: the contract of the heads.
@@ -18,15 +19,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcshard.collectives import sum_over_ranks
+from arcshard.head.distillation import Sides, TeacherCentres, sharded_divergence
+from arcshard.head.workspace import Workspace
+from arcshard.partial_fc import PartialFC
 from backbones.weights import ModelMetadata, WeightsError, load_model
 from data.sources import ImageSource
-from head.collectives import sum_over_ranks
-from head.distillation import Sides, TeacherCentres, sharded_divergence
-from head.work_buffer import Workspace
-from partial_fc import PartialFC
-from training.checkpoint import FOLDER, CheckpointError, Ranks
+from training.checkpoint.checkpointer import FOLDER, CheckpointError, Ranks
+from training.checkpoint.class_centers import (
+    match_names,
+    names_of_this_run,
+    open_saved_head,
+    rows_of,
+)
 from training.precision import Precision, TrainedBackbone
-from training.saved_head import match_names, names_of_this_run, open_saved_head, rows_of
 from utils.distributed import World
 
 logger = logging.getLogger("train")

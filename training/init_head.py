@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcshard.partial_fc import PartialFC
+from arcshard.shard import class_range
 from data.prefetch import OrderedPrefetch
 from dataset import DATA_ERRORS, DataLoader
-from head.shard import class_range
-from partial_fc import PartialFC
 from training.build import Parts
-from training.checkpoint import Ranks
-from training.saved_head import (
+from training.checkpoint.checkpointer import Ranks
+from training.checkpoint.class_centers import (
     SavedHead,
     match_names,
     names_of_this_run,

@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from utils.distributed import World
 
-# What a rank runs: these folders, configs/base.py, and the doors at the top.
-CODE_FOLDERS = ("backbones", "data", "eval", "head", "margins", "parallel", "training", "utils")
+# What a rank runs: these folders, configs/base.py, and the entry points at the top.
+CODE_FOLDERS = ("arcshard", "backbones", "data", "eval", "training", "utils")
 TOKEN = ".preflight-"  # files made in the output folder, and taken away again
 VISIBLE_WITHIN_SECONDS = 30.0  # a network file system may show a new file late
 _POLL_SECONDS = 0.02

@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from head.sampling import hash_key
-from training import storage
+from arcshard.random import hash_key
 from training.batch_norm import BatchNormStatistics
 from training.build import Parts
-from training.checkpoint import Found, Ranks
+from training.checkpoint import sharded_io
+from training.checkpoint.checkpointer import Found, Ranks
+from training.checkpoint.sharded_io import State, StorageError, Stored
 from training.classifier import LayerClassifier
+from training.divergence import Watch
 from training.optimizer import is_spread, own_optimizer, own_parameters
-from training.storage import State, StorageError, Stored
-from training.watch import Watch
 from utils.distributed import World
 
 logger = logging.getLogger("train")
@@ -128,7 +128,7 @@ class RunState:
                 if "generator" not in name
             }
         ranks.together(
-            lambda: storage.read(found.path, {**wanted, **by_rank}, ranks.group, ranks.is_alone)
+            lambda: sharded_io.read(found.path, {**wanted, **by_rank}, ranks.group, ranks.is_alone)
         )
         rows = {name: stored.local.squeeze(0) if same_ranks else stored.local
                 for name, stored in by_rank.items()}  # fmt: skip
@@ -237,7 +237,7 @@ class RunState:
 
         Returns whether the checkpoint has an average of the backbone.
         """
-        saved = storage.describe(folder)
+        saved = sharded_io.describe(folder)
         optimizer = own_optimizer(self.parts.step.optimizer)
         own = {id(parameter) for parameter in own_parameters(optimizer)}
         elsewhere: set[str] = set()  # state that other ranks hold

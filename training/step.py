@@ -4,17 +4,15 @@ Two heads do wait, once per step: class centres in host memory, and a sample sma
 global batch (sample_rate x classes per rank), whose size depends on the labels.
 """
 
-import inspect
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from arcshard.random import get_rng_state, set_rng_state
 from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
@@ -23,7 +21,6 @@ from training.ema import WeightAverage
 from training.optimizer import own_optimizer, set_learning_rate
 from training.precision import tf32_allowed
 from training.profile import phase
-from utils.memory import return_freed_memory
 
 
 class StepOutcome(NamedTuple):
@@ -197,7 +194,7 @@ class TrainStep:
         states, parts = [], []
         with phase("forward"), torch.no_grad():
             for batch in micro_batches:
-                states.append(_random_state(self.device))
+                states.append(get_rng_state(self.device))
                 parts.append(self.model(batch.images))
         self.batch_norm.hold()
         embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
@@ -211,7 +208,7 @@ class TrainStep:
         for number, (batch, state, gradient) in enumerate(
             zip(micro_batches, states, gradients, strict=True), start=1
         ):
-            _set_random_state(self.device, state)
+            set_rng_state(self.device, state)
             with nullcontext() if number == len(parts) else self._without_all_reduce():
                 with phase("forward"):
                     again = self._summed_over_ranks(self.model(batch.images))
@@ -258,103 +255,6 @@ class TrainStep:
         if self.clip_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, grad_norm)
         return grad_norm
-
-
-_COMPRESSIONS = {
-    "fp16": default_hooks.fp16_compress_hook,
-    "bf16": default_hooks.bf16_compress_hook,
-}
-
-
-def distribute(
-    model: nn.Module,
-    world_size: int,
-    device: torch.device,
-    *,
-    static_graph: bool = False,
-    all_reduce_dtype: str = "fp32",
-) -> nn.Module:
-    """`model` under DDP; the model itself for one rank.
-
-    Args:
-        static_graph: promise DDP that all steps use the same parameters in the same order.
-        all_reduce_dtype: "fp32" (that of the gradients), "bf16" or "fp16".
-    """
-    if world_size == 1:
-        return model
-    # Running statistics are averaged when they are needed, not broadcast in every forward.
-    # PyTorch 2.13 renamed the switch.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
-    devices = [device] if device.type == "cuda" else None
-    distributed = DistributedDataParallel(
-        model, device_ids=devices, static_graph=static_graph, **options
-    )
-    if all_reduce_dtype != "fp32":
-        distributed.register_comm_hook(None, _COMPRESSIONS[all_reduce_dtype])
-    return distributed
-
-
-def settle_buckets(
-    model: nn.Module, input_size: int, device: torch.device, batch_norm: BatchNormStatistics
-) -> None:
-    """Let DDP choose its buckets of gradients before the first step instead of after it.
-
-    It starts with a guess and rebuilds the buckets by the order in which gradients arrived in the
-    first backward pass. On three ranks or more another cut means another order of the sums: the
-    first step after a resumption would not be what it was in the uninterrupted run. Two passes
-    over two blank images per rank; nothing of them remains.
-    """
-    if isinstance(model, DistributedDataParallel):
-        _rehearse(model, 2, 2, input_size, device, batch_norm)  # the second pass rebuilds
-
-
-def compile_backbone(
-    model: nn.Module, batch_size: int, input_size: int, device: torch.device,
-    batch_norm: BatchNormStatistics,
-) -> float:  # fmt: skip
-    """Have `model` (a module or its DDP) compiled for batches of this size; seconds it took.
-
-    Under DDP the graph is cut where its buckets are, so that their sums still overlap with
-    backward: settle the buckets first. A pass over blank images compiles both directions here,
-    before the class centres take their memory, and nothing of it remains.
-    """
-    start = time.perf_counter()
-    model.compile(dynamic=False)
-    _rehearse(model, 1, batch_size, input_size, device, batch_norm)
-    return_freed_memory()  # the compiler leaves cycles and holes behind
-    return time.perf_counter() - start
-
-
-def _rehearse(
-    model: nn.Module, passes: int, batch_size: int, input_size: int, device: torch.device,
-    batch_norm: BatchNormStatistics,
-) -> None:  # fmt: skip
-    """Forward and backward passes over blank images; weights, statistics, generators stay."""
-    state = _random_state(device)
-    model.train()  # frozen batch norms learn of it only now
-    batch_norm.keep()
-    shape = (batch_size, 3, input_size, input_size)
-    images = torch.zeros(shape, dtype=torch.uint8, device=device)
-    images = images.to(memory_format=torch.channels_last)  # as the loader's
-    for _ in range(passes):
-        model(images).sum().backward()
-    model.zero_grad(set_to_none=True)
-    batch_norm.restore_if(torch.ones((), dtype=torch.bool, device=device))
-    _set_random_state(device, state)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Of the generators dropout and masks draw from."""
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
 
 
 class _TimesInBackward(torch.autograd.Function):

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from backbones.weights import save_model
-from eval.embedding import OtherRankFailed
+from eval.extract import OtherRankFailed
 from training.build import Parts
 from training.state import Progress
 from utils.distributed import World

@@ -94,18 +94,3 @@ def barrier(world: World) -> None:
         dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
 
 
-def all_gather_single(output: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Every rank's `local`, concatenated along the first dimension, into `output`."""
-    _GATHER(output, local, group=group)
-
-
-def reduce_scatter_single(
-    output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup
-) -> None:
-    """The sum over ranks of `whole`, of which rank k keeps the k-th equal part in `output`."""
-    _REDUCE_SCATTER(output, whole, group=group)
-
-
-# PyTorch 2.13 renamed these two; older versions know the first names only.
-_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

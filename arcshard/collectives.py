@@ -1,0 +1,148 @@
+"""What the ranks of a head tell each other: one all-gather, one small one, one reduce-scatter.
+
+Each is an autograd function or a plain function of a process group; with no group (one rank)
+it is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def gather_rows(
+    local_embeddings: Tensor, local_labels: Tensor, pad_label: int, capacity: int, group: Group
+) -> tuple[Tensor, Tensor]:
+    """The global batch: every rank's rows, in rank order, each rank padded to `capacity`.
+
+    One all-gather of bytes moves embeddings and labels together. The gradient of the global
+    embeddings comes back by one reduce-scatter (sum over ranks).
+
+    Args:
+        local_embeddings: [b, D], b <= capacity.
+        local_labels: [b] int64.
+        pad_label: label of padding rows, whose embeddings are zero.
+        capacity: rows per rank, the same on all ranks.
+
+    Returns:
+        embeddings [world x capacity, D], labels [world x capacity].
+    """
+    missing = capacity - local_embeddings.shape[0]
+    if missing:
+        local_embeddings = torch.nn.functional.pad(local_embeddings, (0, 0, 0, missing))
+        local_labels = torch.nn.functional.pad(local_labels, (0, missing), value=pad_label)
+    if group is None:
+        return local_embeddings, local_labels
+    embeddings, labels = _GatherRows.apply(local_embeddings, local_labels, group)
+    return embeddings, labels
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, local_embeddings: Tensor, local_labels: Tensor, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        world_size = dist.get_world_size(group)
+        rows, width = local_embeddings.shape
+        split = width * local_embeddings.element_size()
+        message = torch.cat(
+            [
+                local_embeddings.detach().contiguous().view(torch.uint8),
+                local_labels[:, None].contiguous().view(torch.uint8),
+            ],
+            dim=1,
+        )
+        gathered = message.new_empty(world_size * rows, message.shape[1])
+        all_gather_single(gathered, message, group)
+        embeddings = gathered[:, :split].contiguous().view(local_embeddings.dtype)
+        labels = gathered[:, split:].contiguous().view(torch.int64).squeeze(1)
+        ctx.mark_non_differentiable(labels)
+        return embeddings, labels
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        global_gradient = gradients[0].contiguous()
+        rows = global_gradient.shape[0] // dist.get_world_size(ctx.group)
+        local = global_gradient.new_empty(rows, global_gradient.shape[1])
+        reduce_scatter_single(local, global_gradient, ctx.group)
+        return local, None, None
+
+
+def gather_labels(local_labels: Tensor, pad_label: int, capacity: int, group: Group) -> Tensor:
+    """The global batch's labels alone, [world x capacity]; used where a sample is drawn ahead."""
+    missing = capacity - local_labels.shape[0]
+    if missing:
+        local_labels = torch.nn.functional.pad(local_labels, (0, missing), value=pad_label)
+    if group is None:
+        return local_labels
+    gathered = local_labels.new_empty(dist.get_world_size(group) * capacity)
+    all_gather_single(gathered, local_labels.contiguous(), group)
+    return gathered
+
+
+def largest(value: int, group: Group, device: torch.device) -> int:
+    """The largest of a whole number over the ranks (waits for the device)."""
+    if group is None:
+        return value
+    shared = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=group)
+    return int(shared)
+
+
+def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
+    """The sum of a small tensor over the ranks."""
+    if group is not None:
+        values = values.clone()
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def combine_softmax(
+    row_max: Tensor, row_sum: Tensor, target: Tensor, group: Group
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the classes of all ranks, and the target logits.
+
+    One all-gather of 3 B numbers per rank.
+
+    Args:
+        row_max: [B] largest logit among this rank's classes, -inf where it has none.
+        row_sum: [B] sum of exp(logit - row_max) over them, 0 where it has none.
+        target: [B] target logit from its owner, 0 from the other ranks.
+
+    Returns:
+        (log-sum-exp [B], target logit [B]).
+    """
+    local = torch.stack([row_max, row_sum, target])
+    if group is None:
+        return row_max + row_sum.log(), target
+    parts = local.new_empty(dist.get_world_size(group) * 3, local.shape[1])
+    all_gather_single(parts, local, group)
+    maxima, sums, targets = parts.view(-1, *local.shape).unbind(1)
+    peak = maxima.amax(dim=0)
+    shift = peak.masked_fill(peak == -math.inf, 0.0)  # -inf - -inf would be NaN
+    total = (sums * torch.exp(maxima - shift)).sum(dim=0)
+    return shift + total.log(), targets.sum(dim=0)
+
+
+def all_gather_single(output: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Every rank's `local`, concatenated along the first dimension, into `output`."""
+    _GATHER(output, local, group=group)
+
+
+def reduce_scatter_single(
+    output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup
+) -> None:
+    """The sum over ranks of `whole`, of which rank k keeps the k-th equal part in `output`."""
+    _REDUCE_SCATTER(output, whole, group=group)
+
+
+# PyTorch 2.13 renamed these two; older versions know the first names only.
+_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

@@ -1,0 +1,73 @@
+"""What PartialFC may be asked for; each refusal says what came and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from arcshard.head.row_optimizer import RowUpdate
+from arcshard.margins.base import Margin
+
+
+def check_arguments(
+    margin: Margin,
+    embedding_size: int,
+    num_classes: int,
+    sample_rate: float,
+    row_update: RowUpdate | None,
+    update: str,
+    batch_size_per_rank: int | None,
+    centres_per_class: int,
+    workspace_mib: float | str,
+    half: torch.dtype | None,
+    dtype: torch.dtype,
+    centre_device: torch.device | str | None,
+) -> None:
+    """Raise ValueError for the first argument of PartialFC that does not fit."""
+    is_fused = update == "fused"
+    for ok, sentence in (
+        (
+            embedding_size >= 1 and num_classes >= 1,
+            f"embedding_size={embedding_size}, num_classes={num_classes}: at least 1 each",
+        ),
+        (
+            0.0 <= sample_rate <= 1.0,
+            f"sample_rate={sample_rate!r}: a share in [0, 1] (1 uses all classes)",
+        ),
+        (update in ("fused", "autograd"), f"update={update!r}: fused or autograd"),
+        (
+            not is_fused or row_update is not None,
+            "update='fused' moves the class centres itself: pass row_update=SGDRows(...) or "
+            "AdamWRows(...)",
+        ),
+        (
+            batch_size_per_rank is None or batch_size_per_rank >= 1,
+            f"batch_size_per_rank={batch_size_per_rank}: at least 1, or None",
+        ),
+        (centres_per_class >= 1, f"centres_per_class={centres_per_class}: at least 1"),
+        (
+            workspace_mib == "auto"
+            or (isinstance(workspace_mib, (int, float)) and 0 < workspace_mib < math.inf),
+            f"workspace_mib={workspace_mib!r}: MiB above 0, or 'auto'",
+        ),
+        (
+            half in (None, torch.bfloat16),
+            f"half={half}: torch.bfloat16, or None for full precision",
+        ),
+        (
+            dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and is_fused),
+            f"dtype={dtype}: class centres are float32 or float64, or bfloat16 with update='fused'",
+        ),
+        (
+            centre_device is None or (is_fused and sample_rate < 1.0 and not margin.bias),
+            f"centre_device={centre_device!r}: centres away from the computing device need "
+            "update='fused', sample_rate < 1 and a loss without bias",
+        ),
+        (
+            centre_device is None or torch.device(centre_device).type == "cpu",
+            f"centre_device={centre_device!r}: 'cpu' (host memory), or None",
+        ),
+    ):
+        if not ok:
+            raise ValueError(sentence)

@@ -1,0 +1,466 @@
+"""The loop over blocks of classes: a margin softmax that never holds the logits.
+
+Forward keeps, per row, the log-sum-exp over the classes that are not its own and the logit of
+its own. With d = lse - z_target the loss of a row is log(1 + exp(d)), exact however small, and
+with sigma = 1 / (1 + exp(-d))
+
+    dloss/dz_j = sigma exp(z_j - lse)  (others),     dloss/dz_target = -sigma
+
+so that the target needs O(B) numbers and all other classes are treated alike
+(arcshard/head/block.py).
+Backward walks the blocks again: it adds to dE, and hands dw of a block to the row update at
+once. Where the step can still be vetoed or is not complete, it adds to dE only, and `finish`
+walks the blocks a last time. Numerators are kept from the forward pass for the first blocks, as
+far as the work buffer goes (3 matmuls), and made again for the rest (4; 5 when deferred).
+
+Beyond the centres and their state this holds one work buffer, O(B D), and O(B) per kept block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arcshard.collectives import combine_softmax
+from arcshard.head.block import (
+    exponentials,
+    inverse_norms,
+    matmul,
+    through_normalisation,
+    without_autocast,
+)
+from arcshard.head.centers import Centres
+from arcshard.head.target import Target, TargetGradient
+from arcshard.head.workspace import BlockCost, Plan, WorkBuffer, Workspace, plan_blocks
+from arcshard.margins.base import Context, Margin
+
+
+class Block(NamedTuple):
+    """Softmax numerators of a block of classes: E / |w| [B, rows], row maxima [B], 1 / |w|."""
+
+    numerators: Tensor
+    row_max: Tensor
+    inverse_norm: Tensor | None
+
+
+class Engine:
+    """Settings, the work buffer, and the passes whose update is still to come.
+
+    Args:
+        margin: of the loss.
+        group: process group of the ranks that share the classes, None for one rank.
+        workspace: budget of the work buffer.
+        centres_per_class: K.
+        half: dtype of the large matmuls' operands (torch.bfloat16), None for full precision.
+    """
+
+    def __init__(
+        self,
+        margin: Margin,
+        group: dist.ProcessGroup | None,
+        workspace: Workspace,
+        *,
+        centres_per_class: int = 1,
+        half: torch.dtype | None = None,
+    ) -> None:
+        self.margin, self.group, self.half = margin, group, half
+        self.workspace = workspace
+        self.centres_per_class = centres_per_class
+        self.times_moved = 0  # how often centres have changed, to notice a stale pass
+        self.has_moved_since_finish = False
+        self._pending: list[Pass] = []
+        self._buffer: WorkBuffer | None = None
+        self._buffer_user: Pass | None = None
+
+    def plan(self, centres: Centres, batch: int, width: int, like: Tensor) -> Plan:
+        """Blocks of this step's rows.
+
+        Raises:
+            BufferTooSmallError: not one class fits the budget.
+        """
+        cost = self.cost(centres, batch, width, like)
+        return plan_blocks(centres.num_rows, cost, self.workspace, self.centres_per_class)
+
+    def cost(self, centres: Centres, batch: int, width: int, like: Tensor) -> BlockCost:
+        """What a row of this step takes in the work buffer and beside it.
+
+        Args:
+            centres: of the step. batch: B. width: D. like: any tensor of the working precision,
+                on the device of the work.
+        """
+        half = self.matmul_dtype(like) != like.dtype
+        batch_matrices = 1 + half  # z, and what it is rounded from or to
+        batch_matrices += 3 if self.margin.touches_others else 0  # values, slope, mask
+        batch_matrices += 3 if self.centres_per_class > 1 else 0  # best values and their places
+        return BlockCost(
+            batch, width, like.itemsize,
+            kept_bytes=self.matmul_dtype(like).itemsize,
+            batch_matrices=batch_matrices,
+            # gradient, before and after the normalisation; operands in half precision; what
+            # reading the centres and moving them copies
+            width_matrices=2 + 2 * half + centres.reads_copies + centres.rule_matrices,
+            reads_copies=centres.reads_copies,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        unit: Tensor,
+        norms: Tensor | None,
+        target: Target,
+        context: Context,
+        centres: Centres,
+        row_weight: Tensor,
+        learning_rate: float | None,
+        veto: Tensor,
+    ) -> tuple[Tensor, Pass]:
+        """Mean loss over the rows of the global batch, and the pass that knows its gradient.
+
+        Args:
+            unit: [B, D] embeddings of the global batch, divided by their norms where the margin
+                normalises. norms: [B], or None. Both constants.
+            row_weight: [B] share of each row in the loss: 1 / rows, 0 for filling rows.
+            learning_rate: the centres move in `Pass.backward`; None: in `finish`.
+            veto: boolean scalar; where true the loss is NaN and nothing moves.
+        """
+        one = Pass(self, unit, norms, target, context, centres, row_weight, learning_rate)
+        return one.forward(veto), one
+
+    def finish(
+        self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
+    ) -> None:
+        """Move the centres by the gradient of all passes that wait for it.
+
+        Args:
+            bad: boolean scalar; where true nothing moves.
+            gradient_scale: what the loss was multiplied with; taken out.
+        """
+        passes, self._pending = self._pending, []
+        if not passes:
+            self.has_moved_since_finish = False
+            return
+        largest = max(passes, key=lambda one: len(one.unit))
+        for one in passes:
+            bad = one.bad if bad is None else bad | one.bad
+            if gradient_scale is not None:
+                assert one.upstream is not None
+                one.upstream = one.upstream / gradient_scale
+        if len(passes) > 1:
+            for one in passes:  # the buffer will be laid out, and scratched, for the largest
+                one.forget_kept()
+        self.lend_buffer(largest)
+        update = Update(self, passes, learning_rate, bad)
+        for start, stop in largest.plan.blocks():
+            rows = largest.read(start, stop)
+            for one in passes:
+                update.add(one, one.block(start, stop, rows), rows)
+            update.apply(start, stop, rows)
+        update.finish()
+        self.release_buffer()
+        self.has_moved_since_finish = False
+
+    @property
+    def has_pending(self) -> bool:
+        """Some pass's gradient waits for `finish`."""
+        return bool(self._pending)
+
+    def wait_for_update(self, one: Pass) -> None:
+        """`finish` will move the centres by this pass's gradient."""
+        self._pending.append(one)
+
+    @property
+    def buffer(self) -> WorkBuffer:
+        """The work buffer, as laid out for the pass that has it."""
+        assert self._buffer is not None
+        return self._buffer
+
+    def lend_buffer(self, one: Pass) -> None:
+        """Lay the buffer out for a pass; another one's kept numerators are lost."""
+        if self._buffer_user is one:
+            return
+        if self._buffer is None:
+            self._buffer = WorkBuffer(one.unit.device, one.unit.dtype, self.matmul_dtype(one.unit))
+        if self._buffer_user is not None:
+            self._buffer_user.forget_kept()
+        one.forget_kept()
+        self._buffer.arrange(one.plan, *one.unit.shape)
+        self._buffer_user = one
+
+    def release_buffer(self) -> None:
+        """The step's passes are done: let go of them and of the centres they hold."""
+        if self._buffer_user is not None:
+            self._buffer_user.forget_kept()
+            self._buffer_user = None
+
+    def matmul_dtype(self, like: Tensor) -> torch.dtype:
+        """Dtype of the operands of the large products."""
+        return self.half if self.half is not None and like.dtype == torch.float32 else like.dtype
+
+
+class Pass:
+    """One forward pass over the classes, and its gradient. Arguments as `Engine.forward`'s."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        unit: Tensor,
+        norms: Tensor | None,
+        target: Target,
+        context: Context,
+        centres: Centres,
+        row_weight: Tensor,
+        learning_rate: float | None,
+    ) -> None:
+        self.engine, self.margin, self.context = engine, engine.margin, context
+        self.unit, self.norms, self.target, self.centres = unit, norms, target, centres
+        self.row_weight, self.learning_rate = row_weight, learning_rate
+        self.plan = engine.plan(centres, unit.shape[0], unit.shape[1], unit)
+        self.kept: dict[tuple[int, int], Block] = {}
+        self.copies: dict[tuple[int, int], Tensor] = {}
+        self.times_moved = engine.times_moved
+        self.upstream: Tensor | None = None  # gradient of the loss, once backward has seen it
+
+    def forget_kept(self) -> None:
+        """The buffer is needed by another pass: what was kept is made again."""
+        self.kept.clear()
+        self.copies.clear()
+
+    def forward(self, veto: Tensor) -> Tensor:
+        """Mean loss over the global batch; non-finite makes a bad step."""
+        margin, target = self.margin, self.target
+        self.engine.lend_buffer(self)
+        peak, total = self._log_sum_exp_here()
+        phi, slope = margin.target(target.similarity, self.context)
+        z_target = torch.where(target.here, margin.scale * phi, 0.0)
+        lse, z_target = combine_softmax(peak, total, z_target, self.engine.group)
+        excess = lse - z_target  # [B]
+        row_loss = torch.logaddexp(torch.zeros_like(excess), excess)
+        if self.norms is not None and (penalty := margin.penalty(self.norms)) is not None:
+            row_loss = row_loss + penalty[0]
+        is_real = self.row_weight > 0
+        loss = torch.where(is_real, row_loss * self.row_weight, 0.0).sum()
+
+        loss = torch.where(veto, torch.nan, loss)
+        self.bad = ~torch.isfinite(loss)
+        self.lse = lse.masked_fill(lse == -math.inf, 0.0)  # -inf: there is no other class at all
+        self.slope = slope
+        self.per_logit = torch.where(is_real, self.row_weight * torch.sigmoid(excess), 0.0)
+        return loss
+
+    def backward(self, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of this rank's part: (dE [B, D], dnorm [B] or None). May move the centres.
+
+        Args:
+            upstream: scalar gradient of the loss.
+
+        Raises:
+            RuntimeError: the second time, or after the centres have moved.
+        """
+        if self.upstream is not None:
+            raise RuntimeError(
+                "a second backward of the same loss: the head adds up and moves its class "
+                "centres in backward; call forward again"
+            )
+        if self.times_moved != self.engine.times_moved:
+            raise RuntimeError(
+                "the class centres have moved between this forward and its backward: for several "
+                "losses per step leave learning_rate out of forward and call head.step(...) after"
+            )
+        self.upstream = upstream
+        self.engine.lend_buffer(self)
+        update = None
+        if self.learning_rate is not None:
+            bad = self.bad | ~torch.isfinite(upstream)
+            update = Update(self.engine, [self], self.learning_rate, bad)
+        else:
+            self.engine.wait_for_update(self)
+
+        gradient = self.target_coefficient()[:, None] * self.target.unit_centre  # [B, D]
+        for start, stop in self.plan.blocks():
+            rows = self.read(start, stop)  # [rows, D]
+            block = self.block(start, stop, rows)
+            part = matmul(block.numerators, rows, self._matmul_dtype)
+            gradient.addcmul_(self.row_factor(block)[:, None], part)
+            if update is not None:
+                update.add(self, block, rows)
+                update.apply(start, stop, rows)
+        if update is not None:
+            update.finish()
+            self.engine.release_buffer()
+        return gradient, self._norm_gradient()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Centres of a block, [rows, D]; copies that fit the buffer are made once."""
+        if not self.centres.reads_copies:
+            return self.centres.read(start, stop)
+        copy = self.copies.get((start, stop))
+        if copy is None:
+            place = self.engine.buffer.copied_centres(start, stop)
+            copy = self.centres.read(start, stop, place)
+            if place is not None:
+                self.copies[start, stop] = copy
+        return copy
+
+    def block(self, start: int, stop: int, rows: Tensor) -> Block:
+        """Numerators of rows start .. stop - 1: kept ones, or made again."""
+        kept = self.kept.get((start, stop))
+        return kept if kept is not None else self._visit(start, stop, rows)[0]
+
+    def row_factor(self, block: Block) -> Tensor:
+        """[B] that makes a block's numerators the gradient to its similarities."""
+        assert self.upstream is not None
+        share = torch.exp(block.row_max - self.lse) * self.per_logit
+        return self.upstream * self.margin.scale * torch.where(self.per_logit > 0, share, 0.0)
+
+    def target_coefficient(self) -> Tensor:
+        """[B] gradient of the loss to the target's similarity, 0 where another rank has it."""
+        assert self.upstream is not None
+        coefficient = self.upstream * -self.margin.scale * self.per_logit * self.slope
+        return torch.where(self.target.here, coefficient, 0.0)
+
+    def _norm_gradient(self) -> Tensor | None:
+        """[B]; every row has one owner and ranks are summed, so nothing counts twice."""
+        if self.norms is None:
+            return None
+        assert self.upstream is not None
+        gradient = torch.zeros_like(self.norms)
+        slope = self.margin.norm_slope(self.target.similarity, self.context)
+        if slope is not None:
+            gradient -= self.margin.scale * self.per_logit * slope
+        penalty = self.margin.penalty(self.norms)
+        if penalty is not None:
+            gradient += self.row_weight * penalty[1]
+        return self.upstream * torch.where(self.target.here, gradient, 0.0)
+
+    def _log_sum_exp_here(self) -> tuple[Tensor, Tensor]:
+        """(peak [B], sum of exp(z - peak) [B]) over this rank's classes but the target."""
+        peak = self.unit.new_full((len(self.unit),), -math.inf)
+        total = torch.zeros_like(peak)
+        for start, stop in self.plan.blocks():
+            keep = stop <= self.plan.kept_rows
+            block, row_sum = self._visit(start, stop, self.read(start, stop), keep)
+            if keep:
+                self.kept[start, stop] = block
+            higher = torch.maximum(peak, block.row_max)
+            shift = higher.masked_fill(higher == -math.inf, 0.0)  # no other class so far
+            total = total * torch.exp(peak - shift) + row_sum * torch.exp(block.row_max - shift)
+            peak = higher
+        return peak, total
+
+    def _visit(
+        self, start: int, stop: int, rows: Tensor, keep: bool = False
+    ) -> tuple[Block, Tensor]:
+        """Numerators of a block, and their row sums [B] before the division by |w|."""
+        engine, margin, k = self.engine, self.margin, self.engine.centres_per_class
+        store = engine.buffer.kept_numerators(start, stop) if keep else None
+        into = store if store is not None and store.dtype == self.unit.dtype else None
+        scratch = engine.buffer.batch_matrix(len(self.unit), stop - start)
+        z = matmul(
+            self.unit, rows.t(), self._matmul_dtype, out=scratch if into is None else into
+        )
+        inverse_norm = inverse_norms(rows) if margin.normalise else None
+        factor = 1.0 if margin.touches_others else margin.scale
+        if inverse_norm is not None:
+            z.mul_(inverse_norm * factor)
+        elif factor != 1.0:
+            z.mul_(factor)
+        bias = self.centres.read_bias(start, stop)
+        if bias is not None:
+            z.add_(bias, alpha=factor)
+        numerators, row_max, row_sum = exponentials(
+            z, margin, self.context, self.target.column - start // k, k
+        )
+        if inverse_norm is not None:
+            numerators.mul_(inverse_norm)
+        if store is not None:
+            numerators = store.copy_(numerators) if into is None else numerators
+            if inverse_norm is not None:
+                inverse_norm = engine.buffer.kept_inverse_norms(start, stop).copy_(inverse_norm)
+        return Block(numerators, row_max, inverse_norm), row_sum
+
+    @property
+    def _matmul_dtype(self) -> torch.dtype:
+        return self.engine.matmul_dtype(self.unit)
+
+
+class EngineLoss(torch.autograd.Function):
+    """The engine as a node of autograd: unit embeddings and norms in, the mean loss out.
+
+    `weight` makes the loss differentiable where no embedding asks for a gradient (a frozen
+    backbone); it gets none here, because the engine moves the centres itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, unit: Tensor, norms: Tensor | None, weight: Tensor, engine: Engine,
+        arguments: tuple[Any, ...],
+    ) -> Tensor:  # fmt: skip
+        norms = None if norms is None else norms.detach()
+        loss, ctx.one = engine.forward(unit.detach(), norms, *arguments)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(gradients[0].device):
+            gradient, norm_gradient = ctx.one.backward(gradients[0])
+        return gradient, norm_gradient, None, None, None
+
+
+class Update:
+    """dw of one block after another: summed over passes, through the normalisation, to the rule."""
+
+    def __init__(
+        self, engine: Engine, passes: list[Pass], learning_rate: float, bad: Tensor | None
+    ) -> None:
+        self.engine, self.learning_rate, self.bad = engine, learning_rate, bad
+        engine.times_moved += 1
+        engine.has_moved_since_finish = True
+        self.centres = passes[0].centres
+        self.targets = {
+            one: TargetGradient(
+                one.target, one.target_coefficient(), one.unit, self.centres.num_rows
+            )
+            for one in passes
+        }
+        self._gradient: Tensor | None = None
+        self._bias_gradient: Tensor | None = None
+        self._inverse_norm: Tensor | None = None
+
+    def add(self, one: Pass, block: Block, rows: Tensor) -> None:
+        """Add a pass's gradient of the block to those of the passes before it."""
+        factor = one.row_factor(block)  # [B]
+        scaled = factor[:, None] * one.unit  # [B, D]
+        is_first = self._gradient is None
+        part = matmul(
+            block.numerators.t(), scaled, self.engine.matmul_dtype(one.unit),
+            out=self.engine.buffer.width_matrix(len(rows)) if is_first else None,
+        )  # [rows, D]
+        self._gradient = part if self._gradient is None else self._gradient.add_(part)
+        if self.centres.read_bias(0, 0) is not None:
+            bias = block.numerators.to(factor.dtype).t() @ factor  # [rows]
+            if block.inverse_norm is not None:
+                bias = bias / block.inverse_norm
+            self._bias_gradient = (
+                bias if self._bias_gradient is None else self._bias_gradient + bias
+            )
+        self._inverse_norm = block.inverse_norm
+
+    def apply(self, start: int, stop: int, rows: Tensor) -> None:
+        """Add the targets' part and move the rows."""
+        gradient, bias_gradient = self._gradient, self._bias_gradient
+        assert gradient is not None
+        self._gradient = self._bias_gradient = None
+        for target in self.targets.values():
+            target.add_to(start, gradient, bias_gradient)
+        if self._inverse_norm is not None:
+            gradient = through_normalisation(gradient, rows, self._inverse_norm)
+        self.centres.update(
+            start, stop, rows, gradient, bias_gradient, self.learning_rate, self.bad
+        )
+
+    def finish(self) -> None:
+        """All blocks have moved."""
+        self.centres.flush()

@@ -1,0 +1,46 @@
+"""Initial class centres: a function of (seed, class index) only.
+
+The same run on 1 or 8 ranks starts with the same centres. Centres are drawn in blocks of
+fixed size, one generator per block, always on the CPU, so neither the sharding nor the
+device changes a number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arcshard.random import hash_key
+
+CLASSES_PER_BLOCK = 256
+STANDARD_DEVIATION = 0.01  # as the published head; only the direction matters to the loss
+
+
+def fill_initial_centres(
+    weight: Tensor, first_class: int, seed: int, columns: range | None = None, width: int = 0
+) -> None:
+    """Write initial centres of classes first_class, first_class + 1, ... into `weight`.
+
+    Args:
+        weight: [num_classes_local, D], any floating dtype and device; written in place. On the
+            meta device, where there is nothing to write, nothing is drawn.
+        first_class: global index of row 0.
+        seed: of the run.
+        columns: where `weight` holds these features only, of `width` in all.
+    """
+    if weight.is_meta:
+        return
+    columns = range(weight.shape[1]) if columns is None else columns
+    width = width or weight.shape[1]
+    generator = torch.Generator()
+    end = first_class + weight.shape[0]
+    for block in range(first_class // CLASSES_PER_BLOCK, -(-end // CLASSES_PER_BLOCK)):
+        generator.manual_seed(hash_key(seed, block))
+        rows = torch.randn(CLASSES_PER_BLOCK, width, generator=generator)
+        rows = rows[:, columns.start : columns.stop]
+        start = block * CLASSES_PER_BLOCK
+        low, high = max(start, first_class), min(start + CLASSES_PER_BLOCK, end)
+        with torch.no_grad():
+            weight[low - first_class : high - first_class].copy_(
+                rows[low - start : high - start] * STANDARD_DEVIATION
+            )

@@ -1,0 +1,145 @@
+"""Which classes take part in a step (PartialFC, An et al. 2022, arXiv:2203.15565).
+
+All positives of the batch are in, and random negatives fill up to S. The negatives are a
+prefix of a keyed pseudorandom permutation of the shard's classes: distinct by construction,
+O(S) in time and memory, with no random number and no sort per class. The key is a hash of
+(seed, rank, step), so a step's sample can be drawn again from three numbers.
+
+Everything stays on the device of the labels. Shapes depend on (C, r, B) only, so on CUDA
+there is no wait for the device, except where r x C_local is smaller than the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arcshard.random import hash_key
+
+ROUNDS = 8  # of the Feistel network; 4 suffice in theory, small domains need a few more
+
+
+@dataclass
+class ClassSample:
+    """The classes of one step on one rank.
+
+    Attributes:
+        classes: [S] int64, ascending local class numbers.
+    """
+
+    classes: Tensor
+
+    def columns(self, local_labels: Tensor) -> Tensor:
+        """Column of each local label in the sample, -1 for labels of other ranks.
+
+        Args:
+            local_labels: [B] int64 in [0, C_local), or -1.
+
+        Returns:
+            [B] int64. A label of this rank that is not in the sample gives -1 as well;
+            `covers` tells.
+        """
+        if len(self.classes) == 0:
+            return torch.full_like(local_labels, -1)
+        position = torch.searchsorted(self.classes, local_labels.clamp_min(0))
+        position = position.clamp_max(len(self.classes) - 1)
+        found = (local_labels >= 0) & (self.classes[position] == local_labels)
+        return torch.where(found, position, -1)
+
+
+def sample_size(num_classes_local: int, sample_rate: float) -> int:
+    """round(r x C_local), halves up: the number of classes unless there are more positives."""
+    return min(num_classes_local, math.floor(sample_rate * num_classes_local + 0.5))
+
+
+def draw_sample(
+    local_labels: Tensor, num_classes_local: int, sample_rate: float, *, seed: int, rank: int,
+    step: int,
+) -> ClassSample:  # fmt: skip
+    """All positives plus random negatives, S = max(#positives, round(r x C_local)) classes.
+
+    Args:
+        local_labels: [B] int64 labels of the global batch in this rank's numbering; -1 where
+            the class lives elsewhere.
+        num_classes_local: classes this rank owns, C_local.
+        sample_rate: r in [0, 1].
+        seed, rank, step: name the draw; the same three give the same sample.
+    """
+    device = local_labels.device
+    size = sample_size(num_classes_local, sample_rate)
+    if num_classes_local == 0:
+        return ClassSample(torch.empty(0, dtype=torch.int64, device=device))
+
+    # Positives, ascending, each once; labels of other ranks are pushed past the end.
+    positives = torch.where(local_labels >= 0, local_labels, num_classes_local).sort().values
+    is_first = torch.ones_like(positives, dtype=torch.bool)
+    is_first[1:] = positives[1:] != positives[:-1]
+    is_first &= positives < num_classes_local
+    most_positives = min(len(positives), num_classes_local)
+    if size < most_positives:
+        # The only wait for the device; on the meta device there are no labels to count.
+        size = most_positives if positives.is_meta else max(size, int(is_first.sum()))
+
+    candidates = permutation_prefix(
+        num_classes_local, size, key=hash_key(seed, rank, step), device=device
+    )
+    usable = candidates < num_classes_local
+    if len(positives):
+        nearest = torch.searchsorted(positives, candidates).clamp_max(len(positives) - 1)
+        usable &= positives[nearest] != candidates
+    pool = torch.cat([positives, candidates])
+    # Stable: positives first, then negatives in the permutation's order, leftovers last.
+    unusable = ~torch.cat([is_first, usable])
+    order = torch.argsort(unusable.to(torch.uint8), stable=True)
+    return ClassSample(pool[order[:size]].sort().values)
+
+
+def likely_classes(
+    num_classes_local: int, sample_rate: float, *, seed: int, rank: int, step: int
+) -> Tensor:
+    """The classes `draw_sample` takes for this draw where no positive pushes one out, ascending.
+
+    Known before the batch is; all but the last few of a sample's negatives are among them.
+    """
+    size = sample_size(num_classes_local, sample_rate)
+    if num_classes_local == 0 or size == 0:
+        return torch.empty(0, dtype=torch.int64)
+    candidates = permutation_prefix(num_classes_local, size, key=hash_key(seed, rank, step))
+    return candidates[candidates < num_classes_local][:size].sort().values
+
+
+def permutation_prefix(
+    domain: int, length: int, *, key: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The first elements of a pseudorandom permutation of range(domain), in O(length).
+
+    A Feistel network on pairs (left, right) with left < a, right < b, a b >= domain. Fewer
+    than a values of the product lie past the domain; the prefix is longer by that many, so
+    at least `length` of its elements are below `domain`.
+
+    Returns:
+        [length + fewer than sqrt(domain) + 1] int64, distinct; values >= domain are to be
+        skipped.
+    """
+    a = max(1, math.isqrt(domain - 1) + 1)
+    b = -(-domain // a)
+    count = min(length + (a * b - domain), a * b)
+    position = torch.arange(count, dtype=torch.int64, device=device)
+    left, right = position // b, position % b
+    for round_index in range(ROUNDS):
+        round_key = hash_key(key, round_index)
+        if round_index % 2 == 0:
+            left = (left + _mix(right, round_key)) % a
+        else:
+            right = (right + _mix(left, round_key)) % b
+    return left * b + right
+
+
+def _mix(values: Tensor, key: int) -> Tensor:
+    """A hash of whole numbers into [0, 2^31); int64 arithmetic wraps, which is meant."""
+    state = (values ^ (key & 0x7FFFFFFF)) * 0x2545F4914F6CDD1D + (key >> 31)
+    state = (state ^ ((state >> 32) & 0xFFFFFFFF)) * 0x369DEA0F31A53F85
+    return (state >> 33) & 0x7FFFFFFF

@@ -1,0 +1,208 @@
+"""What a margin is to the head: a rule for the target's similarity, and one for the others'.
+
+The loss over C classes (design section 4), for similarities c_ij of embedding i and class j
+(cosines, or plain products where a loss does not normalise):
+
+    z_ij = s f(c_ij) for j != y_i,   z_iy = s phi(c_iy),   loss = mean_i (logsumexp_j z_ij - z_iy)
+
+A margin names phi with its slopes and, where it touches the other classes, f with its slope.
+Nothing here knows of ranks, shards or chunks: the head asks once per batch (`begin`, `target`)
+and once per block of classes (`others`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+GradientMode = Literal["exact", "straight_through"]
+Context = Mapping[str, Tensor]
+
+# Inside the derivative the cosine stays this far from +-1, where ArcFace's is infinite.
+DERIVATIVE_CLAMP = 1e-6
+
+
+class BatchFacts(NamedTuple):
+    """What a margin may know of the global batch before its classes are visited.
+
+    norms: [B] of the embeddings, None unless `reads_norms`.
+    targets: [B] similarity of every row with its own class, None unless `reads_all_targets`.
+    real: [B] boolean, False for rows that only fill a ragged batch.
+    draw: a number that names this step's random draws, the same on all ranks.
+    """
+
+    norms: Tensor | None
+    targets: Tensor | None
+    real: Tensor
+    draw: int
+
+
+class Margin(ABC):
+    """A loss of the softmax family; the subclasses are frozen dataclasses of their settings.
+
+    Attributes:
+        scale: s.
+        normalise: embeddings and class centres are divided by their norms.
+        bias: every class has a bias added to its similarity.
+        reads_norms: `begin` needs the embeddings' norms.
+        reads_all_targets: `begin` needs every row's target similarity (one more collective).
+        touches_others: `others` is not the identity.
+        reads_batch: a row's loss depends on the other rows of the global batch.
+    """
+
+    scale: float
+    normalise: bool = True
+    bias: bool = False
+    reads_norms: ClassVar[bool] = False
+    reads_batch: ClassVar[bool] = False
+
+    @property
+    def reads_all_targets(self) -> bool:
+        """False, unless a margin says otherwise."""
+        return False
+
+    @property
+    def touches_others(self) -> bool:
+        """False, unless a margin says otherwise."""
+        return False
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The formula in force, for the log."""
+
+    def initial_state(self) -> dict[str, float]:
+        """Running values the margin carries from step to step (saved with the head)."""
+        return {}
+
+    def begin(
+        self, facts: BatchFacts, state: Mapping[str, Tensor]
+    ) -> tuple[Context, Mapping[str, Tensor]]:
+        """What this batch fixes for all classes: (context, the state after this batch)."""
+        return {}, state
+
+    @abstractmethod
+    def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        """phi and dphi/dsimilarity of target similarities.
+
+        Args:
+            similarity: [B] floating; taken as constants (no graph is built). Cosines a rounding
+                error outside [-1, 1] count as +-1.
+            context: of this batch, from `begin`; may be left out where `begin` gives nothing.
+
+        Returns:
+            (phi, slope), each of the shape and dtype of `similarity`.
+        """
+
+    def norm_slope(self, similarity: Tensor, context: Context) -> Tensor | None:
+        """dphi/dnorm [B] where phi follows the embedding's norm with a gradient, else None."""
+        return None
+
+    def others(self, similarities: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """f and df/dsimilarity of classes that are not the target.
+
+        Args:
+            similarities: [B, n]; may be overwritten.
+
+        Returns:
+            (values [B, n], -inf where a class leaves the softmax; slope [B, n], None for 1).
+        """
+        return similarities, None
+
+    def penalty(self, norms: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A term added to each row's loss: (value [B], d/dnorm [B]), or None."""
+        return None
+
+    def logits(
+        self,
+        similarities: Tensor,
+        target_column: Tensor,
+        context: Context | None = None,
+        norms: Tensor | None = None,
+    ) -> Tensor:
+        """Scaled logits of one shard, differentiable: the readable use of a margin.
+
+        Args:
+            similarities: [B, S] of the global batch with S of this rank's classes.
+            target_column: [B] int64, the column of each row's own class, -1 where that class
+                is not among these columns.
+            norms: [B] of the embeddings, where the margin's phi has a slope to them.
+
+        Returns:
+            [B, S]; a class that left the softmax is -inf.
+        """
+        context = context or {}
+        if similarities.shape[1] == 0:
+            return similarities
+        # Gather and scatter rather than boolean indexing, which would wait for the device.
+        here = (target_column >= 0)[:, None]
+        column = target_column.clamp_min(0)[:, None]
+        targets = similarities.gather(1, column)
+        constant = targets.detach().squeeze(1)
+        phi, slope = self.target(constant, context)
+        # The value is phi, the slopes are named: each bracket is zero but differentiable.
+        phi = phi[:, None] + slope[:, None] * (targets - targets.detach())
+        norm_slope = self.norm_slope(constant, context)
+        if norm_slope is not None and norms is not None:
+            phi = phi + (norm_slope * (norms - norms.detach()))[:, None]
+
+        if self.touches_others:
+            value, others_slope = self.others(similarities.detach().clone(), context)
+            change = similarities - similarities.detach()
+            similarities = value + (change if others_slope is None else others_slope * change)
+            targets = similarities.gather(1, column)
+        return self.scale * similarities.scatter(1, column, torch.where(here, phi, targets))
+
+
+def refuse(*checks: tuple[bool, str]) -> None:
+    """Raise ValueError with the sentence of the first check that does not hold."""
+    for ok, sentence in checks:
+        if not ok:
+            raise ValueError(sentence)
+
+
+def at_least_fp32(cosine: Tensor) -> Tensor:
+    """Cosines as constants in [-1, 1]; 1 - 1e-6 is 1 in half precision, hence fp32 at least."""
+    dtype = torch.promote_types(cosine.dtype, torch.float32)
+    return cosine.detach().to(dtype).clamp(-1.0, 1.0)
+
+
+def angle_for_slope(cosine: Tensor) -> Tensor:
+    """theta of the cosine clamped to +-(1 - 1e-6), for use inside derivatives only."""
+    return torch.acos(cosine.clamp(-1.0 + DERIVATIVE_CLAMP, 1.0 - DERIVATIVE_CLAMP))
+
+
+def monotone_cosine(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """cos continued monotonously past pi: (value, slope with respect to the angle).
+
+    With k = floor(angle / pi): (-1)^k cos(angle) - 2k (Liu et al. 2017, arXiv:1704.08063, eq. 7).
+    """
+    turns = torch.floor(angle / math.pi).clamp_min(0.0)
+    sign = 1.0 - 2.0 * torch.remainder(turns, 2.0)
+    return sign * torch.cos(angle) - 2.0 * turns, -sign * torch.sin(angle)
+
+
+def cosine_with_linear_tail(
+    cosine: Tensor, margin: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cos(theta + m) while theta + m <= pi, cos(theta) - m sin(m) beyond.
+
+    The form MagFace and CurricularFace were published with.
+
+    Returns:
+        (value, slope to the cosine, slope to the margin), the shape of `cosine`.
+    """
+    m = torch.full_like(cosine, margin) if isinstance(margin, float) else margin
+    inside = cosine > torch.cos(math.pi - m)
+    theta = torch.acos(cosine)
+    value = torch.where(inside, torch.cos(theta + m), cosine - m * torch.sin(m))
+    theta = angle_for_slope(cosine)
+    slope = torch.where(inside, torch.sin(theta + m) / torch.sin(theta), 1.0)
+    margin_slope = torch.where(
+        inside, -torch.sin(torch.acos(cosine) + m), -torch.sin(m) - m * torch.cos(m)
+    )
+    return value, slope, margin_slope

@@ -1,0 +1,173 @@
+"""copy, reduce, gather, scatter between the ranks of a group, and their gradients.
+
+One convention makes them fit together: **a whole tensor has its whole gradient on every rank**
+(all ranks compute the same thing from it), a part has the gradient of its part.
+
+    function   forward                     backward          as DTensor placements
+    copy       the identity                all-reduce (sum)  Replicate; its gradient Partial
+    reduce     all-reduce (sum)            the identity      Partial -> Replicate
+    gather     all-gather: parts -> whole  this rank's part  Shard -> Replicate
+    scatter    this rank's part            all-gather        Replicate -> Shard
+
+copy stands before work that differs from rank to rank, reduce after it. They are DTensor's
+redistributions with parts of other sizes (arcshard/parallel/split.py), so they are written here.
+With one rank all are the identity. Every rank of the group calls them in the same order, and runs
+the same backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from arcshard.collectives import all_gather_single
+from arcshard.parallel.groups import resolve_group
+from arcshard.parallel.split import Split, size_of
+
+Group = dist.ProcessGroup | None
+
+
+def copy(tensor: Tensor, group: Group = None) -> Tensor:
+    """A whole tensor on its way into work that differs by rank: gradients are summed.
+
+    Args:
+        tensor: any shape, equal on all ranks.
+        group: None for the default group.
+    """
+    group = resolve_group(group)
+    return tensor if size_of(group) == 1 else _Copy.apply(tensor, group)
+
+
+def reduce(tensor: Tensor, group: Group = None, *, in_place: bool = False) -> Tensor:
+    """The sum over the ranks, on every rank.
+
+    Args:
+        tensor: the same shape on all ranks.
+        in_place: overwrite it, where nobody else reads it: spares a copy.
+    """
+    group = resolve_group(group)
+    return tensor if size_of(group) == 1 else _Reduce.apply(tensor, group, in_place)
+
+
+def gather(
+    tensor: Tensor,
+    dim: int = -1,
+    group: Group = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    under_ddp: bool = False,
+) -> Tensor:
+    """The parts of all ranks, joined along `dim` in rank order; parts may differ in length.
+
+    Args:
+        tensor: this rank's part; integers too (labels).
+        sizes: length of each rank's part; None: the ranks tell each other, which costs one tiny
+            collective and, on CUDA, a wait for the device.
+        under_ddp: for a batch gathered from a model under DDP: its gradient is multiplied by the
+            size of the group, because DDP divides by all ranks what one rank's rows contribute.
+    """
+    group = resolve_group(group)
+    if size_of(group) == 1:
+        return tensor
+    assert group is not None
+    dim = dim % tensor.ndim
+    if sizes is None:
+        length = torch.tensor([tensor.shape[dim]], device=tensor.device)
+        lengths = length.new_empty(size_of(group))
+        all_gather_single(lengths, length, group)
+        sizes = lengths.tolist()
+    elif len(sizes) != size_of(group) or sizes[dist.get_rank(group)] != tensor.shape[dim]:
+        raise ValueError(
+            f"sizes={list(sizes)} on rank {dist.get_rank(group)} of {size_of(group)}, whose part "
+            f"is {tensor.shape[dim]} long: one length per rank, this rank's own among them"
+        )
+    factor = size_of(group) if under_ddp else 1
+    whole: Tensor = _Gather.apply(tensor, dim, group, list(sizes), factor)
+    return whole
+
+
+def scatter(tensor: Tensor, dim: int = -1, group: Group = None) -> Tensor:
+    """This rank's part of a tensor that all ranks hold whole, cut as `Split` says; no copy."""
+    split = Split(dim % tensor.ndim, tensor.shape[dim], resolve_group(group))
+    return tensor if split.num_parts == 1 else _Scatter.apply(tensor, split)
+
+
+def join_parts(part: Tensor, dim: int, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
+    """Every rank's part along `dim`, joined; parts of other lengths travel padded."""
+    longest = max(sizes)
+    front = part.movedim(dim, 0)
+    if len(front) < longest:
+        front = torch.cat([front, front.new_zeros(longest - len(front), *front.shape[1:])])
+    everything = front.new_empty(len(sizes) * longest, *front.shape[1:])
+    all_gather_single(everything, front.contiguous(), group)
+    if min(sizes) < longest:
+        pieces = [everything[k * longest : k * longest + n] for k, n in enumerate(sizes)]
+        everything = torch.cat(pieces)
+    return everything.movedim(0, dim).contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, in_place: bool) -> Tensor:
+        if in_place and tensor.is_contiguous():
+            ctx.mark_dirty(tensor)
+        else:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, dim: int, group: dist.ProcessGroup, sizes: list[int],
+        factor: int,
+    ) -> Tensor:  # fmt: skip
+        rank = dist.get_rank(group)
+        ctx.place, ctx.factor = (dim, sum(sizes[:rank]), sizes[rank]), factor
+        return join_parts(tensor, dim, group, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        mine = gradients[0].narrow(*ctx.place)
+        return mine if ctx.factor == 1 else mine * ctx.factor, None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, split: Split) -> Tensor:
+        ctx.split = split
+        return split.take(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        split: Split = ctx.split
+        assert split.group is not None
+        sizes = [len(part) for part in split.parts]
+        return join_parts(gradients[0], split.dim, split.group, sizes), None

@@ -1,0 +1,140 @@
+"""A table of embeddings spread over ranks, by rows (vocabulary) or by features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from arcshard.parallel.collectives import gather, reduce
+from arcshard.parallel.groups import resolve_group
+from arcshard.parallel.split import (
+    ParallelDim,
+    Split,
+    check_dim,
+    check_sizes,
+    fill_split,
+    mark_split,
+    register_parallel_dim,
+)
+
+
+class ParallelEmbedding(nn.Module):
+    """Rows of a table [num_embeddings, embedding_dim] by index, as nn.Embedding.
+
+    Args:
+        num_embeddings, embedding_dim: of the whole table.
+        padding_idx: row that gets no gradient and starts as zero, or None; as nn.Embedding.
+        dim: None replicated, 0 row parallel (the vocabulary is split: every rank gives zeros for
+            rows it does not own, and one all-reduce adds up), 1 or -1 column parallel (features
+            are split).
+        gather_output: dim=1 only: every rank gets all features (one all-gather).
+        process_group: ranks that share the table; None for the default group.
+        device, dtype: of the table.
+
+    Attributes:
+        weight: this rank's part of the table.
+
+    Raises:
+        ValueError: `dim`, a size or `padding_idx` outside its domain.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        dim: ParallelDim = None,
+        *,
+        gather_output: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        self.dim = check_dim(dim, "rows", "features")
+        if gather_output and self.dim != 1:
+            raise ValueError(f"gather_output=True with dim={dim!r}: only dim=1 leaves parts")
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"padding_idx={padding_idx}: in [-{num_embeddings}, {num_embeddings}), or None"
+            )
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.gather_output = gather_output
+        self.group = resolve_group(process_group)
+
+        shape = [num_embeddings, embedding_dim]
+        self.split: Split | None = None
+        if self.dim is not None:
+            self.split = Split(self.dim, shape[self.dim], self.group)
+            shape[self.dim] = len(self.split.mine)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if self.split is not None:
+            register_parallel_dim(self, "weight", self.split)
+        self.reset_parameters()
+
+    @property
+    def rows(self) -> range:
+        """Rows of the whole table that this rank owns."""
+        return self.split.mine if self.split and self.dim == 0 else range(self.num_embeddings)
+
+    def reset_parameters(self) -> None:
+        """nn.Embedding's: standard normal, whatever the split; zeros at `padding_idx`."""
+
+        def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        fill_split(self.weight, self.split, draw)
+        if self.padding_idx is not None and self.padding_idx in self.rows:
+            with torch.no_grad():
+                self.weight[self.padding_idx - self.rows.start].zero_()
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """[...] integers -> [..., embedding_dim], or this rank's features of it.
+
+        Raises:
+            ValueError: an index outside [0, num_embeddings) (on CUDA a device assertion).
+        """
+        self._check(indices)
+        if self.dim != 0:
+            y = embedding(indices, self.weight, self.padding_idx)
+            if self.split is None:
+                return mark_split(y, None)
+            if self.gather_output:
+                sizes = [len(part) for part in self.split.parts]
+                return mark_split(gather(y, -1, self.group, sizes=sizes), None)
+            return mark_split(y, Split(y.ndim - 1, self.embedding_dim, self.group))
+
+        start, stop = self.rows.start, self.rows.stop
+        if start == stop:
+            # The empty sum ties it to autograd: a rank without rows takes part in backward's
+            # collectives like the others.
+            y = self.weight.new_zeros(*indices.shape, self.embedding_dim) + self.weight.sum()
+        else:
+            here = (indices >= start) & (indices < stop)
+            padding = None
+            if self.padding_idx is not None and self.padding_idx in self.rows:
+                padding = self.padding_idx - start
+            y = embedding((indices - start).clamp(0, stop - start - 1), self.weight, padding)
+            y = y.masked_fill(~here[..., None], 0.0)
+        return mark_split(reduce(y, self.group, in_place=True), None)
+
+    def _check(self, indices: Tensor) -> None:
+        fits = (indices >= 0) & (indices < self.num_embeddings)
+        if indices.device.type != "cpu":
+            torch._assert_async(fits.all(), "ParallelEmbedding: an index is outside the table")
+        elif not fits.all():
+            place = int((~fits).flatten().nonzero()[0])
+            raise ValueError(
+                f"index {int(indices.flatten()[place])} (number {place} of the input) is outside "
+                f"[0, {self.num_embeddings}): correct the input or enlarge num_embeddings"
+            )
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, dim={self.dim}"

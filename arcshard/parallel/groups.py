@@ -1,0 +1,123 @@
+"""Ranks in two directions: those that share a layer (model), and copies of it (data).
+
+    world of 4, group_size=2      model groups {0, 1} {2, 3}      data groups {0, 2} {1, 3}
+
+Ranks of a model group hold different parts of a split parameter and compute on the same rows;
+ranks of a data group hold the same part and see different rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from arcshard.parallel.split import parallel_splits, size_of
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of this rank; all None for one process without torch.distributed.
+
+    mesh: DeviceMesh ("data", "model"), what FSDP2 and DTensor ask for.
+    model: ranks that share the parts of a layer. data: ranks that hold the same part.
+    """
+
+    mesh: DeviceMesh | None
+    model: dist.ProcessGroup | None
+    data: dist.ProcessGroup | None
+
+
+def init_process_group(group_size: int | None = None, device_type: str = "cpu") -> Groups:
+    """Divide the ranks into model groups of `group_size` consecutive ranks.
+
+    torch.distributed must have been initialised first (utils.distributed.join_world does), unless
+    there is one process only. Every rank calls this, in the same order.
+
+    Args:
+        group_size: ranks that share a layer; None for all.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ValueError: a size that does not divide the number of ranks.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    group_size = world_size if group_size is None else group_size
+    if group_size < 1 or world_size % group_size:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"group_size={group_size} does not divide {world_size} ranks into equal groups: "
+            f"one of {divisors}, or start another number of ranks"
+        )
+    if not dist.is_initialized():
+        return Groups(None, None, None)
+    shape = (world_size // group_size, group_size)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "model"))
+    return Groups(mesh, mesh.get_group("model"), mesh.get_group("data"))
+
+
+def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group itself; for None the default group, or None without torch.distributed."""
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return process_group
+
+
+def register_ddp_parameters_to_ignore(
+    model: nn.Module, data_group: dist.ProcessGroup | None = None
+) -> list[str]:
+    """Keep DDP's hands off split parameters, and do for them over `data_group` what it does.
+
+    Call it before DistributedDataParallel(model): DDP would broadcast rank 0's part to all and
+    average gradients of different parts. With a data group their values are taken from its
+    first rank now, and every gradient is averaged over it as soon as backward has made it
+    (under `no_sync` too: one collective per micro-batch, the same sum).
+
+    Args:
+        data_group: ranks that hold the same parts (`Groups.data`); None if no other rank does.
+
+    Returns:
+        The names that DDP will ignore.
+
+    Raises:
+        ValueError: other ranks hold the same parts and no data group was given, or parts and data
+            group together are not the world.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = []
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for name, split in parallel_splits(model).items():
+        if split.num_parts == 1:
+            continue  # whole, hence as any other parameter
+        names.append(name)
+        if split.num_parts * size_of(data_group) != world_size:
+            raise ValueError(
+                f"{name} is split over {split.num_parts} of {world_size} ranks and the data group "
+                f"has {size_of(data_group)}: its copies on other ranks would drift apart; pass "
+                "data_group=init_process_group(group_size).data"
+            )
+    ignored = {id(parameters[name]): parameters[name] for name in names}
+    for parameter in ignored.values():
+        if data_group is not None and size_of(data_group) > 1:
+            _follow_group(parameter, data_group)
+    # DDP joins module and parameter by a point even for the model itself, whose name is empty.
+    spelt = [name if "." in name else f".{name}" for name in names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names + spelt)
+    return names
+
+
+def _follow_group(parameter: nn.Parameter, group: dist.ProcessGroup) -> None:
+    dist.broadcast(parameter.detach(), group=group, group_src=0)
+    count = dist.get_world_size(group)
+
+    def average(one: torch.Tensor) -> None:
+        # The gradient of earlier micro-batches is equal on all ranks already: its mean is itself.
+        if one.grad is not None:
+            dist.all_reduce(one.grad, group=group)
+            one.grad.div_(count)
+
+    parameter.register_post_accumulate_grad_hook(average)

@@ -1,0 +1,248 @@
+"""Which part of a tensor is mine: how a parameter or an activation is split over ranks.
+
+Parts follow arcshard/shard.py: rank k of n owns size // n consecutive entries of one dimension and
+the first size % n ranks one more. DTensor's Shard cuts otherwise (10 over 4 ranks: 3, 3, 3, 1 there
+and 3, 3, 2, 2 here), hence shards are plain tensors that know their `Split`; so they carry
+PartialFC's class centres row for row, no two ranks differ by more than one entry, and DDP,
+ZeroRedundancyOptimizer and every torch.optim take them as they are. Where both cuts agree,
+`as_dtensor` is the same storage as a DTensor; `Split.placement` names it always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from arcshard.shard import class_range
+
+ParallelDim = int | None
+ROWS_PER_DRAW = 256
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    """Ranks of a group; 1 for none."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One dimension of a tensor, spread over the ranks of a group.
+
+    Args:
+        dim: the dimension, counted from 0 on the tensor itself.
+        size: its length before the split.
+        group: of the ranks that share it; None for one process without torch.distributed.
+    """
+
+    dim: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def num_parts(self) -> int:
+        """Ranks that share it."""
+        return size_of(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def parts(self) -> list[range]:
+        """What each rank owns, in rank order."""
+        return [class_range(self.size, rank, self.num_parts) for rank in range(self.num_parts)]
+
+    @property
+    def mine(self) -> range:
+        """What this rank owns, possibly nothing."""
+        return class_range(self.size, self.rank, self.num_parts)
+
+    @property
+    def several(self) -> dist.ProcessGroup | None:
+        """The group if it has other ranks than this one, else None."""
+        return self.group if self.num_parts > 1 else None
+
+    @property
+    def placement(self) -> Shard:
+        """The word DTensor has for it."""
+        return Shard(self.dim)
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole tensor (a view).
+
+        Raises:
+            ValueError: the tensor has another size.
+        """
+        if whole.shape[self.dim] != self.size:
+            raise ValueError(
+                f"a tensor of shape {tuple(whole.shape)}: dimension {self.dim} should have "
+                f"{self.size} entries, the whole before it is split over {self.num_parts} ranks"
+            )
+        return whole.narrow(self.dim, self.mine.start, len(self.mine))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Split:
+        """Itself: process groups cannot be copied, and copies of a layer share them."""
+        return self
+
+
+# --- parameters -----------------------------------------------------------------------------
+
+
+def register_parallel_dim(module: nn.Module, name: str, split: Split) -> None:
+    """Say that parameter `name` of `module` is this rank's part of something larger.
+
+    It stands on the module rather than on the tensor, because wrappers (FSDP2) put other tensors
+    in the parameter's place. State dicts, DDP and `placements` read it.
+
+    Raises:
+        ValueError: there is no such parameter, or its shape is not that of this rank's part.
+    """
+    parameter = dict(module.named_parameters(recurse=False)).get(name)
+    if parameter is None:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter {name!r} of its own: set it first"
+        )
+    if parameter.ndim <= split.dim or parameter.shape[split.dim] != len(split.mine):
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, but rank {split.rank} of "
+            f"{split.num_parts} owns {len(split.mine)} of {split.size} entries of dimension "
+            f"{split.dim}: make it that size"
+        )
+    module.__dict__.setdefault("_parallel_splits", {})[name] = split
+
+
+def parallel_splits(model: nn.Module) -> dict[str, Split]:
+    """Every split parameter of the model by its name in the state dict."""
+    return {
+        f"{prefix}.{name}" if prefix else name: split
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, split in module.__dict__.get("_parallel_splits", {}).items()
+    }
+
+
+def get_parallel_dim(module: nn.Module, name: str) -> ParallelDim:
+    """The dimension along which a parameter is split, None where it is whole."""
+    split: Split | None = module.__dict__.get("_parallel_splits", {}).get(name)
+    return None if split is None else split.dim
+
+
+def placements(model: nn.Module) -> dict[str, Placement]:
+    """What each parameter would be as a DTensor on the mesh of its group."""
+    splits = parallel_splits(model)
+    return {
+        name: splits[name].placement if name in splits else Replicate()
+        for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def as_dtensor(local: Tensor, split: Split, mesh: DeviceMesh) -> DTensor:
+    """This rank's part as a DTensor over the same storage, for torch.distributed's own tools.
+
+    Args:
+        mesh: one-dimensional, over the ranks of `split.group`.
+
+    Raises:
+        ValueError: DTensor would cut this size into other parts.
+    """
+    cut = [
+        Shard.local_shard_size_and_offset(split.size, split.num_parts, rank)[0]
+        for rank in range(split.num_parts)
+    ]
+    ours = [len(part) for part in split.parts]
+    if cut != ours:
+        raise ValueError(
+            f"{split.size} entries over {split.num_parts} ranks are {ours} here and {cut} in "
+            "DTensor's Shard: choose a size both cut alike (a multiple of the ranks), or use "
+            "collect_state_dict"
+        )
+    return DTensor.from_local(local, mesh, [split.placement], run_check=False)
+
+
+def fill_split(
+    parameter: Tensor, split: Split | None, draw: Callable[[Sequence[int], torch.Generator], Tensor]
+) -> None:
+    """Initial values that do not depend on the split: parts of one whole, never held whole.
+
+    Blocks of rows of the whole have a generator each, seeded from torch's default one, so ranks
+    that were seeded alike (torch.manual_seed) hold parts of one tensor.
+
+    Args:
+        parameter: this rank's part, at least one-dimensional; written in place.
+        draw: (shape, CPU generator) -> values; called with blocks of rows of the whole.
+    """
+    seed = int(torch.randint(2**62, ()))
+    if parameter.is_meta:
+        return
+    shape = list(parameter.shape)
+    if split is not None:
+        shape[split.dim] = split.size
+    rows = range(shape[0]) if split is None or split.dim != 0 else split.mine
+    generator = torch.Generator()
+    for start in range(rows.start // ROWS_PER_DRAW * ROWS_PER_DRAW, rows.stop, ROWS_PER_DRAW):
+        generator.manual_seed(seed + start)
+        block = draw([ROWS_PER_DRAW, *shape[1:]], generator)
+        low, high = max(start, rows.start), min(start + ROWS_PER_DRAW, rows.stop)
+        block = block[low - start : high - start]
+        if split is not None and split.dim != 0:
+            block = split.take(block)
+        with torch.no_grad():
+            parameter[low - rows.start : high - rows.start].copy_(block)
+
+
+# --- activations ----------------------------------------------------------------------------
+
+
+def mark_split(tensor: Tensor, split: Split | None) -> Tensor:
+    """Say how a layer's output is split (None: whole on every rank); returns it.
+
+    The mark is an attribute of this tensor object, lost in the next operation: it tells a loss
+    that gets the output at first hand.
+    """
+    tensor.parallel_split = split  # type: ignore[attr-defined]
+    return tensor
+
+
+def is_marked(tensor: Tensor) -> bool:
+    """Whether `mark_split` was called on this very tensor."""
+    return hasattr(tensor, "parallel_split")
+
+
+def split_of(tensor: Tensor) -> Split | None:
+    """The mark; None for whole, and where there is none."""
+    return getattr(tensor, "parallel_split", None)
+
+
+# --- arguments ------------------------------------------------------------------------------
+
+
+def check_dim(dim: ParallelDim, row: str, column: str) -> ParallelDim:
+    """`dim` as None, 0 or 1.
+
+    Args:
+        row, column: what dim=0 and dim=1 split, for the message.
+
+    Raises:
+        ValueError: anything but None, 0, 1, -1.
+    """
+    if dim is not None and (isinstance(dim, bool) or dim not in (0, 1, -1)):
+        raise ValueError(
+            f"dim={dim!r}: None (every rank holds all of it), 0 (row parallel: {row} split) or "
+            f"1, the same as -1 (column parallel: {column} split)"
+        )
+    return None if dim is None else abs(dim)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: at least 1")

@@ -1,0 +1,106 @@
+"""State dicts of whole tensors, from and to any number of ranks.
+
+The file says nothing of ranks: `collect_state_dict` puts parts together, `relocate_state_dict`
+takes this rank's part, under the same names a model without splits would have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from arcshard.parallel.split import Split, parallel_splits
+
+PIECE_BYTES = 16 * 2**20
+
+
+def collect_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The whole state dict, in host memory, on the first rank of each model group; {} elsewhere.
+
+    Every rank calls it. One tensor at a time is put together, in small pieces, so that beside the
+    result next to nothing is held. Parameters under FSDP2 are put together too.
+
+    Args:
+        model: not wrapped in DDP (its `.module`), so that names carry no prefix.
+    """
+    splits = parallel_splits(model)
+    is_first = all(split.rank == 0 for split in splits.values())
+    whole: dict[str, Any] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if name in splits:
+            value = whole_on_first_rank(value, splits[name])
+        if is_first:
+            whole[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+    return whole
+
+
+def relocate_state_dict(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of a whole state dict, for model.load_state_dict(...).
+
+    Reading with torch.load(path, mmap=True, weights_only=True) touches only what is kept.
+
+    Args:
+        model: the model that will load it; names that it does not have pass through, for
+            load_state_dict to judge.
+        state: of whole tensors, as `collect_state_dict` or any model without splits gives it.
+
+    Raises:
+        ValueError: a tensor of another size than the whole of its parameter; names the tensor.
+    """
+    splits = parallel_splits(model)
+    own = model.state_dict()
+    parts: dict[str, Any] = {}
+    for name, value in state.items():
+        if name in splits:
+            try:
+                value = splits[name].take(value).clone()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        there = own.get(name)
+        if isinstance(there, DTensor):
+            value = distribute_tensor(value, there.device_mesh, there.placements)
+        parts[name] = value
+    return parts
+
+
+def whole_on_first_rank(part: Tensor, split: Split) -> Tensor | None:
+    """The whole tensor in host memory on the group's first rank, None elsewhere.
+
+    With one rank in the group it is the part itself, if that is there already.
+    Every rank of the group calls it. Parts travel PIECE_BYTES at a time.
+    """
+    if split.num_parts == 1:
+        return part.detach().cpu()
+    assert split.group is not None
+    device = part.device
+    if device.type == "cpu" and "nccl" in dist.get_backend(split.group):
+        device = torch.device("cuda", torch.cuda.current_device())  # nccl moves nothing else
+    front = part.detach().movedim(split.dim, 0)
+    sizes = [len(one) for one in split.parts]
+    whole = torch.empty(0)
+    if split.rank == 0:
+        shape = list(part.shape)
+        shape[split.dim] = split.size
+        whole = torch.empty(shape, dtype=part.dtype).movedim(split.dim, 0)
+    step = max(PIECE_BYTES // max(front.shape[1:].numel() * part.itemsize, 1), 1)
+    for start in range(0, max(sizes), step):
+        piece = front[start : start + step]
+        rows = min(step, max(sizes) - start)
+        padded = torch.zeros((rows, *front.shape[1:]), dtype=part.dtype, device=device)
+        padded[: len(piece)] = piece  # gather wants equal shapes
+        if split.rank != 0:
+            dist.gather(padded, None, group=split.group, group_dst=0)
+            continue
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        dist.gather(padded, pieces, group=split.group, group_dst=0)
+        for owned, received in zip(split.parts, pieces, strict=True):
+            rows = max(min(len(owned) - start, len(received)), 0)
+            begin = owned.start + start
+            whole[begin : begin + rows].copy_(received[:rows])
+    return whole.movedim(0, split.dim) if split.rank == 0 else None

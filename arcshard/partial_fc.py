@@ -1,0 +1,475 @@
+"""PartialFC: the classifier of millions of identities, its class centres sharded over ranks.
+
+    embedding e_i, label y_i, class centre w_j:   cos_ij = <e_i/|e_i|, w_j/|w_j|>
+    z_ij = s cos_ij,  z_iy = s margin(cos_iy),    loss = mean_i (logsumexp_j z_ij - z_iy)
+
+Per step: gather the global batch, draw this rank's classes, let the margin fix what it needs,
+and combine the softmax over ranks. Two paths share all this and differ in the middle:
+
+    update="fused"     arcshard/head/fused.py: blocks of classes, no B x C matrix, no C x D gradient;
+                       class centres move in backward or in `step`
+    update="autograd"  the readable one (arcshard/head/reference.py): an ordinary `weight.grad`
+
+The gradient contract: the loss is the mean over the global batch on every rank, and
+`local_embeddings.grad` is the gradient of that mean, without a factor of the world size.
+
+An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al. 2021,
+"Partial FC" (arXiv:2010.05222).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from arcshard.collectives import gather_labels, sum_over_ranks
+from arcshard.head.arguments import check_arguments
+from arcshard.head.batch import PAD_LABEL, BatchRules, alikeness
+from arcshard.head.block import without_autocast
+from arcshard.head.centers import Centres, ShardCentres
+from arcshard.head.fused import Engine, EngineLoss
+from arcshard.head.init import fill_initial_centres
+from arcshard.head.offload import HostCentres
+from arcshard.head.reference import readable_loss
+from arcshard.head.row_optimizer import RowUpdate, refuse_plain_optimizers
+from arcshard.head.sampling import ClassSample, draw_sample, likely_classes, sample_size
+from arcshard.head.target import Target, find_targets
+from arcshard.head.workspace import BlockCost, Plan, choose_workspace, memory_bytes_of
+from arcshard.losses import BatchFacts, Margin
+from arcshard.random import hash_key
+from arcshard.shard import class_range
+
+Update = Literal["fused", "autograd"]
+
+
+class PartialFC(nn.Module):
+    """Margin softmax over sharded class centres, all of them or a sample per step.
+
+    Args:
+        margin: the loss (losses.py).
+        embedding_size: D.
+        num_classes: C over all ranks; more than the labels need is allowed.
+        sample_rate: share r of each rank's classes per step, in [0, 1]; the batch's own
+            classes are always in, 0 means those only.
+        row_update: rule for the class centres (arcshard/head/row_optimizer.py).
+        update: "fused" moves them by `row_update` without ever holding their gradient;
+            "autograd" leaves an ordinary `weight.grad`, for `step` or for a torch.optim of yours
+            (refused for r < 1: it would move rows that were not sampled). None: "fused" if there
+            is a `row_update`.
+        batch_size_per_rank: the largest batch any rank will bring. Smaller ones are padded,
+            larger ones refused. None: ranks agree on it in every step, which costs one tiny
+            collective and, on CUDA, a wait for the device.
+        centres_per_class: K sub-centres; a class counts with its best one (Deng et al. 2020).
+        workspace_mib: memory of the fused path, in MiB: all it holds beside the centers, their
+            state and O(B D). "auto": an eighth of a GPU's memory, at most what it needs to keep
+            all softmax numerators; 256 MiB on a CPU.
+        half: torch.bfloat16 runs the large matmuls in it, the fused path's with sums in fp32.
+        seed: of initial centres (with the class index), sampling (with the rank) and draws.
+        process_group: the ranks that share the classes; None means the default group, or no
+            group at all when torch.distributed is not initialised.
+        device: where the head computes. dtype: of the class centres, float32 or float64, or
+            bfloat16 (moved in fp32 and rounded stochastically; fused only).
+        centre_device: where centres and their state live, if not on `device`; "cpu" keeps them
+            in host memory and brings the sampled rows over (r < 1, fused).
+
+    Attributes:
+        weight: [num_classes_local * K, D] parameter, this rank's class centres, class-major.
+        bias: [num_classes_local * K] parameter or None, as the margin has it.
+        class_range: `range` of the global classes they belong to.
+        work_dtype: what it computes in: float32, or float64 with float64 centres.
+        alikeness: scalar in [0, 1] of the last global batch, 1 if all its embeddings point the
+            same way; None before the first.
+
+    Raises:
+        ValueError: an argument outside its domain; a workspace too small for one class.
+    """
+
+    def __init__(
+        self,
+        margin: Margin,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        *,
+        row_update: RowUpdate | None = None,
+        update: Update | None = None,
+        batch_size_per_rank: int | None = None,
+        centres_per_class: int = 1,
+        workspace_mib: float | str = "auto",
+        half: torch.dtype | None = None,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        centre_device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        update = update or ("autograd" if row_update is None else "fused")
+        check_arguments(
+            margin, embedding_size, num_classes, sample_rate, row_update, update,
+            batch_size_per_rank, centres_per_class, workspace_mib, half, dtype, centre_device,
+        )  # fmt: skip
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self.world_size = dist.get_world_size(process_group) if process_group else 1
+        self.rank = dist.get_rank(process_group) if process_group else 0
+        self.group = process_group if self.world_size > 1 else None
+        self.device = torch.device(device)
+
+        self.margin, self.row_update, self.update = margin, row_update, update
+        self.embedding_size, self.num_classes = embedding_size, num_classes
+        self.sample_rate, self.centres_per_class = float(sample_rate), centres_per_class
+        self.seed = seed
+        self.class_range = class_range(num_classes, self.rank, self.world_size)
+        self.num_classes_local = len(self.class_range)
+        self.batch_size_per_rank = batch_size_per_rank
+        self._rules = BatchRules(
+            embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
+        )
+        self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        lives_on = self.device if centre_device is None else centre_device
+        rows = self.num_classes_local * centres_per_class
+        self.weight = nn.Parameter(
+            torch.empty(rows, embedding_size, device=lives_on, dtype=dtype),
+        )
+        fill_initial_centres(self.weight, self.class_range.start * centres_per_class, seed)
+        self.bias: nn.Parameter | None = None
+        if margin.bias:
+            self.bias = nn.Parameter(torch.zeros(rows, device=lives_on, dtype=self.work_dtype))
+        self._bias_update = copy.deepcopy(row_update) if margin.bias else None
+        for name, value in margin.initial_state().items():
+            state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
+            self.register_buffer(f"margin_{name}", state)
+        self._margin_before: dict[str, Tensor] = {}  # at the start of the step
+
+        self.matmul_half = half
+        self.engine: Engine | None = None
+        if update == "fused":
+            workspace = choose_workspace(
+                workspace_mib, self.device.type, memory_bytes_of(self.device)
+            )
+            self.engine = Engine(
+                margin, self.group, workspace, centres_per_class=centres_per_class, half=half
+            )
+            refuse_plain_optimizers(self.weight, "update='fused' moves its class centres itself")
+        elif self.sample_rate < 1.0:
+            refuse_plain_optimizers(
+                self.weight,
+                "it would move class centres that were not sampled (weight decay, momentum): for "
+                "sample_rate < 1 pass row_update=SGDRows(...) or AdamWRows(...) to PartialFC and "
+                "call head.step(learning_rate)",
+            )
+        self._host = (
+            HostCentres(self.weight, row_update, self.device, self._next_rows)
+            if centre_device is not None and row_update is not None
+            else None
+        )
+        self._rows = torch.empty(0, dtype=torch.int64)  # of the shard that hold the sample
+        self._sample: ClassSample | None = None  # of the optimizer step in progress
+        self._sample_is_prepared = False
+        self.alikeness: Tensor | None = None
+        self._samples_drawn = 0
+        self._forwards = 0
+        if self.engine is not None and batch_size_per_rank is not None:
+            self.planned_blocks()  # or say that it can't
+
+    def forward(
+        self,
+        local_embeddings: Tensor,
+        local_labels: Tensor,
+        learning_rate: float | None = None,
+    ) -> Tensor:
+        """Mean loss over the global batch; the same number on every rank.
+
+        Args:
+            local_embeddings: [b, D] floating; b may differ between ranks and be 0 on some.
+            local_labels: [b] integers in [0, num_classes).
+            learning_rate: fused only; with it the class centres move in backward, which spares a
+                pass over them. For steps that nothing can veto any more and that have this one
+                loss. Without it they move in `step`.
+
+        Returns:
+            Scalar. Non-finite if an embedding is: no class centre moves then.
+
+        Raises:
+            ValueError: shapes, dtypes or labels that do not fit. On CPUs every rank raises, also
+                for another rank's batch. On CUDA, where looking would wait for the device, the
+                rank with a wrong shape or dtype raises alone (torchrun then ends the others) and
+                a label outside the range makes the loss NaN.
+            RuntimeError: r < 1 and a second forward before `step`, without `prepare`.
+        """
+        with without_autocast(local_embeddings.device):
+            batch = self._rules.gather(
+                local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
+            )
+            column = self._begin_sample(self._localise(batch.labels))  # [B]
+            centres = self._centres()
+            unit = normalize(batch.embeddings) if self.margin.normalise else batch.embeddings
+            self.alikeness = alikeness(
+                unit if self.margin.normalise else normalize(unit.detach()), batch.is_real
+            )
+            norms = None
+            if self.margin.reads_norms:
+                norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
+            row_weight = batch.is_real.to(unit.dtype) / batch.is_real.sum()
+
+            target = find_targets(
+                unit.detach(), column, centres, self.margin.normalise, self.centres_per_class
+            )
+            context = self._begin_margin(norms, target, batch.is_real)
+            if self.engine is not None:
+                veto = batch.has_unknown | ~batch.is_real.any()
+                arguments = (target, context, centres, row_weight, learning_rate, veto)
+                loss: Tensor = EngineLoss.apply(unit, norms, self.weight, self.engine, arguments)
+                return loss
+            loss = readable_loss(
+                self.margin, unit, norms, column, context, *self._rows_of_sample(),
+                self.centres_per_class, row_weight, self.group, self.matmul_half,
+            )  # fmt: skip
+            return loss + torch.where(batch.has_unknown, torch.nan, 0.0)
+
+    def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
+        """Draw the classes of one optimizer step ahead, from all its micro-batches' labels.
+
+        Under gradient accumulation every micro-batch of a step must see the same sample, with
+        the positives of all of them in it. Without accumulation this is not needed: `forward`
+        draws from its own batch. Costs one all-gather of labels; nothing at r = 1.
+        """
+        if self.sample_rate >= 1.0:
+            return
+        local_labels = torch.cat([labels.to(torch.int64) for labels in local_label_batches])
+        local_labels = local_labels.to(self.device)
+        if self.batch_size_per_rank is not None:
+            capacity = len(local_label_batches) * self.batch_size_per_rank
+        else:
+            capacity = self._rules.capacity(len(local_labels), self.device)
+        labels = gather_labels(local_labels, PAD_LABEL, capacity, self.group)
+        self._draw(self._localise(labels))
+        self._sample_is_prepared = True
+
+    @torch.no_grad()
+    def step(
+        self, learning_rate: float, bad: Tensor | None = None, gradient_scale: Tensor | None = None
+    ) -> None:
+        """Move the class centres of this step, unless backward did, and forget its sample.
+
+        Args:
+            learning_rate: of this step, the backbone's.
+            bad: boolean scalar on the device; where true no row and no state moves.
+            gradient_scale: what a loss scaler multiplied the loss with; taken out here.
+
+        Raises:
+            RuntimeError: no update rule was given, or there is no gradient.
+        """
+        if self.row_update is None:
+            raise RuntimeError(
+                "this PartialFC has no update rule: pass row_update=SGDRows(...) or AdamWRows(...) "
+                "(head.row_update), or step weight.grad with an optimizer of yours"
+            )
+        if self.engine is not None:
+            if not self.engine.has_moved_since_finish and not self.engine.has_pending:
+                raise RuntimeError("no gradient: call loss.backward() before head.step()")
+            with without_autocast(self.device):
+                self.engine.finish(learning_rate, bad, gradient_scale)
+        else:
+            self._move_by_weight_grad(learning_rate, bad, gradient_scale)
+        if bad is not None:
+            for name, before in self._margin_before.items():
+                state = self.get_buffer(f"margin_{name}")
+                state.copy_(torch.where(bad, before, state))
+        self._margin_before = {}
+        self._sample, self._sample_is_prepared = None, False
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What sampling and draws need to go on as if they had not been interrupted."""
+        return {
+            "samples_drawn": self._samples_drawn, "forwards": self._forwards, "seed": self.seed,
+            "roundings": [rule.roundings for _, rule in self.moved_parameters()],
+        }  # fmt: skip
+
+    def moved_parameters(self) -> list[tuple[nn.Parameter, RowUpdate]]:
+        """Each parameter that moves by rows, with the rule that owns its optimizer state."""
+        pairs = ((self.weight, self.row_update), (self.bias, self._bias_update))
+        return [(p, rule) for p, rule in pairs if p is not None and rule is not None]
+
+    def centres_of_step(self) -> tuple[Centres, Tensor | None]:
+        """The rows that take part in the step in progress, as constants, and the classes of this
+        rank they belong to ([S] int64; None: all). From `forward` until `backward` moves them."""
+        return self._centres(), None if self._sample is None else self._sample.classes
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over `get_extra_state` of a saved head."""
+        self._samples_drawn, self.seed = state["samples_drawn"], state["seed"]
+        self._forwards = state["forwards"]
+        for (_, rule), count in zip(self.moved_parameters(), state["roundings"], strict=True):
+            rule.roundings = count
+
+    def planned_blocks(self) -> tuple[Plan, BlockCost]:
+        """Blocks of a step on this rank, and what a row of them takes. Fused only, with a
+        `batch_size_per_rank`. A sample smaller than the batch counts as large as the batch's own
+        classes can make it.
+
+        Raises:
+            BufferTooSmallError: not one class fits the workspace.
+        """
+        assert self.engine is not None
+        assert self.batch_size_per_rank is not None
+        assert self.row_update is not None
+        batch = self.batch_size_per_rank * self.world_size
+        weight: Tensor = self.weight
+        rows, state = None, self.row_update.state(weight)
+        if self.sample_rate < 1.0:
+            size = sample_size(self.num_classes_local, self.sample_rate)
+            size = max(size, min(batch, self.num_classes_local)) * self.centres_per_class
+            if self._host is not None:  # a sample's rows come over as a shard of their own
+                weight = self.weight[:size]
+            else:
+                rows = torch.empty(size, dtype=torch.int64, device="meta")
+        centres = ShardCentres(
+            weight, self.row_update, self.bias, self._bias_update, rows, state=state
+        )
+        like = torch.empty(0, dtype=self.work_dtype, device=self.device)
+        step = (centres, batch, self.embedding_size, like)
+        return self.engine.plan(*step), self.engine.cost(*step)
+
+    def describe_memory(self) -> str:
+        """What the head holds on this rank, for the log."""
+        state = [] if self.row_update is None else self.row_update.state(self.weight).values()
+        size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
+        if self.engine is None:
+            return f"centers and state {size:,.0f} MiB; logits and gradients by autograd"
+        told = f"centers and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
+        budget = self.engine.workspace.budget_bytes / 2**20
+        if self.batch_size_per_rank is None:
+            return told + f"workspace of at most {budget:,.0f} MiB"
+        plan, cost = self.planned_blocks()
+        return told + (
+            f"workspace {cost.total_bytes(plan) / 2**20:,.0f} of at most {budget:,.0f} MiB, "
+            f"{len(plan.blocks())} blocks, softmax numerators of {plan.kept_rows:,} of "
+            f"{plan.num_rows:,} centers kept for backward"
+        )
+
+    def extra_repr(self) -> str:
+        """For print(head)."""
+        return (
+            f"embedding_size={self.embedding_size}, num_classes={self.num_classes} "
+            f"(here {self.class_range.start}..{self.class_range.stop - 1}), "
+            f"sample_rate={self.sample_rate:g}, {self.margin.describe()}"
+        )
+
+    # --- details ----------------------------------------------------------------------------
+
+    def _begin_sample(self, local_labels: Tensor) -> Tensor:
+        """Draw this step's classes if need be; each row's place among them, -1 elsewhere."""
+        if self.sample_rate >= 1.0:
+            return local_labels
+        if not self._sample_is_prepared:
+            if self.weight.grad is not None or (self.engine and self.engine.has_pending):
+                raise RuntimeError(
+                    "a second forward before head.step(): its classes would be another sample. "
+                    "To accumulate gradients call head.prepare(labels of all micro-batches) first"
+                )
+            self._draw(local_labels)
+        assert self._sample is not None
+        column = self._sample.columns(local_labels)
+        torch._assert_async(
+            ((local_labels < 0) | (column >= 0)).all(),
+            "a label is not among the classes head.prepare() was told of",
+        )
+        return column
+
+    def _draw(self, local_labels: Tensor) -> None:
+        self._sample = draw_sample(
+            local_labels, self.num_classes_local, self.sample_rate,
+            seed=self.seed, rank=self.rank, step=self._samples_drawn,
+        )  # fmt: skip
+        self._rows = self._rows_of(self._sample.classes)
+        self._samples_drawn += 1
+
+    def _rows_of(self, classes: Tensor) -> Tensor:
+        """Rows of the shard that hold these classes' centres, K a class."""
+        k = self.centres_per_class
+        if k == 1:
+            return classes
+        return (classes[:, None] * k + torch.arange(k, device=classes.device)).view(-1)
+
+    def _sampled_rows(self) -> Tensor | None:
+        """Rows of the shard that take part in this step, None for all."""
+        return None if self._sample is None else self._rows
+
+    def _next_rows(self) -> Callable[[], Tensor]:
+        """How to find the rows the next step will probably want: its negatives, were there no
+        positives. The draw is named now, the finding may come later and in another thread."""
+        draw = self._samples_drawn
+
+        def find() -> Tensor:
+            return self._rows_of(
+                likely_classes(
+                    self.num_classes_local, self.sample_rate,
+                    seed=self.seed, rank=self.rank, step=draw,
+                )
+            )  # fmt: skip
+
+        return find
+
+    def _centres(self) -> Centres:
+        rows = self._sampled_rows()
+        if self._host is not None and rows is not None:
+            return self._host.of_step(rows)
+        return ShardCentres(
+            self.weight, self.row_update, self.bias, self._bias_update, rows
+        )
+
+    def _rows_of_sample(self) -> tuple[Tensor, Tensor | None]:
+        """weight and bias of the classes that take part, for autograd."""
+        rows = self._sampled_rows()
+        if rows is None:
+            return self.weight, self.bias
+        return self.weight[rows], None if self.bias is None else self.bias[rows]
+
+    def _begin_margin(
+        self, norms: Tensor | None, target: Target, is_real: Tensor
+    ) -> dict[str, Tensor]:
+        """The margin's view of this batch; moves its running values while training."""
+        targets = None
+        if self.margin.reads_all_targets:
+            targets = sum_over_ranks(target.similarity, self.group)
+        names = self.margin.initial_state()
+        state = {name: self.get_buffer(f"margin_{name}") for name in names}
+        is_training = self.training and torch.is_grad_enabled()
+        with torch.no_grad():
+            draw = hash_key(self.seed, 0xD4A3, self._forwards)
+            context, after = self.margin.begin(BatchFacts(norms, targets, is_real, draw), state)
+            if is_training:
+                self._forwards += 1
+                for name, value in state.items():
+                    self._margin_before.setdefault(name, value.clone())
+                    finite = torch.isfinite(after[name])
+                    value.copy_(torch.where(finite, after[name], value))
+        return dict(context)
+
+    def _move_by_weight_grad(
+        self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
+    ) -> None:
+        if self.weight.grad is None:
+            raise RuntimeError("no gradient: call loss.backward() before head.step()")
+        rows = self._sampled_rows()
+        for parameter, rule in self.moved_parameters():
+            assert parameter.grad is not None
+            gradient = parameter.grad if rows is None else parameter.grad[rows]
+            if gradient_scale is not None:
+                gradient = gradient / gradient_scale
+            rule.update_rows(parameter, gradient, rows, learning_rate, bad)
+            parameter.grad = None
+
+    def _localise(self, labels: Tensor) -> Tensor:
+        """Global labels in this rank's numbering, -1 where the class lives elsewhere."""
+        here = (labels >= self.class_range.start) & (labels < self.class_range.stop)
+        return torch.where(here, labels - self.class_range.start, -1)

@@ -1,0 +1,186 @@
+"""What the commands of this folder share: the options that name a model, ranks, errors, outputs.
+
+Every `python -m eval.X` is `run_command(work)`: it joins the ranks torchrun started (or none),
+turns what is wrong with the input into one line on stderr and exit code 2, and leaves the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.weights import WeightsError
+from eval.extract import EmbeddingCache
+from eval.model import Model, open_model, parse_channels
+from utils.distributed import DeviceError, World, join_world, leave_world
+from utils.json_values import without_nan
+
+logger = logging.getLogger(__name__)
+
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The options that say which model, how images reach it, and where it runs."""
+    add = parser.add_argument
+    add(
+        "--model", required=True, nargs="+" if several else None,
+        help="folder of a run, its model.pt, or an .onnx of any vendor",
+    )  # fmt: skip
+    add("--network", help="architecture, for a model.pt that does not say")
+    add("--mean", help="of pixels 0..255: one number or R,G,B; needed where the file does not say")
+    add("--std", help="likewise")
+    add("--color", choices=("RGB", "BGR"), help="channel order the model takes; likewise")
+    add("--layout", choices=("NCHW", "NHWC"), help="for an .onnx whose input does not show it")
+    add("--input-size", type=int, help="pixels, for an .onnx that does not say")
+    add("--output", help="the embedding's name, for an .onnx with several outputs")
+    add("--batch-size", type=int, default=64, help="images per call (default 64)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU per rank where there are any)")
+    add("--cache", type=Path, help="keep embeddings in this folder, by content, and reuse them")
+
+
+def open_models(options: argparse.Namespace, world: World) -> list[Model]:
+    """The model or models of `add_model_options`, on this rank's device; says how they see."""
+    paths = options.model if isinstance(options.model, list) else [options.model]
+    models = []
+    for path in paths:
+        model = open_model(
+            path,
+            network=options.network,
+            mean=None if options.mean is None else parse_channels("--mean", options.mean),
+            std=None if options.std is None else parse_channels("--std", options.std),
+            color=options.color,
+            layout=options.layout,
+            input_size=options.input_size,
+            output=options.output,
+            device=world.device,
+        )
+        if world.is_main:
+            facts = model.facts
+            print(
+                f"{path}: {facts['network']}, {facts['input_size']} pixels {facts['color']}, mean "
+                f"{facts['mean']}, std {facts['std']} from {facts['preprocessing_from']}",
+                file=sys.stderr,
+            )
+        models.append(model)
+    return models
+
+
+def cache_of(options: argparse.Namespace, model: Model) -> EmbeddingCache | None:
+    """The cache that --cache asks for."""
+    return None if options.cache is None else EmbeddingCache(options.cache, model.key)
+
+
+def choose_world(device: str | None) -> World:
+    """This process among torchrun's ranks, on the device that --device asks for.
+
+    Raises ValueError if PyTorch cannot use it.
+    """
+    if device is not None:
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+            usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+            raise ValueError(
+                f"--device {device}: PyTorch cannot use such a device here; give one of "
+                f"{', '.join(usable)}, or leave it out"
+            ) from error
+    if device is None or device in ("cpu", "cuda"):
+        return join_world(device or "auto")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"--device {device} with several ranks: each takes the GPU of its number; give "
+            "--device cuda or cpu"
+        )
+    return World(0, 0, 1, torch.device(device))
+
+
+def run_command(work: Callable[[], int]) -> int:
+    """`work()`'s exit code, or 2 after one line on stderr where the input is wrong."""
+    code = 2
+    try:
+        code = work()
+    except (OSError, ValueError, RuntimeError, WeightsError, DeviceError) as error:
+        if type(error) is RuntimeError and not _from_other_rank(error):
+            raise  # a bug of ours or of a library: the traceback is what helps
+        print(f"error: {error}", file=sys.stderr)
+    finally:
+        leave_world()
+    return code
+
+
+def _from_other_rank(error: RuntimeError) -> bool:
+    return "failed on rank" in str(error)
+
+
+def check_outputs(files: dict[str, Path | None], plots: Iterable[str] = ()) -> None:
+    """Make their folders and see that all can be written, before the work they are to hold.
+
+    files: {option: file or None}; plots: the options whose file must be a figure's.
+    Raises ValueError.
+    """
+    for option, file in files.items():
+        if file is not None and option in plots and file.suffix not in PLOT_SUFFIXES:
+            raise ValueError(f"{option} {file}: the name must end in {', '.join(PLOT_SUFFIXES)}")
+    for option, file in files.items():
+        if file is None:
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise ValueError(f"{option} {file} is a folder; give the name of a file to write")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ValueError(f"{option} {file} is not writable; give another name, or allow it")
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Whole or not at all; NaN and infinities, which JSON does not have, as null."""
+    write_whole(path, (json.dumps(without_nan(content), indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """At any moment `path` is the old file, the new one, or absent."""
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # gone already unless something failed
+
+
+def parse_rates(text: str) -> list[float]:
+    """`1e-3,1e-4` as numbers in [0, 1]; for argparse."""
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = [-1.0]
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: rates in [0, 1], for example 1e-3,1e-4")
+    return rates
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text, the first column to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def model_name(path: str) -> str:
+    """What to call a model in tables and files: its run, or the file's name."""
+    given = Path(path).resolve()
+    if given.is_dir():
+        return given.name
+    return given.parent.name if given.stem in ("model", "backbone") else given.stem

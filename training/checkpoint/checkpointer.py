@@ -1,0 +1,418 @@
+"""The folder of checkpoints: written aside, verified, then named; `latest` switched last.
+
+    checkpoints/step_00001200/   *.distcp, .metadata   tensors (training/checkpoint/sharded_io.py)
+                                 checkpoint.json       everything else, and every file's SHA-256
+    checkpoints/latest           the name of the newest; best: of the best so far
+
+A folder that carries a name is complete: it was read back before it was named. What a killed
+process leaves (`*.saving`, `*.deleting`) is swept away at the next start, and a checkpoint that
+no longer matches its sums is set aside (`*.damaged`), never used and never deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.checkpoint import sharded_io
+from training.checkpoint.sharded_io import FileDigest, State, StorageError, Stored
+from utils.distributed import World
+
+logger = logging.getLogger("train")
+
+FOLDER = "checkpoints"
+LATEST, BEST = "latest", "best"
+MANIFEST = "checkpoint.json"
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+_SAVING, _DELETING, _DAMAGED = ".saving", ".deleting", ".damaged"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What checkpoint.json says.
+
+    step: optimizer steps done. facts: plain values of the run. files: what each must be.
+    """
+
+    step: int
+    facts: dict[str, Any]
+    files: dict[str, FileDigest] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """JSON in one canonical spelling, with its own SHA-256: any changed byte shows."""
+        body = {"format": FORMAT, **asdict(self)}
+        body["files"] = {name: list(digest) for name, digest in self.files.items()}
+        canonical = json.dumps(body, sort_keys=True)
+        sums = hashlib.sha256(canonical.encode()).hexdigest()
+        return json.dumps({"sha256": sums, **body}, sort_keys=True, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Manifest:
+        """Of a checkpoint's folder.
+
+        Raises:
+            StorageError: it cannot be read or is not what was written.
+        """
+        path = checkpoint / MANIFEST
+        try:
+            text = path.read_bytes().decode()
+            body = json.loads(text)
+            manifest = cls(
+                int(body["step"]),
+                dict(body["facts"]),
+                {str(n): FileDigest(int(s), str(d)) for n, (s, d) in body["files"].items()},
+            )
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read ({error.strerror or error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StorageError(f"{path} is damaged: it is no manifest of ours") from error
+        if manifest.to_text() != text:
+            raise StorageError(f"{path} is damaged, or of another version than {FORMAT}")
+        if any(Path(name).name != name for name in manifest.files):
+            raise StorageError(f"{path} names files outside its folder")
+        return manifest
+
+
+class Found(NamedTuple):
+    """A checkpoint that passed its checks."""
+
+    path: Path
+    manifest: Manifest
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says; -1 for any other name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def named(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if step_of(p) >= 0 and p.is_dir()), key=step_of)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed left unfinished."""
+    for path in folder.glob("*") if folder.is_dir() else ():
+        if path.name.endswith((_SAVING, _DELETING)) or path.name.endswith(".tmp"):
+            logger.info("removing what an interrupted process left: %s", path)
+            _remove(path)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, as after a rollback."""
+    for path in named(folder):
+        if step_of(path) > step:
+            _remove(path)
+    last = [path for path in named(folder) if step_of(path) <= step]
+    write_whole(folder / LATEST, f"{last[-1].name}\n")
+
+
+def damage(found: Found, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with this rank's share of the files, None if nothing is."""
+    for name in sorted(found.manifest.files)[rank::world_size]:
+        problem = sharded_io.differs(found.path / name, found.manifest.files[name])
+        if problem:
+            return problem
+    return None
+
+
+class Ranks:
+    """What the ranks tell each other about checkpoints, over a group of their own.
+
+    A background thread uses it, so nothing else may.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.rank, self.world_size = world.rank, world.world_size
+        self.is_main, self.is_alone = world.is_main, world.world_size == 1
+        # Gloo on GPUs too: what is said here lies in host memory.
+        self.group = None if self.is_alone else dist.new_group(backend="gloo")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order, on every rank."""
+        if self.is_alone:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, action: Callable[[], Any], only_main: bool = False) -> list[Any]:
+        """Do something on every rank (or the first); what fails on one fails on all.
+
+        Raises:
+            CheckpointError: naming each rank's failure.
+        """
+        result, problem = None, None
+        if self.is_main or not only_main:
+            try:
+                result = action()
+            except Exception as error:
+                problem = str(error) or type(error).__name__
+                if not isinstance(error, StorageError):
+                    problem = f"rank {self.rank}: {problem} ({type(error).__name__})"
+        answers = self.gather((problem, result))
+        problems = [problem for problem, _ in answers if problem]
+        if problems:
+            raise CheckpointError("; ".join(dict.fromkeys(problems)))
+        return [result for _, result in answers]
+
+
+def find_intact(folder: Path, ranks: Ranks, at_most: int | None = None) -> Found | None:
+    """The newest checkpoint whose files are what was written, the same one on every rank.
+
+    Those that are damaged are named in the log and set aside. Every rank reads its share.
+
+    Args:
+        at_most: no later step than this.
+    """
+    refused: set[Path] = set()
+    while True:
+        candidates = [
+            path for path in named(folder)
+            if path not in refused and (at_most is None or step_of(path) <= at_most)
+        ]  # fmt: skip
+        path = ranks.gather(candidates[-1] if candidates else None)[0]
+        if path is None:
+            return None
+        try:
+            return check_intact(path, ranks)
+        except CheckpointError as error:
+            refused.add(path)
+            logger.error("%s. Using the one before.", error)
+            if ranks.is_main:
+                _set_aside(path)
+        ranks.gather(None)  # the next listing comes after the renaming
+
+
+def check_intact(path: Path, ranks: Ranks) -> Found:
+    """A given checkpoint, if its files are what was written.
+
+    Raises:
+        CheckpointError: what is wrong, on every rank.
+    """
+
+    def check() -> Found:
+        found = Found(path, Manifest.read(path))
+        problem = damage(found, ranks.rank, ranks.world_size)
+        if problem:
+            raise StorageError(problem)
+        return found
+
+    try:
+        return Found(*ranks.together(check)[ranks.rank])
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+class Checkpointer:
+    """Saves states of the run into its folder, in the background unless told to wait.
+
+    In the background the staging copy is the only thing the caller waits for: every tensor that
+    this rank writes is copied to host memory, which is kept from save to save. That is one copy of
+    the rank's share of the state, and no more.
+
+    Args:
+        folder: of the checkpoints; on a file system that all ranks share.
+        ranks: among themselves.
+        keep: the newest so many stay, and the best.
+        max_failed: failed saves in a row after which `gave_up` is true.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, max_failed: int) -> None:
+        self.folder, self.ranks, self.keep, self.max_failed = folder, ranks, keep, max_failed
+        self.failed_in_a_row = 0
+        self.last_error = ""
+        self._staged: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """A save is being written on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def gave_up(self) -> bool:
+        """Too many saves in a row have failed."""
+        return self.failed_in_a_row >= self.max_failed
+
+    def save(
+        self, step: int, state: State, facts: dict[str, Any], *,
+        is_best: bool = False, wait: bool = False,
+    ) -> None:  # fmt: skip
+        """Write a checkpoint; all ranks call it at the same step.
+
+        A failure is logged and counted, never raised: the run goes on, the checkpoint before
+        stays as it was. A save that is still being written is waited for.
+
+        Args:
+            wait: return when it is written; nothing is copied for that.
+        """
+        self.wait()
+        if wait:
+            self._save(step, state, facts, is_best)
+            return
+        # torch.distributed.checkpoint waits for the thread's stream again and again. A new thread
+        # has the training's, and that of the host's first GPU, whatever GPU this rank has.
+        stream = torch.cuda.Stream() if torch.cuda.is_initialized() else None
+        arguments = (stream, step, self._stage(state), facts, is_best)
+        self._thread = threading.Thread(target=self._save_on, args=arguments, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _stage(self, state: State) -> dict[str, Stored]:
+        """Copies in host memory of what this rank writes."""
+        staged = {}
+        for name, stored in state.items():
+            if not stored.is_written:
+                continue
+            local = stored.local.detach()
+            on_device = local.device.type != "cpu"
+            buffer = self._staged.get(name)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=on_device)
+                self._staged[name] = buffer
+            buffer.copy_(local, non_blocking=on_device)
+            staged[name] = replace(stored, local=buffer)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return staged
+
+    def _save_on(self, stream: torch.cuda.Stream | None, *arguments: Any) -> None:
+        with torch.cuda.stream(stream):
+            self._save(*arguments)
+
+    def _save(self, step: int, state: State, facts: dict[str, Any], is_best: bool) -> None:
+        start = time.perf_counter()
+        target = self.folder / f"step_{step:08d}"
+        aside = self.folder / (target.name + _SAVING)
+        try:
+            self.ranks.together(lambda: _make_empty(aside), only_main=True)
+            digests = self.ranks.together(
+                lambda: sharded_io.write(aside, state, self.ranks.group, self.ranks.is_alone)
+            )
+            files = {name: digest for each in digests for name, digest in each.items()}
+            manifest = Manifest(step, json.loads(json.dumps(facts)), files)  # as it reads back
+            self.ranks.together(
+                lambda: self._publish(aside, target, manifest, is_best), only_main=True
+            )
+        except Exception as error:
+            self.failed_in_a_row += 1
+            self.last_error = str(error)
+            if self.ranks.is_main:
+                _remove(aside)
+                logger.error(
+                    "THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN (%d in a row, "
+                    "max_failed_saves=%d): %s. Training goes on; those before are unharmed.",
+                    step, self.failed_in_a_row, self.max_failed, error,
+                )  # fmt: skip
+        else:
+            self.failed_in_a_row = 0
+            seconds = time.perf_counter() - start
+            logger.info("checkpoint %s written in %.3f s", target, seconds)
+
+    def _publish(self, aside: Path, target: Path, manifest: Manifest, is_best: bool) -> None:
+        """Name a checkpoint that all ranks have written, then point to it, then tidy up."""
+        write_whole(aside / MANIFEST, manifest.to_text())
+        if Manifest.read(aside) != manifest:
+            raise StorageError(f"{aside / MANIFEST} does not read back as it was written")
+        _sync(aside)
+        if target.exists():  # of an earlier attempt at this step
+            target.rename(target.with_name(target.name + _DELETING))
+        aside.rename(target)
+        _sync(self.folder)
+        write_whole(self.folder / LATEST, target.name + "\n")
+        if is_best:
+            write_whole(self.folder / BEST, target.name + "\n")
+        for path in self.superfluous():
+            doomed = path.with_name(path.name + _DELETING)
+            path.rename(doomed)
+            _remove(doomed)
+        _remove(target.with_name(target.name + _DELETING))
+
+    def superfluous(self) -> list[Path]:
+        """Checkpoints that are neither among the newest `keep` nor the best."""
+        best = pointed_to(self.folder, BEST)
+        return [path for path in named(self.folder)[: -self.keep] if path != best]
+
+
+def pointed_to(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that `latest` or `best` names, if it is there."""
+    with contextlib.suppress(OSError):
+        path = folder / (folder / pointer).read_text(errors="replace").strip()
+        if step_of(path) >= 0 and path.is_dir():
+            return path
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step, on the disk before this returns."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_empty(folder: Path) -> None:
+    _remove(folder)
+    folder.mkdir(parents=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder, if it is there and can be; what cannot goes to the log."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s could not be removed (%s)", path, error)
+
+
+def _set_aside(path: Path) -> None:
+    numbers: Iterator[int] = iter(range(1, 10_000))
+    target = path.with_name(path.name + _DAMAGED)
+    while target.exists():
+        target = path.with_name(f"{path.name}{_DAMAGED}_{next(numbers)}")
+    try:
+        path.rename(target)
+    except OSError as error:  # it is refused again at the next start
+        logger.warning("%s could not be renamed (%s)", path, error)

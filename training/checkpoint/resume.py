@@ -1,0 +1,134 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.checkpoint.checkpointer import (
+    FOLDER,
+    MANIFEST,
+    CheckpointError,
+    Found,
+    Ranks,
+    check_intact,
+    find_intact,
+    named,
+)
+
+logger = logging.getLogger("train")
+
+# Keys of the config by what a change of them means for a run that goes on.
+FREE = frozenset({
+    "num_workers", "worker_type", "dali", "head_update", "head_workspace_mib", "head_device",
+    "gradient_checkpointing", "batch_size", "gradient_acc", "global_batch_size", "max_steps",
+    "max_bad_steps", "device", "val_targets", "val_dir", "val_batch_size", "output", "resume",
+    "save_all_states", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
+    "max_failed_saves", "on_divergence", "max_rollbacks", "collective_timeout_s", "frequent",
+    "profile", "verbose", "notes", "using_wandb", "wandb_key", "wandb_entity", "wandb_project",
+    "wandb_resume", "wandb_log_all", "suffix_run_name", "save_artifacts", "init_backbone",
+    "rec", "num_image", "num_classes", "fp16", "zero", "parallel_dim",
+    "compile", "channels_last", "static_graph", "init_head",
+    "head_buffer_mib",  # head_workspace_mib in checkpoints written before it was called so
+})  # fmt: skip
+"""Leave the result as it is (what they stand for is compared by itself)."""
+FIXED = frozenset({
+    "task", "network", "embedding_size", "input_size", "loss", "sub_centres", "softmax_bias",
+    "optimizer", "seed", "samples_per_class", "shuffle_block", "rec_weights", "head_weight_dtype",
+    "head_state_dtype", "freeze_batch_norm", "mask_ratio",
+})  # fmt: skip
+"""The state or the data order would not fit. All others may change, and are announced."""
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Of the settings that decide the result."""
+    told = {key: value for key, value in config.items() if key not in FREE}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def find(resume: bool | str, output: Path, ranks: Ranks) -> Found | None:
+    """The checkpoint to go on from; None: start anew.
+
+    Args:
+        resume: True or "auto" (the newest intact one in `output`, if there is any); a path of a
+            checkpoint, its folder or a run; False: none, but "auto" where torchrun has restarted
+            the ranks; "never".
+
+    Raises:
+        CheckpointError: a path without a usable checkpoint.
+    """
+    if resume is False and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        resume = "auto"
+    if resume in (False, "never"):
+        return None
+    if resume in (True, "auto"):
+        found = find_intact(output / FOLDER, ranks)
+        if found is None:
+            logger.info("resume=%s: no checkpoint in %s yet, starting anew", resume, output)
+        return found
+    found = find_at(Path(str(resume)), ranks)
+    if found is None:
+        raise CheckpointError(
+            f"resume={str(resume)!r}: no usable checkpoint there. Give a run's folder, its "
+            f"checkpoints folder or one step_... folder, or resume=False to start anew"
+        )
+    return found
+
+
+def find_at(path: Path, ranks: Ranks) -> Found | None:
+    """The checkpoint that a path means: itself, or the newest intact one of a run or of a folder
+    of checkpoints; None if there is none.
+
+    Raises:
+        CheckpointError: the one checkpoint that it names is damaged.
+    """
+    if (path / MANIFEST).exists():
+        return check_intact(path, ranks)
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    return find_intact(folder, ranks) if named(folder) else None
+
+
+def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare the facts of a checkpoint with those of this run.
+
+    Args:
+        saved, now: "config" (every key), and under "data" numbers that have to agree:
+            num_classes, num_images, global_batch, steps_per_epoch; "data set": its fingerprint,
+            of which a difference is only announced.
+
+    Raises:
+        CheckpointError: every difference that would make another run of it.
+    """
+    problems = []
+    before, after = saved["config"], now["config"]
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if old == new or key in FREE:
+            continue
+        if key in FIXED:
+            problems.append(f"{key} was {old!r}, is {new!r}")
+        else:
+            logger.warning("resuming with another %s: %r, was %r", key, new, old)
+    advice = {
+        "global_batch": "; set batch_size and gradient_acc so that batch_size x ranks x "
+        "gradient_acc is what it was, or global_batch_size, which follows any number of ranks",
+        "num_images": "; the data order would be another one: start a new run with "
+        "init_backbone=RUN",
+        "num_classes": "; start a new run with init_backbone=RUN init_head=RUN",
+    }
+    for key, old in saved["data"].items():
+        new = now["data"].get(key)
+        if new != old:
+            problems.append(f"{key} was {old!r}, is {new!r}{advice.get(key, '')}")
+    if saved["data set"] != now["data set"]:
+        logger.warning(
+            "the data set has as many images and classes as that of the checkpoint, but it is "
+            "another one: %s, was %s", now["data set"], saved["data set"],
+        )  # fmt: skip
+    if problems:
+        raise CheckpointError("this is not the run of the checkpoint: " + "; ".join(problems))

@@ -1,0 +1,100 @@
+"""The backbone under DDP and torch.compile, and what has to be settled before the first step."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from arcshard.random import get_rng_state, set_rng_state
+from training.batch_norm import BatchNormStatistics
+from utils.memory import return_freed_memory
+
+_COMPRESSIONS = {
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+}
+
+
+def distribute(
+    model: nn.Module,
+    world_size: int,
+    device: torch.device,
+    *,
+    static_graph: bool = False,
+    all_reduce_dtype: str = "fp32",
+) -> nn.Module:
+    """`model` under DDP; the model itself for one rank.
+
+    Args:
+        static_graph: promise DDP that all steps use the same parameters in the same order.
+        all_reduce_dtype: "fp32" (that of the gradients), "bf16" or "fp16".
+    """
+    if world_size == 1:
+        return model
+    # Running statistics are averaged when they are needed, not broadcast in every forward.
+    # PyTorch 2.13 renamed the switch.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+    devices = [device] if device.type == "cuda" else None
+    distributed = DistributedDataParallel(
+        model, device_ids=devices, static_graph=static_graph, **options
+    )
+    if all_reduce_dtype != "fp32":
+        distributed.register_comm_hook(None, _COMPRESSIONS[all_reduce_dtype])
+    return distributed
+
+
+def settle_buckets(
+    model: nn.Module, input_size: int, device: torch.device, batch_norm: BatchNormStatistics
+) -> None:
+    """Let DDP choose its buckets of gradients before the first step instead of after it.
+
+    It starts with a guess and rebuilds the buckets by the order in which gradients arrived in the
+    first backward pass. On three ranks or more another cut means another order of the sums: the
+    first step after a resumption would not be what it was in the uninterrupted run. Two passes
+    over two blank images per rank; nothing of them remains.
+    """
+    if isinstance(model, DistributedDataParallel):
+        _rehearse(model, 2, 2, input_size, device, batch_norm)  # the second pass rebuilds
+
+
+def compile_backbone(
+    model: nn.Module, batch_size: int, input_size: int, device: torch.device,
+    batch_norm: BatchNormStatistics,
+) -> float:  # fmt: skip
+    """Have `model` (a module or its DDP) compiled for batches of this size; seconds it took.
+
+    Under DDP the graph is cut where its buckets are, so that their sums still overlap with
+    backward: settle the buckets first. A pass over blank images compiles both directions here,
+    before the class centres take their memory, and nothing of it remains.
+    """
+    start = time.perf_counter()
+    model.compile(dynamic=False)
+    _rehearse(model, 1, batch_size, input_size, device, batch_norm)
+    return_freed_memory()  # the compiler leaves cycles and holes behind
+    return time.perf_counter() - start
+
+
+def _rehearse(
+    model: nn.Module, passes: int, batch_size: int, input_size: int, device: torch.device,
+    batch_norm: BatchNormStatistics,
+) -> None:  # fmt: skip
+    """Forward and backward passes over blank images; weights, statistics, generators stay."""
+    state = get_rng_state(device)
+    model.train()  # frozen batch norms learn of it only now
+    batch_norm.keep()
+    shape = (batch_size, 3, input_size, input_size)
+    images = torch.zeros(shape, dtype=torch.uint8, device=device)
+    images = images.to(memory_format=torch.channels_last)  # as the loader's
+    for _ in range(passes):
+        model(images).sum().backward()
+    model.zero_grad(set_to_none=True)
+    batch_norm.restore_if(torch.ones((), dtype=torch.bool, device=device))
+    set_rng_state(device, state)

@@ -1,0 +1,142 @@
+"""What an accelerator does in one optimizer step of a fused head, counted without one.
+
+The head's own code runs on the meta device, whose tensors have shapes and no memory, and takes the
+path of an accelerator there. Every operation that starts a kernel is written down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from arcshard.head.workspace import Workspace
+from arcshard.partial_fc import PartialFC
+from training.planner.trace import Operation, OperationLog
+
+# Blocks are alike, so that more than this many are not all traced: an operation on the meta device
+# takes 0.1 ms, and a step can have millions.
+MOST_BLOCKS = 8
+Tracer = Callable[[PartialFC], Sequence[Operation]]
+
+
+@dataclass(frozen=True)
+class HeadOperations:
+    """Operations of a step: those of a shorter one, and what each further block adds.
+
+    Attributes:
+        base: of the shorter step.
+        further: pairs of a step with one more block, and how often that block is to be added.
+    """
+
+    base: Sequence[Operation]
+    further: Sequence[tuple[Sequence[Operation], int]] = ()
+
+    def total(self, measure: Callable[[Sequence[Operation]], float]) -> float:
+        """Of a measure that adds up over operations, such as their number or their bytes."""
+        base = measure(self.base)
+        return base + sum(times * (measure(more) - base) for more, times in self.further)
+
+    @property
+    def launches(self) -> int:
+        """Operations that start a kernel. A few start more than one, such as sorting."""
+        return round(self.total(len))
+
+    @property
+    def bytes_moved(self) -> float:
+        """Bytes that they read and write."""
+        return self.total(lambda operations: sum(op.bytes_moved for op in operations))
+
+    @property
+    def named_bytes(self) -> float:
+        """Of the tensors that they are given and return (`Operation.named_bytes`)."""
+        return self.total(lambda operations: sum(op.named_bytes for op in operations))
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations in products."""
+        return self.total(lambda operations: sum(op.flops for op in operations))
+
+
+def count_head_step(
+    make: Callable[[int], PartialFC], num_classes: int, trace: Tracer
+) -> HeadOperations:
+    """The operations of one step.
+
+    A step of many blocks is worked out from steps of a few. It has as many launches; its bytes are
+    those of blocks of one size, where the last block is a little smaller. Where no smaller head has
+    such blocks, since its sample is as large as the batch makes it, all blocks are traced.
+
+    Args:
+        make: gives the head for a number of classes, on the meta device.
+        num_classes: of this rank.
+        trace: gives the operations of a step of a head: `trace_head_step`, or a part of it.
+    """
+    head = make(num_classes)
+    plan, cost = head.planned_blocks()
+    count, rows = len(plan.blocks()), plan.rows_per_block
+    if count <= MOST_BLOCKS or head.sample_rate == 0:
+        return HeadOperations(trace(head))
+    # There are two kinds of blocks at most. The first ones are kept, or kept with their copies.
+    has_copies = plan.copied_rows > 0
+    first = math.ceil((plan.copied_rows if has_copies else plan.kept_rows) / rows)
+    numbers = (min(first, 2), min(count - first, 2))
+
+    def of_blocks(first: int, others: int) -> PartialFC | None:
+        """A head with so many blocks of either kind, if there is one."""
+        classes = math.floor((first + others) * rows / head.centres_per_class / head.sample_rate)
+        part = make(classes)
+        assert part.engine is not None
+        kept, copied = (first + others, first) if has_copies else (first, 0)
+        work = rows * cost.work_bytes_per_row
+        budget = work + kept * rows * cost.kept_bytes_per_row
+        budget += copied * rows * cost.width * cost.element_bytes
+        part.engine.workspace = Workspace(budget, work)
+        found, _ = part.planned_blocks()
+        has = [len(found.blocks()), found.rows_per_block]
+        has += [math.ceil(n / rows) for n in (found.kept_rows, found.copied_rows)]
+        return part if has == [first + others, rows, kept, copied] else None
+
+    wanted = [(numbers, 1)]
+    if first > numbers[0]:
+        wanted.append(((numbers[0] + 1, numbers[1]), first - numbers[0]))
+    if count - first > numbers[1]:
+        wanted.append(((numbers[0], numbers[1] + 1), count - first - numbers[1]))
+    parts = [(part, times) for blocks, times in wanted if (part := of_blocks(*blocks)) is not None]
+    if len(parts) < len(wanted):
+        return HeadOperations(trace(head))
+    (base, _), *further = [(trace(part), times) for part, times in parts]
+    return HeadOperations(base, further)
+
+
+def trace_head_step(
+    head: PartialFC, passes: int = 1, is_deferred: bool = False
+) -> list[Operation]:
+    """The operations of one optimizer step of `head`, the gathering of the batch included.
+
+    Args:
+        head: of one rank, on the meta device, with a `batch_size_per_rank` and a `row_update`.
+        passes: micro-batches of the step.
+        is_deferred: the centers move in `head.step` rather than in backward; several passes and a
+            loss scaler make it so.
+    """
+    batch = head.batch_size_per_rank
+    assert batch is not None
+    assert head.row_update is not None
+    head.row_update.state(head.weight)  # made once, in the first step
+    learning_rate = None if is_deferred or passes > 1 else 0.1
+    embeddings = torch.empty(
+        batch, head.embedding_size, dtype=head.work_dtype, device="meta", requires_grad=True
+    )
+    labels = torch.empty(batch, dtype=torch.int64, device="meta")
+    bad = torch.empty((), dtype=torch.bool, device="meta")
+    with OperationLog() as log:
+        if passes > 1:
+            head.prepare([labels] * passes)
+        for _ in range(passes):
+            head(embeddings, labels, learning_rate).backward()
+            embeddings.grad = None
+        head.step(0.1, bad)
+    return log.operations
