@@ -6,8 +6,8 @@
 Per step: gather the global batch, draw this rank's classes, let the margin fix what it needs,
 and combine the softmax over ranks. Two paths share all this and differ in the middle:
 
-    update="fused"     arcshard/head/fused.py: blocks of classes, no B x C matrix, no C x D gradient;
-                       class centres move in backward or in `step`
+    update="fused"     arcshard/head/fused.py: blocks of classes; neither a B x C matrix nor a
+                       C x D gradient; class centres move in backward or in `step`
     update="autograd"  the readable one (arcshard/head/reference.py): an ordinary `weight.grad`
 
 The gradient contract: the loss is the mean over the global batch on every rank, and
