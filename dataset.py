@@ -16,24 +16,32 @@ import cv2
 import numpy as np
 import torch
 
-from data.augment import normalise, parse_augmentation
-from data.collate import DATA_ERRORS, BatchMaker, Loaded
-from data.concat import ExcludingSource, JoinedSource
-from data.crop import RandomResizedCrop, centre_crop
+from data.augment import normalize_images, parse_augmentation
+from data.collate import DATA_ERRORS, BatchLoader, LoadedBatch
+from data.concat import ConcatDataset, Subset
+from data.crop import RandomResizedCrop, center_crop
+from data.datasets import (
+    DataError,
+    FolderDataset,
+    ImageDataset,
+    MissingDataError,
+    RecordDataset,
+    SyntheticDataset,
+    check_num_classes,
+)
 from data.decode import decode_image
 from data.device import prefetch_to_device
 from data.fingerprint import join_samples
 from data.prefetch import OrderedPrefetch
-from data.sampling import BlockShuffled, ClassBalanced, InOrder, Order, Shares, Shuffled
-from data.sources import (
-    DataError,
-    FolderSource,
-    ImageSource,
-    MissingDataError,
-    RecordSource,
-    SyntheticSource,
-    check_num_classes,
+from data.sampling import (
+    BlockShuffleSampler,
+    ClassBalancedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    WeightedSampler,
 )
+from utils.moved import moved
 
 __all__ = [
     "DATA_ERRORS",
@@ -42,10 +50,12 @@ __all__ = [
     "DataLoader",
     "MissingDataError",
     "get_dataloader",
-    "normalise",
+    "normalize_images",
 ]
 
 log = logging.getLogger(__name__)
+
+__getattr__ = moved(__name__, "data.augment", {"normalise": "normalize_images"})
 
 Root = str | os.PathLike[str]
 WORKER_TYPES = ("threads", "processes")
@@ -62,7 +72,7 @@ class Batch(NamedTuple):
 class Workers(Protocol):
     """What makes batches: threads here, data/processes.py, data/dali.py."""
 
-    def run(self, epoch: int, steps: range) -> Iterator[Loaded]:
+    def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
         """The batches of these steps, in order."""
         ...
 
@@ -75,7 +85,7 @@ class DataLoader:
     """
 
     def __init__(
-        self, make: BatchMaker, workers: Workers, device: torch.device | None = None
+        self, make: BatchLoader, workers: Workers, device: torch.device | None = None
     ) -> None:
         self._make, self._workers, self._device = make, workers, device
         self.source, self.batch_size = make.source, make.batch_size
@@ -150,16 +160,16 @@ class DataLoader:
             return self.source.read(index)[0]
         encoded, _ = self.source.read_encoded(index)
         picture = decode_image(encoded, self.source.describe(index))
-        return centre_crop(picture, self.source.input_size)
+        return center_crop(picture, self.source.input_size)
 
 
 class _Threads:
     """Each thread makes whole batches; 0 threads: the consumer does."""
 
-    def __init__(self, make: BatchMaker, num_workers: int) -> None:
+    def __init__(self, make: BatchLoader, num_workers: int) -> None:
         self._make, self._num_workers = make, num_workers
 
-    def run(self, epoch: int, steps: range) -> Iterator[Loaded]:
+    def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
         if self._num_workers:
             cv2.setNumThreads(0)  # ours already are one per core; OpenCV's own would compete
         return OrderedPrefetch(lambda step: self._make(epoch, step), steps, self._num_workers)
@@ -206,7 +216,7 @@ def get_dataloader(
     crop: how pictures of any size are cut and resized to `input_size`; None: all have that size.
         "synthetic" images have it.
     shuffle: False takes the set as it lies. shuffle_block: images per block of a block-wise
-        shuffle, for disks that read neighbours faster; 0: over the whole set.
+        shuffle, for disks that read neighbors faster; 0: over the whole set.
     weights: each set's share of an epoch, as relative numbers; None: by its size.
     samples_per_class: every class equally often, this many images of it at a time; 0: as it is.
     exclude: a list of images and classes to leave out, see data/concat.py; with several sets one
@@ -236,35 +246,47 @@ def get_dataloader(
         raise DataError(str(error)) from error
     roots = [root_dir] if isinstance(root_dir, (str, os.PathLike)) else list(root_dir)
     lists = [exclude] if exclude is None or isinstance(exclude, (str, os.PathLike)) else exclude
-    source = open_sources(roots, input_size, num_classes, num_images, lists)
+    source = open_datasets(roots, input_size, num_classes, num_images, lists)
     order = _choose_order(source, seed, shuffle, shuffle_block, weights, samples_per_class)
     if samples_per_class and batch_size % samples_per_class:
         raise DataError(
             f"batch_size={batch_size} is no multiple of samples_per_class={samples_per_class}; "
             "a group of one class has to fit a rank's batch"
         )
-    make = BatchMaker(
-        source, order, batch_size, rank=rank, world_size=world_size, seed=seed,
-        augmentation=augmentation, drop_last=drop_last, on_bad_record=on_bad_record,
-        pin_memory=pin_memory, crop=None if isinstance(source, SyntheticSource) else crop,
-    )  # fmt: skip
+    make = BatchLoader(
+        source,
+        order,
+        batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        augmentation=augmentation,
+        drop_last=drop_last,
+        on_bad_record=on_bad_record,
+        pin_memory=pin_memory,
+        crop=None if isinstance(source, SyntheticDataset) else crop,
+    )
     loader = DataLoader(make, _workers(make, num_workers, worker_type, dali, device), device)
     if num_images is not None and num_images != loader.num_images:
         log.warning(
             "%s has %d images, not %d as stated; the real number is used",
-            root_dir, loader.num_images, num_images,
-        )  # fmt: skip
+            root_dir,
+            loader.num_images,
+            num_images,
+        )
     log.info(
         "an epoch is %d steps of %d images; the last %d images of each epoch's order are left out",
-        len(loader), make.global_batch, loader.num_images_dropped_per_epoch,
-    )  # fmt: skip
+        len(loader),
+        make.global_batch,
+        loader.num_images_dropped_per_epoch,
+    )
     return loader
 
 
 def _workers(
-    make: BatchMaker, num_workers: int, worker_type: str, dali: bool, device: torch.device | None
+    make: BatchLoader, num_workers: int, worker_type: str, dali: bool, device: torch.device | None
 ) -> Workers:
-    if dali and not isinstance(make.source, SyntheticSource):  # which has nothing to decode
+    if dali and not isinstance(make.source, SyntheticDataset):  # which has nothing to decode
         from data.dali import DaliPool
 
         return DaliPool(make, max(num_workers, 1), device)
@@ -276,17 +298,19 @@ def _workers(
 
 
 def _choose_order(
-    source: ImageSource,
+    source: ImageDataset,
     seed: int,
     shuffle: bool,
     shuffle_block: int,
     weights: Sequence[float] | None,
     samples_per_class: int,
-) -> Order:
+) -> Sampler:
     chosen = {
-        "shuffle=False": not shuffle, "shuffle_block": shuffle_block,
-        "weights": weights is not None, "samples_per_class": samples_per_class,
-    }  # fmt: skip
+        "shuffle=False": not shuffle,
+        "shuffle_block": shuffle_block,
+        "weights": weights is not None,
+        "samples_per_class": samples_per_class,
+    }
     names = [name for name, value in chosen.items() if value]
     if len(names) > 1 or shuffle_block < 0 or samples_per_class < 0:
         raise DataError(
@@ -294,53 +318,55 @@ def _choose_order(
             f"choose one (shuffle_block={shuffle_block}, samples_per_class={samples_per_class})"
         )
     if not shuffle:
-        return InOrder(len(source))
+        return SequentialSampler(len(source))
     if shuffle_block:
-        return BlockShuffled(len(source), seed, shuffle_block)
+        return BlockShuffleSampler(len(source), seed, shuffle_block)
     if samples_per_class:
-        return ClassBalanced(source.labels(), samples_per_class, seed)
+        return ClassBalancedSampler(source.labels(), samples_per_class, seed)
     if weights is None:
-        return Shuffled(len(source), seed)
-    sizes = source.sizes if isinstance(source, JoinedSource) else [len(source)]
+        return RandomSampler(len(source), seed)
+    sizes = source.sizes if isinstance(source, ConcatDataset) else [len(source)]
     if len(weights) != len(sizes) or not all(0 < w < float("inf") for w in weights):
         raise DataError(
             f"weights={list(weights)} for {len(sizes)} sets: one number above 0 for each is needed"
         )
-    order = Shares(sizes, weights, seed)
+    order = WeightedSampler(sizes, weights, seed)
     for number, (share, size) in enumerate(zip(order.shares.tolist(), sizes, strict=True)):
         log.info("set %d: %d of its %d images per epoch", number, share, size)
     return order
 
 
-def open_sources(
+def open_datasets(
     roots: Sequence[Root],
     input_size: int = 112,
     num_classes: int | None = None,
     num_images: int | None = None,
     exclude: Sequence[Root | None] = (None,),
-) -> ImageSource:
+) -> ImageDataset:
     """One source for all `roots`, without what the lists in `exclude` name."""
-    if not roots or len(exclude) not in (1, len(roots)) or (
-        len(roots) > 1 and len(exclude) == 1 and exclude[0] is not None
-    ):  # fmt: skip
+    if (
+        not roots
+        or len(exclude) not in (1, len(roots))
+        or (len(roots) > 1 and len(exclude) == 1 and exclude[0] is not None)
+    ):
         raise DataError(
             f"{len(roots)} sets with {len(exclude)} exclusion lists: one set or more is needed, "
             "and one list (or None) for each set"
         )
     alone = len(roots) == 1
     lists = list(exclude) if len(exclude) == len(roots) else [None] * len(roots)
-    sources: list[ImageSource] = []
+    sources: list[ImageDataset] = []
     for root, path_list in zip(roots, lists, strict=True):
-        source: ImageSource = open_source(
+        source: ImageDataset = open_dataset(
             root, input_size, num_classes if alone else None, num_images if alone else None
         )
         if path_list is not None:
-            source = ExcludingSource(source, Path(path_list))
+            source = Subset(source, Path(path_list))
             log.info("%s: %d images excluded by %s", root, source.num_excluded, path_list)
         sources.append(source)
     if alone:
         return sources[0]
-    joined = JoinedSource(sources)
+    joined = ConcatDataset(sources)
     for root, offset in zip(roots, joined.label_offsets, strict=True):
         log.info("%s: its classes begin at %d", root, offset)
     if num_classes is not None:
@@ -349,12 +375,12 @@ def open_sources(
     return joined
 
 
-def open_source(
+def open_dataset(
     root_dir: Root,
     input_size: int = 112,
     num_classes: int | None = None,
     num_images: int | None = None,
-) -> RecordSource | FolderSource | SyntheticSource:
+) -> RecordDataset | FolderDataset | SyntheticDataset:
     """The source that `root_dir` names; see `get_dataloader`."""
     if os.fspath(root_dir) == "synthetic":
         if not num_classes or not num_images or num_classes < 1 or num_images < 1:
@@ -362,9 +388,9 @@ def open_source(
                 f"'synthetic' with num_classes={num_classes} and num_images={num_images}: it needs "
                 "both, 1 or more; set num_classes=... and num_image=..."
             )
-        return SyntheticSource(num_classes, num_images, input_size)
+        return SyntheticDataset(num_classes, num_images, input_size)
     root = Path(root_dir)
     names = {"train.rec", "train.idx", "property"}
     if root.suffix == ".rec" or any((root / name).is_file() for name in names):
-        return RecordSource(root, num_classes, input_size)
-    return FolderSource(root, num_classes, input_size)
+        return RecordDataset(root, num_classes, input_size)
+    return FolderDataset(root, num_classes, input_size)

@@ -9,7 +9,7 @@
         num_classes,               # C, over all ranks; each holds its part of the centers
         sample_rate=1.0,           # r: share of a rank's classes in a step, beside the positives
         *,
-        row_update=None,           # SGDRows(momentum, weight_decay) or AdamWRows(...)
+        row_optimizer=None,           # SGDRows(momentum, weight_decay) or AdamWRows(...)
         update="fused",            # or "autograd", the reference path
         group=None,                # ranks that share the classes
         ...

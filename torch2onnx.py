@@ -87,13 +87,13 @@ def export_onnx(
     opset: int = DEFAULT_OPSET,
     simplify: bool = False,
     precision: str = "fp32",
-    fold_normalisation: bool = False,
+    fold_normalization: bool = False,
     verify_on: Sequence[VerificationSet] = (),
 ) -> ExportReport:
     """Write `backbone` in eval mode as an ONNX file, whole and checked, or not at all.
 
     Input `data` [batch, in_channels, input_size, input_size] float32, output `embedding`
-    [batch, num_features] float32, not normalised; batch is symbolic. The backbone itself, its mode
+    [batch, num_features] float32, not normalized; batch is symbolic. The backbone itself, its mode
     and its device stay as they are. Weights that do not fit into a file of 2 GiB go to
     `<output>.data` beside it.
 
@@ -105,7 +105,7 @@ def export_onnx(
         simplify: fold constants and fuse norms into convolutions first.
         precision: fp32, or fp16: weights and arithmetic of half the size; input and output stay
             float32.
-        fold_normalisation: put (pixel - mean) / std into the graph, which then takes pixels 0..255;
+        fold_normalization: put (pixel - mean) / std into the graph, which then takes pixels 0..255;
             the metadata says mean 0 and std 1.
         verify_on: sets whose accuracy is measured with PyTorch and with the file; in fp32 the two
             must be equal.
@@ -119,8 +119,8 @@ def export_onnx(
     backbone = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
     width = 2 if precision == "fp16" else 4
     weight_bytes = sum(width * tensor.numel() for tensor in backbone.state_dict().values())
-    exported = _Exported(backbone, metadata, precision, fold_normalisation)
-    said = replace(metadata, mean=0.0, std=1.0) if fold_normalisation else metadata
+    exported = _Exported(backbone, metadata, precision, fold_normalization)
+    said = replace(metadata, mean=0.0, std=1.0) if fold_normalization else metadata
     data, outside = output.with_name(f"{output.name}.data"), weight_bytes > LARGEST_SINGLE_FILE
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -128,14 +128,14 @@ def export_onnx(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unchecked = Path(folder) / output.name
         model = _translate(exported, opset, simplify)
-        _name_normalisation(model, fold_normalisation)
+        _name_normalization(model, fold_normalization)
         _describe(model, said, precision)
         for tensor in model.graph.initializer:
             if outside and len(tensor.raw_data) > 1024:  # shapes, which are small, stay inside
                 onnx.external_data_helper.set_external_data(tensor, data.name)
         onnx.save_model(model, unchecked, format="protobuf")
         onnx.checker.check_model(str(unchecked), full_check=True)
-        differences = _compare(backbone, metadata, unchecked, precision, fold_normalisation)
+        differences = _compare(backbone, metadata, unchecked, precision, fold_normalization)
         accuracies = {
             one.name: _verify(backbone, metadata, unchecked, one, precision) for one in verify_on
         }
@@ -159,7 +159,7 @@ def export_onnx(
 
 
 class _Exported(torch.nn.Module):
-    """What goes into the file: the backbone, with normalisation before it and casts around it."""
+    """What goes into the file: the backbone, with normalization before it and casts around it."""
 
     def __init__(
         self, backbone: Backbone, metadata: ModelMetadata, precision: str, fold: bool
@@ -204,7 +204,7 @@ def _check_request(
 
 
 def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelProto:
-    """The ONNX form of the module, with a symbolic batch from the start, not relabelled later."""
+    """The ONNX form of the module, with a symbolic batch from the start, not relabeled later."""
     # Two images, because torch.export takes a size of 1 for a constant.
     example = torch.zeros(2, *exported.shape)
     with _quiet():
@@ -235,7 +235,7 @@ def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelPro
     return model
 
 
-def _name_normalisation(model: onnx.ModelProto, folded: bool) -> None:
+def _name_normalization(model: onnx.ModelProto, folded: bool) -> None:
     """Put the folded nodes first and call them Sub and Mul: MFR's checker looks for such names."""
     if not folded:
         return
@@ -243,7 +243,7 @@ def _name_normalisation(model: onnx.ModelProto, folded: bool) -> None:
     maker = {node.output[0]: node for node in graph.node}
     for kind in ("Sub", "Mul"):
         step = next(n for n in graph.node if n.op_type == kind and at in n.input)
-        step.name, at = f"{kind}_normalise", step.output[0]
+        step.name, at = f"{kind}_normalize", step.output[0]
         first += [maker[name] for name in step.input if name in maker and maker[name] not in first]
         first.append(step)
     rest = [node for node in graph.node if node not in first]
@@ -372,10 +372,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             opset=args.opset,
             simplify=args.simplify,
             precision=args.precision,
-            fold_normalisation=args.fold_normalisation,
-            verify_on=[load_verification_set(path, None, metadata.input_size)
-                       for path in args.verify],
-        )  # fmt: skip
+            fold_normalization=args.fold_normalization,
+            verify_on=[
+                load_verification_set(path, None, metadata.input_size) for path in args.verify
+            ],
+        )
     except (WeightsError, ValueError, OSError) as error:
         print(f"torch2onnx: {error}", file=sys.stderr)
         return 2
@@ -407,7 +408,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--opset", type=int, default=DEFAULT_OPSET, help="ONNX opset (default: %(default)s)")
     add("--simplify", action="store_true", help="fold constants, fuse norms into convolutions")
     add("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic")
-    add("--fold-normalisation", action="store_true", help="the graph takes pixels 0..255")
+    add("--fold-normalization", action="store_true", help="the graph takes pixels 0..255")
     add("--verify", nargs="+", type=Path, default=[], metavar="SET", help=".bin sets to compare on")
     return parser
 

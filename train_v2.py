@@ -26,22 +26,22 @@ from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS, Batch, DataLoader
 from eval.verification_sets import VerificationSetError
-from training.build import VERSION, Parts, build, facts_of
+from training.build import VERSION, TrainComponents, build, facts_of
 from training.checkpoint import resume
 from training.checkpoint.checkpointer import (
     FOLDER,
     Checkpointer,
     CheckpointError,
-    Ranks,
-    named,
-    sweep,
+    RankGroup,
+    list_checkpoints,
+    remove_incomplete,
 )
 from training.checkpoint.class_centers import remember_class_names
-from training.checkpoint_manager import Keeper, SavesFailed, Stopped
-from training.divergence import Diverged, DivergencePolicy, RollBack, Watch
-from training.heartbeat import EXIT_RANK_LOST, Heartbeat, heartbeat_store, is_of_a_collective
+from training.checkpoint_manager import CheckpointManager, SavesFailed, Stopped
+from training.divergence import Diverged, DivergenceMonitor, DivergencePolicy, RollBack
+from training.heartbeat import EXIT_RANK_LOST, Heartbeat, heartbeat_store, is_collective_failure
 from training.init_head import init_head
-from training.metrics_logger import Reporter, start_wandb
+from training.metrics_logger import MetricsLogger, start_wandb
 from training.preflight import (
     PreflightError,
     code_version,
@@ -52,36 +52,55 @@ from training.preflight import (
 from training.profile import StepProfile, phase
 from training.setup import (
     SetupError,
+    archive_earlier_run,
     check_output,
-    set_aside_earlier_run,
     share_global_batch,
 )
 from training.signals import StopSignals
 from training.state import Progress, RunState
 from training.validation import CUT_SHORT, Validation
 from utils.config import ConfigError, describe_fields, load_config, plain_values, save_config
-from utils.distributed import DeviceError, World, barrier, join_world, leave_world
+from utils.distributed import (
+    DeviceError,
+    DistContext,
+    barrier,
+    destroy_distributed,
+    init_distributed,
+)
 from utils.log import init_logging
 from utils.memory import keep_freed_memory
 from utils.meter import SpeedMeter
 
 BAD_INPUT = (
-    ConfigError, DeviceError, SetupError, CheckpointError, PreflightError, WeightsError,
-    VerificationSetError, *DATA_ERRORS, OSError,
-)  # fmt: skip
+    ConfigError,
+    DeviceError,
+    SetupError,
+    CheckpointError,
+    PreflightError,
+    WeightsError,
+    VerificationSetError,
+    *DATA_ERRORS,
+    OSError,
+)
 EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 6
 
 logger = logging.getLogger("train")
 
 
 def train(
-    cfg: Config, world: World, parts: Parts, folder: Path,
-    progress: Progress, watch: Watch, keeper: Keeper, heartbeat: Heartbeat,
-) -> None:  # fmt: skip
+    cfg: Config,
+    world: DistContext,
+    parts: TrainComponents,
+    folder: Path,
+    progress: Progress,
+    watch: DivergenceMonitor,
+    keeper: CheckpointManager,
+    heartbeat: Heartbeat,
+) -> None:
     """The loop: data, step, and every so often a log line, a verification, a checkpoint."""
     limit = parts.total_steps if cfg.max_steps is None else cfg.max_steps
     last_step = min(parts.total_steps, limit)
-    reporter = Reporter(folder, world.is_main, _wandb(cfg, world, folder), progress.step)
+    reporter = MetricsLogger(folder, world.is_main, _wandb(cfg, world, folder), progress.step)
     validation = Validation(
         parts, world, folder, cfg.val_batch_size, cfg.input_size, progress, keeper.is_asked_to_stop
     )
@@ -114,7 +133,7 @@ def train(
             heartbeat.mark("step", progress.step)
             learning_rate = parts.schedule(progress.step)
             outcome = parts.step(batches, learning_rate, is_frozen=epoch < cfg.freeze_epoch)
-            watch.see(outcome, parts.head.alikeness)
+            watch.observe(outcome, parts.head.mean_pairwise_cosine)
             profile.after_step()
             progress.step += 1
             progress.position += 1
@@ -175,16 +194,20 @@ def micro_batches(loader: DataLoader, count: int, meter: SpeedMeter) -> Iterator
         yield group
 
 
-def _wandb(cfg: Config, world: World, folder: Path) -> object:
+def _wandb(cfg: Config, world: DistContext, folder: Path) -> object:
     if not cfg.using_wandb or not (world.is_main or cfg.wandb_log_all):
         return None
     name = folder.name + (f"_{cfg.suffix_run_name}" if cfg.suffix_run_name else "")
     return start_wandb(
         name=name if world.world_size == 1 else f"{name}_rank{world.rank}",
-        entity=cfg.wandb_entity, project=cfg.wandb_project, resume=cfg.wandb_resume,
-        notes=cfg.notes, group=name, folder=folder,
+        entity=cfg.wandb_entity,
+        project=cfg.wandb_project,
+        resume=cfg.wandb_resume,
+        notes=cfg.notes,
+        group=name,
+        folder=folder,
         settings={k: v for k, v in vars(cfg).items() if k != "wandb_key"},
-    )  # fmt: skip
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run([word for word in words if word != "--dry-run"], is_dry)
     finally:
-        leave_world()
+        destroy_distributed()
 
 
 def run(words: Sequence[str], is_dry: bool = False) -> int:
@@ -209,12 +232,17 @@ def run(words: Sequence[str], is_dry: bool = False) -> int:
     """
     try:
         cfg = load_config(words[0], words[1:])
-        world = join_world(cfg.device)
+        world = init_distributed(cfg.device)
         if is_dry:
             cfg = dataclasses.replace(
-                cfg, output=f"{cfg.output}.dry_run", max_steps=2, resume="never", frequent=1,
-                using_wandb=False, freeze_epoch=0,  # frozen steps would try half of it only
-            )  # fmt: skip
+                cfg,
+                output=f"{cfg.output}.dry_run",
+                max_steps=2,
+                resume="never",
+                frequent=1,
+                using_wandb=False,
+                freeze_epoch=0,  # frozen steps would try half of it only
+            )
         if world.device.type == "cpu":
             keep_freed_memory()
         folder = check_output(cfg.output or "")
@@ -240,7 +268,7 @@ def run(words: Sequence[str], is_dry: bool = False) -> int:
     return 0
 
 
-def run_on(cfg: Config, world: World, folder: Path) -> Parts:
+def run_on(cfg: Config, world: DistContext, folder: Path) -> TrainComponents:
     """A whole run on ranks that have met, its files in a folder that can be written."""
     cfg = share_global_batch(cfg, world.world_size)
     with StopSignals() as signals:
@@ -253,10 +281,10 @@ def run_on(cfg: Config, world: World, folder: Path) -> Parts:
         try:
             train(cfg, world, parts, folder, progress, watch, keeper, heartbeat)
         except RuntimeError as error:
-            if not is_of_a_collective(error):
+            if not is_collective_failure(error):
                 heartbeat.close(f"{type(error).__name__}: {error}")
                 raise
-            logger.error("%s", heartbeat.describe_lost(error))
+            logger.error("%s", heartbeat.describe_stragglers(error))
             logging.shutdown()
             os._exit(EXIT_RANK_LOST)  # threads that wait for the lost rank cannot be ended
         except Exception as error:
@@ -267,13 +295,15 @@ def run_on(cfg: Config, world: World, folder: Path) -> Parts:
 
 
 def begin(
-    cfg: Config, world: World, parts: Parts, folder: Path, signals: StopSignals
-) -> tuple[Progress, Watch, Keeper]:
+    cfg: Config, world: DistContext, parts: TrainComponents, folder: Path, signals: StopSignals
+) -> tuple[Progress, DivergenceMonitor, CheckpointManager]:
     """A new run, or one that goes on from a checkpoint; all ranks have passed their checks."""
-    watch, ranks = Watch(world.device), Ranks(world)
+    watch, ranks = DivergenceMonitor(world.device), RankGroup(world)
     state = RunState(parts, world, watch, cfg.seed)
     facts = facts_of(cfg, parts)
-    checkpoints = cfg.keep_checkpoints + 2 - len(named(folder / FOLDER))  # and one being written
+    checkpoints = (
+        cfg.keep_checkpoints + 2 - len(list_checkpoints(folder / FOLDER))
+    )  # and one being written
     preflight(
         world,
         {
@@ -294,27 +324,38 @@ def begin(
         logger.info("resuming at step %d from %s", progress.step, found.path)
     elif cfg.init_head is not None:
         init_head(
-            cfg.init_head, parts, ranks, has_backbone=cfg.init_backbone is not None,
-            batch_size=cfg.batch_size, num_workers=cfg.num_workers,
-        )  # fmt: skip
+            cfg.init_head,
+            parts,
+            ranks,
+            has_backbone=cfg.init_backbone is not None,
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
+        )
     if world.is_main:
         if found is None or not found.path.resolve().is_relative_to(folder.resolve()):
-            set_aside_earlier_run(folder)
-        sweep(folder / FOLDER)
+            archive_earlier_run(folder)
+        remove_incomplete(folder / FOLDER)
         save_config(
-            cfg, folder / "config.json", world_size=world.world_size,
-            num_classes=parts.head.num_classes, num_images=parts.loader.num_images,
+            cfg,
+            folder / "config.json",
+            world_size=world.world_size,
+            num_classes=parts.head.num_classes,
+            num_images=parts.loader.num_images,
             total_steps=parts.total_steps,
-        )  # fmt: skip
+        )
         remember_class_names(parts.loader.source, folder)
     barrier(world)
     keep = max(cfg.keep_checkpoints, 1)
-    keeper = Keeper(
-        world, state, facts,
-        Checkpointer(folder / FOLDER, ranks, keep, cfg.max_failed_saves), signals,
-        every_steps=cfg.checkpoint_every, every_minutes=cfg.checkpoint_minutes,
+    keeper = CheckpointManager(
+        world,
+        state,
+        facts,
+        Checkpointer(folder / FOLDER, ranks, keep, cfg.max_failed_saves),
+        signals,
+        every_steps=cfg.checkpoint_every,
+        every_minutes=cfg.checkpoint_minutes,
         is_on=cfg.keep_checkpoints > 0,
-    )  # fmt: skip
+    )
     return progress, watch, keeper
 
 

@@ -2,7 +2,7 @@
 
     from arcshard import ArcFace, PartialFC, SGDRows
 
-    head = PartialFC(ArcFace(), 512, num_classes, row_update=SGDRows(momentum=0.9))
+    head = PartialFC(ArcFace(), 512, num_classes, row_optimizer=SGDRows(momentum=0.9))
     loss = head(embeddings, labels)
     loss.backward()
     head.step(learning_rate)

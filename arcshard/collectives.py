@@ -87,7 +87,7 @@ def gather_labels(local_labels: Tensor, pad_label: int, capacity: int, group: Gr
     return gathered
 
 
-def largest(value: int, group: Group, device: torch.device) -> int:
+def max_over_ranks(value: int, group: Group, device: torch.device) -> int:
     """The largest of a whole number over the ranks (waits for the device)."""
     if group is None:
         return value

@@ -1,13 +1,14 @@
-"""Losses by name: what happens to the similarity of an embedding with its class centres.
+"""Losses by name: what happens to the similarity of an embedding with its class centers.
 
 Every loss is a `Margin` (arcshard/margins/base.py): pure functions of cosines, norms and the batch,
-which know nothing of ranks. One engine serves them all, and one readable path it is tested against.
+which know nothing of ranks. One fused path (arcshard/head/fused.py) serves them all, and it is
+tested against one reference path (arcshard/head/reference.py).
 
     arcshard/margins/fixed.py      Softmax, NormFace, ArcFace, CosFace, SphereFace; filtering
     arcshard/margins/adaptive.py   AdaFace, MagFace, CurricularFace, ElasticFace
 
-Sub-centre ArcFace (Deng et al. 2020, "Sub-center ArcFace", ECCV) is any of them on a head with
-several centres per class: PartialFC(..., centres_per_class=3).
+Sub-center ArcFace (Deng et al. 2020, "Sub-center ArcFace", ECCV) is any of them on a head with
+several centers per class: PartialFC(..., centers_per_class=3).
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ from arcshard.margins.base import DERIVATIVE_CLAMP, BatchFacts, Margin
 from arcshard.margins.fixed import CombinedMargin, Softmax
 
 __all__ = [
-    "DERIVATIVE_CLAMP", "AdaFace", "ArcFace", "BatchFacts", "CombinedMargin", "CosFace",
-    "CurricularFace", "ElasticFace", "MagFace", "Margin", "NormFace", "Softmax", "SphereFace",
-]  # fmt: skip
+    "DERIVATIVE_CLAMP",
+    "AdaFace",
+    "ArcFace",
+    "BatchFacts",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "ElasticFace",
+    "MagFace",
+    "Margin",
+    "NormFace",
+    "Softmax",
+    "SphereFace",
+]
 
 
 def ArcFace(margin: float = 0.5, scale: float = 64.0, **options: object) -> CombinedMargin:
@@ -39,4 +51,4 @@ def SphereFace(margin: float = 1.7, scale: float = 64.0, **options: object) -> C
 
 def NormFace(scale: float = 64.0) -> Softmax:
     """Scaled cosines without a margin. Wang et al. 2017, arXiv:1704.06369."""
-    return Softmax(scale=scale, normalise=True)
+    return Softmax(scale=scale, normalize=True)

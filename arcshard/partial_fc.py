@@ -1,13 +1,13 @@
-"""PartialFC: the classifier of millions of identities, its class centres sharded over ranks.
+"""PartialFC: the classifier of millions of identities, its class centers sharded over ranks.
 
-    embedding e_i, label y_i, class centre w_j:   cos_ij = <e_i/|e_i|, w_j/|w_j|>
+    embedding e_i, label y_i, class center w_j:   cos_ij = <e_i/|e_i|, w_j/|w_j|>
     z_ij = s cos_ij,  z_iy = s margin(cos_iy),    loss = mean_i (logsumexp_j z_ij - z_iy)
 
 Per step: gather the global batch, draw this rank's classes, let the margin fix what it needs,
 and combine the softmax over ranks. Two paths share all this and differ in the middle:
 
     update="fused"     arcshard/head/fused.py: blocks of classes; neither a B x C matrix nor a
-                       C x D gradient; class centres move in backward or in `step`
+                       C x D gradient; class centers move in backward or in `step`
     update="autograd"  the readable one (arcshard/head/reference.py): an ordinary `weight.grad`
 
 The gradient contract: the loss is the mean over the global batch on every rank, and
@@ -30,26 +30,26 @@ from torch.nn.functional import normalize
 
 from arcshard.collectives import gather_labels, sum_over_ranks
 from arcshard.head.arguments import check_arguments
-from arcshard.head.batch import PAD_LABEL, BatchRules, alikeness
+from arcshard.head.batch import PAD_LABEL, BatchGatherer, mean_pairwise_cosine
 from arcshard.head.block import without_autocast
-from arcshard.head.centers import Centres, ShardCentres
-from arcshard.head.fused import Engine, EngineLoss
-from arcshard.head.init import fill_initial_centres
-from arcshard.head.offload import HostCentres
-from arcshard.head.reference import readable_loss
-from arcshard.head.row_optimizer import RowUpdate, refuse_plain_optimizers
+from arcshard.head.centers import ClassCenters, LocalCenters
+from arcshard.head.fused import FusedMarginSoftmax, FusedMarginSoftmaxFunction
+from arcshard.head.init import init_centers
+from arcshard.head.offload import CenterOffload
+from arcshard.head.reference import reference_loss
+from arcshard.head.row_optimizer import RowOptimizer, refuse_plain_optimizers
 from arcshard.head.sampling import ClassSample, draw_sample, likely_classes, sample_size
-from arcshard.head.target import Target, find_targets
+from arcshard.head.target import PositiveLogits, find_positive_logits
 from arcshard.head.workspace import BlockCost, Plan, choose_workspace, memory_bytes_of
 from arcshard.losses import BatchFacts, Margin
 from arcshard.random import hash_key
 from arcshard.shard import class_range
 
-Update = Literal["fused", "autograd"]
+UpdateMode = Literal["fused", "autograd"]
 
 
 class PartialFC(nn.Module):
-    """Margin softmax over sharded class centres, all of them or a sample per step.
+    """Margin softmax over sharded class centers, all of them or a sample per step.
 
     Args:
         margin: the loss (losses.py).
@@ -57,34 +57,34 @@ class PartialFC(nn.Module):
         num_classes: C over all ranks; more than the labels need is allowed.
         sample_rate: share r of each rank's classes per step, in [0, 1]; the batch's own
             classes are always in, 0 means those only.
-        row_update: rule for the class centres (arcshard/head/row_optimizer.py).
-        update: "fused" moves them by `row_update` without ever holding their gradient;
+        row_optimizer: rule for the class centers (arcshard/head/row_optimizer.py).
+        update: "fused" moves them by `row_optimizer` without ever holding their gradient;
             "autograd" leaves an ordinary `weight.grad`, for `step` or for a torch.optim of yours
             (refused for r < 1: it would move rows that were not sampled). None: "fused" if there
-            is a `row_update`.
+            is a `row_optimizer`.
         batch_size_per_rank: the largest batch any rank will bring. Smaller ones are padded,
             larger ones refused. None: ranks agree on it in every step, which costs one tiny
             collective and, on CUDA, a wait for the device.
-        centres_per_class: K sub-centres; a class counts with its best one (Deng et al. 2020).
+        centers_per_class: K sub-centers; a class counts with its best one (Deng et al. 2020).
         workspace_mib: memory of the fused path, in MiB: all it holds beside the centers, their
             state and O(B D). "auto": an eighth of a GPU's memory, at most what it needs to keep
             all softmax numerators; 256 MiB on a CPU.
         half: torch.bfloat16 runs the large matmuls in it, the fused path's with sums in fp32.
-        seed: of initial centres (with the class index), sampling (with the rank) and draws.
+        seed: of initial centers (with the class index), sampling (with the rank) and draws.
         process_group: the ranks that share the classes; None means the default group, or no
-            group at all when torch.distributed is not initialised.
-        device: where the head computes. dtype: of the class centres, float32 or float64, or
+            group at all when torch.distributed is not initialized.
+        device: where the head computes. dtype: of the class centers, float32 or float64, or
             bfloat16 (moved in fp32 and rounded stochastically; fused only).
-        centre_device: where centres and their state live, if not on `device`; "cpu" keeps them
+        center_device: where centers and their state live, if not on `device`; "cpu" keeps them
             in host memory and brings the sampled rows over (r < 1, fused).
 
     Attributes:
-        weight: [num_classes_local * K, D] parameter, this rank's class centres, class-major.
+        weight: [num_classes_local * K, D] parameter, this rank's class centers, class-major.
         bias: [num_classes_local * K] parameter or None, as the margin has it.
         class_range: `range` of the global classes they belong to.
-        work_dtype: what it computes in: float32, or float64 with float64 centres.
-        alikeness: scalar in [0, 1] of the last global batch, 1 if all its embeddings point the
-            same way; None before the first.
+        work_dtype: what it computes in: float32, or float64 with float64 centers.
+        mean_pairwise_cosine: scalar in [0, 1] of the last global batch, 1 if all its embeddings
+            point the same way; None before the first.
 
     Raises:
         ValueError: an argument outside its domain; a workspace too small for one class.
@@ -97,24 +97,34 @@ class PartialFC(nn.Module):
         num_classes: int,
         sample_rate: float = 1.0,
         *,
-        row_update: RowUpdate | None = None,
-        update: Update | None = None,
+        row_optimizer: RowOptimizer | None = None,
+        update: UpdateMode | None = None,
         batch_size_per_rank: int | None = None,
-        centres_per_class: int = 1,
+        centers_per_class: int = 1,
         workspace_mib: float | str = "auto",
         half: torch.dtype | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        centre_device: torch.device | str | None = None,
+        center_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        update = update or ("autograd" if row_update is None else "fused")
+        update = update or ("autograd" if row_optimizer is None else "fused")
         check_arguments(
-            margin, embedding_size, num_classes, sample_rate, row_update, update,
-            batch_size_per_rank, centres_per_class, workspace_mib, half, dtype, centre_device,
-        )  # fmt: skip
+            margin,
+            embedding_size,
+            num_classes,
+            sample_rate,
+            row_optimizer,
+            update,
+            batch_size_per_rank,
+            centers_per_class,
+            workspace_mib,
+            half,
+            dtype,
+            center_device,
+        )
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self.world_size = dist.get_world_size(process_group) if process_group else 1
@@ -122,62 +132,62 @@ class PartialFC(nn.Module):
         self.group = process_group if self.world_size > 1 else None
         self.device = torch.device(device)
 
-        self.margin, self.row_update, self.update = margin, row_update, update
+        self.margin, self.row_optimizer, self.update = margin, row_optimizer, update
         self.embedding_size, self.num_classes = embedding_size, num_classes
-        self.sample_rate, self.centres_per_class = float(sample_rate), centres_per_class
+        self.sample_rate, self.centers_per_class = float(sample_rate), centers_per_class
         self.seed = seed
         self.class_range = class_range(num_classes, self.rank, self.world_size)
         self.num_classes_local = len(self.class_range)
         self.batch_size_per_rank = batch_size_per_rank
-        self._rules = BatchRules(
+        self._rules = BatchGatherer(
             embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
         )
         self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
-        lives_on = self.device if centre_device is None else centre_device
-        rows = self.num_classes_local * centres_per_class
+        lives_on = self.device if center_device is None else center_device
+        rows = self.num_classes_local * centers_per_class
         self.weight = nn.Parameter(
             torch.empty(rows, embedding_size, device=lives_on, dtype=dtype),
         )
-        fill_initial_centres(self.weight, self.class_range.start * centres_per_class, seed)
+        init_centers(self.weight, self.class_range.start * centers_per_class, seed)
         self.bias: nn.Parameter | None = None
         if margin.bias:
             self.bias = nn.Parameter(torch.zeros(rows, device=lives_on, dtype=self.work_dtype))
-        self._bias_update = copy.deepcopy(row_update) if margin.bias else None
+        self._bias_optimizer = copy.deepcopy(row_optimizer) if margin.bias else None
         for name, value in margin.initial_state().items():
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
         self._margin_before: dict[str, Tensor] = {}  # at the start of the step
 
         self.matmul_half = half
-        self.engine: Engine | None = None
+        self.fused: FusedMarginSoftmax | None = None
         if update == "fused":
             workspace = choose_workspace(
                 workspace_mib, self.device.type, memory_bytes_of(self.device)
             )
-            self.engine = Engine(
-                margin, self.group, workspace, centres_per_class=centres_per_class, half=half
+            self.fused = FusedMarginSoftmax(
+                margin, self.group, workspace, centers_per_class=centers_per_class, half=half
             )
-            refuse_plain_optimizers(self.weight, "update='fused' moves its class centres itself")
+            refuse_plain_optimizers(self.weight, "update='fused' moves its class centers itself")
         elif self.sample_rate < 1.0:
             refuse_plain_optimizers(
                 self.weight,
-                "it would move class centres that were not sampled (weight decay, momentum): for "
-                "sample_rate < 1 pass row_update=SGDRows(...) or AdamWRows(...) to PartialFC and "
+                "it would move class centers that were not sampled (weight decay, momentum): for "
+                "sample_rate < 1 pass row_optimizer=SGDRows(...) or AdamWRows(...) and "
                 "call head.step(learning_rate)",
             )
         self._host = (
-            HostCentres(self.weight, row_update, self.device, self._next_rows)
-            if centre_device is not None and row_update is not None
+            CenterOffload(self.weight, row_optimizer, self.device, self._next_rows)
+            if center_device is not None and row_optimizer is not None
             else None
         )
         self._rows = torch.empty(0, dtype=torch.int64)  # of the shard that hold the sample
         self._sample: ClassSample | None = None  # of the optimizer step in progress
         self._sample_is_prepared = False
-        self.alikeness: Tensor | None = None
+        self.mean_pairwise_cosine: Tensor | None = None
         self._samples_drawn = 0
         self._forwards = 0
-        if self.engine is not None and batch_size_per_rank is not None:
+        if self.fused is not None and batch_size_per_rank is not None:
             self.planned_blocks()  # or say that it can't
 
     def forward(
@@ -191,12 +201,12 @@ class PartialFC(nn.Module):
         Args:
             local_embeddings: [b, D] floating; b may differ between ranks and be 0 on some.
             local_labels: [b] integers in [0, num_classes).
-            learning_rate: fused only; with it the class centres move in backward, which spares a
+            learning_rate: fused only; with it the class centers move in backward, which spares a
                 pass over them. For steps that nothing can veto any more and that have this one
                 loss. Without it they move in `step`.
 
         Returns:
-            Scalar. Non-finite if an embedding is: no class centre moves then.
+            Scalar. Non-finite if an embedding is: no class center moves then.
 
         Raises:
             ValueError: shapes, dtypes or labels that do not fit. On CPUs every rank raises, also
@@ -209,30 +219,40 @@ class PartialFC(nn.Module):
             batch = self._rules.gather(
                 local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
             )
-            column = self._begin_sample(self._localise(batch.labels))  # [B]
-            centres = self._centres()
-            unit = normalize(batch.embeddings) if self.margin.normalise else batch.embeddings
-            self.alikeness = alikeness(
-                unit if self.margin.normalise else normalize(unit.detach()), batch.is_real
+            column = self._begin_sample(self._localize(batch.labels))  # [B]
+            centers = self._centers()
+            unit = normalize(batch.embeddings) if self.margin.normalize else batch.embeddings
+            self.mean_pairwise_cosine = mean_pairwise_cosine(
+                unit if self.margin.normalize else normalize(unit.detach()), batch.is_real
             )
             norms = None
             if self.margin.reads_norms:
                 norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
             row_weight = batch.is_real.to(unit.dtype) / batch.is_real.sum()
 
-            target = find_targets(
-                unit.detach(), column, centres, self.margin.normalise, self.centres_per_class
+            target = find_positive_logits(
+                unit.detach(), column, centers, self.margin.normalize, self.centers_per_class
             )
             context = self._begin_margin(norms, target, batch.is_real)
-            if self.engine is not None:
+            if self.fused is not None:
                 veto = batch.has_unknown | ~batch.is_real.any()
-                arguments = (target, context, centres, row_weight, learning_rate, veto)
-                loss: Tensor = EngineLoss.apply(unit, norms, self.weight, self.engine, arguments)
+                arguments = (target, context, centers, row_weight, learning_rate, veto)
+                loss: Tensor = FusedMarginSoftmaxFunction.apply(
+                    unit, norms, self.weight, self.fused, arguments
+                )
                 return loss
-            loss = readable_loss(
-                self.margin, unit, norms, column, context, *self._rows_of_sample(),
-                self.centres_per_class, row_weight, self.group, self.matmul_half,
-            )  # fmt: skip
+            loss = reference_loss(
+                self.margin,
+                unit,
+                norms,
+                column,
+                context,
+                *self._rows_of_sample(),
+                self.centers_per_class,
+                row_weight,
+                self.group,
+                self.matmul_half,
+            )
             return loss + torch.where(batch.has_unknown, torch.nan, 0.0)
 
     def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
@@ -251,14 +271,14 @@ class PartialFC(nn.Module):
         else:
             capacity = self._rules.capacity(len(local_labels), self.device)
         labels = gather_labels(local_labels, PAD_LABEL, capacity, self.group)
-        self._draw(self._localise(labels))
+        self._draw(self._localize(labels))
         self._sample_is_prepared = True
 
     @torch.no_grad()
     def step(
         self, learning_rate: float, bad: Tensor | None = None, gradient_scale: Tensor | None = None
     ) -> None:
-        """Move the class centres of this step, unless backward did, and forget its sample.
+        """Move the class centers of this step, unless backward did, and forget its sample.
 
         Args:
             learning_rate: of this step, the backbone's.
@@ -266,20 +286,20 @@ class PartialFC(nn.Module):
             gradient_scale: what a loss scaler multiplied the loss with; taken out here.
 
         Raises:
-            RuntimeError: no update rule was given, or there is no gradient.
+            RuntimeError: no row optimizer was given, or there is no gradient.
         """
-        if self.row_update is None:
+        if self.row_optimizer is None:
             raise RuntimeError(
-                "this PartialFC has no update rule: pass row_update=SGDRows(...) or AdamWRows(...) "
-                "(head.row_update), or step weight.grad with an optimizer of yours"
+                "this PartialFC has no row optimizer: pass row_optimizer=SGDRows(...) or "
+                "AdamWRows(...) of arcshard, or step weight.grad with an optimizer of yours"
             )
-        if self.engine is not None:
-            if not self.engine.has_moved_since_finish and not self.engine.has_pending:
+        if self.fused is not None:
+            if not self.fused.has_updated_since_finish and not self.fused.has_pending:
                 raise RuntimeError("no gradient: call loss.backward() before head.step()")
             with without_autocast(self.device):
-                self.engine.finish(learning_rate, bad, gradient_scale)
+                self.fused.finish(learning_rate, bad, gradient_scale)
         else:
-            self._move_by_weight_grad(learning_rate, bad, gradient_scale)
+            self._update_by_weight_grad(learning_rate, bad, gradient_scale)
         if bad is not None:
             for name, before in self._margin_before.items():
                 state = self.get_buffer(f"margin_{name}")
@@ -290,26 +310,28 @@ class PartialFC(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """What sampling and draws need to go on as if they had not been interrupted."""
         return {
-            "samples_drawn": self._samples_drawn, "forwards": self._forwards, "seed": self.seed,
-            "roundings": [rule.roundings for _, rule in self.moved_parameters()],
-        }  # fmt: skip
+            "samples_drawn": self._samples_drawn,
+            "forwards": self._forwards,
+            "seed": self.seed,
+            "roundings": [rule.sr_counter for _, rule in self.optimized_parameters()],
+        }
 
-    def moved_parameters(self) -> list[tuple[nn.Parameter, RowUpdate]]:
+    def optimized_parameters(self) -> list[tuple[nn.Parameter, RowOptimizer]]:
         """Each parameter that moves by rows, with the rule that owns its optimizer state."""
-        pairs = ((self.weight, self.row_update), (self.bias, self._bias_update))
+        pairs = ((self.weight, self.row_optimizer), (self.bias, self._bias_optimizer))
         return [(p, rule) for p, rule in pairs if p is not None and rule is not None]
 
-    def centres_of_step(self) -> tuple[Centres, Tensor | None]:
+    def sampled_centers(self) -> tuple[ClassCenters, Tensor | None]:
         """The rows that take part in the step in progress, as constants, and the classes of this
         rank they belong to ([S] int64; None: all). From `forward` until `backward` moves them."""
-        return self._centres(), None if self._sample is None else self._sample.classes
+        return self._centers(), None if self._sample is None else self._sample.classes
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over `get_extra_state` of a saved head."""
         self._samples_drawn, self.seed = state["samples_drawn"], state["seed"]
         self._forwards = state["forwards"]
-        for (_, rule), count in zip(self.moved_parameters(), state["roundings"], strict=True):
-            rule.roundings = count
+        for (_, rule), count in zip(self.optimized_parameters(), state["roundings"], strict=True):
+            rule.sr_counter = count
 
     def planned_blocks(self) -> tuple[Plan, BlockCost]:
         """Blocks of a step on this rank, and what a row of them takes. Fused only, with a
@@ -317,36 +339,36 @@ class PartialFC(nn.Module):
         classes can make it.
 
         Raises:
-            BufferTooSmallError: not one class fits the workspace.
+            WorkspaceTooSmallError: not one class fits the workspace.
         """
-        assert self.engine is not None
+        assert self.fused is not None
         assert self.batch_size_per_rank is not None
-        assert self.row_update is not None
+        assert self.row_optimizer is not None
         batch = self.batch_size_per_rank * self.world_size
         weight: Tensor = self.weight
-        rows, state = None, self.row_update.state(weight)
+        rows, state = None, self.row_optimizer.state(weight)
         if self.sample_rate < 1.0:
             size = sample_size(self.num_classes_local, self.sample_rate)
-            size = max(size, min(batch, self.num_classes_local)) * self.centres_per_class
+            size = max(size, min(batch, self.num_classes_local)) * self.centers_per_class
             if self._host is not None:  # a sample's rows come over as a shard of their own
                 weight = self.weight[:size]
             else:
                 rows = torch.empty(size, dtype=torch.int64, device="meta")
-        centres = ShardCentres(
-            weight, self.row_update, self.bias, self._bias_update, rows, state=state
+        centers = LocalCenters(
+            weight, self.row_optimizer, self.bias, self._bias_optimizer, rows, state=state
         )
         like = torch.empty(0, dtype=self.work_dtype, device=self.device)
-        step = (centres, batch, self.embedding_size, like)
-        return self.engine.plan(*step), self.engine.cost(*step)
+        step = (centers, batch, self.embedding_size, like)
+        return self.fused.plan(*step), self.fused.cost(*step)
 
     def describe_memory(self) -> str:
         """What the head holds on this rank, for the log."""
-        state = [] if self.row_update is None else self.row_update.state(self.weight).values()
+        state = [] if self.row_optimizer is None else self.row_optimizer.state(self.weight).values()
         size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
-        if self.engine is None:
+        if self.fused is None:
             return f"centers and state {size:,.0f} MiB; logits and gradients by autograd"
         told = f"centers and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
-        budget = self.engine.workspace.budget_bytes / 2**20
+        budget = self.fused.workspace.budget_bytes / 2**20
         if self.batch_size_per_rank is None:
             return told + f"workspace of at most {budget:,.0f} MiB"
         plan, cost = self.planned_blocks()
@@ -371,7 +393,7 @@ class PartialFC(nn.Module):
         if self.sample_rate >= 1.0:
             return local_labels
         if not self._sample_is_prepared:
-            if self.weight.grad is not None or (self.engine and self.engine.has_pending):
+            if self.weight.grad is not None or (self.fused and self.fused.has_pending):
                 raise RuntimeError(
                     "a second forward before head.step(): its classes would be another sample. "
                     "To accumulate gradients call head.prepare(labels of all micro-batches) first"
@@ -387,15 +409,19 @@ class PartialFC(nn.Module):
 
     def _draw(self, local_labels: Tensor) -> None:
         self._sample = draw_sample(
-            local_labels, self.num_classes_local, self.sample_rate,
-            seed=self.seed, rank=self.rank, step=self._samples_drawn,
-        )  # fmt: skip
+            local_labels,
+            self.num_classes_local,
+            self.sample_rate,
+            seed=self.seed,
+            rank=self.rank,
+            step=self._samples_drawn,
+        )
         self._rows = self._rows_of(self._sample.classes)
         self._samples_drawn += 1
 
     def _rows_of(self, classes: Tensor) -> Tensor:
-        """Rows of the shard that hold these classes' centres, K a class."""
-        k = self.centres_per_class
+        """Rows of the shard that hold these classes' centers, K a class."""
+        k = self.centers_per_class
         if k == 1:
             return classes
         return (classes[:, None] * k + torch.arange(k, device=classes.device)).view(-1)
@@ -412,20 +438,21 @@ class PartialFC(nn.Module):
         def find() -> Tensor:
             return self._rows_of(
                 likely_classes(
-                    self.num_classes_local, self.sample_rate,
-                    seed=self.seed, rank=self.rank, step=draw,
+                    self.num_classes_local,
+                    self.sample_rate,
+                    seed=self.seed,
+                    rank=self.rank,
+                    step=draw,
                 )
-            )  # fmt: skip
+            )
 
         return find
 
-    def _centres(self) -> Centres:
+    def _centers(self) -> ClassCenters:
         rows = self._sampled_rows()
         if self._host is not None and rows is not None:
             return self._host.of_step(rows)
-        return ShardCentres(
-            self.weight, self.row_update, self.bias, self._bias_update, rows
-        )
+        return LocalCenters(self.weight, self.row_optimizer, self.bias, self._bias_optimizer, rows)
 
     def _rows_of_sample(self) -> tuple[Tensor, Tensor | None]:
         """weight and bias of the classes that take part, for autograd."""
@@ -435,7 +462,7 @@ class PartialFC(nn.Module):
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
     def _begin_margin(
-        self, norms: Tensor | None, target: Target, is_real: Tensor
+        self, norms: Tensor | None, target: PositiveLogits, is_real: Tensor
     ) -> dict[str, Tensor]:
         """The margin's view of this batch; moves its running values while training."""
         targets = None
@@ -455,13 +482,13 @@ class PartialFC(nn.Module):
                     value.copy_(torch.where(finite, after[name], value))
         return dict(context)
 
-    def _move_by_weight_grad(
+    def _update_by_weight_grad(
         self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
     ) -> None:
         if self.weight.grad is None:
             raise RuntimeError("no gradient: call loss.backward() before head.step()")
         rows = self._sampled_rows()
-        for parameter, rule in self.moved_parameters():
+        for parameter, rule in self.optimized_parameters():
             assert parameter.grad is not None
             gradient = parameter.grad if rows is None else parameter.grad[rows]
             if gradient_scale is not None:
@@ -469,7 +496,7 @@ class PartialFC(nn.Module):
             rule.update_rows(parameter, gradient, rows, learning_rate, bad)
             parameter.grad = None
 
-    def _localise(self, labels: Tensor) -> Tensor:
+    def _localize(self, labels: Tensor) -> Tensor:
         """Global labels in this rank's numbering, -1 where the class lives elsewhere."""
         here = (labels >= self.class_range.start) & (labels < self.class_range.stop)
         return torch.where(here, labels - self.class_range.start, -1)

@@ -46,7 +46,7 @@ def get_model(
     gradient_checkpointing: bool = False,
     **kwargs: Any,
 ) -> Backbone:
-    """A freshly initialised backbone, fp32, in training mode, on torch's default device.
+    """A freshly initialized backbone, fp32, in training mode, on torch's default device.
 
     Args:
         name: one of `model_names()`.

@@ -54,7 +54,7 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward_features")
 
     def forward_embedding(self, features: Tensor) -> Tensor:
-        """Features of `forward_features` -> embeddings [N, num_features], not normalised."""
+        """Features of `forward_features` -> embeddings [N, num_features], not normalized."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_embedding")
 
     def layers_by_depth(self) -> list[tuple[str, ...]]:

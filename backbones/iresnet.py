@@ -93,9 +93,9 @@ class IResNet(Backbone):
         self.features = nn.BatchNorm1d(num_features)
         # The scale of an embedding is divided out by the head: a trained scale would only drift.
         self.features.weight.requires_grad = False
-        self._initialise(zero_init_residual)
+        self._initialize(zero_init_residual)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
+    def _initialize(self, zero_init_residual: bool) -> None:
         """As published: convolutions N(0, 0.1^2), norms 1 and 0, the fc as torch does."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -137,9 +137,9 @@ class ResNet(Backbone):
             blocks += [block(channels, inner, 1) for _ in range(1, count)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc: nn.Linear | None = nn.Linear(pooled, num_features) if with_fc else None
-        self._initialise(zero_init_residual)
+        self._initialize(zero_init_residual)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
+    def _initialize(self, zero_init_residual: bool) -> None:
         """As published: convolutions by He's rule over their outputs, norms 1 and 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

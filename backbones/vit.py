@@ -193,9 +193,9 @@ class VisionTransformer(Backbone):
             nn.Linear(embed_dim, num_features, bias=False),
             nn.BatchNorm1d(num_features, eps=2e-5),
         )
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """As published: linear layers and positions truncated normal 0.02, biases 0."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)

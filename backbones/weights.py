@@ -140,7 +140,7 @@ def save_model(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            _serialise(state, file)
+            _serialize(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -149,7 +149,7 @@ def save_model(
     return path
 
 
-def _serialise(state: OrderedDict[str, Tensor], file: BinaryIO) -> None:
+def _serialize(state: OrderedDict[str, Tensor], file: BinaryIO) -> None:
     """torch.save, whose errors say why the disk refused: torch's writer turns an OSError into a
     RuntimeError about positions."""
     try:
@@ -387,7 +387,7 @@ def _metadata_of(content: Any, file: Path) -> ModelMetadata | None:
 def _metadata_from_weights(
     state: Mapping[str, Tensor], network: str, path: str | os.PathLike[str]
 ) -> ModelMetadata:
-    """The sizes a foreign file shows; image size and normalisation are the usual ones."""
+    """The sizes a foreign file shows; image size and normalization are the usual ones."""
     family = backbone_class(network)
     embedding, stem = state.get(family.EMBEDDING_KEY), state.get(family.STEM_KEY)
     if embedding is None or stem is None or embedding.ndim != 1 or stem.ndim != 4:

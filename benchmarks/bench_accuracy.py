@@ -3,7 +3,7 @@
     python -m benchmarks.bench_accuracy configs/demo rec=demo_data num_epoch=1 max_steps=26 \\
         --ranks 2 --variant precision=bf16
     python -m benchmarks.bench_accuracy configs/lfw_nano rec=FOLDER val_dir=... num_epoch=2 \\
-        --ranks 2 --variant compile=True --variant "zero=True static_graph=True"
+        --ranks 2 --variant compile=True --variant "zero_stage=1 static_graph=True"
 
 Every variant is the base with some keys changed. Each is a run of train_v2.py as a process per
 seed; its number is the last verification of its metrics.jsonl (flip accuracy, the mean over the
@@ -46,8 +46,10 @@ class Row(NamedTuple):
         each = ", ".join(f"{accuracy:.4f}" for accuracy in self.accuracies)
         difference = mean(self.accuracies) - mean(base.accuracies)
         verdict = "" if self is base else "fallen" if self.has_fallen(base) else "within the spread"
-        return (f"| {self.words or 'base'} | {each} | {mean(self.accuracies):.4f} | "
-                f"{difference:+.4f} | {verdict} | {self.seconds:.0f} |")  # fmt: skip
+        return (
+            f"| {self.words or 'base'} | {each} | {mean(self.accuracies):.4f} | "
+            f"{difference:+.4f} | {verdict} | {self.seconds:.0f} |"
+        )
 
 
 def last_accuracy(metrics: Path) -> float:

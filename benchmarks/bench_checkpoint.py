@@ -5,7 +5,7 @@
 steps    configs/demo on 2 ranks as it is, one save every tenth step: a save's steps are those that
          began before it was written. A step's time is the one that metrics.jsonl says, so the
          staging copy is in the first step of each save.
-memory   the state of C class centres of width D = 512 with momentum and of r_nano, on 1 and 2
+memory   the state of C class centers of width D = 512 with momentum and of r_nano, on 1 and 2
          ranks: peak resident memory while saving in one go, while loading, and while saving in the
          background, above what the process held before it built anything, as a multiple of what
          this rank keeps of the state.
@@ -33,11 +33,11 @@ from benchmarks.runs import free_port
 from dataset import Batch
 from scripts.make_synthetic import make_synthetic
 from training.build import build
-from training.checkpoint.checkpointer import Checkpointer, Ranks, check_intact
-from training.divergence import Watch
+from training.checkpoint.checkpointer import Checkpointer, RankGroup, check_intact
+from training.divergence import DivergenceMonitor
 from training.state import Progress, RunState
 from utils.config import load_config
-from utils.distributed import World, join_world, leave_world
+from utils.distributed import DistContext, destroy_distributed, init_distributed
 from utils.memory import keep_freed_memory
 
 EVERY = 10  # steps
@@ -71,15 +71,24 @@ def measure_steps(saves: int) -> dict[str, Any]:
     """Slow-down of the steps during a save, at the demo's size."""
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_") as temporary:
         folder = Path(temporary)
-        make_synthetic(folder / "faces", identities=100, images_per_identity=20,
-                       verification_pairs=40, seed=1)  # fmt: skip
+        make_synthetic(
+            folder / "faces", identities=100, images_per_identity=20, verification_pairs=40, seed=1
+        )
         run = Run(
-            folder / "run", folder / "faces", 2, (), settings=(
-                "configs/demo", "val_targets=[]", "frequent=1", f"checkpoint_every={EVERY}",
-                "num_epoch=100", f"batch_size={BATCH_PER_RANK}",
+            folder / "run",
+            folder / "faces",
+            2,
+            (),
+            settings=(
+                "configs/demo",
+                "val_targets=[]",
+                "frequent=1",
+                f"checkpoint_every={EVERY}",
+                "num_epoch=100",
+                f"batch_size={BATCH_PER_RANK}",
                 f"max_steps={EVERY * (saves + 1) - 2}",
             ),
-        )  # fmt: skip
+        )
         codes = run.wait()
         log = Path(run.log.name).read_text()
         if any(codes):
@@ -100,24 +109,29 @@ def measure_steps(saves: int) -> dict[str, Any]:
     }
 
 
-def measure_memory(rank: int, world_size: int, port: int, classes: int, folder: str,
-                   queue: Any) -> None:  # fmt: skip
+def measure_memory(
+    rank: int, world_size: int, port: int, classes: int, folder: str, queue: Any
+) -> None:
     """Peaks of one rank in MiB into the queue; runs in a process of its own."""
     if world_size > 1:
         os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
-            LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-        )  # fmt: skip
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+        )
     torch.set_num_threads(1)
-    world = join_world("cpu")
+    world = init_distributed("cpu")
     keep_freed_memory()
     path = Path(folder)
     before = _used_mib("cpu")
     state = _built(classes, world)
-    kept = sum(
-        stored.local.numel() * stored.local.itemsize for stored in state.tensors().values()
-    ) / 2**20  # fmt: skip
-    ranks = Ranks(world)
+    kept = (
+        sum(stored.local.numel() * stored.local.itemsize for stored in state.tensors().values())
+        / 2**20
+    )
+    ranks = RankGroup(world)
     checkpointer = Checkpointer(path, ranks, keep=1, max_failed=1)
     facts = {**state.facts(Progress())}
     peaks = {"state": kept, "built": _used_mib("cpu") - before}
@@ -136,22 +150,33 @@ def measure_memory(rank: int, world_size: int, port: int, classes: int, folder: 
         raise RuntimeError(checkpointer.last_error)
     ranks.gather(None)
     queue.put(peaks)
-    leave_world()
+    destroy_distributed()
 
 
-def _built(classes: int, world: World) -> RunState:
+def _built(classes: int, world: DistContext) -> RunState:
     """All of a run's state: one step was taken."""
-    cfg = load_config("configs/ms1mv3_r50", [
-        "network=r_nano", "rec=synthetic", f"num_classes={classes}", "num_image=1000",
-        "batch_size=2", "val_targets=[]", "precision=fp32", "embedding_size=512", "num_workers=0",
-        "output=unused", "device=cpu",
-    ])  # fmt: skip
+    cfg = load_config(
+        "configs/ms1mv3_r50",
+        [
+            "network=r_nano",
+            "rec=synthetic",
+            f"num_classes={classes}",
+            "num_image=1000",
+            "batch_size=2",
+            "val_targets=[]",
+            "precision=fp32",
+            "embedding_size=512",
+            "num_workers=0",
+            "output=unused",
+            "device=cpu",
+        ],
+    )
     parts = build(cfg, world)
     parts.step.model.train()
     parts.loader.set_epoch(0, 0)
     batch: Batch = next(iter(parts.loader))
     parts.step([batch], 0.01)
-    return RunState(parts, world, Watch(world.device), cfg.seed)
+    return RunState(parts, world, DivergenceMonitor(world.device), cfg.seed)
 
 
 def _peak_of(action: Any) -> float:
@@ -166,9 +191,11 @@ def compare_memory(classes: int, world_size: int) -> dict[str, Any]:
     queue = context.Queue()
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_") as folder:
         spawned = mp.spawn(
-            measure_memory, (world_size, free_port(), classes, folder, queue), nprocs=world_size,
+            measure_memory,
+            (world_size, free_port(), classes, folder, queue),
+            nprocs=world_size,
             join=False,
-        )  # fmt: skip
+        )
         rows = [queue.get(timeout=1800) for _ in range(world_size)]
         while not spawned.join():
             pass
@@ -196,8 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = [measure_steps(2 if options.quick else 10)]
     print("\npeak above the process before the run was built, as multiples of one rank's state")
-    print(f"{'classes':>9} {'ranks':>5} {'state, MiB':>10} {'built':>11} {'save':>11} {'load':>11} "
-          f"{'background':>11}")  # fmt: skip
+    print(
+        f"{'classes':>9} {'ranks':>5} {'state, MiB':>10} {'built':>11} {'save':>11} {'load':>11} "
+        f"{'background':>11}"
+    )
     for ranks in (1, 2):
         rows.append(compare_memory(100_000 if options.quick else 1_000_000, ranks))
     if options.json:

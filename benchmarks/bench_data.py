@@ -42,6 +42,7 @@ import torch
 from tqdm import tqdm
 
 from data.dali import dali_is_installed
+from data.datasets import RecordDataset
 from data.decode import empty_pixels
 from data.index import open_index
 from data.recordio import (
@@ -52,14 +53,18 @@ from data.recordio import (
     pack_record,
     unpack_record,
 )
-from data.sources import RecordSource
 from dataset import get_dataloader
 
 BATCH = 128
 IMAGES_WEBFACE42M, CLASSES_WEBFACE42M = 42_474_557, 2_059_906
 LOADERS = (
-    "pillow", "libjpeg-turbo alone", "the same, cached", "threads", "processes", "dali",
-)  # fmt: skip
+    "pillow",
+    "libjpeg-turbo alone",
+    "the same, cached",
+    "threads",
+    "processes",
+    "dali",
+)
 BASELINES = ("pillow", "libjpeg-turbo alone", "the same, cached", "dali")
 
 
@@ -71,13 +76,13 @@ def make_records(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(112)[:, None], np.fft.rfftfreq(112)[None])
     frequency[0, 0] = np.inf
-    colours = np.array([[1, 0.5, 0.2], [1, 0, -0.1], [1, -0.5, 0.2]]) * [[45, 45, 45]]
+    colors = np.array([[1, 0.5, 0.2], [1, 0, -0.1], [1, -0.5, 0.2]]) * [[45, 45, 45]]
     with RecordWriter(folder / "train.rec", folder / "train.idx") as writer:
         for key in tqdm(range(count), "making records", unit=" images", disable=None):
             noise = rng.standard_normal((3, 112, 57)) + 1j * rng.standard_normal((3, 112, 57))
             planes = np.fft.irfft2(noise / frequency, (112, 112))
             planes /= planes.std(axis=(1, 2), keepdims=True)
-            image = np.clip(np.moveaxis(planes, 0, 2) @ colours.T + 127, 0, 255).astype(np.uint8)
+            image = np.clip(np.moveaxis(planes, 0, 2) @ colors.T + 127, 0, 255).astype(np.uint8)
             encoded = simplejpeg.encode_jpeg(image, quality=85, colorsubsampling="420")
             writer.write(key, pack_record(encoded, key % 100, key))
     (folder / "property").write_text("100,112,112\n")
@@ -141,12 +146,16 @@ def start(loader: str, root: Path, cores: int) -> Callable[[], Iterable[Any]]:
     """A function that begins an epoch of the loader by name."""
     if loader == "pillow":
         batches = torch.utils.data.DataLoader(
-            PillowSet(root), BATCH, shuffle=True, num_workers=cores, drop_last=True,
+            PillowSet(root),
+            BATCH,
+            shuffle=True,
+            num_workers=cores,
+            drop_last=True,
             persistent_workers=True,
-        )  # fmt: skip
+        )
         return lambda: batches
     if loader in ("libjpeg-turbo alone", "the same, cached"):
-        source = RecordSource(root)
+        source = RecordDataset(root)
         files = [bytes(source.read_encoded(i)[0]) for i in range(len(source))]
         return lambda: decode_only(files, cores, cached=loader == "the same, cached")
     worker_type = "processes" if loader == "processes" else "threads"
@@ -247,12 +256,13 @@ def compare_loaders(root: Path, cores: int, rounds: int) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for loader, measured in results.items():
         row: dict[str, Any] = {
-            "name": loader, "params": {"cores": cores, "batch": BATCH},
+            "name": loader,
+            "params": {"cores": cores, "batch": BATCH},
             "per_second": statistics.median(m[0] for m in measured),
             "per_cpu_second": statistics.median(m[1] for m in measured),
             "peak_mib": max(m[2] for m in measured),
             "ratio_to_baseline": over(loader, "pillow", 0),
-        }  # fmt: skip
+        }
         for other in BASELINES:
             if other in results:
                 row[f"ratio_to {other}"] = over(loader, other, 0)
@@ -313,8 +323,10 @@ def compare_indexes(folder: Path, images: int, rounds: int) -> list[dict[str, An
     path.with_suffix(".idx").unlink()
     return [
         {
-            "name": name, "params": {"images": images, "processes": processes},
-            "median_ms": 1000 * seconds, "peak_mib": mib,
+            "name": name,
+            "params": {"images": images, "processes": processes},
+            "median_ms": 1000 * seconds,
+            "peak_mib": mib,
             "ratio_to_baseline": seconds / dict_seconds,
         }
         for name, processes, (seconds, mib) in (
@@ -322,7 +334,7 @@ def compare_indexes(folder: Path, images: int, rounds: int) -> list[dict[str, An
             ("ours, first opening", 1, first),
             ("ours, from the cache", 4, cached),
         )
-    ]  # fmt: skip
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -345,8 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = (folder / "train.rec").stat().st_size / count
         print(f"{count:,} images of {size:,.0f} bytes, batches of {BATCH}")
         print("Ratios: of images/s, and in brackets of images per second of CPU time")
-        print(f"{'loader':20}{'cores':>6}{'images/s':>10}{'/ Pillow':>15}{'/ libjpeg':>15}"
-              f"{'/ cached':>15}{'/ DALI':>15}{'MiB':>7}")  # fmt: skip
+        print(
+            f"{'loader':20}{'cores':>6}{'images/s':>10}{'/ Pillow':>15}{'/ libjpeg':>15}"
+            f"{'/ cached':>15}{'/ DALI':>15}{'MiB':>7}"
+        )
         for cores in range(1, min(2, os.cpu_count() or 1) + 1):
             for row in compare_loaders(folder, cores, rounds):
                 rows.append(row)
@@ -356,14 +370,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     else f"{'-':>15}"
                     for other in BASELINES
                 )
-                print(f"{row['name']:20}{cores:>6}{row['per_second']:>10,.0f}{ratios}"
-                      f"{row['peak_mib']:>7.0f}")  # fmt: skip
+                print(
+                    f"{row['name']:20}{cores:>6}{row['per_second']:>10,.0f}{ratios}"
+                    f"{row['peak_mib']:>7.0f}"
+                )
         print(f"\n{'index':22}{'images':>12}{'processes':>10}{'open, ms':>12}{'MiB, all':>10}")
         for images in (1_000_000,) if options.quick else (1_000_000, IMAGES_WEBFACE42M):
             for row in compare_indexes(folder, images, 3):
                 rows.append(row)
-                print(f"{row['name']:22}{images:>12,}{row['params']['processes']:>10}"
-                      f"{row['median_ms']:>12,.1f}{row['peak_mib']:>10,.0f}")  # fmt: skip
+                print(
+                    f"{row['name']:22}{images:>12,}{row['params']['processes']:>10}"
+                    f"{row['median_ms']:>12,.1f}{row['peak_mib']:>10,.0f}"
+                )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

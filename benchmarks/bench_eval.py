@@ -46,18 +46,26 @@ def make_set(share: float) -> tuple[np.ndarray, IjbSet]:
     images, templates, gallery, pairs = (round(count * share) for count in FULL.values())
     random = np.random.default_rng(0)
     features = random.standard_normal((images, WIDTH), dtype=np.float32)
-    row_template = np.sort(np.concatenate([
-        np.arange(templates), random.integers(0, templates, images - templates)
-    ]))  # fmt: skip
+    row_template = np.sort(
+        np.concatenate([np.arange(templates), random.integers(0, templates, images - templates)])
+    )
     row_media = np.arange(images) // 3  # a frame of three belongs to one medium
     first = random.integers(0, gallery, pairs).astype(np.int32)
     second = random.integers(gallery, templates, pairs).astype(np.int32)
     one = IjbSet(
-        "IJBC", [Path()] * images, [""] * images, np.empty((0, 5, 2)),
-        random.uniform(0.5, 1, images).astype(np.float32), np.arange(templates), np.arange(images),
-        row_template, row_media, first, second,
+        "IJBC",
+        [Path()] * images,
+        [""] * images,
+        np.empty((0, 5, 2)),
+        random.uniform(0.5, 1, images).astype(np.float32),
+        np.arange(templates),
+        np.arange(images),
+        row_template,
+        row_media,
+        first,
+        second,
         np.arange(pairs) % (pairs // round(SAME * share)) == 0,
-    )  # fmt: skip
+    )
     return features, one
 
 
@@ -160,9 +168,11 @@ def _peak_mib() -> float:
 def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> None:
     """Loops and ours at a share of IJB-C's size: a table, and rows for JSON."""
     lines += [
-        "", f"| IJB, {share:g} of IJB-C | templates s | pair scores s | TAR s | sum s | faster "
-        "| peak MiB |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "",
+        f"| IJB, {share:g} of IJB-C | templates s | pair scores s | TAR s | sum s | faster "
+        "| peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     print(lines[-2], flush=True)
     baseline = 0.0
     for how in ("loops", "ours"):
@@ -173,11 +183,16 @@ def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> 
         steps = " | ".join(f"{one:.2f}" for one in seconds)
         lines.append(f"| {how} | {steps} | {total:.2f} | {baseline / total:.1f} | {peak:.0f} |")
         print(lines[-1], flush=True)
-        rows.append({
-            "name": f"ijb {how}", "params": {"share": share, "width": WIDTH},
-            "median_ms": total * 1e3, "peak_mib": peak, "ratio_to_baseline": total / baseline,
-            "steps_ms": {s: t * 1e3 for s, t in zip(STEPS, seconds, strict=True)},
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": f"ijb {how}",
+                "params": {"share": share, "width": WIDTH},
+                "median_ms": total * 1e3,
+                "peak_mib": peak,
+                "ratio_to_baseline": total / baseline,
+                "steps_ms": {s: t * 1e3 for s, t in zip(STEPS, seconds, strict=True)},
+            }
+        )
 
 
 def _compare_all_pairs(count: int, lines: list[str], rows: list[dict[str, Any]]) -> None:
@@ -191,10 +206,15 @@ def _compare_all_pairs(count: int, lines: list[str], rows: list[dict[str, Any]])
         baseline = total if how == "matmul" else baseline
         lines.append(f"| {how} | {total:.2f} | {total / baseline:.2f} | {peak:.0f} |")
         print(lines[-1], flush=True)
-        rows.append({
-            "name": f"all pairs {how}", "params": {"images": count, "width": WIDTH},
-            "median_ms": total * 1e3, "peak_mib": peak, "ratio_to_baseline": total / baseline,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": f"all pairs {how}",
+                "params": {"images": count, "width": WIDTH},
+                "median_ms": total * 1e3,
+                "peak_mib": peak,
+                "ratio_to_baseline": total / baseline,
+            }
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

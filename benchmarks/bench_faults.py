@@ -7,9 +7,9 @@ small. A run is left to itself until a random moment; then one rank or all are k
 two of three runs just while a checkpoint is being written. Ranks that are left end by themselves or
 are killed as well. The run is started again with resume=auto:
 
-same      on the same number of ranks: everything in its last checkpoint (weights, centres,
+same      on the same number of ranks: everything in its last checkpoint (weights, centers,
           momentum, generators, counts) has to equal, bit for bit, that of the run left alone.
-changed   on another number of ranks, in float64 with frozen batch norm: centres, momentum and data
+changed   on another number of ranks, in float64 with frozen batch norm: centers, momentum and data
           position have to arrive unchanged, and all losses have to be within 1e-8.
 
 In the end nothing but named checkpoints may lie in the folder. One line per run, and a count.
@@ -33,15 +33,31 @@ import torch
 from benchmarks.runs import start_ranks, wait_for
 from scripts.make_synthetic import make_synthetic
 from training.checkpoint import sharded_io
-from training.checkpoint.checkpointer import FOLDER, LATEST, Found, Manifest, damage, named, step_of
-from training.checkpoint.sharded_io import Stored
+from training.checkpoint.checkpointer import (
+    FOLDER,
+    LATEST,
+    Checkpoint,
+    Manifest,
+    find_corruption,
+    list_checkpoints,
+    step_of,
+)
+from training.checkpoint.sharded_io import TensorShard
 
 GLOBAL_BATCH = 12
 STEPS = 30
 SETTINGS = (
-    "configs/demo", "val_targets=[]", "num_workers=1", "lr_base_batch=None", "lr=0.05",
-    "frequent=1", "checkpoint_every=3", "keep_checkpoints=3", "num_epoch=100", f"max_steps={STEPS}",
-)  # fmt: skip
+    "configs/demo",
+    "val_targets=[]",
+    "num_workers=1",
+    "lr_base_batch=None",
+    "lr=0.05",
+    "frequent=1",
+    "checkpoint_every=3",
+    "keep_checkpoints=3",
+    "num_epoch=100",
+    f"max_steps={STEPS}",
+)
 FP64 = ("precision=fp64", "freeze_batch_norm=True")
 
 
@@ -73,9 +89,13 @@ class Run:
     """The ranks of one training run, as processes."""
 
     def __init__(
-        self, output: Path, data: Path, world_size: int, words: Sequence[str],
+        self,
+        output: Path,
+        data: Path,
+        world_size: int,
+        words: Sequence[str],
         settings: Sequence[str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.output = output
         if settings is None:
             settings = (*SETTINGS, f"batch_size={GLOBAL_BATCH // world_size}")
@@ -132,7 +152,7 @@ def kill_at_random(run: Run, rng: random.Random, while_saving: bool) -> tuple[st
 def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole."""
     state = {
-        name: Stored.whole(torch.empty(shape, dtype=dtype), False)
+        name: TensorShard.whole(torch.empty(shape, dtype=dtype), False)
         for name, (shape, dtype) in sharded_io.describe(checkpoint).items()
     }
     sharded_io.read(checkpoint, state, None, True)
@@ -155,18 +175,19 @@ def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
 def differences(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> list[str]:
     """Names of tensors that are not bit for bit the same."""
     return sorted(
-        name for name in one.keys() | two.keys()
+        name
+        for name in one.keys() | two.keys()
         if name not in one or name not in two or not same_bits(one[name], two[name])
-    )  # fmt: skip
+    )
 
 
 def leftovers(output: Path) -> list[str]:
     """What lies beside named, intact checkpoints."""
     folder = output / FOLDER
-    known = {LATEST, *(path.name for path in named(folder))}
+    known = {LATEST, *(path.name for path in list_checkpoints(folder))}
     found = [path.name for path in folder.iterdir() if path.name not in known]
-    for path in named(folder):
-        problem = damage(Found(path, Manifest.read(path)))
+    for path in list_checkpoints(folder):
+        problem = find_corruption(Checkpoint(path, Manifest.read(path)))
         if problem:
             found.append(problem)
     return found
@@ -191,9 +212,15 @@ def arrives_unchanged(
 
 
 def one_run(
-    number: int, folder: Path, data: Path, before: int, after: int, rng: random.Random,
-    while_saving: bool, reference: Path,
-) -> Result:  # fmt: skip
+    number: int,
+    folder: Path,
+    data: Path,
+    before: int,
+    after: int,
+    rng: random.Random,
+    while_saving: bool,
+    reference: Path,
+) -> Result:
     """Start, kill, start again, compare."""
     start = time.monotonic()
     kind = "same" if before == after else "changed"
@@ -202,7 +229,7 @@ def one_run(
     run = Run(output, data, before, words)
     who, killed_at = kill_at_random(run, rng, while_saving)
     run.wait()
-    intact = named(output / FOLDER)
+    intact = list_checkpoints(output / FOLDER)
     resumed_at = step_of(intact[-1]) if intact else 0
     problems: list[str] = []
     if intact and after != before:
@@ -210,8 +237,17 @@ def one_run(
     codes = Run(output, data, after, (*words, "resume=auto")).wait()
     if any(codes):
         problems.append(f"the restarted run ended with {codes}: see {output}.log")
-        return Result(str(number), kind, f"{before}>{after}", who, killed_at, while_saving,
-                      resumed_at, time.monotonic() - start, problems)  # fmt: skip
+        return Result(
+            str(number),
+            kind,
+            f"{before}>{after}",
+            who,
+            killed_at,
+            while_saving,
+            resumed_at,
+            time.monotonic() - start,
+            problems,
+        )
     problems += leftovers(output)
     expected, found = losses(reference), losses(output)
     if expected.keys() != found.keys():
@@ -225,9 +261,16 @@ def one_run(
         worst = max(abs(found[step] - expected[step]) for step in found)
         problems += [] if worst <= 1e-8 else [f"losses differ by {worst:.1e}"]
     return Result(
-        str(number), kind, f"{before}>{after}", who, killed_at, while_saving and "*" not in who,
-        resumed_at, time.monotonic() - start, problems,
-    )  # fmt: skip
+        str(number),
+        kind,
+        f"{before}>{after}",
+        who,
+        killed_at,
+        while_saving and "*" not in who,
+        resumed_at,
+        time.monotonic() - start,
+        problems,
+    )
 
 
 def reference_run(folder: Path, data: Path, world_size: int, words: Sequence[str]) -> Path:
@@ -240,13 +283,13 @@ def reference_run(folder: Path, data: Path, world_size: int, words: Sequence[str
     return output
 
 
-def campaign(
-    same: int, changed: int, seed: int, folder: Path, data: Path
-) -> list[Result]:
+def campaign(same: int, changed: int, seed: int, folder: Path, data: Path) -> list[Result]:
     """`same` and `changed` killed runs, two of three while saving; prints a line for each."""
     rng = random.Random(seed)
-    print(f"{'run':>4} {'kind':8} {'ranks':>6} {'killed':>7} {'moment':>8} {'step':>6} "
-          f"{'resumed':>7} {'seconds':>7}")  # fmt: skip
+    print(
+        f"{'run':>4} {'kind':8} {'ranks':>6} {'killed':>7} {'moment':>8} {'step':>6} "
+        f"{'resumed':>7} {'seconds':>7}"
+    )
     results = []
     for number in range(same + changed):
         before = rng.choice([2, 3, 4])
@@ -255,9 +298,7 @@ def campaign(
             before = rng.choice([1, 2, 3, 4])
             after = rng.choice([n for n in (1, 2, 3, 4) if n != before])
         reference = reference_run(folder, data, before, FP64 if number >= same else ())
-        result = one_run(
-            number, folder, data, before, after, rng, number % 3 != 2, reference
-        )
+        result = one_run(number, folder, data, before, after, rng, number % 3 != 2, reference)
         results.append(result)
         print(result.line(), flush=True)
     return results
@@ -279,21 +320,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = campaign(same, changed, options.seed, folder, data)
     lost = [result for result in results if result.problems]
     saving = sum(result.while_saving for result in results)
-    print(f"{len(results) - len(lost)} of {len(results)} runs lost nothing; {saving} of them were "
-          "killed while a checkpoint was being written")  # fmt: skip
+    print(
+        f"{len(results) - len(lost)} of {len(results)} runs lost nothing; {saving} of them were "
+        "killed while a checkpoint was being written"
+    )
     if options.json:
         rows = [
             {
                 "name": f"kill {result.name}",
                 "params": {
-                    "kind": result.kind, "ranks": result.ranks, "killed": result.victims,
-                    "while_saving": result.while_saving, "killed_at_step": result.killed_at_step,
-                    "resumed_at_step": result.resumed_at_step, "problems": result.problems,
+                    "kind": result.kind,
+                    "ranks": result.ranks,
+                    "killed": result.victims,
+                    "while_saving": result.while_saving,
+                    "killed_at_step": result.killed_at_step,
+                    "resumed_at_step": result.resumed_at_step,
+                    "problems": result.problems,
                 },
                 "median_ms": 1000 * result.seconds,
             }
             for result in results
-        ]  # fmt: skip
+        ]
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if lost else 0
 

@@ -67,8 +67,16 @@ from utils.memory import keep_freed_memory
 LEARNING_RATE = 0.1
 BASELINE = "dense"
 COLUMNS = (
-    "head", "classes", "batch", "r", "step ms", "/ matmul", "/ limit", "of dense", "peak MiB",
-)  # fmt: skip
+    "head",
+    "classes",
+    "batch",
+    "r",
+    "step ms",
+    "/ matmul",
+    "/ limit",
+    "of dense",
+    "peak MiB",
+)
 
 
 class Case(NamedTuple):
@@ -138,8 +146,9 @@ def growth_cases(quick: bool, memory_gib: float) -> list[Case]:
 def make_step(case: Case, device: str, workspace_mib: float | str) -> Callable[[], None]:
     """A function that does one step of the head, on fixed random input."""
     drawn: dict[str, Any] = {
-        "generator": torch.Generator(device).manual_seed(0), "device": device,
-    }  # fmt: skip
+        "generator": torch.Generator(device).manual_seed(0),
+        "device": device,
+    }
     embeddings = torch.randn(case.batch, WIDTH, requires_grad=True, **drawn)
     labels = torch.randint(case.num_classes, (case.batch,), **drawn)
     if case.head in ("autograd", "fused"):
@@ -150,16 +159,16 @@ def make_step(case: Case, device: str, workspace_mib: float | str) -> Callable[[
         dense = DenseHead(weight, LEARNING_RATE, case.sample_rate)
         return lambda: _clear(embeddings, dense.step(embeddings, labels))
 
-    centres = torch.nn.Parameter(weight)
-    optimizer = torch.optim.SGD([centres], LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+    centers = torch.nn.Parameter(weight)
+    optimizer = torch.optim.SGD([centers], LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
     options = torch.nn.LinearCrossEntropyOptions() if case.head.startswith("linear") else None
 
     def step() -> None:
         if options is not None:
-            loss = functional.linear_cross_entropy(embeddings, centres, labels, options=options)
+            loss = functional.linear_cross_entropy(embeddings, centers, labels, options=options)
         else:
             with torch.autocast(device, torch.float16, enabled=device == "cuda"):
-                cosines = linear(normalize(embeddings), normalize(centres))
+                cosines = linear(normalize(embeddings), normalize(centers))
             logits = ArcFace().logits(cosines.float(), labels)
             loss = cross_entropy(logits, labels)
         loss.backward()
@@ -174,14 +183,20 @@ def _our_step(
     case: Case, embeddings: Tensor, labels: Tensor, device: str, workspace_mib: float | str
 ) -> Callable[[], None]:
     # Centers drawn on the device: a CPU takes 10 s for 2 million, and their values do not matter.
-    with mock.patch.object(partial_fc, "fill_initial_centres", _fill_on_the_device):
+    with mock.patch.object(partial_fc, "init_centers", _fill_on_the_device):
         head = partial_fc.PartialFC(
-            ArcFace(gradient="straight_through"), WIDTH, case.num_classes, case.sample_rate,
-            row_update=make_row_update(case.optimizer, case.state_dtype),
-            batch_size_per_rank=case.batch, device=device, dtype=DTYPES[case.weight_dtype],
+            ArcFace(gradient="straight_through"),
+            WIDTH,
+            case.num_classes,
+            case.sample_rate,
+            row_optimizer=make_row_update(case.optimizer, case.state_dtype),
+            batch_size_per_rank=case.batch,
+            device=device,
+            dtype=DTYPES[case.weight_dtype],
             update="fused" if case.head == "fused" else "autograd",
-            half=torch.bfloat16 if device == "cuda" else None, workspace_mib=workspace_mib,
-        )  # fmt: skip
+            half=torch.bfloat16 if device == "cuda" else None,
+            workspace_mib=workspace_mib,
+        )
     rate = LEARNING_RATE if case.head == "fused" else None
 
     def step() -> None:
@@ -245,9 +260,7 @@ def held_mib(case: Case) -> float:
     return case.num_classes * WIDTH * sizes / 2**20
 
 
-def _matmul_and_copy(
-    left: Tensor, right: Tensor, device: str, repeats: int
-) -> tuple[float, float]:
+def _matmul_and_copy(left: Tensor, right: Tensor, device: str, repeats: int) -> tuple[float, float]:
     """Seconds of left @ right.T into a given result, and of copying `right`."""
     product, copied = left.new_empty(len(left), len(right)), torch.empty_like(right)
     return (
@@ -304,8 +317,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for number, head in enumerate(heads):
             values = {
                 (r["params"]["num_classes"], r["params"]["batch"]): r[key]
-                for r in full if r["name"] == head
-            }  # fmt: skip
+                for r in full
+                if r["name"] == head
+            }
             places = [i + 0.14 * (number - len(heads) / 2) for i in range(len(sizes))]
             axis.bar(places, [max(values.get(s, 0), 0) for s in sizes], 0.13, label=head)
         axis.set_xticks(range(len(sizes)), [f"C={c:,}\nB={b}" for c, b in sizes], fontsize=8)
@@ -339,16 +353,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", help="only rows of these")
     parser.add_argument("--rate", type=float, nargs="+", help="only rows of these sample rates")
     parser.add_argument("--head", nargs="+", help="only rows of these, as the table names them")
-    parser.add_argument("--workspace-mib", "--buffer-mib", type=mib, default="auto",
-                        help="of the fused head (default auto)")  # fmt: skip
+    parser.add_argument(
+        "--workspace-mib",
+        "--buffer-mib",
+        type=mib,
+        default="auto",
+        help="of the fused head (default auto)",
+    )
     parser.add_argument("--count", action="store_true", help="count instead of measuring; no GPU")
-    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
-                        help="of the fused head's centers")  # fmt: skip
+    parser.add_argument(
+        "--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the fused head's centers"
+    )
     for name in ("--weight-dtype", "--state-dtype"):
         parser.add_argument(name, choices=tuple(DTYPES), default="fp32", help="of the fused head")
     parser.add_argument("--matmul-tflops", type=float, help="with --count: a measured peak")
-    parser.add_argument("--copy-gigabytes", type=float,
-                        help="with --count: a measured peak per second, both ways")  # fmt: skip
+    parser.add_argument(
+        "--copy-gigabytes", type=float, help="with --count: a measured peak per second, both ways"
+    )
     options = parser.parse_args(arguments)
     if options.count:
         return report_counts(options)
@@ -388,18 +409,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{result.peak_mib:>9.0f}",
             flush=True,
         )
-        rows.append({
-            "name": case.head,
-            "params": {
-                "num_classes": case.num_classes, "batch": case.batch,
-                "sample_rate": case.sample_rate, "growth": is_growth,
-                "optimizer": case.optimizer, "weight_dtype": case.weight_dtype,
-                "state_dtype": case.state_dtype,
-            },
-            "median_ms": result.step * 1e3, "peak_mib": result.peak_mib,
-            "ratio_to_baseline": ratio, "ratio_to_matmul": result.step / result.matmul,
-            "ratio_to_limit": result.step / result.limit,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": case.head,
+                "params": {
+                    "num_classes": case.num_classes,
+                    "batch": case.batch,
+                    "sample_rate": case.sample_rate,
+                    "growth": is_growth,
+                    "optimizer": case.optimizer,
+                    "weight_dtype": case.weight_dtype,
+                    "state_dtype": case.state_dtype,
+                },
+                "median_ms": result.step * 1e3,
+                "peak_mib": result.peak_mib,
+                "ratio_to_baseline": ratio,
+                "ratio_to_matmul": result.step / result.matmul,
+                "ratio_to_limit": result.step / result.limit,
+            }
+        )
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
         if options.plot:
@@ -426,8 +454,11 @@ def report_counts(options: argparse.Namespace) -> int:
     unused = [name for name in ("quick", "plot", "head") if getattr(options, name)]
     unused += ["device"] if options.device != "cpu" else []
     if unused:
-        print(f"error: --count with --{', --'.join(unused)}: leave them out; what is counted is "
-              "the fused head on a GPU", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: --count with --{', --'.join(unused)}: leave them out; what is counted is "
+            "the fused head on a GPU",
+            file=sys.stderr,
+        )
         return 2
     peaks = assumed_peaks()
     if None not in given:
@@ -444,9 +475,15 @@ def report_counts(options: argparse.Namespace) -> int:
             for rate in options.rate or [1.0]:
                 try:
                     row = count(
-                        num_classes, batch, rate, workspace.budget_bytes / 2**20,
-                        options.optimizer, options.weight_dtype, options.state_dtype, peaks,
-                    )  # fmt: skip
+                        num_classes,
+                        batch,
+                        rate,
+                        workspace.budget_bytes / 2**20,
+                        options.optimizer,
+                        options.weight_dtype,
+                        options.state_dtype,
+                        peaks,
+                    )
                     rows.append(row)
                     if options.json:
                         options.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -455,8 +492,10 @@ def report_counts(options: argparse.Namespace) -> int:
                     return 2
                 print(table(row), end="\n\n", flush=True)
     share = ", ".join(f"{value:.0%} of {name}" for name, value in REACHED.items())
-    print(f"Counted on the meta device. Times are predicted, not measured: of the data sheets "
-          f"{share} is assumed, and {1e6 * LAUNCH_SECONDS['cuda']:g} us a launch.")  # fmt: skip
+    print(
+        f"Counted on the meta device. Times are predicted, not measured: of the data sheets "
+        f"{share} is assumed, and {1e6 * LAUNCH_SECONDS['cuda']:g} us a launch."
+    )
     return 0
 
 

@@ -40,9 +40,16 @@ def train(data: Path, faces: Path, output: Path, words: Sequence[str]) -> dict[s
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [
-        sys.executable, "train_v2.py", "configs/demo", f"rec={data}", f"val_dir={faces}",
-        f"output={output}", "num_workers=1", "verbose=1000000", *words,
-    ]  # fmt: skip
+        sys.executable,
+        "train_v2.py",
+        "configs/demo",
+        f"rec={data}",
+        f"val_dir={faces}",
+        f"output={output}",
+        "num_workers=1",
+        "verbose=1000000",
+        *words,
+    ]
     subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, capture_output=True)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "samples_per_second" in line]
@@ -69,8 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench_noise_") as folder:
         for seed in seeds:
             faces, noisy = Path(folder, f"faces{seed}"), Path(folder, f"noisy{seed}")
-            make_synthetic(faces, identities=people, images_per_identity=14, seed=seed + 1,
-                           verification_pairs=200 if options.quick else 800)  # fmt: skip
+            make_synthetic(
+                faces,
+                identities=people,
+                images_per_identity=14,
+                seed=seed + 1,
+                verification_pairs=200 if options.quick else 800,
+            )
             make_noise(faces, noisy, flip=FLIPPED, seed=seed)
             plain = 0.0
             for number, (head, words) in enumerate(HEADS.items()):
@@ -83,12 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{found['seconds']:>8.0f}",
                     flush=True,
                 )
-                rows.append({
-                    "name": head, "params": {"seed": seed, "people": people, "flipped": FLIPPED},
-                    "per_second": found["per_second"], "peak_mib": found["peak_mib"],
-                    "accuracy": found["accuracy"], "margin": margin,
-                    "ratio_to_baseline": found["accuracy"] / plain,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "name": head,
+                        "params": {"seed": seed, "people": people, "flipped": FLIPPED},
+                        "per_second": found["per_second"],
+                        "peak_mib": found["peak_mib"],
+                        "accuracy": found["accuracy"],
+                        "margin": margin,
+                        "ratio_to_baseline": found["accuracy"] / plain,
+                    }
+                )
     margins = [row["margin"] for row in rows if row["name"] != "plain"]
     print(f"margin: median {statistics.median(margins):+.4f}, smallest {min(margins):+.4f}")
     if options.json:

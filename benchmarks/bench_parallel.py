@@ -210,15 +210,22 @@ def compare(
             f"| {case.layout} | {case.ranks} | {seconds * 1e3:.1f} | {slower} | {peak:.0f} | "
             f"{share} | {1 / case.ranks + 0.1:.2f} |"
         )
-        rows.append({
-            "name": case.layout,
-            "params": {
-                "num_classes": case.num_classes, "embedding_size": case.width, "batch": BATCH,
-                "ranks": case.ranks, "setting": case.setting,
-            },
-            "median_ms": seconds * 1e3, "peak_mib": peak, "ratio_to_baseline": ratios[0],
-            "memory_ratio_to_baseline": ratios[1],
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": case.layout,
+                "params": {
+                    "num_classes": case.num_classes,
+                    "embedding_size": case.width,
+                    "batch": BATCH,
+                    "ranks": case.ranks,
+                    "setting": case.setting,
+                },
+                "median_ms": seconds * 1e3,
+                "peak_mib": peak,
+                "ratio_to_baseline": ratios[0],
+                "memory_ratio_to_baseline": ratios[1],
+            }
+        )
     return lines, rows
 
 
@@ -230,26 +237,29 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     fp32 = [row for row in rows if row["params"]["setting"] == "fp32"]
-    sizes = list(dict.fromkeys(
-        (row["params"]["num_classes"], row["params"]["embedding_size"]) for row in fp32
-    ))  # fmt: skip
+    sizes = list(
+        dict.fromkeys(
+            (row["params"]["num_classes"], row["params"]["embedding_size"]) for row in fp32
+        )
+    )
     figure, axes = plt.subplots(2, len(sizes), figsize=(4 * len(sizes), 7), squeeze=False)
     for column, (num_classes, width) in enumerate(sizes):
         here = [
-            row for row in fp32
+            row
+            for row in fp32
             if (row["params"]["num_classes"], row["params"]["embedding_size"])
             == (num_classes, width)
-        ]  # fmt: skip
+        ]
         for axis, key, unit in (
             (axes[0][column], "peak_mib", "peak MiB per rank"),
             (axes[1][column], "median_ms", "step, ms"),
         ):
-            for colour, layout in enumerate((BASELINE, *DIMS)):
+            for color, layout in enumerate((BASELINE, *DIMS)):
                 points = [(r["params"]["ranks"], r[key]) for r in here if r["name"] == layout]
                 if layout == BASELINE and points:
-                    axis.axhline(points[0][1], color="grey", linestyle=":", label=layout)
+                    axis.axhline(points[0][1], color="gray", linestyle=":", label=layout)
                 elif points:
-                    axis.plot(*zip(*points, strict=True), "o-", color=f"C{colour}", label=layout)
+                    axis.plot(*zip(*points, strict=True), "o-", color=f"C{color}", label=layout)
             axis.set(xlabel="ranks", ylabel=unit, ylim=(0, None), xticks=[1, 2, 4])
             axis.grid(alpha=0.3)
         axes[0][column].set_title(f"{num_classes:,} classes, D = {width}", fontsize=10)

@@ -34,7 +34,7 @@ from configs.base import Config
 from training.build import build
 from training.planner.plan import Setting, choose_machine, make_plan
 from training.planner.roofline import Links
-from utils.distributed import World
+from utils.distributed import DistContext
 from utils.memory import keep_freed_memory
 
 STEPS = 4
@@ -55,9 +55,12 @@ class Case(NamedTuple):
     def config(self, device: str) -> Config:
         """Of a run on generated images."""
         values: dict[str, Any] = {
-            "rec": "synthetic", "num_image": 100 * self.batch_size, "device": device,
-            "output": "unused", "verbose": 0,
-        }  # fmt: skip
+            "rec": "synthetic",
+            "num_image": 100 * self.batch_size,
+            "device": device,
+            "output": "unused",
+            "verbose": 0,
+        }
         return Config(**{**values, **self._asdict_of_config(), **dict(self.more)})
 
     def _asdict_of_config(self) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def time_cases(quick: bool, device: str) -> list[Case]:
 
 def measure_memory(case: Case, device: str) -> float:
     """The peak in MiB; in a process of its own."""
-    world = World(0, 0, 1, torch.device(device))
+    world = DistContext(0, 0, 1, torch.device(device))
     if device == "cpu":
         keep_freed_memory()
     _steps(case._replace(network="r_nano", num_classes=64, batch_size=4), world)
@@ -113,7 +116,7 @@ def measure_memory(case: Case, device: str) -> float:
     return _peak_mib(device) - before
 
 
-def _steps(case: Case, world: World) -> None:
+def _steps(case: Case, world: DistContext) -> None:
     cfg = case.config(world.device.type)
     parts = build(cfg, world)
     parts.step.model.train()
@@ -139,10 +142,15 @@ def run_time(case: Case, device: str, seconds: float) -> tuple[float, float]:
     # Threads and memory of its own, as the run has.
     planned = in_a_process(_planned_speed, case, device, setting)
     steps = max(12, round(seconds * planned / case.batch_size))
-    run = run_training({
-        **case.keys(), "num_image": case.batch_size * steps, "num_epoch": 1,
-        "frequent": max(2, steps // 6), "device": device,
-    })  # fmt: skip
+    run = run_training(
+        {
+            **case.keys(),
+            "num_image": case.batch_size * steps,
+            "num_epoch": 1,
+            "frequent": max(2, steps // 6),
+            "device": device,
+        }
+    )
     return run.samples_per_second, planned
 
 
@@ -170,8 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{time.strftime('%Y-%m-%d')}, {where}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, D = 512"
     )
-    text = [head, "", "| network | classes | batch | options | plan MiB | peak MiB | plan / peak |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    text = [
+        head,
+        "",
+        "| network | classes | batch | options | plan MiB | peak MiB | plan / peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
     print("\n".join(text), flush=True)
     rows: list[dict[str, Any]] = []
     ok = True
@@ -197,23 +209,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ratio = sum(parts.values()) / peak
         ok &= abs(ratio - 1) <= MEMORY_WITHIN[device]
         more = " ".join(f"{k}={v}" for k, v in case.more)
-        add(f"| {case.network} | {case.num_classes:,} | {case.batch_size} | {more} | "
-            f"{sum(parts.values()):,.0f} | {peak:,.0f} | {ratio:.2f} |")  # fmt: skip
-        rows.append({"what": "memory", **case._asdict(), "peaks_mib": peaks, "plan_mib": parts,
-                     "ratio": ratio})  # fmt: skip
+        add(
+            f"| {case.network} | {case.num_classes:,} | {case.batch_size} | {more} | "
+            f"{sum(parts.values()):,.0f} | {peak:,.0f} | {ratio:.2f} |"
+        )
+        rows.append(
+            {
+                "what": "memory",
+                **case._asdict(),
+                "peaks_mib": peaks,
+                "plan_mib": parts,
+                "ratio": ratio,
+            }
+        )
         write()
     add("")
-    add("| network | classes | batch | plan --measure, samples/s | train_v2.py, samples/s | "
-        "plan / run |")  # fmt: skip
+    add(
+        "| network | classes | batch | plan --measure, samples/s | train_v2.py, samples/s | "
+        "plan / run |"
+    )
     add("|---|---|---|---|---|---|")
     for case in chosen("time", time_cases(options.quick, device)):
         run, planned = run_time(case, device, 5.0 if options.quick else options.seconds)
         ratio = planned / run
         ok &= abs(ratio - 1) <= TIME_WITHIN
-        add(f"| {case.network} | {case.num_classes:,} | {case.batch_size} | {planned:,.1f} | "
-            f"{run:,.1f} | {ratio:.2f} |")  # fmt: skip
-        rows.append({"what": "time", **case._asdict(), "run": run, "planned": planned,
-                     "ratio": ratio})  # fmt: skip
+        add(
+            f"| {case.network} | {case.num_classes:,} | {case.batch_size} | {planned:,.1f} | "
+            f"{run:,.1f} | {ratio:.2f} |"
+        )
+        rows.append(
+            {"what": "time", **case._asdict(), "run": run, "planned": planned, "ratio": ratio}
+        )
         write()
     print("all within the limits" if ok else "NOT all within the limits")
     return 0 if ok else 1

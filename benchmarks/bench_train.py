@@ -7,9 +7,9 @@
 
 Every figure comes from a run of train_v2.py as a process, by its metrics.jsonl, without the first
 log interval; input is generated, or read from JPEG records made here (--records). The two sides of
-a row take turns; a ratio is the median of those of neighbouring runs, with the least and the most.
+a row take turns; a ratio is the median of those of neighboring runs, with the least and the most.
 
-Plain: the same program with NCHW, every logit and the whole gradient of the class centres in memory
+Plain: the same program with NCHW, every logit and the whole gradient of the class centers in memory
 (autograd), no torch.compile; on a GPU fp16 with a loss scaler and fp16 all-reduce, on a CPU fp32.
 Ours: compiled, bf16 on a GPU, fp32 on a CPU. A row each has ours without the compiler, and on a CPU
 plain with the C library's allocator as other programs have it (slower, smaller).
@@ -111,9 +111,12 @@ def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]
     def changed(**key: Any) -> Side:
         return Side(" ".join(f"{k}={v}" for k, v in key.items()), {**keys, **key})
 
-    alone = [changed(channels_last=False), changed(compile=True),
-             changed(gradient_checkpointing=True),
-             changed(precision="bf16" if device == "cpu" else "fp32")]  # fmt: skip
+    alone = [
+        changed(channels_last=False),
+        changed(compile=True),
+        changed(gradient_checkpointing=True),
+        changed(precision="bf16" if device == "cpu" else "fp32"),
+    ]
     if device == "cpu":
         alone.append(Side("allocator as it is", keys, own_allocator=False))
     found = [Row(ours, side, network, few, batch) for side in alone]
@@ -121,7 +124,11 @@ def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]
     if device == "cuda":
         return found  # with one GPU there are no ranks to exchange anything
     # bf16 sums need NCCL.
-    together = [changed(zero=True), changed(static_graph=True), changed(all_reduce_dtype="fp16")]
+    together = [
+        changed(zero_stage=1),
+        changed(static_graph=True),
+        changed(grad_reduce_dtype="fp16"),
+    ]
     return found + [Row(ours, side, network, few, batch // 2, ranks=2) for side in together]
 
 
@@ -141,12 +148,18 @@ class Bench:
         """What both sides of a row share."""
         steps = self.steps * INTERVALS
         return {
-            "network": row.network, "num_classes": row.num_classes, "batch_size": row.batch_size,
-            "sample_rate": row.sample_rate, "device": self.device, "max_steps": steps,
+            "network": row.network,
+            "num_classes": row.num_classes,
+            "batch_size": row.batch_size,
+            "sample_rate": row.sample_rate,
+            "device": self.device,
+            "max_steps": steps,
             "num_image": "auto" if self.records else row.batch_size * row.ranks * steps,
-            "frequent": self.steps, "num_epoch": 1, "num_workers": min(8, os.cpu_count() or 1),
+            "frequent": self.steps,
+            "num_epoch": 1,
+            "num_workers": min(8, os.cpu_count() or 1),
             **({"rec": self.records} if self.records else {}),
-        }  # fmt: skip
+        }
 
     def compare(self, row: Row) -> Comparison:
         """Both sides in turn, `repeats` times."""
@@ -157,28 +170,42 @@ class Bench:
         ]
         before, after = zip(*pairs, strict=True)
         return Comparison(
-            row, self._result(row, row.baseline, before), self._result(row, row.changed, after),
+            row,
+            self._result(row, row.baseline, before),
+            self._result(row, row.changed, after),
             ratio_of_pairs([(b.samples_per_second, a.samples_per_second) for b, a in pairs]),
-        )  # fmt: skip
+        )
 
     def _result(self, row: Row, side: Side, readings: Sequence[Reading]) -> Result:
         firsts = [r.compile_seconds for r in readings if r.compile_seconds is not None]
         speed = median(r.samples_per_second for r in readings)
         peak_mib = median(r.peak_mib for r in readings)
         return Result(
-            speed, peak_mib, peak_mib - self.start_mib(),
-            median(r.data_wait_share for r in readings), median(firsts) if firsts else None,
-            utilisation(
-                row.network, row.num_classes * row.sample_rate, speed,
+            speed,
+            peak_mib,
+            peak_mib - self.start_mib(),
+            median(r.data_wait_share for r in readings),
+            median(firsts) if firsts else None,
+            utilization(
+                row.network,
+                row.num_classes * row.sample_rate,
+                speed,
                 self.matmul_peak(side.keys["precision"]),
             ),
-        )  # fmt: skip
+        )
 
     def start_mib(self) -> float:
         """What a process holds that trains next to nothing; 0 on a GPU."""
         if self._start_mib is None:
-            tiny = {"network": "r_nano", "num_classes": 64, "batch_size": 4, "num_image": 8,
-                    "num_epoch": 1, "frequent": 1, "device": self.device}  # fmt: skip
+            tiny = {
+                "network": "r_nano",
+                "num_classes": 64,
+                "batch_size": 4,
+                "num_image": 8,
+                "num_epoch": 1,
+                "frequent": 1,
+                "device": self.device,
+            }
             on_cpu = self.device == "cpu"
             self._start_mib = run_training(tiny).peak_mib if on_cpu else 0.0
         return self._start_mib
@@ -206,7 +233,7 @@ def measure_matmul(device: str, precision: str) -> float:
     return 2 * size**3 / best
 
 
-def utilisation(
+def utilization(
     network: str, num_classes: float, samples_per_second: float, peak: float
 ) -> tuple[float, float]:
     """Share of `peak` FLOP/s that the backbone's products take, and with the head's.
@@ -274,9 +301,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [row for n in networks for row in option_rows(device, n, options.quick, more)]
     else:
         which = "quick" if options.quick else "must" if options.must else "all"
-        chosen = [row for row in rows(device, which, more)
-                  if row.network in (options.network or [row.network])
-                  and row.num_classes in (options.classes or [row.num_classes])]  # fmt: skip
+        chosen = [
+            row
+            for row in rows(device, which, more)
+            if row.network in (options.network or [row.network])
+            and row.num_classes in (options.classes or [row.num_classes])
+        ]
     with tempfile.TemporaryDirectory() as temporary:
         records = Path(temporary) if options.records else None
         if records is not None:
@@ -299,9 +329,11 @@ def report(bench: Bench, chosen: Sequence[Row], options: argparse.Namespace) -> 
         text.append(words)
         print(words, flush=True)
 
-    say(f"{time.strftime('%Y-%m-%d')}, {where}, {threads} threads, torch {torch.__version__}, "
+    say(
+        f"{time.strftime('%Y-%m-%d')}, {where}, {threads} threads, torch {torch.__version__}, "
         f"D = {Config.embedding_size}, {source}; medians of {bench.repeats} runs of "
-        f"{bench.steps * INTERVALS} steps, the first {bench.steps} left out\n")  # fmt: skip
+        f"{bench.steps * INTERVALS} steps, the first {bench.steps} left out\n"
+    )
     say(f"    python -m benchmarks.bench_train {' '.join(options.words)}\n")
     say(f"| {header} |\n|{'---|' * len(header.split(' | '))}")
     for row in chosen:

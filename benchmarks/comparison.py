@@ -13,7 +13,7 @@ Keys = dict[str, Any]
 
 PLAIN: dict[str, Keys] = {
     "cpu": {"precision": "fp32"},
-    "cuda": {"precision": "fp16", "all_reduce_dtype": "fp16"},
+    "cuda": {"precision": "fp16", "grad_reduce_dtype": "fp16"},
 }
 PLAIN_EVERYWHERE: Keys = {"channels_last": False, "head_update": "autograd", "compile": False}
 OURS: dict[str, Keys] = {"cpu": {"precision": "fp32"}, "cuda": {"precision": "bf16"}}
@@ -66,23 +66,25 @@ class Row(NamedTuple):
     def setting(self) -> str:
         """For the table."""
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
-        return (f"{self.network}, C = {self.num_classes:,}, B = {self.batch_size}, "
-                f"r = {self.sample_rate:g}{ranks}")  # fmt: skip
+        return (
+            f"{self.network}, C = {self.num_classes:,}, B = {self.batch_size}, "
+            f"r = {self.sample_rate:g}{ranks}"
+        )
 
 
 class Result(NamedTuple):
-    """Medians over the repeats of one side, and its utilisation: (without, with the head)."""
+    """Medians over the repeats of one side, and its utilization: (without, with the head)."""
 
     speed: float
     peak_mib: float
     above_mib: float
     data_wait_share: float
     compile_seconds: float | None
-    utilisation: tuple[float, float]
+    utilization: tuple[float, float]
 
 
 class Comparison(NamedTuple):
-    """Ratios are changed / baseline; speed_ratio: (median, least, most) of neighbouring runs."""
+    """Ratios are changed / baseline; speed_ratio: (median, least, most) of neighboring runs."""
 
     row: Row
     baseline: Result
@@ -106,8 +108,10 @@ class Comparison(NamedTuple):
         if row.least_speed is not None and speed < row.least_speed:
             found.append(f"{row.setting}: {speed:.2f} x samples/s, wanted {row.least_speed:g} x")
         if row.most_memory is not None and self.memory_ratio > row.most_memory:
-            found.append(f"{row.setting}: {self.memory_ratio:.2f} x peak memory, wanted at most "
-                         f"{row.most_memory:g} x")  # fmt: skip
+            found.append(
+                f"{row.setting}: {self.memory_ratio:.2f} x peak memory, wanted at most "
+                f"{row.most_memory:g} x"
+            )
         return found
 
 
@@ -121,31 +125,50 @@ def line(found: Comparison) -> str:
     """A row of the first table."""
     row, (before, after) = found.row, found[1:3]
     sides = (f"{side.name} ({side.keys['precision']})" for side in (row.baseline, row.changed))
-    return table_row([
-        row.network, f"{row.num_classes:,}", row.batch_size, f"{row.sample_rate:g}", *sides,
-        *_speed_and_memory(found),
-        f"{before.utilisation[0]:.1%}", *(f"{share:.1%}" for share in after.utilisation),
-        f"{before.data_wait_share:.1%}", f"{after.data_wait_share:.1%}",
-    ])  # fmt: skip
+    return table_row(
+        [
+            row.network,
+            f"{row.num_classes:,}",
+            row.batch_size,
+            f"{row.sample_rate:g}",
+            *sides,
+            *_speed_and_memory(found),
+            f"{before.utilization[0]:.1%}",
+            *(f"{share:.1%}" for share in after.utilization),
+            f"{before.data_wait_share:.1%}",
+            f"{after.data_wait_share:.1%}",
+        ]
+    )
 
 
 def option_line(found: Comparison) -> str:
     """A row of the second table."""
     row, seconds = found.row, found.changed.compile_seconds
-    return table_row([
-        row.changed.name, row.network, f"{row.num_classes:,}", row.batch_size, row.ranks,
-        *_speed_and_memory(found), "-" if seconds is None else f"{seconds:.1f}",
-    ])  # fmt: skip
+    return table_row(
+        [
+            row.changed.name,
+            row.network,
+            f"{row.num_classes:,}",
+            row.batch_size,
+            row.ranks,
+            *_speed_and_memory(found),
+            "-" if seconds is None else f"{seconds:.1f}",
+        ]
+    )
 
 
 def _speed_and_memory(found: Comparison) -> list[str]:
     before, after, above = found.baseline, found.changed, found.above_ratio
     middle, least, most = found.speed_ratio
     return [
-        f"{before.speed:,.1f}", f"{after.speed:,.1f}", f"**{middle:.2f}** ({least:.2f}-{most:.2f})",
-        f"{before.peak_mib:,.0f}", f"{after.peak_mib:,.0f}", f"**{found.memory_ratio:.2f}**",
+        f"{before.speed:,.1f}",
+        f"{after.speed:,.1f}",
+        f"**{middle:.2f}** ({least:.2f}-{most:.2f})",
+        f"{before.peak_mib:,.0f}",
+        f"{after.peak_mib:,.0f}",
+        f"**{found.memory_ratio:.2f}**",
         "-" if above is None else f"{above:.2f}",
-    ]  # fmt: skip
+    ]
 
 
 def table_row(cells: Sequence[Any]) -> str:
@@ -157,21 +180,29 @@ def as_json(found: Comparison) -> dict[str, Any]:
     """One row of the benchmark's JSON."""
     row = found.row
     return {
-        "name": row.changed.name, "baseline": row.baseline.name,
+        "name": row.changed.name,
+        "baseline": row.baseline.name,
         "params": {
             **{k: getattr(row, k) for k in Row._fields[2:7]},
-            "keys": row.changed.keys, "baseline_keys": row.baseline.keys,
+            "keys": row.changed.keys,
+            "baseline_keys": row.baseline.keys,
         },
-        "per_second": found.changed.speed, "baseline_per_second": found.baseline.speed,
-        "ratio_to_baseline": found.speed_ratio[0], "ratio_range": found.speed_ratio[1:],
-        "peak_mib": found.changed.peak_mib, "baseline_peak_mib": found.baseline.peak_mib,
-        "memory_ratio_to_baseline": found.memory_ratio, "above_start_ratio": found.above_ratio,
-        "mfu": found.changed.utilisation[0], "mfu_with_head": found.changed.utilisation[1],
-        "baseline_mfu": found.baseline.utilisation[0],
+        "per_second": found.changed.speed,
+        "baseline_per_second": found.baseline.speed,
+        "ratio_to_baseline": found.speed_ratio[0],
+        "ratio_range": found.speed_ratio[1:],
+        "peak_mib": found.changed.peak_mib,
+        "baseline_peak_mib": found.baseline.peak_mib,
+        "memory_ratio_to_baseline": found.memory_ratio,
+        "above_start_ratio": found.above_ratio,
+        "mfu": found.changed.utilization[0],
+        "mfu_with_head": found.changed.utilization[1],
+        "baseline_mfu": found.baseline.utilization[0],
         "data_wait_share": found.changed.data_wait_share,
         "baseline_data_wait_share": found.baseline.data_wait_share,
-        "compile_seconds": found.changed.compile_seconds, "missed": found.missed(),
-    }  # fmt: skip
+        "compile_seconds": found.changed.compile_seconds,
+        "missed": found.missed(),
+    }
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
@@ -187,17 +218,23 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
         (axes[1], "peak_mib", "memory_ratio_to_baseline", "peak memory, GiB", 1024),
     ):
         for place, row in enumerate(found):
-            for shift, name, colour in ((-0.2, f"baseline_{key}", "C7"), (0.2, key, "C0")):
-                axis.bar(place + shift, row[name] / shrink, 0.38, color=colour)
-            axis.text(place + 0.2, row[key] / shrink, f"x {row[ratio]:.2f}", ha="center",
-                      va="bottom", fontsize=9)  # fmt: skip
+            for shift, name, color in ((-0.2, f"baseline_{key}", "C7"), (0.2, key, "C0")):
+                axis.bar(place + shift, row[name] / shrink, 0.38, color=color)
+            axis.text(
+                place + 0.2,
+                row[key] / shrink,
+                f"x {row[ratio]:.2f}",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+            )
         axis.set_xticks(range(len(found)), [_label(row) for row in found], fontsize=8)
         axis.set_ylabel(unit)
         axis.margins(y=0.12)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     names = ("ours", "with the option") if found[0]["baseline"] == "ours" else ("plain", "ours")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ("C7", "C0")]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in ("C7", "C0")]
     figure.legend(handles, names, loc="upper right", ncol=2, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, dpi=110)

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
-from arcshard.head.target import find_targets
+from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
+from arcshard.head.target import find_positive_logits
 from arcshard.losses import ArcFace
 from arcshard.partial_fc import PartialFC
 from training.planner.head_step import HeadOperations, count_head_step, trace_head_step
@@ -43,19 +43,42 @@ KINDS = {
     "matrix products": {"addmm", "baddbmm", "bmm", "dot", "mm", "mv"},
     "optimizer": {"_fused_sgd_"},
     "sums and norms": {
-        "_weight_norm_interface_backward", "all", "amax", "any", "cumsum", "linalg_vector_norm",
-        "max", "mean", "sum",
+        "_weight_norm_interface_backward",
+        "all",
+        "amax",
+        "any",
+        "cumsum",
+        "linalg_vector_norm",
+        "max",
+        "mean",
+        "sum",
     },
     "casts and copies": {"_to_copy", "cat", "clone", "copy_", "stack"},
     "gather, scatter, sort": {
-        "argsort", "gather", "index", "index_add_", "index_copy_", "index_put_", "index_select",
-        "scatter_", "searchsorted", "sort",
+        "argsort",
+        "gather",
+        "index",
+        "index_add_",
+        "index_copy_",
+        "index_put_",
+        "index_select",
+        "scatter_",
+        "searchsorted",
+        "sort",
     },
     "fills": {
-        "arange", "full", "full_like", "new_full", "new_zeros", "ones", "ones_like",
-        "scalar_tensor", "zeros", "zeros_like",
+        "arange",
+        "full",
+        "full_like",
+        "new_full",
+        "new_zeros",
+        "ones",
+        "ones_like",
+        "scalar_tensor",
+        "zeros",
+        "zeros_like",
     },
-}  # fmt: skip
+}
 OTHERS = "elementwise"
 
 
@@ -76,16 +99,20 @@ def peaks_of(machine: Machine) -> Peaks:
     )
 
 
-def make_row_update(optimizer: str, state_dtype: str) -> RowUpdate:
+def make_row_update(optimizer: str, state_dtype: str) -> RowOptimizer:
     """The rule of the centers. optimizer: "sgd" or "adamw"; state_dtype: "fp32" or "bf16"."""
     dtype = torch.bfloat16 if state_dtype == "bf16" else None
     return SGDRows(state_dtype=dtype) if optimizer == "sgd" else AdamWRows(state_dtype=dtype)
 
 
 def limit_seconds(
-    peaks: Peaks, batch: int, num_classes: float, optimizer: str = "sgd",
-    weight_dtype: str = "fp32", state_dtype: str = "fp32",
-) -> float:  # fmt: skip
+    peaks: Peaks,
+    batch: int,
+    num_classes: float,
+    optimizer: str = "sgd",
+    weight_dtype: str = "fp32",
+    state_dtype: str = "fp32",
+) -> float:
     """3 products, and then the bytes that must move.
 
     Args:
@@ -97,9 +124,15 @@ def limit_seconds(
 
 
 def count(
-    num_classes: int, batch: int, rate: float, workspace_mib: float, optimizer: str = "sgd",
-    weight_dtype: str = "fp32", state_dtype: str = "fp32", peaks: Iterable[Peaks] = (),
-) -> dict[str, Any]:  # fmt: skip
+    num_classes: int,
+    batch: int,
+    rate: float,
+    workspace_mib: float,
+    optimizer: str = "sgd",
+    weight_dtype: str = "fp32",
+    state_dtype: str = "fp32",
+    peaks: Iterable[Peaks] = (),
+) -> dict[str, Any]:
     """One row: what a step of the head on one GPU starts, moves and multiplies.
 
     Args:
@@ -109,11 +142,17 @@ def count(
 
     def make(classes: int) -> PartialFC:
         return PartialFC(
-            ArcFace(gradient="straight_through"), WIDTH, classes, rate,
-            row_update=make_row_update(optimizer, state_dtype), batch_size_per_rank=batch,
-            device="meta", dtype=DTYPES[weight_dtype], workspace_mib=workspace_mib,
+            ArcFace(gradient="straight_through"),
+            WIDTH,
+            classes,
+            rate,
+            row_optimizer=make_row_update(optimizer, state_dtype),
+            batch_size_per_rank=batch,
+            device="meta",
+            dtype=DTYPES[weight_dtype],
+            workspace_mib=workspace_mib,
             half=torch.bfloat16,
-        )  # fmt: skip
+        )
 
     plan, cost = make(num_classes).planned_blocks()
     loop = count_head_step(make, num_classes, _trace_loop)
@@ -123,35 +162,46 @@ def count(
     return {
         "name": "fused",
         "params": {
-            "num_classes": num_classes, "batch": batch, "sample_rate": rate,
-            "optimizer": optimizer, "weight_dtype": weight_dtype, "state_dtype": state_dtype,
+            "num_classes": num_classes,
+            "batch": batch,
+            "sample_rate": rate,
+            "optimizer": optimizer,
+            "weight_dtype": weight_dtype,
+            "state_dtype": state_dtype,
             "workspace_mib": workspace_mib,
         },
-        "launches": loop.launches, "gigabytes": loop.named_bytes / 1e9,
+        "launches": loop.launches,
+        "gigabytes": loop.named_bytes / 1e9,
         "gigabytes_moved": loop.bytes_moved / 1e9,
         "products": round(products, 3),
         "launches_around": whole.launches - loop.launches,
         "gigabytes_moved_around": (whole.bytes_moved - loop.bytes_moved) / 1e9,
-        "blocks": len(plan.blocks()), "rows_per_block": plan.rows_per_block,
+        "blocks": len(plan.blocks()),
+        "rows_per_block": plan.rows_per_block,
         "kept_share": plan.kept_rows / max(plan.num_rows, 1),
         "workspace_used_mib": cost.total_bytes(plan) / 2**20,
         "kinds": _by_kind(loop),
         "predicted": {
             one.name: predict(one, whole)
-            | {"limit_ms": 1e3 * limit_seconds(one, batch, size, optimizer, weight_dtype,
-                                               state_dtype)}
+            | {
+                "limit_ms": 1e3
+                * limit_seconds(one, batch, size, optimizer, weight_dtype, state_dtype)
+            }
             for one in peaks
         },
-    }  # fmt: skip
+    }
 
 
 def predict(peaks: Peaks, counted: HeadOperations) -> dict[str, float]:
     """Milliseconds of the host, which starts the kernels, and of the device, which runs them; the
     step takes the longer of the two."""
     host = launch_seconds(counted)
-    device = counted.total(lambda operations: sum(
-        max(op.flops / peaks.flops, op.bytes_moved / peaks.bytes_per_second) for op in operations
-    ))  # fmt: skip
+    device = counted.total(
+        lambda operations: sum(
+            max(op.flops / peaks.flops, op.bytes_moved / peaks.bytes_per_second)
+            for op in operations
+        )
+    )
     return {"host_ms": 1e3 * host, "device_ms": 1e3 * device, "step_ms": 1e3 * max(host, device)}
 
 
@@ -159,19 +209,19 @@ def _trace_loop(head: PartialFC) -> list[Operation]:
     """Operations of the passes over the classes alone."""
     batch = head.batch_size_per_rank
     assert batch is not None
-    assert head.engine is not None
-    assert head.row_update is not None
-    head.row_update.state(head.weight)
+    assert head.fused is not None
+    assert head.row_optimizer is not None
+    head.row_optimizer.state(head.weight)
     unit = torch.empty(batch, WIDTH, device="meta")
     column = torch.empty(batch, dtype=torch.int64, device="meta")
     head.prepare([column])
-    centers, _ = head.centres_of_step()
-    target = find_targets(unit, column, centers, head.margin.normalise, head.centres_per_class)
+    centers, _ = head.sampled_centers()
+    target = find_positive_logits(
+        unit, column, centers, head.margin.normalize, head.centers_per_class
+    )
     weight, veto = unit.new_empty(batch), torch.empty((), dtype=torch.bool, device="meta")
     with OperationLog() as log:
-        loss, one = head.engine.forward(
-            unit, None, target, {}, centers, weight, LEARNING_RATE, veto
-        )
+        loss, one = head.fused.forward(unit, None, target, {}, centers, weight, LEARNING_RATE, veto)
         one.backward(torch.empty_like(loss))
     return log.operations
 
@@ -210,11 +260,12 @@ def table(row: dict[str, Any]) -> str:
         f"MiB: {row['blocks']:,} blocks of {row['rows_per_block']:,} classes, "
         f"{row['kept_share']:.0%} of the numerators kept",
         f"{'':24}{'launches':>10}{'GB moved':>10}",
-    ]  # fmt: skip
+    ]
     lines += [
         f"{kind:24}{found['launches']:>10,}{found['gigabytes_moved']:>10.2f}"
-        for kind, found in row["kinds"].items() if found["launches"]
-    ]  # fmt: skip
+        for kind, found in row["kinds"].items()
+        if found["launches"]
+    ]
     lines += [
         f"{'loop over the classes':24}{row['launches']:>10,}{row['gigabytes_moved']:>10.2f}"
         f"   {row['products']:.2f} products [B, D] x [D, S]; tensors given and returned "

@@ -151,17 +151,23 @@ class Bench:
 
     def _write(self, task: Task, found: dict[str, Any], seconds: float) -> dict[str, Any]:
         row = {
-            "section": task.section, "name": task.name, "params": dict(task.params), **found,
+            "section": task.section,
+            "name": task.name,
+            "params": dict(task.params),
+            **found,
             "seconds": round(seconds, 2),
-        }  # fmt: skip
+        }
         self.rows.append(row)
         try:
             append_line(self.folder / ROWS, json.dumps(without_nan(row)))
             write_whole(self.folder / REPORT, report(self.rows).encode())
         except OSError as error:  # such as a full disk: the row is printed, the next one may fit
             print(f"error: not written: {error}", file=sys.stderr, flush=True)
-        print(f"{self.seconds - self.seconds_left:5.0f} s  {task.section}: {title(row)}: "
-              f"{_in_a_line(found)}", flush=True)  # fmt: skip
+        print(
+            f"{self.seconds - self.seconds_left:5.0f} s  {task.section}: {title(row)}: "
+            f"{_in_a_line(found)}",
+            flush=True,
+        )
         return found
 
 
@@ -187,9 +193,10 @@ def _in_a_line(found: Mapping[str, Any]) -> str:
         if key in found:
             return f"{key.replace('_', ' ')}: {str(found[key]).splitlines()[-1]}"
     told = (
-        f"{key} {value:.4g}" for key, value in found.items()
+        f"{key} {value:.4g}"
+        for key, value in found.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
-    )  # fmt: skip
+    )
     return ", ".join(told) or "done"
 
 
@@ -202,9 +209,7 @@ def run_check(check: Check) -> dict[str, Any]:
     return {}
 
 
-def check_tasks(
-    device: str, is_quick: bool, is_rehearsal: bool
-) -> tuple[list[Task], list[Task]]:
+def check_tasks(device: str, is_quick: bool, is_rehearsal: bool) -> tuple[list[Task], list[Task]]:
     """Checks that come first, and the long ones that come last."""
     where = "cuda:0" if device == "cuda" else "cpu"
     missing = "not rehearsed" if is_rehearsal else triton_problem() or ""
@@ -213,8 +218,18 @@ def check_tasks(
     late: list[Task] = []
     for one in checks:
         part = late if one.expected > LONG_CHECK_SECONDS else first
-        part.append(Task("check", one.name, {}, run_check, (one,), one.expected, one.seconds,
-                         missing=one.left_out))  # fmt: skip
+        part.append(
+            Task(
+                "check",
+                one.name,
+                {},
+                run_check,
+                (one,),
+                one.expected,
+                one.seconds,
+                missing=one.left_out,
+            )
+        )
     return first, late
 
 
@@ -231,8 +246,10 @@ def head_tasks(
     rows: list[tuple[Case, float | str]] = []
     for rate in (1.0, 0.1):
         for size in sizes:
-            rows += [(Case("fused", size, batch, rate), "auto"),
-                     (Case("dense", size, batch, rate), "auto")]  # fmt: skip
+            rows += [
+                (Case("fused", size, batch, rate), "auto"),
+                (Case("dense", size, batch, rate), "auto"),
+            ]
             if size == sizes[0] and rate == 1.0 and not is_quick:
                 rows.append((Case("fused", size, batch, rate), 256))  # the size before "auto"
                 rows.append((Case("fused", size, batch, rate, "adamw"), "auto"))
@@ -241,7 +258,8 @@ def head_tasks(
     repeats = 2 if is_rehearsal else 7
     return [
         Task(
-            "head", case.head,
+            "head",
+            case.head,
             {**case._asdict(), "workspace_mib": mib if case.head == "fused" else None},
             gpu_rows.head,
             (tuple(case), device, repeats, mib, measured),
@@ -249,7 +267,7 @@ def head_tasks(
             limit=120,
         )
         for case, mib in rows
-    ]  # fmt: skip
+    ]
 
 
 def product_tasks(device: str, is_rehearsal: bool) -> list[Task]:
@@ -269,11 +287,18 @@ def training_keys(
     """What both configurations of a row share; the first log interval is left out."""
     steps, toy = STEPS_PER_INTERVAL, {"input_size": 32} if network == "r_nano" else {}
     return {
-        "network": network, "num_classes": num_classes, "batch_size": batch, "sample_rate": rate,
-        "device": device, "max_steps": steps * INTERVALS, "num_image": batch * steps * INTERVALS,
-        "frequent": steps, "num_epoch": 1, "num_workers": min(8, os.cpu_count() or 1),
+        "network": network,
+        "num_classes": num_classes,
+        "batch_size": batch,
+        "sample_rate": rate,
+        "device": device,
+        "max_steps": steps * INTERVALS,
+        "num_image": batch * steps * INTERVALS,
+        "frequent": steps,
+        "num_epoch": 1,
+        "num_workers": min(8, os.cpu_count() or 1),
         **toy,
-    }  # fmt: skip
+    }
 
 
 def step_tasks(
@@ -285,8 +310,10 @@ def step_tasks(
         networks, sizes, batch = ["r_nano"], [300], 4
     ours = OURS[device]
     sides: dict[str, dict[str, Any]] = {
-        "ours": ours, "plain": plain(device).keys, "ours, compiled": {**ours, **COMPILED},
-    }  # fmt: skip
+        "ours": ours,
+        "plain": plain(device).keys,
+        "ours, compiled": {**ours, **COMPILED},
+    }
     tasks: list[Task] = []
     for network in networks:
         for size in sizes:
@@ -298,15 +325,13 @@ def step_tasks(
             if len(tasks) == len(sides):  # a run of its own, since watching slows it
                 steps = 2 * STEPS_PER_INTERVAL
                 keys = {**shared, **ours, "profile": PROFILED_STEPS, "max_steps": steps}
-                tasks.append(_training(
-                    "step", "ours, profiled", keys, measured, str(trace), is_rehearsal
-                ))  # fmt: skip
+                tasks.append(
+                    _training("step", "ours, profiled", keys, measured, str(trace), is_rehearsal)
+                )
     return tasks
 
 
-def published_tasks(
-    device: str, is_rehearsal: bool, measured: Mapping[str, float]
-) -> list[Task]:
+def published_tasks(device: str, is_rehearsal: bool, measured: Mapping[str, float]) -> list[Task]:
     """The rows of the published table; all identities on this one GPU."""
     identities, batch, network = list(IDENTITIES), 128, "r50"
     if is_rehearsal:
@@ -323,23 +348,32 @@ def published_tasks(
 
 
 def _training(
-    section: str, name: str, keys: dict[str, Any], measured: Mapping[str, float],
-    trace: str | None, is_rehearsal: bool,
-) -> Task:  # fmt: skip
+    section: str,
+    name: str,
+    keys: dict[str, Any],
+    measured: Mapping[str, float],
+    trace: str | None,
+    is_rehearsal: bool,
+) -> Task:
     expected = START_SECONDS + MILLION_SECONDS * keys["num_classes"] / 1e6
     expected += keys["num_image"] / ASSUMED_SPEED[keys["network"]]
     expected += COMPILE_SECONDS if keys.get("compile") else 0.0
     missing = missing_packages(*TRAINER_NEEDS)
     if keys.get("compile"):
-        missing = missing or (
-            triton_problem() if keys["device"] == "cuda" else compiler_problem()
-        ) or ""  # fmt: skip
+        missing = (
+            missing or (triton_problem() if keys["device"] == "cuda" else compiler_problem()) or ""
+        )
     return Task(
-        section, name, keys, gpu_rows.training, (keys, measured, trace),
-        expected=expected / 4 if is_rehearsal else expected, limit=300.0,
+        section,
+        name,
+        keys,
+        gpu_rows.training,
+        (keys, measured, trace),
+        expected=expected / 4 if is_rehearsal else expected,
+        limit=300.0,
         is_alone=not is_rehearsal,
         missing=missing,
-    )  # fmt: skip
+    )
 
 
 def dali_task(device: str, is_rehearsal: bool, measured: Mapping[str, float]) -> Task:
@@ -348,10 +382,17 @@ def dali_task(device: str, is_rehearsal: bool, measured: Mapping[str, float]) ->
     keys = training_keys(device, network, 100, batch, 1.0) | OURS[device] | {"input_size": 112}
     arguments = ({**keys, "dali": True}, keys["num_image"], measured)
     return Task(
-        "dali", "DALI on the GPU", keys, gpu_rows.dali, arguments, START_SECONDS + 20, 180.0, True,
+        "dali",
+        "DALI on the GPU",
+        keys,
+        gpu_rows.dali,
+        arguments,
+        START_SECONDS + 20,
+        180.0,
+        True,
         missing_packages(*TRAINER_NEEDS)
         or ("" if has_dali() else "DALI is not installed (docs/installing_dali.md)"),
-    )  # fmt: skip
+    )
 
 
 def has_dali() -> bool:
@@ -409,17 +450,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="OUT", help="a folder for the results")
     parser.add_argument("--minutes", type=float, default=8, help="for everything (default 8)")
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION",
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        metavar="SECTION",
         help="only these, beside environment and ceilings",
-    )  # fmt: skip
+    )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     options = parser.parse_args(arguments)
     if not 0 < options.minutes < math.inf:
         print(f"error: --minutes {options.minutes:g}: above 0", file=sys.stderr)
         return 2
     if not options.rehearse and not torch.cuda.is_available():
-        print("gpu-bench: this PyTorch sees no GPU; nothing was measured (--rehearse runs the "
-              "same rows at toy size on a CPU)", file=sys.stderr)  # fmt: skip
+        print(
+            "gpu-bench: this PyTorch sees no GPU; nothing was measured (--rehearse runs the "
+            "same rows at toy size on a CPU)",
+            file=sys.stderr,
+        )
         return 2
     try:
         bench = Bench(options.folder, 60 * options.minutes)

@@ -26,9 +26,13 @@ def report(rows: Sequence[Row]) -> str:
         if section in RATIOS:
             done = [{**row, "ratio": _ratio(row, done, *RATIOS[section])} for row in done]
         if done:
-            parts += [f"## {heading}", _table([name for name, _, _ in columns], [
-                [_cell(row, key, style) for _, key, style in columns] for row in done
-            ])]  # fmt: skip
+            parts += [
+                f"## {heading}",
+                _table(
+                    [name for name, _, _ in columns],
+                    [[_cell(row, key, style) for _, key, style in columns] for row in done],
+                ),
+            ]
         if section == "head":
             parts += _products(rows)
         if section == "step":
@@ -38,38 +42,59 @@ def report(rows: Sequence[Row]) -> str:
 
 # What tells rows of one name apart.
 NAMED = {
-    "network": "{}", "num_classes": "C = {:,}", "sample_rate": "r = {:g}", "optimizer": "{}",
+    "network": "{}",
+    "num_classes": "C = {:,}",
+    "sample_rate": "r = {:g}",
+    "optimizer": "{}",
     "workspace_mib": "workspace {}",
-}  # fmt: skip
+}
 # Against the row of the same settings with this name: the figure, which is better if it is smaller.
 RATIOS = {"head": ("dense", "step_ms", True), "step": ("plain", "samples_per_second", False)}
 SETTINGS = (
-    "num_classes", "batch", "batch_size", "sample_rate", "network", "optimizer", "weight_dtype",
-)  # fmt: skip
+    "num_classes",
+    "batch",
+    "batch_size",
+    "sample_rate",
+    "network",
+    "optimizer",
+    "weight_dtype",
+)
 CEILINGS = (
     ("bf16 product, TFLOP/s", "matmul_tflops", ".4g"),
     ("fp32 product, TFLOP/s", "fp32_tflops", ".4g"),
     ("copy, read and written, GB/s", "copy_gigabytes_per_second", ",.0f"),
 )
 HEAD = (
-    ("head", "name", ""), ("classes", "num_classes", ",d"), ("B", "batch", "d"),
-    ("r", "sample_rate", "g"), ("optimizer", "optimizer", ""),
-    ("centers", "weight_dtype", ""), ("workspace, MiB", "workspace_mib", ""),
-    ("step, ms", "step_ms", ",.2f"), ("times the dense head's speed", "ratio", ".2f"),
+    ("head", "name", ""),
+    ("classes", "num_classes", ",d"),
+    ("B", "batch", "d"),
+    ("r", "sample_rate", "g"),
+    ("optimizer", "optimizer", ""),
+    ("centers", "weight_dtype", ""),
+    ("workspace, MiB", "workspace_mib", ""),
+    ("step, ms", "step_ms", ",.2f"),
+    ("times the dense head's speed", "ratio", ".2f"),
     ("limit, ms", "limit_ms", ",.2f"),
     ("share of the limit", "share_of_limit", ".1%"),
     ("peak beside centers and state, MiB allocated", "peak_mib", ",.0f"),
     ("launches, counted", "launches_counted", ",d"),
     ("GB moved, counted", "gigabytes_moved_counted", ".1f"),
-)  # fmt: skip
+)
 TRAINING = (
-    ("configuration", "name", ""), ("network", "network", ""), ("classes", "num_classes", ",d"),
-    ("B", "batch_size", "d"), ("r", "sample_rate", "g"), ("precision", "precision", ""),
-    ("img/s", "samples_per_second", ",.0f"), ("times plain", "ratio", ".2f"),
+    ("configuration", "name", ""),
+    ("network", "network", ""),
+    ("classes", "num_classes", ",d"),
+    ("B", "batch_size", "d"),
+    ("r", "sample_rate", "g"),
+    ("precision", "precision", ""),
+    ("img/s", "samples_per_second", ",.0f"),
+    ("times plain", "ratio", ".2f"),
     ("peak, MiB reserved", "peak_mib", ",.0f"),
-    ("MFU", "mfu", ".1%"), ("MFU with the head", "mfu_with_head", ".1%"),
-    ("compiling, s", "compile_seconds", ".0f"), ("data wait", "data_wait_share", ".1%"),
-)  # fmt: skip
+    ("MFU", "mfu", ".1%"),
+    ("MFU with the head", "mfu_with_head", ".1%"),
+    ("compiling, s", "compile_seconds", ".0f"),
+    ("data wait", "data_wait_share", ".1%"),
+)
 
 
 def _ratio(
@@ -128,8 +153,9 @@ def _profile(rows: Sequence[Row]) -> list[str]:
     return [
         f"### Profile of {row['name']}, {row['params']['network']}, "
         f"{row['params']['num_classes']:,} classes\n\n```\n{row['profile']}```"
-        for row in rows if "profile" in row
-    ]  # fmt: skip
+        for row in rows
+        if "profile" in row
+    ]
 
 
 def _checks(rows: Sequence[Row]) -> list[str]:
@@ -138,8 +164,10 @@ def _checks(rows: Sequence[Row]) -> list[str]:
         return []
     passed = sum(_is_done(row) for row in checks)
     lines = [[row["name"], _outcome(row), f"{row['seconds']:.1f}"] for row in checks]
-    return [f"## Checks: {passed} of {len(checks)} passed",
-            _table(["check", "result", "seconds"], lines)]  # fmt: skip
+    return [
+        f"## Checks: {passed} of {len(checks)} passed",
+        _table(["check", "result", "seconds"], lines),
+    ]
 
 
 def _outcome(row: Row) -> str:

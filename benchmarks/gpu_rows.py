@@ -55,9 +55,12 @@ def ceilings(device: str, is_rehearsal: bool) -> dict[str, Any]:
 
 
 def head(
-    case: Sequence[Any], device: str, repeats: int, workspace_mib: float | str,
+    case: Sequence[Any],
+    device: str,
+    repeats: int,
+    workspace_mib: float | str,
     measured: Mapping[str, float],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One head (benchmarks/bench_head.py) against the limit of this card.
 
     Args:
@@ -75,9 +78,7 @@ def head(
         limit = limit_seconds(peaks, one.batch, one.num_classes * one.sample_rate, *one[4:])
         found |= {"limit_ms": 1e3 * limit, "share_of_limit": limit / seconds}
     if one.head == "fused":
-        workspace = choose_workspace(
-            workspace_mib, device, memory_bytes_of(torch.device(device))
-        )
+        workspace = choose_workspace(workspace_mib, device, memory_bytes_of(torch.device(device)))
         counted = count(
             one.num_classes, one.batch, one.sample_rate, workspace.budget_bytes / 2**20, *one[4:]
         )
@@ -136,15 +137,17 @@ def training(
         reading = run_training(keys, profile_to=folder)
         found = {} if folder is None or profile_to is None else _profile(folder, Path(profile_to))
     found |= {
-        "samples_per_second": reading.samples_per_second, "peak_mib": reading.peak_mib,
-        "data_wait_share": reading.data_wait_share, "compile_seconds": reading.compile_seconds,
-    }  # fmt: skip
+        "samples_per_second": reading.samples_per_second,
+        "peak_mib": reading.peak_mib,
+        "data_wait_share": reading.data_wait_share,
+        "compile_seconds": reading.compile_seconds,
+    }
     peak = "matmul_tflops" if keys.get("precision") in ("bf16", "fp16") else "fp32_tflops"
     if peak in measured:
-        from benchmarks.bench_train import utilisation
+        from benchmarks.bench_train import utilization
 
         in_step = keys["num_classes"] * keys.get("sample_rate", 1.0)
-        found["mfu"], found["mfu_with_head"] = utilisation(
+        found["mfu"], found["mfu_with_head"] = utilization(
             keys["network"], in_step, reading.samples_per_second, measured[peak] * 1e12
         )
     return found

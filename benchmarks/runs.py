@@ -85,9 +85,12 @@ def read_metrics(lines: Sequence[str], log: str = "") -> Reading:
 
 
 def run_training(
-    keys: Mapping[str, Any], *, ranks: int = 1, door: Sequence[str] = DOOR,
+    keys: Mapping[str, Any],
+    *,
+    ranks: int = 1,
+    door: Sequence[str] = DOOR,
     profile_to: Path | None = None,
-) -> Reading:  # fmt: skip
+) -> Reading:
     """Train on generated images (unless `keys` has rec), without verification and checkpoints.
 
     keys: of the config. ranks: more than one have a thread each. profile_to: a folder for what
@@ -126,18 +129,24 @@ def start_ranks(
     shared = dict(os.environ)
     if threads is not None:
         shared |= {
-            "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(world_size),
-        }  # fmt: skip
+        }
     return [
         subprocess.Popen(
-            [sys.executable, *words], cwd=REPOSITORY, stdout=log, stderr=log,
-            env=shared if threads is None
+            [sys.executable, *words],
+            cwd=REPOSITORY,
+            stdout=log,
+            stderr=log,
+            env=shared
+            if threads is None
             else {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
 
 
 def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:

@@ -4,7 +4,7 @@ A run (`configs/<name>.py`, or a file of your own) states only how it differs fr
 `utils/config.py` reads the run and the command line on top of these defaults and calls
 `Config.problems()`, which reports everything that is wrong at once.
 
-The keys of InsightFace's arcface_torch keep their names. Where an old behaviour was a bug,
+The keys of InsightFace's arcface_torch keep their names. Where an old behavior was a bug,
 the key does what its name says.
 """
 
@@ -16,15 +16,26 @@ from dataclasses import dataclass, field
 TASKS = ("recognition", "classification")
 PARALLEL_DIMS = (None, 0, 1, -1)
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
-ALL_REDUCE_DTYPES = ("fp32", "bf16", "fp16")
+GRAD_REDUCE_DTYPES = ("fp32", "bf16", "fp16")
+ZERO_STAGES = (0, 1)
 DISTILLATIONS = ("cosine", "logits")
 MARGIN_GRADIENTS = ("exact", "straight_through")
 FILTERING_MODES = ("remove", "legacy")
 OPTIMIZERS = ("sgd", "adamw")
 LOSSES = (
-    "combined", "softmax", "normface", "arcface", "cosface", "sphereface", "adaface", "magface",
-    "curricularface", "elasticface_arc", "elasticface_cos", "subcentre_arcface",
-)  # fmt: skip
+    "combined",
+    "softmax",
+    "normface",
+    "arcface",
+    "cosface",
+    "sphereface",
+    "adaface",
+    "magface",
+    "curricularface",
+    "elasticface_arc",
+    "elasticface_cos",
+    "subcenter_arcface",
+)
 HEAD_UPDATES = ("fused", "autograd")
 HEAD_DTYPES = ("fp32", "bf16")
 ON_BAD_RECORD = ("error", "skip")
@@ -125,12 +136,12 @@ class Config:
     What matched is reported; nothing matching is an error."""
 
     init_head: str | None = None
-    """Class centres to start from: a run folder or one of its checkpoints. Identities that both
-    label maps name keep their centre and its optimizer state; new ones start at the mean embedding
+    """Class centers to start from: a run folder or one of its checkpoints. Identities that both
+    label maps name keep their center and its optimizer state; new ones start at the mean embedding
     of their images (docs/fine_tuning.md)."""
 
     freeze_epoch: int = 0
-    """Epochs at the start in which only the class centres move: the backbone stays as it is, its
+    """Epochs at the start in which only the class centers move: the backbone stays as it is, its
     batch-norm statistics too, and works as at inference (no dropout, no masking)."""
 
     freeze_batch_norm: bool = False
@@ -155,7 +166,7 @@ class Config:
     loss: str = "combined"
     """"combined" (margin_list says which), or by name: "softmax", "normface", "arcface", "cosface",
     "sphereface", "adaface", "magface", "curricularface", "elasticface_arc", "elasticface_cos",
-    "subcentre_arcface". The log prints the formula in force."""
+    "subcenter_arcface". The log prints the formula in force."""
 
     margin_list: tuple[float, float, float] = (1.0, 0.5, 0.0)
     """loss="combined": (m1, m2, m3) of cos(m1 theta + m2) - m3; m1 multiplies, m2 is in radians,
@@ -184,7 +195,7 @@ class Config:
     last layer's logits and gradients are whole tensors on each rank (docs/classification.md)."""
 
     adaface_h: float = 0.333
-    """loss="adaface": the clip of the standardised norms, h."""
+    """loss="adaface": the clip of the standardized norms, h."""
 
     adaface_t_alpha: float = 0.01
     """loss="adaface": weight of a global batch in the running statistics of the norms."""
@@ -207,12 +218,12 @@ class Config:
     elastic_plus: bool = False
     """loss="elasticface_*": ElasticFace+, larger draws for harder samples."""
 
-    sub_centres: int | None = None
-    """Centres per class, K; a class counts with its best one. None: 3 for subcentre_arcface,
+    sub_centers: int | None = None
+    """Centers per class, K; a class counts with its best one. None: 3 for subcenter_arcface,
     else 1. Works with every loss."""
 
     sample_rate: float = 1.0
-    """Share of each rank's class centres used per step, in [0, 1]; the batch's own classes are
+    """Share of each rank's class centers used per step, in [0, 1]; the batch's own classes are
     always in. 0 means the batch's classes only."""
 
     interclass_filtering_threshold: float = 0.0
@@ -231,17 +242,17 @@ class Config:
     batch). More keeps more from forward to backward, and is faster. "auto": an eighth of a GPU's
     memory, or less where all softmax numerators are kept with less; 256 MiB on a CPU."""
 
-    head_device: str = "auto"
-    """"auto": class centres live where the training runs; "cpu": in host memory, and the sampled
-    ones are brought over in each step (needs sample_rate < 1)."""
+    head_offload: bool = False
+    """Keep class centers and their optimizer state in host memory and bring the sampled ones over
+    in each step (needs sample_rate < 1). False: they are where the training runs."""
 
     head_weight_dtype: str = "fp32"
-    """"fp32", or "bf16": class centres in half the memory, rounded stochastically."""
+    """"fp32", or "bf16": class centers in half the memory, rounded stochastically."""
 
     head_state_dtype: str = "fp32"
-    """"fp32", or "bf16": momentum or Adam's averages of the class centres, the same way."""
+    """"fp32", or "bf16": momentum or Adam's averages of the class centers, the same way."""
 
-    # --- optimisation -----------------------------------------------------------------------
+    # --- optimization -----------------------------------------------------------------------
     batch_size: int = 128
     """Images per rank and micro-step. Global batch = batch_size x world size x gradient_acc."""
 
@@ -293,9 +304,9 @@ class Config:
     verified and saved (model.pt, model_best.pt); training goes on beside it. Recognition only.
     0: off."""
 
-    zero: bool = False
-    """Spread the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer). Checkpoints
-    and results are the same; each step broadcasts the parameters."""
+    zero_stage: int = 0
+    """1: shard the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer). Checkpoints
+    and results are the same; each step broadcasts the parameters. 0: every rank holds all of it."""
 
     clip_grad_norm: float = 5.0
     """The backbone's gradient norm is clipped to this; 0 switches clipping off."""
@@ -330,7 +341,7 @@ class Config:
     static_graph: bool = False
     """Tell DistributedDataParallel that every step uses the same parameters in the same order."""
 
-    all_reduce_dtype: str = "fp32"
+    grad_reduce_dtype: str = "fp32"
     """Numbers in which ranks add up the backbone's gradients: "fp32", or "bf16" and "fp16" with
     half the traffic. arcface_torch always used fp16."""
 
@@ -434,9 +445,11 @@ class Config:
             if not ok:
                 found.append(sentence)
 
-        def one_of(key: str, allowed: tuple[str, ...]) -> None:
+        def one_of(key: str, allowed: tuple[str | int, ...]) -> None:
             value = getattr(self, key)
-            require(value in allowed, f"{key}={value!r}: allowed are {', '.join(allowed)}")
+            require(
+                value in allowed, f"{key}={value!r}: allowed are {', '.join(map(str, allowed))}"
+            )
 
         def at_least(key: str, low: int) -> None:
             value = getattr(self, key)
@@ -448,7 +461,6 @@ class Config:
         one_of("optimizer", OPTIMIZERS)
         one_of("loss", LOSSES)
         one_of("head_update", HEAD_UPDATES)
-        one_of("head_device", ("auto", "cpu"))
         one_of("head_weight_dtype", HEAD_DTYPES)
         one_of("head_state_dtype", HEAD_DTYPES)
         one_of("lr_schedule", LR_SCHEDULES)
@@ -456,19 +468,34 @@ class Config:
         one_of("worker_type", WORKER_TYPES)
         one_of("device", ("auto", "cuda", "cpu"))
         one_of("on_divergence", ON_DIVERGENCE)
-        one_of("all_reduce_dtype", ALL_REDUCE_DTYPES)
+        one_of("grad_reduce_dtype", GRAD_REDUCE_DTYPES)
+        one_of("zero_stage", ZERO_STAGES)
         one_of("distillation", DISTILLATIONS)
         if self.precision is not None:
             one_of("precision", PRECISIONS)
         for key, low in (
-            ("batch_size", 1), ("gradient_acc", 1), ("num_epoch", 1), ("frequent", 1),
-            ("embedding_size", 1), ("input_size", 16), ("num_workers", 0), ("verbose", 0),
-            ("profile", 0), ("samples_per_class", 0), ("shuffle_block", 0),
-            ("checkpoint_every", 0), ("keep_checkpoints", 0), ("max_failed_saves", 1),
-            ("checkpoint_minutes", 0), ("max_rollbacks", 0), ("collective_timeout_s", 1),
-            ("max_bad_steps", 1), ("val_batch_size", 1), ("seed", 0),
+            ("batch_size", 1),
+            ("gradient_acc", 1),
+            ("num_epoch", 1),
+            ("frequent", 1),
+            ("embedding_size", 1),
+            ("input_size", 16),
+            ("num_workers", 0),
+            ("verbose", 0),
+            ("profile", 0),
+            ("samples_per_class", 0),
+            ("shuffle_block", 0),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 0),
+            ("max_failed_saves", 1),
+            ("checkpoint_minutes", 0),
+            ("max_rollbacks", 0),
+            ("collective_timeout_s", 1),
+            ("max_bad_steps", 1),
+            ("val_batch_size", 1),
+            ("seed", 0),
             ("freeze_epoch", 0),
-        ):  # fmt: skip
+        ):
             at_least(key, low)
 
         for key, value in vars(self).items():
@@ -497,8 +524,9 @@ class Config:
             f"global_batch_size={self.global_batch_size!r}: at least 1, and gradient_acc (here "
             f"{self.gradient_acc}) follows from it: leave that at 1",
         )
-        orders = [k for k in ("rec_weights", "samples_per_class", "shuffle_block")
-                  if getattr(self, k)]  # fmt: skip
+        orders = [
+            k for k in ("rec_weights", "samples_per_class", "shuffle_block") if getattr(self, k)
+        ]
         require(len(orders) < 2, f"{', '.join(orders)}: each is an order of its own; choose one")
         require(
             not self.samples_per_class or self.batch_size % self.samples_per_class == 0,
@@ -519,12 +547,12 @@ class Config:
             f'head_workspace_mib={mib!r}: a whole number of at least 1, or "auto"',
         )
         require(
-            self.sub_centres is None or self.sub_centres >= 1,
-            f"sub_centres={self.sub_centres!r}: at least 1, or None",
+            self.sub_centers is None or self.sub_centers >= 1,
+            f"sub_centers={self.sub_centers!r}: at least 1, or None",
         )
         require(
-            self.head_device == "auto" or (self.sample_rate < 1.0 and self.head_update == "fused"),
-            f'head_device="cpu" brings sampled class centres over: it needs sample_rate < 1 '
+            not self.head_offload or (self.sample_rate < 1.0 and self.head_update == "fused"),
+            f"head_offload=True brings sampled class centers over: it needs sample_rate < 1 "
             f'(here {self.sample_rate:g}) and head_update="fused"',
         )
         require(
@@ -533,7 +561,7 @@ class Config:
         )
         require(
             self.margin is not None
-            or self.loss not in ("arcface", "cosface", "sphereface", "subcentre_arcface")
+            or self.loss not in ("arcface", "cosface", "sphereface", "subcenter_arcface")
             or self.margin_list == Config.margin_list,
             f"margin_list={self.margin_list!r} belongs to loss='combined': for "
             f"loss={self.loss!r} set margin=..., or leave loss out",
@@ -564,7 +592,7 @@ class Config:
             require(getattr(self, key) > 0.0, f"{key}={getattr(self, key)!r}: above 0")
         require(
             self.teacher is None or self.distillation != "logits" or self.loss != "softmax",
-            'distillation="logits" compares cosines with class centres, which loss="softmax" does '
+            'distillation="logits" compares cosines with class centers, which loss="softmax" does '
             'not train: distillation="cosine", or another loss',
         )
         require(self.weight_decay >= 0.0, f"weight_decay={self.weight_decay!r}: at least 0")
@@ -617,7 +645,7 @@ class Config:
                 ),
                 (
                     self.label_smoothing == 0.0,
-                    f"label_smoothing={self.label_smoothing!r}: only for task=\"classification\"",
+                    f'label_smoothing={self.label_smoothing!r}: only for task="classification"',
                 ),
             ]
         else:
@@ -641,7 +669,7 @@ class Config:
                 (not self.dali, 'dali=True: only for task="recognition"'),
                 (
                     self.teacher is None,
-                    f"teacher={self.teacher!r}: distillation is for task=\"recognition\"",
+                    f'teacher={self.teacher!r}: distillation is for task="recognition"',
                 ),
                 (
                     self.ema_decay == 0.0,
@@ -654,8 +682,8 @@ class Config:
                 ),
                 (0.0 < low <= high <= 1.0, f"crop_area={self.crop_area!r}: in (0, 1], least first"),
                 (
-                    (self.sub_centres or 1) == 1,
-                    f"sub_centres={self.sub_centres!r}: classification has one row per class",
+                    (self.sub_centers or 1) == 1,
+                    f"sub_centers={self.sub_centers!r}: classification has one row per class",
                 ),
                 (
                     not is_layer or self.init_head is None,
@@ -665,11 +693,11 @@ class Config:
                     not is_layer
                     or (
                         self.sample_rate == 1.0
-                        and self.head_device == "auto"
+                        and not self.head_offload
                         and (self.head_weight_dtype, self.head_state_dtype) == ("fp32", "fp32")
                     ),
                     f"parallel_dim={self.parallel_dim!r}, label_smoothing="
-                    f"{self.label_smoothing!r}: sample_rate < 1, head_device and bf16 weights or "
+                    f"{self.label_smoothing!r}: sample_rate < 1, head_offload and bf16 weights or "
                     "state need parallel_dim=1 and label_smoothing=0",
                 ),
             ]
@@ -681,7 +709,7 @@ class Config:
 
         They may come from a published config whose loss was exchanged on the command line.
         """
-        angular = ("combined", "arcface", "cosface", "sphereface", "subcentre_arcface")
+        angular = ("combined", "arcface", "cosface", "sphereface", "subcenter_arcface")
         belongs_to = {
             "margin_list": ("combined",),
             "margin_gradient": angular,

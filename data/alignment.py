@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 # Eyes, nose tip, corners of the mouth, left before right as seen in the image: x, y in pixels of a
-# 112 x 112 crop, origin at the centre of the top left pixel. What ArcFace weights are trained on.
+# 112 x 112 crop, origin at the center of the top left pixel. What ArcFace weights are trained on.
 ARCFACE_112 = np.array(
     [
         [38.2946, 51.6963],

@@ -1,10 +1,10 @@
-"""From decoded images to what the network sees: augmentation on the host, normalisation after.
+"""From decoded images to what the network sees: augmentation on the host, normalization after.
 
 Which image is changed how is drawn per (seed, epoch, image), for a whole batch at once: `draw`.
 The draws are plain numbers, and both loaders obey the same ones: `apply` with OpenCV, data/dali.py
 with DALI's operators.
 
-In this order: crop, resize or low_res, blur, colours (hsv, photometric, gray: one affine map of
+In this order: crop, resize or low_res, blur, colors (hsv, photometric, gray: one affine map of
 RGB), erase, flip. Sources: the published DALI pipeline (`dali_aug` of arcface_torch); AdaFace (Kim,
 Jain, Liu 2022) for crop, low_res and photometric; Random Erasing (Zhong et al. 2020).
 """
@@ -23,21 +23,29 @@ from data.order import flip_mask, uniform
 
 # Default probability of each augmentation named by itself.
 DEFAULTS = {
-    "crop": 0.2, "resize": 0.1, "low_res": 0.2, "blur": 0.2, "hsv": 0.2, "gray": 0.1,
-    "photometric": 0.2, "erase": 0.25,
-}  # fmt: skip
+    "crop": 0.2,
+    "resize": 0.1,
+    "low_res": 0.2,
+    "blur": 0.2,
+    "hsv": 0.2,
+    "gray": 0.1,
+    "photometric": 0.2,
+    "erase": 0.25,
+}
 PRESETS = {
     "dali_aug": {"resize": 0.1, "blur": 0.2, "hsv": 0.2, "gray": 0.1},
     "adaface": {"crop": 0.2, "low_res": 0.2, "photometric": 0.2},
 }
 NEAREST, LINEAR, CUBIC = 0, 1, 2
 _OPENCV_INTERPOLATION = {
-    NEAREST: cv2.INTER_NEAREST_EXACT, LINEAR: cv2.INTER_LINEAR, CUBIC: cv2.INTER_CUBIC,
-}  # fmt: skip
-ERASED = 127  # the grey that normalisation takes to zero
+    NEAREST: cv2.INTER_NEAREST_EXACT,
+    LINEAR: cv2.INTER_LINEAR,
+    CUBIC: cv2.INTER_CUBIC,
+}
+ERASED = 127  # the gray that normalization takes to zero
 _AUGMENT = 9  # this file's stream of draws; data/order.py and data/sampling.py have 1 to 8
 _LUMA = np.array([0.299, 0.587, 0.114])
-# Luma and two colour differences (NTSC's YIQ), in which hue is an angle and saturation a length.
+# Luma and two color differences (NTSC's YIQ), in which hue is an angle and saturation a length.
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 _IDENTITY = np.eye(3, 4, dtype=np.float32)
@@ -52,7 +60,7 @@ class Augmentation:
     100 %, each way nearest, linear or cubic. blur: Gaussian, window 3 or 5. hsv: hue turned by 0
     to 20 degrees, saturation times 1 to 1.2. gray: luma in all channels. photometric: brightness,
     contrast (about 127.5) and saturation each times 0.5 to 1.5. erase: a box of 2 to 33 % of the
-    area and 0.3 to 3.3 of its shape becomes grey. flip: left and right exchanged.
+    area and 0.3 to 3.3 of its shape becomes gray. flip: left and right exchanged.
     """
 
     flip: float = 0.5
@@ -71,8 +79,8 @@ class Augmentation:
         return self == Augmentation(flip=self.flip)
 
     @property
-    def changes_colours(self) -> bool:
-        """Whether `Draws.colour` is ever anything but the identity."""
+    def changes_colors(self) -> bool:
+        """Whether `Draws.color` is ever anything but the identity."""
         return max(self.hsv, self.gray, self.photometric) > 0
 
 
@@ -110,7 +118,7 @@ class Draws:
 
     flip: bool [b]. crop, erase: int32 [b, 4]; the whole image and an empty box mean none. side:
     int32 [b], `size` means none; down, up: int32 [b], NEAREST, LINEAR or CUBIC. blur: int32 [b],
-    the window, 1 means none. colour: float32 [b, 3, 4], the affine map of (R, G, B, 1).
+    the window, 1 means none. color: float32 [b, 3, 4], the affine map of (R, G, B, 1).
     """
 
     flip: np.ndarray
@@ -119,7 +127,7 @@ class Draws:
     down: np.ndarray
     up: np.ndarray
     blur: np.ndarray
-    colour: np.ndarray
+    color: np.ndarray
     erase: np.ndarray
 
 
@@ -146,12 +154,15 @@ def draw(
         flip = happens("flip")
     whole = np.tile(np.array([0, 0, size, size], np.int32), (count, 1))
     draws = Draws(
-        flip=flip, crop=whole, side=np.full(count, size, np.int32),
-        down=np.full(count, LINEAR, np.int32), up=np.full(count, LINEAR, np.int32),
+        flip=flip,
+        crop=whole,
+        side=np.full(count, size, np.int32),
+        down=np.full(count, LINEAR, np.int32),
+        up=np.full(count, LINEAR, np.int32),
         blur=np.ones(count, np.int32),
-        colour=np.tile(_IDENTITY, (count, 1, 1)),
+        color=np.tile(_IDENTITY, (count, 1, 1)),
         erase=np.zeros((count, 4), np.int32),
-    )  # fmt: skip
+    )
     if augmentation.only_flips:
         return draws
 
@@ -176,12 +187,12 @@ def draw(
     draws.blur[on] = (3 + 2 * np.floor(2 * chance("blur", 1)))[on]
     on = happens("erase")
     draws.erase[on] = boxes("erase", (0.02, 0.33), (0.3, 3.3))[on]
-    if augmentation.changes_colours:
-        _draw_colours(draws, happens, between)
+    if augmentation.changes_colors:
+        _draw_colors(draws, happens, between)
     return draws
 
 
-def _draw_colours(
+def _draw_colors(
     draws: Draws,
     happens: Callable[[str], np.ndarray],
     between: Callable[[str, int, float, float], np.ndarray],
@@ -192,31 +203,31 @@ def _draw_colours(
     turned[:, 1, 1] = turned[:, 2, 2] = length * np.cos(angle)
     turned[:, 2, 1] = length * np.sin(angle)
     turned[:, 1, 2] = -turned[:, 2, 1]
-    _then(draws.colour, rows, _FROM_YIQ @ turned @ _TO_YIQ)
+    _then(draws.color, rows, _FROM_YIQ @ turned @ _TO_YIQ)
     rows = np.flatnonzero(happens("photometric"))
     brightness, contrast, vividness = (
         between("photometric", number, 0.5, 1.5)[rows] for number in (1, 2, 3)
     )
-    _then(draws.colour, rows, brightness[:, None, None] * np.eye(3))
-    _then(draws.colour, rows, contrast[:, None, None] * np.eye(3), 127.5 * (1 - contrast))
-    _then(draws.colour, rows, _saturated(vividness))
+    _then(draws.color, rows, brightness[:, None, None] * np.eye(3))
+    _then(draws.color, rows, contrast[:, None, None] * np.eye(3), 127.5 * (1 - contrast))
+    _then(draws.color, rows, _saturated(vividness))
     rows = np.flatnonzero(happens("gray"))
-    _then(draws.colour, rows, _saturated(np.zeros(len(rows))))
+    _then(draws.color, rows, _saturated(np.zeros(len(rows))))
 
 
 def _saturated(factor: np.ndarray) -> np.ndarray:
-    """RGB moved away from its luma by factors [k]: 0 gives grey, 1 changes nothing. [k, 3, 3]."""
+    """RGB moved away from its luma by factors [k]: 0 gives gray, 1 changes nothing. [k, 3, 3]."""
     each = factor[:, None, None]
     return each * np.eye(3) + (1 - each) * np.tile(_LUMA, (3, 1))
 
 
 def _then(
-    colour: np.ndarray, rows: np.ndarray, matrix: np.ndarray, shift: np.ndarray | float = 0.0
+    color: np.ndarray, rows: np.ndarray, matrix: np.ndarray, shift: np.ndarray | float = 0.0
 ) -> None:
-    """Let `matrix` [k, 3, 3] x + `shift` [k] follow what rows [k] of `colour` do already."""
-    after = matrix @ colour[rows]
+    """Let `matrix` [k, 3, 3] x + `shift` [k] follow what rows [k] of `color` do already."""
+    after = matrix @ color[rows]
     after[:, :, 3] += np.reshape(shift, (-1, 1))
-    colour[rows] = after
+    color[rows] = after
 
 
 def blur_sigma(window: np.ndarray) -> np.ndarray:
@@ -239,9 +250,9 @@ def apply(draws: Draws, row: int, image: np.ndarray) -> None:
     window = int(draws.blur[row])
     if window > 1:
         image[...] = cv2.GaussianBlur(image, (window, window), float(blur_sigma(draws.blur[row])))
-    colour = draws.colour[row]
-    if (colour != _IDENTITY).any():
-        image[...] = cv2.transform(image, colour)
+    color = draws.color[row]
+    if (color != _IDENTITY).any():
+        image[...] = cv2.transform(image, color)
     top, left, height, width = draws.erase[row].tolist()
     if height:
         image[top : top + height, left : left + width] = ERASED
@@ -254,7 +265,7 @@ def mirror(image: np.ndarray) -> None:
     cv2.flip(image, 1, dst=image)  # it swaps pairs of pixels, so source and target may be one
 
 
-def normalise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def normalize_images(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """(x - 127.5) / 127.5 on the device and in the memory layout of `images` (uint8 [B, 3, H, W]).
 
     Every uint8 value less 127.5 is exact in bfloat16 and float16 too, so the only rounding is

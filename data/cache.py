@@ -58,8 +58,10 @@ class Cached:
                 raise ValueError(f"{path} was made from another version of its files")
             size = os.fstat(file.fileno()).st_size
             places = [(np.dtype(d), int(n), int(o)) for d, n, o in header["arrays"].values()]
-            if any(str(d) not in _DTYPES or not 0 <= o <= o + n * d.itemsize <= size
-                   for d, n, o in places):  # fmt: skip
+            if any(
+                str(d) not in _DTYPES or not 0 <= o <= o + n * d.itemsize <= size
+                for d, n, o in places
+            ):
                 raise ValueError(f"{path} is shorter than it says")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.facts: dict[str, Any] = header["facts"]

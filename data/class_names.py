@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.concat import ExcludingSource, JoinedSource
-from data.sources import DataError, FolderSource, ImageSource, RecordSource
+from data.concat import ConcatDataset, Subset
+from data.datasets import DataError, FolderDataset, ImageDataset, RecordDataset
 
 LABEL_MAP = "label_map.txt"
 
 
-def class_names(source: ImageSource) -> list[str] | None:
+def class_names(source: ImageDataset) -> list[str] | None:
     """The name of every class by its label, "" where one has none; None where none has any.
 
     Of joined sets: one set's names after the other's. There may be fewer names than classes (a
@@ -19,11 +19,11 @@ def class_names(source: ImageSource) -> list[str] | None:
 
     Raises DataError.
     """
-    if isinstance(source, FolderSource):
+    if isinstance(source, FolderDataset):
         return list(source.class_names)
-    if isinstance(source, ExcludingSource):  # classes keep their numbers
+    if isinstance(source, Subset):  # classes keep their numbers
         return class_names(source.source)
-    if isinstance(source, JoinedSource):
+    if isinstance(source, ConcatDataset):
         parts = [class_names(each) for each in source.sources]
         if not any(parts):
             return None
@@ -31,7 +31,7 @@ def class_names(source: ImageSource) -> list[str] | None:
         for part, offset in zip(parts, source.label_offsets, strict=True):
             names += [""] * (offset - len(names)) + (part or [])
         return names
-    if not isinstance(source, RecordSource):
+    if not isinstance(source, RecordDataset):
         return None
     folder = source.path_rec.parent
     found = read_label_map(folder)

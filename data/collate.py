@@ -9,18 +9,18 @@ import torch
 
 from data.augment import Augmentation, Draws, apply, draw, mirror
 from data.crop import RandomResizedCrop
+from data.datasets import DataError, ImageDataset
 from data.decode import ImageError, empty_pixels
 from data.order import batch_positions, steps_per_epoch
 from data.recordio import RecordError
-from data.sampling import Order
-from data.sources import DataError, ImageSource
+from data.sampling import Sampler
 
 # What a damaged or unsuitable data set raises: the message is for the user, not a traceback.
 DATA_ERRORS = (DataError, RecordError, ImageError)
 ON_BAD_RECORD = ("error", "skip")
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """images: uint8 [b, H, W, 3], RGB; labels: int64 [b]; skipped: why each bad image was
     replaced."""
 
@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
     skipped: list[str]
 
 
-class BatchMaker:
+class BatchLoader:
     """Calling it with (epoch, step) makes that batch of this rank; threads and processes may.
 
     on_bad_record: "error" raises; "skip" puts another image of the same batch (the next good one,
@@ -40,8 +40,8 @@ class BatchMaker:
 
     def __init__(
         self,
-        source: ImageSource,
-        order: Order,
+        source: ImageDataset,
+        order: Sampler,
         batch_size: int,
         *,
         rank: int = 0,
@@ -90,7 +90,7 @@ class BatchMaker:
         """What happens to these images (int64 [b]) in this epoch."""
         return draw(self.augmentation, indices, self.seed, epoch, self.source.input_size)
 
-    def __call__(self, epoch: int, step: int) -> Loaded:
+    def __call__(self, epoch: int, step: int) -> LoadedBatch:
         """Read and decode one batch. Raises DATA_ERRORS."""
         self.fetch_ahead(epoch, step)
         indices = self.indices(epoch, step)
@@ -113,7 +113,7 @@ class BatchMaker:
                 apply(draws, row, image)
             elif flips[row]:
                 mirror(image)
-        for row, other in stand_ins(bad, len(indices)).items():
+        for row, other in replacements(bad, len(indices)).items():
             images[row], labels[row] = images[other], labels[other]
         return self.loaded(torch.from_numpy(images), labels, bad)
 
@@ -122,12 +122,14 @@ class BatchMaker:
             return self.source.read_into(index, out)
         return self.crop.read_into(self.source, index, out, self.seed, epoch)
 
-    def loaded(self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]) -> Loaded:
+    def loaded(
+        self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]
+    ) -> LoadedBatch:
         """The parts of a batch as one, in page-locked memory where that was asked for."""
         classes = torch.from_numpy(labels)
         if self.pin_memory:
             images, classes = images.pin_memory(), classes.pin_memory()
-        return Loaded(images, classes, [str(error) for error in bad.values()])
+        return LoadedBatch(images, classes, [str(error) for error in bad.values()])
 
     def fetch_ahead(self, epoch: int, step: int, first: bool = False) -> None:
         """At the start, and whenever a batch enters a new window of a block-wise order: let the
@@ -142,7 +144,7 @@ class BatchMaker:
                 self.source.will_need(low, high)
 
 
-def stand_ins(bad: dict[int, Exception], count: int) -> dict[int, int]:
+def replacements(bad: dict[int, Exception], count: int) -> dict[int, int]:
     """Which good row of a batch takes the place of each bad one. Raises when there is none."""
     if bad and len(bad) == count:
         first = next(iter(bad.values()))

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data.datasets import DataError, ImageDataset, MissingDataError
 from data.fingerprint import Sample, sample_bytes
-from data.sources import DataError, ImageSource, MissingDataError
 
 
-class JoinedSource(ImageSource):
+class ConcatDataset(ImageDataset):
     """Sets one after the other, for one head: the classes of each come after those of the last.
 
     `label_offsets[i]` is added to the labels of set i.
     """
 
-    def __init__(self, sources: Sequence[ImageSource]) -> None:
+    def __init__(self, sources: Sequence[ImageDataset]) -> None:
         self.sources = list(sources)
         self.input_size = self.sources[0].input_size
         self.sizes = [len(source) for source in self.sources]
@@ -30,7 +30,7 @@ class JoinedSource(ImageSource):
         return int(self._ends[-1])
 
     def samples(self) -> list[Sample]:
-        """See ImageSource: of all sets, in their order."""
+        """See ImageDataset: of all sets, in their order."""
         return [
             sample._replace(name=f"{number}: {sample.name}")
             for number, source in enumerate(self.sources)
@@ -47,18 +47,18 @@ class JoinedSource(ImageSource):
         return self.sources[which].describe(local)
 
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """See ImageSource."""
+        """See ImageDataset."""
         which, local = self._locate(index)
         return self.sources[which].read_into(local, out) + self.label_offsets[which]
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """See ImageSource."""
+        """See ImageDataset."""
         which, local = self._locate(index)
         encoded, label = self.sources[which].read_encoded(local)
         return encoded, label + self.label_offsets[which]
 
     def labels(self) -> np.ndarray:
-        """See ImageSource."""
+        """See ImageDataset."""
         kind = np.int32 if self.num_classes <= 2**31 else np.int64
         labels = np.empty(len(self), kind)
         for source, end, offset in zip(self.sources, self._ends, self.label_offsets, strict=True):
@@ -66,14 +66,14 @@ class JoinedSource(ImageSource):
         return labels
 
     def will_need(self, begin: int, end: int) -> None:
-        """See ImageSource."""
+        """See ImageDataset."""
         for source, last, size in zip(self.sources, self._ends.tolist(), self.sizes, strict=True):
             low, high = max(begin, last - size), min(end, last)
             if low < high:
                 source.will_need(low - last + size, high - last + size)
 
 
-class ExcludingSource(ImageSource):
+class Subset(ImageDataset):
     """A set without the images and classes that a list names; classes keep their numbers.
 
     The list is a text file with one entry per line: `image NAME` or `class NAME`; empty lines and
@@ -82,7 +82,7 @@ class ExcludingSource(ImageSource):
     DataError, naming the line, for whatever is not in the set.
     """
 
-    def __init__(self, source: ImageSource, path_list: str | Path) -> None:
+    def __init__(self, source: ImageDataset, path_list: str | Path) -> None:
         self.source = source
         self.num_classes, self.input_size = source.num_classes, source.input_size
         images: list[int] = []
@@ -112,7 +112,7 @@ class ExcludingSource(ImageSource):
         return len(self._kept)
 
     def samples(self) -> list[Sample]:
-        """See ImageSource: of the whole set, and what is left of it."""
+        """See ImageDataset: of the whole set, and what is left of it."""
         return [*self.source.samples(), sample_bytes("kept", self._kept.tobytes())]
 
     def describe(self, index: int) -> str:
@@ -120,19 +120,19 @@ class ExcludingSource(ImageSource):
         return self.source.describe(int(self._kept[index]))
 
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """See ImageSource."""
+        """See ImageDataset."""
         return self.source.read_into(int(self._kept[index]), out)
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """See ImageSource."""
+        """See ImageDataset."""
         return self.source.read_encoded(int(self._kept[index]))
 
     def labels(self) -> np.ndarray:
-        """See ImageSource."""
+        """See ImageDataset."""
         return self.source.labels()[self._kept]
 
     def will_need(self, begin: int, end: int) -> None:
-        """See ImageSource."""
+        """See ImageDataset."""
         self.source.will_need(int(self._kept[begin]), int(self._kept[end - 1]) + 1)
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from data.datasets import DataError, FolderDataset, ImageDataset
 from data.decode import decode_image
 from data.order import uniform
-from data.sources import DataError, FolderSource, ImageSource
 
 ATTEMPTS = 10  # boxes tried before the middle is taken
 _CROP = 10  # this file's stream of draws; data/augment.py has 9
@@ -56,15 +56,17 @@ class RandomResizedCrop:
             box_width = round(math.sqrt(pixels * shape))
             if 0 < box_height <= height and 0 < box_width <= width:
                 return (
-                    int(top * (height - box_height + 1)), int(left * (width - box_width + 1)),
-                    box_height, box_width,
-                )  # fmt: skip
+                    int(top * (height - box_height + 1)),
+                    int(left * (width - box_width + 1)),
+                    box_height,
+                    box_width,
+                )
         box_height = min(height, max(1, round(width / self.ratio[0])))
         box_width = min(width, max(1, round(height * self.ratio[1])))
         return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
     def read_into(
-        self, source: ImageSource, index: int, out: np.ndarray, seed: int, epoch: int
+        self, source: ImageDataset, index: int, out: np.ndarray, seed: int, epoch: int
     ) -> int:
         """Decode picture `index`, cut and resize it into `out`, uint8 [size, size, 3]; its label.
 
@@ -83,7 +85,7 @@ def short_side_for(input_size: int) -> int:
     return round(input_size * _RESIZED / _CUT)
 
 
-def centre_crop(picture: np.ndarray, input_size: int, short_side: int | None = None) -> np.ndarray:
+def center_crop(picture: np.ndarray, input_size: int, short_side: int | None = None) -> np.ndarray:
     """The middle of a picture, uint8 [input_size, input_size, 3].
 
     Args:
@@ -112,13 +114,13 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-class PictureFolder:
+class ImageFolder:
     """The pictures of `root/<class>/<picture>` with their labels, to be scored.
 
     Args:
         root: the class folders.
         class_names: whose order gives the labels, as the training folder's; None: the folders' own.
-        input_size: height and width that the network takes. short_side: see `centre_crop`.
+        input_size: height and width that the network takes. short_side: see `center_crop`.
 
     Attributes:
         name: of the set, for logs. labels: int64 [pictures]. num_classes: the labels' range.
@@ -134,7 +136,7 @@ class PictureFolder:
         class_names: Sequence[str] | None = None,
         short_side: int | None = None,
     ) -> None:
-        self.source = FolderSource(root, input_size=input_size)
+        self.source = FolderDataset(root, input_size=input_size)
         self.name, self.input_size = self.source.root.name, input_size
         self.short_side = short_side
         names = self.source.class_names if class_names is None else list(class_names)
@@ -161,4 +163,4 @@ class PictureFolder:
     def pixels(self, index: int, encoded: bytes) -> np.ndarray:
         """What the network sees of picture `index`: uint8 [input_size, input_size, 3], RGB."""
         picture = decode_image(encoded, self.source.describe(index))
-        return centre_crop(picture, self.input_size, self.short_side)
+        return center_crop(picture, self.input_size, self.short_side)

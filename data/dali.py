@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from data.augment import CUBIC, ERASED, LINEAR, NEAREST, Draws, blur_sigma
-from data.collate import DATA_ERRORS, BatchMaker, Loaded, stand_ins
+from data.collate import DATA_ERRORS, BatchLoader, LoadedBatch, replacements
+from data.datasets import DataError
 from data.decode import decode_into, empty_pixels, image_size
 from data.prefetch import OrderedPrefetch
-from data.sources import DataError
 
 _IN_FLIGHT = 2  # batches inside the pipeline
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -90,7 +90,7 @@ class DaliPool:
     """
 
     def __init__(
-        self, make: BatchMaker, num_threads: int, device: torch.device | None = None
+        self, make: BatchLoader, num_threads: int, device: torch.device | None = None
     ) -> None:
         try:
             import nvidia.dali
@@ -108,7 +108,7 @@ class DaliPool:
         self._pipeline: Any = None
         self._feed: _Feed | None = None
 
-    def run(self, epoch: int, steps: range) -> Iterator[Loaded]:
+    def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
         """The batches of these steps in order; an error comes in the place of its batch."""
         reader = OrderedPrefetch(lambda step: self._read(epoch, step), steps, num_workers=1)
         feed = self._feed = _Feed(reader)
@@ -215,9 +215,9 @@ class DaliPool:
             feed_ndarray(decoded, copy, cuda_stream=self._stream)  # waits for this stream only
         return copy
 
-    def _loaded(self, images: torch.Tensor, batch: _Encoded) -> Loaded:
+    def _loaded(self, images: torch.Tensor, batch: _Encoded) -> LoadedBatch:
         reasons = [str(error) for error in batch.bad.values()]
-        return Loaded(images, torch.from_numpy(batch.labels), reasons)
+        return LoadedBatch(images, torch.from_numpy(batch.labels), reasons)
 
     # ---------------------------------------------------------------- the pipeline
 
@@ -233,8 +233,8 @@ class DaliPool:
         if wanted.blur:
             inputs["blur"] = draws.blur
             inputs["sigma"] = blur_sigma(draws.blur).astype(np.float32)
-        if wanted.changes_colours:
-            inputs["colour"] = draws.colour
+        if wanted.changes_colors:
+            inputs["color"] = draws.color
         if wanted.erase:
             inputs["erase_at"] = draws.erase[:, :2].astype(np.float32)
             inputs["erase_size"] = draws.erase[:, 2:].astype(np.float32)
@@ -242,9 +242,7 @@ class DaliPool:
 
     def _interpolation(self, *ways: np.ndarray) -> list[np.ndarray]:
         kinds = self._dali.types.DALIInterpType
-        names = {
-            NEAREST: kinds.INTERP_NN, LINEAR: kinds.INTERP_LINEAR, CUBIC: kinds.INTERP_CUBIC
-        }  # fmt: skip
+        names = {NEAREST: kinds.INTERP_NN, LINEAR: kinds.INTERP_LINEAR, CUBIC: kinds.INTERP_CUBIC}
         numbers = np.array([int(names[kind]) for kind in sorted(names)], np.int32)
         return [numbers[way] for way in ways]
 
@@ -253,10 +251,11 @@ class DaliPool:
         wanted, size = self._make.augmentation, self._make.source.input_size
         on_gpu = self._device is not None
         pipeline = self._dali.Pipeline(
-            batch_size=self._make.batch_size, num_threads=self._num_threads,
+            batch_size=self._make.batch_size,
+            num_threads=self._num_threads,
             device_id=self._device.index or 0 if self._device is not None else None,
             prefetch_queue_depth=_IN_FLIGHT,
-        )  # fmt: skip
+        )
 
         names: list[str] = []
 
@@ -275,9 +274,12 @@ class DaliPool:
             )
             if wanted.crop:
                 images = fn.erase(
-                    images, anchor=given("crop_at"), shape=given("crop_size"), fill_value=0,
+                    images,
+                    anchor=given("crop_at"),
+                    shape=given("crop_size"),
+                    fill_value=0,
                     axis_names="HW",
-                )  # fmt: skip
+                )
             if wanted.resize or wanted.low_res:
                 side = given("side")
                 down, up = (
@@ -291,20 +293,23 @@ class DaliPool:
                 )
             if wanted.blur:
                 images = fn.gaussian_blur(images, window_size=given("blur"), sigma=given("sigma"))
-            if wanted.changes_colours:
-                images = fn.coord_transform(images, MT=given("colour"), dtype=types.UINT8)
+            if wanted.changes_colors:
+                images = fn.coord_transform(images, MT=given("color"), dtype=types.UINT8)
             if wanted.erase:
                 images = fn.erase(
-                    images, anchor=given("erase_at"), shape=given("erase_size"),
-                    fill_value=ERASED, axis_names="HW",
-                )  # fmt: skip
+                    images,
+                    anchor=given("erase_at"),
+                    shape=given("erase_size"),
+                    fill_value=ERASED,
+                    axis_names="HW",
+                )
             pipeline.set_outputs(fn.flip(images, horizontal=given("flip")))
         pipeline.build()
         return pipeline
 
 
 def _replace_bad(batch: _Encoded) -> None:
-    for row, other in stand_ins(batch.bad, len(batch.files)).items():
+    for row, other in replacements(batch.bad, len(batch.files)).items():
         batch.files[row], batch.labels[row] = batch.files[other], batch.labels[other]
         for values in vars(batch.draws).values():
             values[row] = values[other]

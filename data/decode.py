@@ -35,7 +35,7 @@ def read_image_file(path: Path, where: str | None = None) -> bytes:
 
 
 def empty_pixels(*shape: int) -> np.ndarray:
-    """Room for decoded pixels: uint8 of `shape`, not initialised, 8 bytes past a multiple of 16.
+    """Room for decoded pixels: uint8 of `shape`, not initialized, 8 bytes past a multiple of 16.
 
     libjpeg-turbo writes rows that begin at a multiple of 32 bytes (16 without AVX2) past the cache
     into memory: of 112 x 112 images in an ordinary array every second row. Here no row of an image
@@ -51,9 +51,9 @@ def empty_pixels(*shape: int) -> np.ndarray:
 def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: str) -> np.ndarray:
     """Decode JPEG, PNG, BMP or WebP to RGB: uint8 [H, W, 3], freshly allocated, contiguous.
 
-    Grey becomes three equal channels, CMYK is converted, transparency is dropped.
+    Gray becomes three equal channels, CMYK is converted, transparency is dropped.
     `where` names the image in errors (file, record). JPEG goes through libjpeg-turbo, which
-    releases the GIL, and strictly: a truncated image is an error, not a grey lower half.
+    releases the GIL, and strictly: a truncated image is an error, not a gray lower half.
     Raises ImageError.
     """
     data = memoryview(encoded).cast("B")
@@ -151,7 +151,7 @@ def _is_cmyk(data: memoryview) -> bool:
 
 def _rgb_of_cmyk(inks: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 4] as JPEGs have them, 255 for no ink (Adobe's habit), to RGB without a
-    colour profile: what is left of the light after its own ink and black."""
+    color profile: what is left of the light after its own ink and black."""
     black = inks[:, :, 3:].astype(np.uint16)
     return ((inks[:, :, :3] * black + 127) // 255).astype(np.uint8)
 

@@ -180,8 +180,11 @@ def _check_end(path: Path, index: RecordIndex, reader: RecordReader) -> None:
         log.warning(
             "%s: ends with key %d, but %s goes on for %d bytes. If it was cut off, copy it again "
             "or rebuild it: python scripts/doctor.py --rebuild-index",
-            path, key, reader.path.name, reader.size - end,
-        )  # fmt: skip
+            path,
+            key,
+            reader.path.name,
+            reader.size - end,
+        )
 
 
 def _increases(values: np.ndarray) -> bool:
@@ -241,9 +244,12 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
         size = os.fstat(file.fileno()).st_size
         at_once = max(1, min(_CHUNK_BYTES, size))
         with tqdm(
-            total=size, desc=f"reading {path.name}", unit="B", unit_scale=True,
+            total=size,
+            desc=f"reading {path.name}",
+            unit="B",
+            unit_scale=True,
             disable=True if size < _PROGRESS_FROM_BYTES else None,
-        ) as bar:  # fmt: skip
+        ) as bar:
             num_lines = 0
             while chunk := file.read(at_once):
                 num_lines += chunk.count(b"\n")
@@ -273,7 +279,7 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parse_lines(text: bytes, path: Path, lines_before: int) -> np.ndarray:
-    """int64 [lines, 2] from whole lines. The usual form vectorised, any other line by line."""
+    """int64 [lines, 2] from whole lines. The usual form vectorized, any other line by line."""
     raw = np.frombuffer(text, np.uint8)
     separators = np.flatnonzero((raw < _ZERO) | (raw > _NINE))
     kinds = raw[separators]
@@ -308,7 +314,7 @@ def is_header_record(header: RecordHeader, payload_length: int) -> bool:
 
 
 def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
-    """Which lines of the index are images: a slice where they are neighbours, else positions.
+    """Which lines of the index are images: a slice where they are neighbors, else positions.
 
     InsightFace style (the record with key 0 is a header record with labels (n, m)): images are
     the keys 1..n-1, and keys n..m-1 describe identities. Any other set: every line is an image.

@@ -1,6 +1,6 @@
 """The order of training: which image when, on which rank, flipped or not.
 
-Pure functions of (seed, epoch); nothing is materialised, nothing has a state. A keyed permutation
+Pure functions of (seed, epoch); nothing is materialized, nothing has a state. A keyed permutation
 of range(n) is evaluated at the positions asked for, so starting at any step of any epoch costs the
 same, for ten images or for forty-two million, and the order knows nothing about ranks or workers.
 """
@@ -20,7 +20,7 @@ _SHUFFLE, _FLIP = 1, 2
 
 
 def _mix(x: int) -> int:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014), on a Python integer below 2**64."""
+    """splitmix64's finalizer (Steele, Lea, Flood 2014), on a Python integer below 2**64."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
@@ -35,7 +35,7 @@ def derive_key(*parts: int) -> int:
 
 
 def hash_indices(indices: np.ndarray, key: int | np.ndarray) -> np.ndarray:
-    """A keyed 64-bit hash per index: the same finaliser, vectorised. uint64, shape of `indices`.
+    """A keyed 64-bit hash per index: the same finalizer, vectorized. uint64, shape of `indices`.
 
     key: one for all, or uint64 of the same shape.
     """

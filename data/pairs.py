@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data.sources import DataError, MissingDataError
+from data.datasets import DataError, MissingDataError
 from utils.files import write_atomically
 
 Face = tuple[str, int | None]

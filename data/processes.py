@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import Dataset, Sampler
 
-from data.collate import DATA_ERRORS, BatchMaker, Loaded
+from data.collate import DATA_ERRORS, BatchLoader, LoadedBatch
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -29,11 +29,11 @@ class _Steps(Sampler[tuple[int, int]]):
         return iter(self.pairs)
 
 
-class _Batches(Dataset[Loaded | Exception]):
-    def __init__(self, make: BatchMaker) -> None:
+class _Batches(Dataset[LoadedBatch | Exception]):
+    def __init__(self, make: BatchLoader) -> None:
         self._make = make
 
-    def __getitem__(self, pair: tuple[int, int]) -> Loaded | Exception:
+    def __getitem__(self, pair: tuple[int, int]) -> LoadedBatch | Exception:
         try:
             return self._make(*pair)
         except DATA_ERRORS as error:
@@ -47,16 +47,22 @@ class ProcessPool:
     index of the records is mapped, not copied.
     """
 
-    def __init__(self, make: BatchMaker, num_workers: int) -> None:
+    def __init__(self, make: BatchLoader, num_workers: int) -> None:
         self._steps = _Steps()
         self._loader: TorchLoader[Any] = TorchLoader(
-            _Batches(make), batch_size=None, sampler=self._steps, num_workers=num_workers,
-            collate_fn=_as_it_is, multiprocessing_context="forkserver", persistent_workers=True,
-            pin_memory=make.pin_memory, worker_init_fn=_begin_worker,
-        )  # fmt: skip
+            _Batches(make),
+            batch_size=None,
+            sampler=self._steps,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            multiprocessing_context="forkserver",
+            persistent_workers=True,
+            pin_memory=make.pin_memory,
+            worker_init_fn=_begin_worker,
+        )
         make.pin_memory = False  # the loader's own thread does it; workers must not touch CUDA
 
-    def run(self, epoch: int, steps: range) -> Iterator[Loaded]:
+    def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
         """The batches of these steps in order; an error comes in the place of its batch."""
         self._steps.pairs = [(epoch, step) for step in steps]
         error: Exception | None = None
@@ -64,7 +70,7 @@ class ProcessPool:
             if isinstance(loaded, Exception):
                 error = loaded
                 break
-            yield Loaded(*loaded)
+            yield LoadedBatch(*loaded)
         if error is not None:
             # End the workers now. Left to the garbage collector, torch's pool waits 5 s for each:
             # its queues may be gone before it is. The next iteration starts new ones.

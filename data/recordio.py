@@ -259,7 +259,7 @@ class RecordReader:
         return unpack_header(head, length, where)
 
     def read_classes(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Classes of many records at once, by a vectorised look at their headers.
+        """Classes of many records at once, by a vectorized look at their headers.
 
         offsets: int64 [k]. Returns classes int64 [k] and which of them are sure, bool [k]: the
         others (damaged, in several parts, beyond 2**24, no class at all) need `read_header`.
@@ -278,12 +278,17 @@ class RecordReader:
         flag = words[at + 2].astype(np.int64)
         label = np.where(flag > 0, words[at + 8], words[at + 3]).view("<f4")
         sure = (
-            in_file & (offsets >= 0) & (offsets % 4 == 0)
-            & (words[at] == MAGIC) & (words[at + 1] >> 29 == WHOLE)
+            in_file
+            & (offsets >= 0)
+            & (offsets % 4 == 0)
+            & (words[at] == MAGIC)
+            & (words[at + 1] >> 29 == WHOLE)
             & (offsets + PART_HEADER.size + length <= self.size)
             & (RECORD_HEADER.size + 4 * flag <= length)
-            & (label >= 0) & (label < MAX_EXACT_LABEL) & (label == np.floor(label))
-        )  # fmt: skip
+            & (label >= 0)
+            & (label < MAX_EXACT_LABEL)
+            & (label == np.floor(label))
+        )
         return np.where(sure, label, 0).astype(np.int64), sure
 
     def will_need(self, begin: int, end: int) -> None:

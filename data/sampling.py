@@ -17,7 +17,7 @@ from data.order import derive_key, hash_indices, shuffled_indices, shuffled_with
 _BLOCKS, _SHIFT, _IN_WINDOW, _SHARE, _CLASS, _GROUPS = 3, 4, 5, 6, 7, 8
 
 
-class Order(ABC):
+class Sampler(ABC):
     """Calling it gives the images at positions of an epoch; `len` is the positions of one epoch."""
 
     window_size = 0  # positions that share a window, where `window` knows one
@@ -38,15 +38,15 @@ class Order(ABC):
         return []
 
 
-class InOrder(Order):
+class SequentialSampler(Sampler):
     """The set as it lies."""
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        """See Order."""
+        """See Sampler."""
         return positions
 
 
-class Shuffled(Order):
+class RandomSampler(Sampler):
     """Every image once per epoch, in a random order of the whole set."""
 
     def __init__(self, num_images: int, seed: int) -> None:
@@ -54,12 +54,12 @@ class Shuffled(Order):
         self._seed = seed
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        """See Order."""
+        """See Sampler."""
         return shuffled_indices(positions, self.num_positions, self._seed, epoch)
 
 
-class BlockShuffled(Order):
-    """Every image once per epoch, read in blocks of neighbours: for spinning or network disks.
+class BlockShuffleSampler(Sampler):
+    """Every image once per epoch, read in blocks of neighbors: for spinning or network disks.
 
     The set is a ring, cut at a random place per epoch into blocks of `block` images; the blocks
     come in random order, and images are shuffled within windows of `window_blocks` blocks. So a
@@ -75,7 +75,7 @@ class BlockShuffled(Order):
         self.window_size = self._block * min(window_blocks, self._blocks)
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        """See Order."""
+        """See Sampler."""
         positions = np.asarray(positions, np.int64)
         begin, size = self._window_of(positions)
         key = derive_key(_IN_WINDOW, self._seed, epoch)
@@ -88,7 +88,7 @@ class BlockShuffled(Order):
         return (images + self._shift(epoch)) % self.num_positions
 
     def window(self, position: int, epoch: int) -> list[tuple[int, int]]:
-        """See Order: the blocks of the window of `position`."""
+        """See Sampler: the blocks of the window of `position`."""
         begins, sizes = self._window_of(np.array([position]))
         begin, end = int(begins[0]), int(begins[0] + sizes[0])
         shift, ranges = self._shift(epoch), []
@@ -117,7 +117,7 @@ class BlockShuffled(Order):
         return derive_key(_SHIFT, self._seed, epoch) % self.num_positions
 
 
-class Shares(Order):
+class WeightedSampler(Sampler):
     """Several sets, each with its share of the epoch; an epoch is as long as the sets together.
 
     sizes: images of each set, numbered one set after the other. weights: relative shares. A set
@@ -139,7 +139,7 @@ class Shares(Order):
         self._ends = np.cumsum(shares)
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        """See Order."""
+        """See Sampler."""
         draws = shuffled_indices(positions, self.num_positions, self._seed, epoch)
         which = np.searchsorted(self._ends, draws, side="right")
         shares, sizes = self.shares[which], self._sizes[which]
@@ -150,7 +150,7 @@ class Shares(Order):
         return self._first_image[which] + shuffled_within(place, sizes, keys)
 
 
-class ClassBalanced(Order):
+class ClassBalancedSampler(Sampler):
     """Every class equally often: the order is a row of groups of `samples_per_class` images of one
     class each, so a batch of P * samples_per_class images holds P classes.
 
@@ -173,7 +173,7 @@ class ClassBalanced(Order):
         super().__init__(self._groups_per_class * group_row)
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        """See Order."""
+        """See Sampler."""
         positions = np.asarray(positions, np.int64)
         group, member = positions // self._per_group, positions % self._per_group
         num_groups = self.num_positions // self._per_group

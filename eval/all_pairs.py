@@ -186,7 +186,7 @@ def all_pairs(
     fars: Sequence[float],
     *,
     against: tuple[NDArray[np.floating], NDArray[np.integer]] | None = None,
-    normalise: bool = True,
+    normalize: bool = True,
     device: torch.device | str = "cpu",
     seed: int = 0,
     on_block: Callable[[int], None] = lambda count: None,
@@ -196,24 +196,24 @@ def all_pairs(
     Scores are fp32 products of fp32 rows; equal scores are accepted together.
 
     Args:
-        embeddings: any length; see `normalise`.
+        embeddings: any length; see `normalize`.
         people: an integer per row: who it is.
         fars: targets in [0, 1].
         against: (embeddings [M, D], people [M]) of another set: then every row of the first is
             compared with every row of the second, and not with its own set.
-        normalise: scale rows to length 1 first, so that scores are cosines.
+        normalize: scale rows to length 1 first, so that scores are cosines.
         device: where the products are computed.
         seed: of the sample; it does not change the result.
         on_block: called with the number of scores of every block that was computed.
 
     Returns one AllPairs per target; a TAR is NaN where a kind of pair is missing.
-    Raises ValueError: shapes, a FAR outside [0, 1], a row that is not finite or (normalising) zero.
+    Raises ValueError: shapes, a FAR outside [0, 1], a row that is not finite or (normalizing) zero.
     """
     for far in fars:
         if not 0 <= far <= 1:
             raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-6")
-    first = _prepare(embeddings, people, normalise, device)
-    second = None if against is None else _prepare(*against, normalise, device)
+    first = _prepare(embeddings, people, normalize, device)
+    second = None if against is None else _prepare(*against, normalize, device)
     if second is not None and first[0].shape[1] != second[0].shape[1]:
         raise ValueError(
             f"embeddings of {first[0].shape[1]} numbers against {second[0].shape[1]}; use one model"
@@ -233,17 +233,22 @@ def all_pairs(
         true_accepts = _count_genuine(scores, limits)
     return [
         AllPairs(
-            far, accepted / num_genuine, limit, accepted, found[count + 1][1], num_genuine,
+            far,
+            accepted / num_genuine,
+            limit,
+            accepted,
+            found[count + 1][1],
+            num_genuine,
             num_impostors,
         )
         for far, accepted, limit, count in zip(fars, true_accepts, limits, allowed, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _prepare(
     embeddings: NDArray[np.floating],
     people: NDArray[np.integer],
-    normalise: bool,
+    normalize: bool,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
     """fp32 rows sorted by person, and the people, on the device."""
@@ -257,11 +262,11 @@ def _prepare(
     for start in range(0, len(order), BLOCK):
         block = embeddings[order[start : start + BLOCK]].astype(np.float64)
         lengths = np.linalg.norm(block, axis=1)
-        bad = ~np.isfinite(lengths) | ((lengths == 0) if normalise else False)
+        bad = ~np.isfinite(lengths) | ((lengths == 0) if normalize else False)
         if bad.any():
             row = int(order[start + int(np.argmax(bad))])
             raise ValueError(f"embedding {row} is zero or not finite: it has no direction")
-        rows[start : start + BLOCK] = block / lengths[:, None] if normalise else block
+        rows[start : start + BLOCK] = block / lengths[:, None] if normalize else block
     return (
         torch.from_numpy(rows).to(device),
         torch.from_numpy(np.ascontiguousarray(people[order])).to(device),

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arcshard.head.ranking import logit_places
-from data.crop import PictureFolder
-from data.sources import DataError, list_class_names
+from arcshard.head.ranking import logit_rank
+from data.crop import ImageFolder
+from data.datasets import DataError, list_class_names
 from eval.cli import (
     add_model_options,
     check_outputs,
-    choose_world,
+    choose_dist_context,
     open_models,
     run_command,
     write_json,
@@ -47,9 +47,9 @@ TOP = (1, 5)
 
 def classify(
     embed: Embed,
-    sets: Sequence[PictureFolder],
+    sets: Sequence[ImageFolder],
     *,
-    places: Places = logit_places,
+    places: Places = logit_rank,
     width: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -63,7 +63,7 @@ def classify(
     Args:
         embed: uint8 RGB [n, 3, input_size, input_size] -> [n, width]: logits, or what `places`
             takes. Every rank must have the same weights.
-        places: of logits; or of a head whose ranks work together (`target_places`), which is then
+        places: of logits; or of a head whose ranks work together (`target_rank`), which is then
             called equally often on all of them.
         width: of what `embed` gives; needed where `places` works over ranks.
         rank, world_size, group: which share is this one's.
@@ -102,7 +102,7 @@ class _Share:
     others would wait for it. The failure is kept.
     """
 
-    def __init__(self, one: PictureFolder, rank: int, world_size: int, batch_size: int) -> None:
+    def __init__(self, one: ImageFolder, rank: int, world_size: int, batch_size: int) -> None:
         self.one, self.batch_size, self.is_alone = one, batch_size, world_size == 1
         shares = [share_of_batches(len(one), batch_size, r, world_size) for r in range(world_size)]
         self.num_batches = max(-(-(share.end - share.start) // batch_size) for share in shares)
@@ -114,9 +114,14 @@ class _Share:
         """(outputs [b, width], labels [b], whether they count) of every batch."""
         size = self.one.input_size
         batches = embedded_batches(
-            embed, self.one, range(self.own.start, self.own.stop, self.batch_size),
-            name=self.one.name, flip=False, batch_size=self.batch_size, input_size=size,
-        )  # fmt: skip
+            embed,
+            self.one,
+            range(self.own.start, self.own.stop, self.batch_size),
+            name=self.one.name,
+            flip=False,
+            batch_size=self.batch_size,
+            input_size=size,
+        )
         nothing = torch.zeros(1, width), torch.zeros(1, dtype=torch.int64), False
         for _ in range(self.num_batches):
             if self.failure is not None:
@@ -136,9 +141,12 @@ class _Share:
 
 
 def _sum(
-    counts: Tensor, failure: Exception | None, name: str, world_size: int,
+    counts: Tensor,
+    failure: Exception | None,
+    name: str,
+    world_size: int,
     group: dist.ProcessGroup | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Counts over all ranks; or an error on every rank if one has failed."""
     if world_size == 1:
         return counts
@@ -159,10 +167,10 @@ def _sum(
     return counts
 
 
-def open_pictures(
+def open_image_folder(
     folder: str | Path, input_size: int, short_side: int | None = None
-) -> PictureFolder:
-    """The pictures to score in `folder`: its val/, labelled as the class folders of its train/ are
+) -> ImageFolder:
+    """The pictures to score in `folder`: its val/, labeled as the class folders of its train/ are
     numbered; or, where there is no val/, its own class folders in sorted order.
 
     Raises:
@@ -174,7 +182,7 @@ def open_pictures(
     names = list_class_names(train) if train.is_dir() else None
     if names is not None and val == folder:
         raise DataError(f"{folder} has train/ but no val/: put the pictures to score there")
-    return PictureFolder(val, input_size, names, short_side)
+    return ImageFolder(val, input_size, names, short_side)
 
 
 # --------------------------------------------------------------------------------------------
@@ -190,8 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_model_options(parser)
     add = parser.add_argument
     add("--data", required=True, help="folder with train/ and val/, or of class folders alone")
-    add("--resize", type=int, help="short side in pixels before the middle is cut out "
-        "(default: 256 for 224)")  # fmt: skip
+    add(
+        "--resize",
+        type=int,
+        help="short side in pixels before the middle is cut out (default: 256 for 224)",
+    )
     add("--json", type=Path, help="write the result there")
     options = parser.parse_args(arguments)
     return run_command(lambda: _evaluate(options))
@@ -201,11 +212,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     check_outputs({"--json": options.json})
     if options.cache is not None:
         raise ValueError("--cache keeps embeddings; there are none here: leave it out")
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     (model,) = open_models(options, world)
     if options.resize is not None and options.resize < model.input_size:
         raise ValueError(f"--resize {options.resize}: at least the model's {model.input_size}")
-    pictures = open_pictures(options.data, model.input_size, options.resize)
+    pictures = open_image_folder(options.data, model.input_size, options.resize)
     is_sure = (Path(options.data) / "train").is_dir()
 
     def embed(images: Tensor) -> Tensor:
@@ -222,9 +233,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         return logits
 
     results = classify(
-        embed, [pictures], rank=world.rank, world_size=world.world_size,
-        batch_size=options.batch_size, show_progress=world.is_main,
-    )  # fmt: skip
+        embed,
+        [pictures],
+        rank=world.rank,
+        world_size=world.world_size,
+        batch_size=options.batch_size,
+        show_progress=world.is_main,
+    )
     if world.is_main:
         print(format_results(results))
         if options.json:

@@ -20,7 +20,7 @@ import torch
 from backbones.weights import WeightsError
 from eval.extract import EmbeddingCache
 from eval.model import Model, open_model, parse_channels
-from utils.distributed import DeviceError, World, join_world, leave_world
+from utils.distributed import DeviceError, DistContext, destroy_distributed, init_distributed
 from utils.json_values import without_nan
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,11 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     """The options that say which model, how images reach it, and where it runs."""
     add = parser.add_argument
     add(
-        "--model", required=True, nargs="+" if several else None,
+        "--model",
+        required=True,
+        nargs="+" if several else None,
         help="folder of a run, its model.pt, or an .onnx of any vendor",
-    )  # fmt: skip
+    )
     add("--network", help="architecture, for a model.pt that does not say")
     add("--mean", help="of pixels 0..255: one number or R,G,B; needed where the file does not say")
     add("--std", help="likewise")
@@ -47,7 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     add("--cache", type=Path, help="keep embeddings in this folder, by content, and reuse them")
 
 
-def open_models(options: argparse.Namespace, world: World) -> list[Model]:
+def open_models(options: argparse.Namespace, world: DistContext) -> list[Model]:
     """The model or models of `add_model_options`, on this rank's device; says how they see."""
     paths = options.model if isinstance(options.model, list) else [options.model]
     models = []
@@ -79,7 +81,7 @@ def cache_of(options: argparse.Namespace, model: Model) -> EmbeddingCache | None
     return None if options.cache is None else EmbeddingCache(options.cache, model.key)
 
 
-def choose_world(device: str | None) -> World:
+def choose_dist_context(device: str | None) -> DistContext:
     """This process among torchrun's ranks, on the device that --device asks for.
 
     Raises ValueError if PyTorch cannot use it.
@@ -94,13 +96,13 @@ def choose_world(device: str | None) -> World:
                 f"{', '.join(usable)}, or leave it out"
             ) from error
     if device is None or device in ("cpu", "cuda"):
-        return join_world(device or "auto")
+        return init_distributed(device or "auto")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             f"--device {device} with several ranks: each takes the GPU of its number; give "
             "--device cuda or cpu"
         )
-    return World(0, 0, 1, torch.device(device))
+    return DistContext(0, 0, 1, torch.device(device))
 
 
 def run_command(work: Callable[[], int]) -> int:
@@ -113,7 +115,7 @@ def run_command(work: Callable[[], int]) -> int:
             raise  # a bug of ours or of a library: the traceback is what helps
         print(f"error: {error}", file=sys.stderr)
     finally:
-        leave_world()
+        destroy_distributed()
     return code
 
 

@@ -126,9 +126,7 @@ class AlignedImages(FileImages):
             raise AlignmentError(f"{where}: {error}") from error
 
 
-def fit(
-    image: NDArray[np.uint8], input_size: int, resize: bool, where: str
-) -> NDArray[np.uint8]:
+def fit(image: NDArray[np.uint8], input_size: int, resize: bool, where: str) -> NDArray[np.uint8]:
     """`image` if it is input_size x input_size, or resized to it. Raises ImageError."""
     height, width = image.shape[:2]
     if (height, width) == (input_size, input_size):
@@ -294,9 +292,15 @@ def embed_images(
     progress = Progress(own.end - own.start, f"embedding {name}", show_progress)
     try:
         for first, rows in embedded_batches(
-            embed, images, range(own.start, own.end, batch_size), name=name, flip=flip,
-            batch_size=batch_size, input_size=input_size, cache=cache,
-        ):  # fmt: skip
+            embed,
+            images,
+            range(own.start, own.end, batch_size),
+            name=name,
+            flip=flip,
+            batch_size=batch_size,
+            input_size=input_size,
+            cache=cache,
+        ):
             first -= own.start
             if sum_flip and flip:
                 half = rows.shape[1] // 2

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.sources import IMAGE_SUFFIXES, DataError
+from data.datasets import IMAGE_SUFFIXES, DataError
 from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
-    choose_world,
+    choose_dist_context,
     open_models,
     parse_rates,
     run_command,
@@ -74,7 +74,7 @@ def search(
 ) -> Searches:
     """Search probes [P, D] with identities [P] in a gallery [G, D] with identities [G].
 
-    Embeddings need not be normalised. Average precision is sklearn's: the mean over the person's
+    Embeddings need not be normalized. Average precision is sklearn's: the mean over the person's
     images of (own images up to here) / (images up to here), ties counting against.
 
     Raises ValueError: shapes that do not fit, an empty side, embeddings without direction.
@@ -121,9 +121,7 @@ def search(
     return Searches(mated, rank, mate, other, precision, len(gallery))
 
 
-def _unit_rows(
-    name: str, rows: NDArray[np.floating], device: torch.device | str
-) -> torch.Tensor:
+def _unit_rows(name: str, rows: NDArray[np.floating], device: torch.device | str) -> torch.Tensor:
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
@@ -134,7 +132,7 @@ def _unit_rows(
     return torch.from_numpy((rows / lengths[:, None]).astype(np.float32)).to(device)
 
 
-def summarise(
+def summarize(
     searches: Searches,
     select: NDArray[np.bool_] | None = None,
     ranks: Sequence[int] = DEFAULT_RANKS,
@@ -185,8 +183,10 @@ def format_summaries(summaries: dict[str, dict[str, Any]]) -> str:
     first = next(iter(summaries.values()))
     ranks = [key for key in first if key.startswith("rank_")]
     fpirs = [f"TPIR@{rate_name(at['fpir'])}" for at in first["tpir_at_fpir"]]
-    rows = [["identification", "gallery", "mated", "unmated", *ranks, *fpirs]
-            + (["mAP"] if "map" in first else [])]  # fmt: skip
+    rows = [
+        ["identification", "gallery", "mated", "unmated", *ranks, *fpirs]
+        + (["mAP"] if "map" in first else [])
+    ]
     for name, one in summaries.items():
         rates = [one[key] for key in ranks] + [at["tpir"] for at in one["tpir_at_fpir"]]
         rates += [one["map"]] if "map" in first else []
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     check_outputs({"--json": options.json})
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     gallery, probes = list_images(options.gallery), list_images(options.probe)
     distractors = list_images(options.distractors) if options.distractors else None
     groups = Groups.read(options.groups, ("name",)).of(probes.names) if options.groups else {}
@@ -272,12 +272,18 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     def embed(paths: list[Path], name: str) -> NDArray[np.floating]:
         return embed_images(
-            model.embed, FileImages(paths, model.input_size, options.resize),
-            name=name, flip=not options.no_flip, sum_flip=True, rank=world.rank,
-            world_size=world.world_size, batch_size=options.batch_size,
-            input_size=model.input_size, cache=cache_of(options, model),
+            model.embed,
+            FileImages(paths, model.input_size, options.resize),
+            name=name,
+            flip=not options.no_flip,
+            sum_flip=True,
+            rank=world.rank,
+            world_size=world.world_size,
+            batch_size=options.batch_size,
+            input_size=model.input_size,
+            cache=cache_of(options, model),
             show_progress=world.is_main,
-        )  # fmt: skip
+        )
 
     features = [embed(gallery.paths, "gallery")]
     people = sorted({*gallery.identities, *probes.identities})
@@ -297,10 +303,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         average_precision=True,
         device=world.device,
     )
-    summaries = {"all": summarise(searches, fpirs=options.fpir)}
+    summaries = {"all": summarize(searches, fpirs=options.fpir)}
     for column, values in groups.items():
         for value in np.unique(values):
-            summaries[f"{column}={value}"] = summarise(
+            summaries[f"{column}={value}"] = summarize(
                 searches, values == value, fpirs=options.fpir
             )
     print(format_summaries(summaries))

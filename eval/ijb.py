@@ -25,7 +25,7 @@ from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
-    choose_world,
+    choose_dist_context,
     model_name,
     open_models,
     parse_rates,
@@ -35,11 +35,11 @@ from eval.cli import (
 )
 from eval.extract import AlignedImages, embed_images
 from eval.groups import Groups, pair_groups
-from eval.identification import format_summaries, search, summarise
+from eval.identification import format_summaries, search, summarize
 from eval.ijb_files import GALLERIES, IjbError, IjbSet, read_ijb
 from eval.metrics import allowed_false_accepts, auc, rate_name, tars_at_fars
 from eval.model import Model
-from utils.distributed import World
+from utils.distributed import DistContext
 
 DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _ROWS_PER_BLOCK = 2048  # float64 rows: 8 MiB at 512 numbers
@@ -66,7 +66,7 @@ def template_features(
 ) -> NDArray[np.float64]:
     """Unit vectors [T, D] of the templates, from the embeddings [n, D] of the images.
 
-    The images of one medium are averaged, the media of a template added, the sum normalised.
+    The images of one medium are averaged, the media of a template added, the sum normalized.
 
     Args:
         features: embeddings; with flip (F) the sum of image's and mirror image's.
@@ -205,18 +205,22 @@ def identification_report(
     reports: dict[str, dict[str, Any]] = {}
     for gallery in one.galleries:
         found = search(
-            probes, one.probe.subjects, templates[gallery.templates], gallery.subjects,
+            probes,
+            one.probe.subjects,
+            templates[gallery.templates],
+            gallery.subjects,
             device=device,
-        )  # fmt: skip
-        reports[gallery.name] = summarise(found)
+        )
+        reports[gallery.name] = summarize(found)
     reports["mean"] = _mean_report(list(reports.values()))
     found = search(
-        probes, one.probe.subjects,
+        probes,
+        one.probe.subjects,
         np.concatenate([templates[gallery.templates] for gallery in one.galleries]),
         np.concatenate([gallery.subjects for gallery in one.galleries]),
         device=device,
-    )  # fmt: skip
-    reports["both"] = summarise(found)
+    )
+    reports["both"] = summarize(found)
     return reports
 
 
@@ -259,9 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--far", type=parse_rates, default=list(DEFAULT_FARS), help="default 1e-6, .., 1e-1")
     add("--groups", type=Path, help="CSV: template, then columns to group by")
     add(
-        "--out", type=Path,
+        "--out",
+        type=Path,
         help="folder for result.json, scores_<model>.npy, roc.pdf, roc.png (default TARGET_result)",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _evaluate(options))
 
@@ -271,7 +276,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     names = [model_name(path) for path in options.model]
     if len(set(names)) < len(names):
         raise ValueError(f"two models share the name {names}: give copies of other names")
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     one = read_ijb(options.root, options.target)
     groups = _groups_of_pairs(options.groups, one) if options.groups else {}
     if world.is_main:
@@ -317,7 +322,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _embed(
-    model: Model, one: IjbSet, options: argparse.Namespace, world: World
+    model: Model, one: IjbSet, options: argparse.Namespace, world: DistContext
 ) -> NDArray[np.floating]:
     return embed_images(
         model.embed,
@@ -347,9 +352,7 @@ def _check_features(features: NDArray[np.floating], one: IjbSet, name: str) -> N
             )
 
 
-def _groups_of_pairs(
-    file: Path, one: IjbSet
-) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
+def _groups_of_pairs(file: Path, one: IjbSet) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
     columns = Groups.read(file, ("template",)).of([str(i) for i in one.template_ids.tolist()])
     return {
         column: pair_groups(values, one.pair_first, one.pair_second)

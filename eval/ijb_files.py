@@ -70,7 +70,6 @@ class IjbSet:
             "impostor_pairs": len(self.issame) - same,
         }
 
-
     def media_sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(medium of every row, images of every medium), a medium being one of a template."""
         number = np.unique(self.row_media, return_inverse=True)[1]
@@ -108,9 +107,21 @@ def read_ijb(root: str | Path, target: str) -> IjbSet:
     first, second, issame = _read_pairs(file_pairs, template_ids, file_media)
     galleries, probe = _read_identification(prefix, target, template_ids, file_media)
     return IjbSet(
-        target, paths, places, landmarks, faceness, template_ids, row_image, row_template,
-        row_media, first, second, issame, galleries, probe,
-    )  # fmt: skip
+        target,
+        paths,
+        places,
+        landmarks,
+        faceness,
+        template_ids,
+        row_image,
+        row_template,
+        row_media,
+        first,
+        second,
+        issame,
+        galleries,
+        probe,
+    )
 
 
 def _read_landmarks(

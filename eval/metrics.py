@@ -3,7 +3,7 @@
 numpy only; nothing here knows about files, models or ranks. Conventions throughout:
 
 - `embeddings` are [2N, D]; rows 2i and 2i + 1 are pair i. `issame` is bool [N].
-- A *distance* is the squared Euclidean distance of two normalised embeddings, in [0, 4]; a
+- A *distance* is the squared Euclidean distance of two normalized embeddings, in [0, 4]; a
   *score* is anything where larger means more alike (a cosine, a negated distance).
 - Pairs with equal scores cannot be told apart by a threshold, so they are accepted together.
 - NaN is the answer where there is none: a score that is not finite, no same pair, no different
@@ -62,7 +62,7 @@ class RocCurve(NamedTuple):
     thresholds: Floats  # [P + 1], accept when score >= threshold; the first is +inf
 
 
-def l2_normalise(embeddings: ArrayLike) -> Floats:
+def l2_normalize(embeddings: ArrayLike) -> Floats:
     """Rows of `embeddings` [N, D] scaled to length 1, as float64.
 
     A row of length zero or with a value that is not finite has no direction: it becomes NaN.
@@ -84,9 +84,9 @@ def is_collapsed(embeddings: ArrayLike) -> bool:
     """
     rows = _matrix(embeddings)
     resolution = np.finfo(rows.dtype).eps if rows.dtype.kind == "f" else 0.0
-    first = l2_normalise(rows[:1])
+    first = l2_normalize(rows[:1])
     for start in range(0, len(rows), _ROWS_PER_BLOCK):
-        block = l2_normalise(rows[start : start + _ROWS_PER_BLOCK])
+        block = l2_normalize(rows[start : start + _ROWS_PER_BLOCK])
         if not np.isfinite(block).all():
             return True
         if np.abs(block - first).max() > 16 * resolution:
@@ -97,7 +97,7 @@ def is_collapsed(embeddings: ArrayLike) -> bool:
 
 
 def pair_distances(embeddings: ArrayLike) -> Floats:
-    """Squared distances [N], float64, of the normalised pairs of `embeddings` [2N, D].
+    """Squared distances [N], float64, of the normalized pairs of `embeddings` [2N, D].
 
     A pair with an embedding that has no direction has distance NaN.
     """
@@ -108,7 +108,7 @@ def pair_distances(embeddings: ArrayLike) -> Floats:
         )
     distances = np.empty(len(rows) // 2)
     for start in range(0, len(rows), _ROWS_PER_BLOCK):
-        block = l2_normalise(rows[start : start + _ROWS_PER_BLOCK])
+        block = l2_normalize(rows[start : start + _ROWS_PER_BLOCK])
         difference = block[0::2] - block[1::2]
         distances[start // 2 : start // 2 + len(difference)] = np.einsum(
             "nd,nd->n", difference, difference
@@ -439,7 +439,7 @@ def _rate(counts: NDArray, total: int | np.signedinteger) -> Floats:
 
 def _all_have_direction(rows: NDArray) -> bool:
     return all(
-        bool(np.isfinite(l2_normalise(rows[start : start + _ROWS_PER_BLOCK])).all())
+        bool(np.isfinite(l2_normalize(rows[start : start + _ROWS_PER_BLOCK])).all())
         for start in range(0, len(rows), _ROWS_PER_BLOCK)
     )
 

@@ -28,7 +28,7 @@ from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
-    choose_world,
+    choose_dist_context,
     open_models,
     parse_rates,
     run_command,
@@ -110,7 +110,7 @@ def _pack(options: argparse.Namespace) -> int:
         if options.network:
             export += ["--network", options.network]
         if (facts["mean"], facts["std"]) != (127.5, 127.5):
-            export.append("--fold-normalisation")  # else the checker would feed (127.5, 127.5)
+            export.append("--fold-normalization")  # else the checker would feed (127.5, 127.5)
         exported = subprocess.run(export, capture_output=True, text=True)
         if exported.returncode:
             raise SubmissionError(f"the export failed: {exported.stderr.strip()[-500:]}")
@@ -140,16 +140,23 @@ def _pack(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     check_outputs({"--json": options.json})
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     images = list_images(options.data)
     groups = Groups.read(options.groups, ("name",)).of(images.names) if options.groups else {}
     (model,) = open_models(options, world)
     features = embed_images(
-        model.embed, FileImages(images.paths, model.input_size, options.resize),
-        name=str(options.data), flip=options.flip, sum_flip=True, rank=world.rank,
-        world_size=world.world_size, batch_size=options.batch_size, input_size=model.input_size,
-        cache=cache_of(options, model), show_progress=world.is_main,
-    )  # fmt: skip
+        model.embed,
+        FileImages(images.paths, model.input_size, options.resize),
+        name=str(options.data),
+        flip=options.flip,
+        sum_flip=True,
+        rank=world.rank,
+        world_size=world.world_size,
+        batch_size=options.batch_size,
+        input_size=model.input_size,
+        cache=cache_of(options, model),
+        show_progress=world.is_main,
+    )
     if not world.is_main:
         return 0
     bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
@@ -207,10 +214,13 @@ def evaluate_groups(
         progress = Progress(total, f"comparing {name}", show_progress, unit="scores")
         try:
             results[name] = all_pairs(
-                features[members], people[members], fars,
+                features[members],
+                people[members],
+                fars,
                 against=None if others is None else (features[others], people[others]),
-                device=device, on_block=progress.add,
-            )  # fmt: skip
+                device=device,
+                on_block=progress.add,
+            )
         finally:
             progress.close()
     return results

@@ -88,7 +88,7 @@ def open_model(
     backbone, metadata = load_model(path, network=network)
     if metadata.in_channels != 3:
         raise ModelOptionsError(
-            f"{path} takes {metadata.in_channels} channels; only colour images are embedded here"
+            f"{path} takes {metadata.in_channels} channels; only color images are embedded here"
         )
     used_mean = metadata.mean if mean is None else mean
     used_std = metadata.std if std is None else std
@@ -133,7 +133,7 @@ def _open_onnx(
             f"wrong numbers: pass {' '.join('--' + option for option in missing)}. Usual are "
             "--mean 127.5 --std 127.5 --color RGB (InsightFace) and --mean 123.675,116.28,103.53 "
             "--std 58.395,57.12,57.375 --color RGB (ImageNet); --mean 0 --std 1 if the graph "
-            "normalises by itself"
+            "normalizes by itself"
         )
     used_mean = parse_channels("mean", said["mean"]) if mean is None else mean
     used_std = parse_channels("std", said["std"]) if std is None else std
@@ -141,9 +141,15 @@ def _open_onnx(
     if input_size is None and said.get("input_size", "").isdigit():
         input_size = int(said["input_size"])
     embed = OnnxEmbedder(
-        path, used_mean, used_std, used_color,
-        layout=layout, input_size=input_size, output=output, device=device,
-    )  # fmt: skip
+        path,
+        used_mean,
+        used_std,
+        used_color,
+        layout=layout,
+        input_size=input_size,
+        output=output,
+        device=device,
+    )
     facts: dict[str, Any] = {
         "path": str(path),
         "network": said.get("network", "ONNX"),
@@ -190,7 +196,7 @@ class Embedder:
     loop can verify between two steps (layers it keeps frozen stay frozen).
 
     Args:
-        backbone: takes normalised images [n, 3, H, W], gives [n, D]. Give the module itself, not
+        backbone: takes normalized images [n, 3, H, W], gives [n, D]. Give the module itself, not
             its DDP wrapper: an evaluation needs no collective of its own.
         mean, std: of the pixel values in units of 0..255, one number or one per RGB channel; the
             backbone sees (pixel - mean) / std.

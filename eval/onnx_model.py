@@ -93,7 +93,7 @@ class OnnxEmbedder:
         plain = bool((self.mean == 0).all() and (self.std == 1).all())
         if self._dtype == np.uint8 and not plain:
             raise OnnxModelError(
-                f"{path}: its input is uint8, so it normalises by itself: pass --mean 0 --std 1"
+                f"{path}: its input is uint8, so it normalizes by itself: pass --mean 0 --std 1"
             )
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -102,15 +102,19 @@ def plot_scores(
             low, high = float(values[finite].min()), float(values[finite].max())
             bins = np.linspace(low, high if high > low else low + 1e-6, 81)
             kinds = (~same, "different", "tab:red"), (same, "same", "tab:blue")
-            for kind, label, colour in kinds:
+            for kind, label, color in kinds:
                 count = int(np.count_nonzero(finite & kind))
                 if count:
                     # Shares of their own kind: sets with a thousand impostors to one same pair
                     # would otherwise show the impostors only.
                     axis.hist(
-                        values[finite & kind], bins, weights=np.full(count, 1 / count),
-                        alpha=0.55, color=colour, label=f"{label} ({count:,})",
-                    )  # fmt: skip
+                        values[finite & kind],
+                        bins,
+                        weights=np.full(count, 1 / count),
+                        alpha=0.55,
+                        color=color,
+                        label=f"{label} ({count:,})",
+                    )
             axis.legend(fontsize="small")
         else:
             axis.text(0.5, 0.5, "scores undefined", ha="center", transform=axis.transAxes)

@@ -50,11 +50,11 @@ def read_plain_pickle(path: Path) -> Any:
             f"{path}: cannot be read ({error.strerror or error}). Make it readable, or give "
             "another file"
         ) from error
-    stand_ins = _stand_ins(len(content))
+    replacements = _stand_ins(len(content))
     try:
         # Reading from memory bounds every declared length by the file's own.
-        _scan_opcodes(path, content, stand_ins)
-        return _RestrictedUnpickler(path, content, stand_ins).load()
+        _scan_opcodes(path, content, replacements)
+        return _RestrictedUnpickler(path, content, replacements).load()
     except PickleRefused:
         raise
     except Exception as error:  # a hostile pickle can make the unpickler raise nearly anything
@@ -64,7 +64,7 @@ def read_plain_pickle(path: Path) -> Any:
         ) from error
 
 
-def _scan_opcodes(path: Path, content: bytes, stand_ins: dict[tuple[str, str], Any]) -> None:
+def _scan_opcodes(path: Path, content: bytes, replacements: dict[tuple[str, str], Any]) -> None:
     """Refuse what can be refused before anything is unpickled."""
     argument: Any  # its type depends on the opcode
     for opcode, argument, position in pickletools.genops(io.BytesIO(content)):
@@ -81,12 +81,12 @@ def _scan_opcodes(path: Path, content: bytes, stand_ins: dict[tuple[str, str], A
             )
         if opcode.name == "GLOBAL":
             module, name = argument.split(" ", 1)
-            _look_up(path, stand_ins, module, name)
+            _look_up(path, replacements, module, name)
 
 
-def _look_up(path: Path, stand_ins: dict[tuple[str, str], Any], module: str, name: str) -> Any:
+def _look_up(path: Path, replacements: dict[tuple[str, str], Any], module: str, name: str) -> Any:
     try:
-        return stand_ins[module, name]
+        return replacements[module, name]
     except KeyError:
         raise PickleRefused(
             f"{path}: refused, the pickle names the global {module[:80]}.{name[:80]}; only lists, "
@@ -95,10 +95,12 @@ def _look_up(path: Path, stand_ins: dict[tuple[str, str], Any], module: str, nam
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    def __init__(self, path: Path, content: bytes, stand_ins: dict[tuple[str, str], Any]) -> None:
+    def __init__(
+        self, path: Path, content: bytes, replacements: dict[tuple[str, str], Any]
+    ) -> None:
         super().__init__(io.BytesIO(content), encoding="bytes")
         self._path = path
-        self._stand_ins = stand_ins
+        self._stand_ins = replacements
 
     def find_class(self, module: str, name: str) -> Any:
         return _look_up(self._path, self._stand_ins, module, name)

@@ -52,7 +52,7 @@ class Report:
     Attributes:
         folder, track: what was checked.
         checks: {name, passed, found, allowed}; `passed` None: only reported.
-        input_mean, input_std: how the checker will normalise pixels; NaN if the graph is not there.
+        input_mean, input_std: how the checker will normalize pixels; NaN if the graph is not there.
         height, width: of the images it will feed.
         ms_per_image: on this machine; only an indication of the checker's.
     """
@@ -136,14 +136,16 @@ def check_submission(folder: str | Path, track_name: str, enforce_time: bool = F
         return report
     if _chooses_by_itself(track, folder):
         pass  # pixel_norm.txt was read above
-    elif begins_with_normalisation(model.graph):
+    elif begins_with_normalization(model.graph):
         report.input_mean, report.input_std = 0.0, 1.0
     else:
         report.input_mean = report.input_std = 127.5
     report.add(
-        "pixels the checker feeds", None,
-        f"({report.input_mean:g}, {report.input_std:g})", "(pixel - mean) / std, RGB",
-    )  # fmt: skip
+        "pixels the checker feeds",
+        None,
+        f"({report.input_mean:g}, {report.input_std:g})",
+        "(pixel - mean) / std, RGB",
+    )
     _run(report, session, track, enforce_time)
     return report
 
@@ -217,7 +219,7 @@ def _check_graph(report: Report, model: onnx.ModelProto, session: Any, track: Tr
     report.add("bytes of an initializer's element", not narrow, found, "4 or more")
 
 
-def begins_with_normalisation(graph: onnx.GraphProto) -> bool:
+def begins_with_normalization(graph: onnx.GraphProto) -> bool:
     """Whether the graph's input first has a constant subtracted and is scaled by another.
 
     In either order, with Sub or Add and Mul or Div; followed through the graph, not by names.
@@ -260,10 +262,11 @@ def _run(report: Report, session: Any, track: Track, enforce_time: bool) -> None
     report.ms_per_image = time_single_images(session, name, images)
     slow = report.ms_per_image > track.ms_per_image
     report.add(
-        "time of an image, here", (not slow) if enforce_time else None,
+        "time of an image, here",
+        (not slow) if enforce_time else None,
         f"{report.ms_per_image:.1f} ms",
         f"{track.ms_per_image:g} ms on the checker's machine",
-    )  # fmt: skip
+    )
 
 
 def time_single_images(session: Any, name: str, images: np.ndarray) -> float:
@@ -275,4 +278,3 @@ def time_single_images(session: Any, name: str, images: np.ndarray) -> float:
         session.run(None, {name: one})
         times.append(time.perf_counter() - start)
     return sorted(times)[TIMED_RANK - 1] * 1000
-

@@ -25,7 +25,7 @@ from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
-    choose_world,
+    choose_dist_context,
     open_models,
     parse_rates,
     run_command,
@@ -212,8 +212,11 @@ def report_set(
     report["threshold_cosine"] = 1 - report["threshold"] / 2
     at = validation_rate(distances, one.issame, VALIDATION_FAR)
     report["validation_rate"] = {
-        "rate": at.mean, "std": at.std, "far": at.far, "far_wanted": VALIDATION_FAR,
-    }  # fmt: skip
+        "rate": at.mean,
+        "std": at.std,
+        "far": at.far,
+        "far_wanted": VALIDATION_FAR,
+    }
     report |= _pair_report(distances, one.issame, fars, resamples)
     if groups is not None:
         report["groups"] = {
@@ -317,14 +320,19 @@ def format_results(results: dict[str, dict[str, Any]]) -> str:
     notes, grouped = [], []
     for name, report in results.items():
         low, high = report.get("confidence_95", {}).get("accuracy_flip", (math.nan, math.nan))
-        rows.append([
-            name, str(report["num_pairs"]),
-            f"{report['accuracy']:.5f} ± {report['accuracy_std']:.5f}",
-            f"{report['accuracy_flip']:.5f} ± {report['accuracy_flip_std']:.5f}",
-            "" if math.isnan(low) else f"{low:.4f}-{high:.4f}",
-            f"{report['threshold_cosine']:.3f}", f"{report['auc']:.5f}", f"{report['eer']:.5f}",
-            *(f"{at['tar']:.5f}" for at in report["tar_at_far"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                str(report["num_pairs"]),
+                f"{report['accuracy']:.5f} ± {report['accuracy_std']:.5f}",
+                f"{report['accuracy_flip']:.5f} ± {report['accuracy_flip_std']:.5f}",
+                "" if math.isnan(low) else f"{low:.4f}-{high:.4f}",
+                f"{report['threshold_cosine']:.3f}",
+                f"{report['auc']:.5f}",
+                f"{report['eer']:.5f}",
+                *(f"{at['tar']:.5f}" for at in report["tar_at_far"]),
+            ]
+        )
         allowed = ", ".join(
             f"{at['allowed_false_accepts']} at {rate_name(at['far'])}"
             for at in report["tar_at_far"]
@@ -336,12 +344,17 @@ def format_results(results: dict[str, dict[str, Any]]) -> str:
         notes.append(f"{name}: {report['num_impostors']} impostors, so allowed are {allowed}")
         for column, values in report.get("groups", {}).items():
             for value, part in values.items():
-                grouped.append([
-                    f"{name} {column}={value}", str(part["num_pairs"]),
-                    str(part["num_impostors"]), f"{part['accuracy_flip']:.5f}",
-                    f"{part['auc']:.5f}", f"{part['eer']:.5f}",
-                    *(f"{at['tar']:.5f}" for at in part["tar_at_far"]),
-                ])  # fmt: skip
+                grouped.append(
+                    [
+                        f"{name} {column}={value}",
+                        str(part["num_pairs"]),
+                        str(part["num_impostors"]),
+                        f"{part['accuracy_flip']:.5f}",
+                        f"{part['auc']:.5f}",
+                        f"{part['eer']:.5f}",
+                        *(f"{at['tar']:.5f}" for at in part["tar_at_far"]),
+                    ]
+                )
     text = table(rows) + "\n" + "\n".join(notes)
     if grouped:
         head = ["group", "pairs", "impostors", "flip", "AUC", "EER"]
@@ -385,7 +398,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError("nothing to verify on: give --data, or --pairs with --folder")
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap {options.bootstrap}: 0 or more resamples")
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     paths = [path for given in options.data for path in _bin_files(Path(given))]
     groups = Groups.read(options.groups, ("pair", "image", "name")) if options.groups else None
     (model,) = open_models(options, world)
@@ -415,9 +428,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         # A million pairs are as sure after a few hundred draws.
         resamples = min(options.bootstrap, max(100, 20_000_000 // one.num_pairs))
         reports[one.name] = report_set(
-            one, plain, flipped, fars=options.far,
-            resamples=resamples if options.bootstrap else 0, groups=groups,
-        )  # fmt: skip
+            one,
+            plain,
+            flipped,
+            fars=options.far,
+            resamples=resamples if options.bootstrap else 0,
+            groups=groups,
+        )
         distances[one.name] = set_distances(one, plain, flipped), one.issame
         if options.wrong:
             wrong += wrong_pairs(one, distances[one.name][0], reports[one.name]["threshold"])

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.datasets import DataError
 from data.decode import ImageError, image_size, read_image_file
 from data.pairs import read_pairs
-from data.sources import DataError
 from eval.safe_pickle import PickledArray, PickleRefused, read_plain_pickle
 
 logger = logging.getLogger(__name__)

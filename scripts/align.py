@@ -4,7 +4,7 @@
 
 LANDMARKS.txt has a line per image: its path below IMAGES, then x y of left eye, right eye, nose
 tip, left and right corner of the mouth in pixels; more columns (a detector's score) are passed
-over. Separators are blanks, or commas. OUT gets the same paths, as JPEG (quality 95, colours at
+over. Separators are blanks, or commas. OUT gets the same paths, as JPEG (quality 95, colors at
 full resolution) or PNG. Everything is written to .OUT.partial beside OUT and renamed at the end;
 after an interruption the same command goes on.
 """
@@ -28,8 +28,8 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.alignment import AlignmentError, align
+from data.datasets import DataError
 from data.decode import ImageError, decode_image, read_image_file
-from data.sources import DataError
 from data.tools.encode import encode_jpeg
 from data.tools.workers import ordered_map
 from utils.files import list_some, publish_folder, staging_folder, write_whole
@@ -142,9 +142,14 @@ def align_folder(
     problems: list[str] = []
     with (
         tqdm(total=len(faces), unit=" images") as bar,
-        closing(ordered_map(align_files, _tasks(faces, images, staging, size, png),
-                            num_processes if len(faces) > 4 * _CHUNK else 1)) as results,
-    ):  # fmt: skip
+        closing(
+            ordered_map(
+                align_files,
+                _tasks(faces, images, staging, size, png),
+                num_processes if len(faces) > 4 * _CHUNK else 1,
+            )
+        ) as results,
+    ):
         for found in results:
             problems += found
             bar.update(min(_CHUNK, len(faces) - bar.n))
@@ -178,16 +183,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--size", type=int, default=112, help="pixels per side (default 112)")
     add("--png", action="store_true", help="write PNG, which loses nothing")
     add("--skip-bad", action="store_true", help="leave out what cannot be aligned, and list it")
-    add("--num-thread", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
-        help="processes (default: one per core, at most 4)")  # fmt: skip
+    add(
+        "--num-thread",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes (default: one per core, at most 4)",
+    )
     args = parser.parse_args(argv)
     if not 1 <= args.size <= 4096 or args.num_thread < 1:
         parser.error("--size: allowed are 1 to 4096; --num-thread: 1 or more")
     try:
         count, problems = align_folder(
-            args.images, args.landmarks, args.out, size=args.size, png=args.png,
-            skip_bad=args.skip_bad, num_processes=args.num_thread,
-        )  # fmt: skip
+            args.images,
+            args.landmarks,
+            args.out,
+            size=args.size,
+            png=args.png,
+            skip_bad=args.skip_bad,
+            num_processes=args.num_thread,
+        )
     except (DataError, OSError) as error:
         print(f"align.py: {error}", file=sys.stderr)
         return 2

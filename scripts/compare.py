@@ -21,7 +21,7 @@ import numpy as np
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.cli import add_model_options, cache_of, choose_world, open_models, run_command
+from eval.cli import add_model_options, cache_of, choose_dist_context, open_models, run_command
 from eval.extract import FileImages, embed_images
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     evaluation = _read(options.evaluation) if options.evaluation else None
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     (model,) = open_models(options, world)
     threshold = None
     if evaluation is not None:
@@ -55,9 +55,13 @@ def _compare(options: argparse.Namespace) -> int:
             )
         threshold = find_threshold(evaluation, options.far, options.set, str(options.evaluation))
     rows = embed_images(
-        model.embed, FileImages(options.images, model.input_size, options.resize), sum_flip=True,
-        batch_size=options.batch_size, input_size=model.input_size, cache=cache_of(options, model),
-    ).astype(np.float64)  # fmt: skip
+        model.embed,
+        FileImages(options.images, model.input_size, options.resize),
+        sum_flip=True,
+        batch_size=options.batch_size,
+        input_size=model.input_size,
+        cache=cache_of(options, model),
+    ).astype(np.float64)
     lengths = np.linalg.norm(rows, axis=1)
     for path, length in zip(options.images, lengths, strict=True):
         if not (np.isfinite(length) and length > 0):

@@ -21,7 +21,7 @@ import torch
 
 from backbones import get_model
 from backbones.weights import load_model
-from data.sources import DataError
+from data.datasets import DataError
 from eval.metrics import pair_distances, roc_curve
 from eval.model import Embedder
 from eval.plots import plot_roc, plot_training_curve
@@ -86,8 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(words: Sequence[str]) -> None:
     """train_v2.py on 2 CPU ranks, or on one or two GPUs where there are any."""
     ranks = min(torch.cuda.device_count(), 2) if torch.cuda.is_available() else 2
-    run_module("torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-               "train_v2.py", "configs/demo", *words)  # fmt: skip
+    run_module(
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "train_v2.py",
+        "configs/demo",
+        *words,
+    )
 
 
 def run_module(module: str, *arguments: str) -> None:

@@ -28,9 +28,9 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.datasets import IMAGE_SUFFIXES, DataError
 from data.pairs import read_pairs
 from data.recordio import RecordError
-from data.sources import IMAGE_SUFFIXES, DataError
 from data.tools.image_records import rec_path
 from data.tools.repair import fix, rebuild
 from data.tools.report import CHECKS
@@ -70,10 +70,13 @@ def plot_histogram(counts: np.ndarray, path: Path, title: str) -> None:
     median = float(np.median(counts))
     axis.axvline(median, color="#c44e52", linestyle="--", label=f"median {median:g}")
     axis.set(
-        xscale="log", yscale="log", xlabel="images of a class", ylabel="classes",
+        xscale="log",
+        yscale="log",
+        xlabel="images of a class",
+        ylabel="classes",
         title=f"{title}: {counts.sum():,} images of {len(counts):,} classes, "
         f"{(counts == 1).sum():,} with one image",
-    )  # fmt: skip
+    )
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylim(bottom=0.7)
@@ -95,12 +98,28 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", nargs="?", help="folder with train.rec, or a .rec")
     add("--decode", default="10000", metavar="N|all", help="images to decode (default 10000)")
-    add("--against", type=Path, action="append", default=[], metavar="SET",
-        help="a .bin, a pairs file or a folder that must not be in the set; repeats")  # fmt: skip
-    add("--allow", action="append", default=[], choices=CHECKS, metavar="CHECK",
-        help=f"findings to accept: {', '.join(CHECKS)}")  # fmt: skip
-    add("--histogram", type=Path, metavar="PNG",
-        help="images per class (default: NAME_classes.png in the current folder)")  # fmt: skip
+    add(
+        "--against",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="SET",
+        help="a .bin, a pairs file or a folder that must not be in the set; repeats",
+    )
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        choices=CHECKS,
+        metavar="CHECK",
+        help=f"findings to accept: {', '.join(CHECKS)}",
+    )
+    add(
+        "--histogram",
+        type=Path,
+        metavar="PNG",
+        help="images per class (default: NAME_classes.png in the current folder)",
+    )
     add("--json", nargs="?", const="-", metavar="FILE", help="the report as JSON (-: to stdout)")
     add("--verify", action="store_true", help="only compare with train.manifest")
     add("--rebuild-index", action="store_true", help="write an index by scanning the records")

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.datasets import DataError, RecordDataset
 from data.decode import decode_image
-from data.sources import DataError, RecordSource
 from eval.cli import (
     add_model_options,
     cache_of,
-    choose_world,
+    choose_dist_context,
     open_models,
     run_command,
     write_json,
@@ -74,7 +74,7 @@ class _Files(FileImages):
 class _Records:
     """The images of a record set, as embedding takes them."""
 
-    def __init__(self, source: RecordSource, input_size: int, resize: bool) -> None:
+    def __init__(self, source: RecordDataset, input_size: int, resize: bool) -> None:
         self.source, self.input_size, self.resize = source, input_size, resize
         self.names = [str(key) for key in source.keys.tolist()]
 
@@ -101,7 +101,7 @@ def open_images(source: Path, input_size: int, resize: bool) -> NamedImages:
     Relative paths of a list are below the list's folder. Raises DataError.
     """
     if source.suffix == ".rec" or (source / "train.rec").is_file():
-        return _Records(RecordSource(source, input_size=input_size), input_size, resize)
+        return _Records(RecordDataset(source, input_size=input_size), input_size, resize)
     if source.is_dir():
         found = list_images(source)
         images = _Files(found.paths, input_size, resize)
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     (model,) = open_models(options, world)
     images = open_images(options.source, model.input_size, options.resize)
     flip, batch_size, size = not options.no_flip, options.batch_size, model.input_size
@@ -144,9 +144,14 @@ def _embed(options: argparse.Namespace) -> int:
     width = embed_batch(model.embed, [blank], flip=False).shape[1]
     names = hashlib.sha256("\n".join(images.names).encode()).hexdigest()
     manifest = {
-        "model": model.key, "names": names, "images": len(images), "width": width, "flip": flip,
-        "batch_size": batch_size, "resize": options.resize,
-    }  # fmt: skip
+        "model": model.key,
+        "names": names,
+        "images": len(images),
+        "width": width,
+        "flip": flip,
+        "batch_size": batch_size,
+        "resize": options.resize,
+    }
     part = Part(options.out, manifest)
     if world.is_main:
         part.create(options.restart)
@@ -158,9 +163,14 @@ def _embed(options: argparse.Namespace) -> int:
         print(f"{options.out}: {int(done.sum())} of {len(done)} batches are there", file=sys.stderr)
     progress = Progress(sum(min(batch_size, len(images) - s) for s in left), "embedding", True)
     for start, both in embedded_batches(
-        model.embed, images, left, flip=flip, batch_size=batch_size, input_size=size,
+        model.embed,
+        images,
+        left,
+        flip=flip,
+        batch_size=batch_size,
+        input_size=size,
         cache=cache_of(options, model),
-    ):  # fmt: skip
+    ):
         summed = both[:, :width] + both[:, width:] if flip else both
         rows[start : start + len(both)] = summed
         rows.flush()  # the rows are on disk before their batch is called done

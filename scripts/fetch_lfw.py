@@ -3,7 +3,7 @@
     python scripts/fetch_lfw.py OUT                  downloads it (200 MB) by scikit-learn
     python scripts/fetch_lfw.py OUT --source DIR     takes a local copy
 
-Writes OUT/train.rec with the people of at least --min-images images, centre-cropped to 112 x 112,
+Writes OUT/train.rec with the people of at least --min-images images, center-cropped to 112 x 112,
 and OUT/lfw_part.bin with the official pairs of all other people, so that nobody is in both. Folds
 stay balanced: each keeps as many pairs of either kind as the smallest has. Then:
 
@@ -11,7 +11,7 @@ stay balanced: each keeps as many pairs of either kind as the smallest has. Then
 
 DIR holds NAME/NAME_0001.jpg and pairs.txt, itself or in one of the folders that the releases of LFW
 make (lfw_funneled, lfw-deepfunneled, lfw); or train/NAME/*.jpg with a finished .bin of pairs, which
-is then checked and copied. Centre-cropped faces are not aligned: for numbers to compare with
+is then checked and copied. Center-cropped faces are not aligned: for numbers to compare with
 published ones detect landmarks and use scripts/align.py.
 """
 
@@ -30,10 +30,10 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.datasets import DataError, MissingDataError, list_class_folders
 from data.decode import ImageError, decode_image, read_image_file
 from data.pairs import Pair, read_pairs, write_verification_set
 from data.recordio import RecordError
-from data.sources import DataError, MissingDataError, list_class_folders
 from data.tools.encode import encode_jpeg, fit_pixels
 from data.tools.record_writer import RecordSetWriter
 from eval.verification_sets import VerificationSetError, load_verification_set
@@ -43,7 +43,7 @@ FOLDS = 10
 _IMAGE_FOLDERS = ("lfw_funneled", "lfw-deepfunneled", "lfw", "train", "lfw_home/lfw_funneled", ".")
 
 
-def centre_crop(encoded: bytes, where: str) -> bytes:
+def center_crop(encoded: bytes, where: str) -> bytes:
     """The middle 112 x 112 pixels as a JPEG; an image of that size stays byte for byte, a smaller
     one is enlarged. Raises ImageError."""
     image = decode_image(encoded, where)
@@ -130,7 +130,7 @@ def make_lfw(source: Path, out: Path, *, min_images: int, force: bool = False) -
         ):
             if label in new_label:
                 path = images / names[label] / file
-                writer.add(centre_crop(read_image_file(path), str(path)), new_label[label])
+                writer.add(center_crop(read_image_file(path), str(path)), new_label[label])
         if path_pairs is None:
             num_pairs = len(load_verification_set(finished[0]).issame)  # checks it
             shutil.copyfile(finished[0], target)
@@ -156,7 +156,7 @@ def _write_pairs(
                     f"{path_pairs}, line {pair.line}: {path} does not exist; images lie at "
                     "FOLDER/name/"
                 )
-            encoded.append(centre_crop(read_image_file(path), str(path)))
+            encoded.append(center_crop(read_image_file(path), str(path)))
     write_verification_set(target, encoded, [pair.same for pair in pairs], force=force)
     return len(pairs)
 

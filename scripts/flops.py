@@ -30,9 +30,15 @@ from backbones.macs import count_macs
 from eval.cli import run_command, table
 
 HEADINGS = (
-    "network", "M parameters", "GMACs", "GFLOPs", "as published", "convolution GMACs",
-    "linear GMACs", "attention GMACs",
-)  # fmt: skip
+    "network",
+    "M parameters",
+    "GMACs",
+    "GFLOPs",
+    "as published",
+    "convolution GMACs",
+    "linear GMACs",
+    "attention GMACs",
+)
 
 
 def describe(network: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="flops.py", description="MACs, FLOPs (2 x MACs) and parameters per image."
     )
     parser.add_argument(
-        "words", nargs="+", metavar="NETWORK|key=value",
+        "words",
+        nargs="+",
+        metavar="NETWORK|key=value",
         help="networks, and options of backbones.get_model for all of them",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_intermixed_args(arguments)
     return run_command(lambda: _print(options.words, options.json))
@@ -81,13 +89,20 @@ def _print(words: Sequence[str], as_json: bool) -> int:
         [
             one["network"],
             f"{one['parameters'] / 1e6:.2f}",
-            *(f"{one[key] / 1e9:.2f}" for key in (
-                "macs", "flops", "as_published", "macs_convolution", "macs_linear",
-                "macs_attention",
-            )),
+            *(
+                f"{one[key] / 1e9:.2f}"
+                for key in (
+                    "macs",
+                    "flops",
+                    "as_published",
+                    "macs_convolution",
+                    "macs_linear",
+                    "macs_attention",
+                )
+            ),
         ]
         for one in found
-    ]  # fmt: skip
+    ]
     print(table([HEADINGS, *rows]))
     print('per image, one forward pass; 1 MAC = 2 FLOPs; the published "GFLOPs" are GMACs')
     return 0

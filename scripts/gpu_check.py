@@ -1,6 +1,6 @@
 """`make gpu-check`: what a GPU must get right; says so and exits 0 where there is none.
 
-    1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centres;
+    1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centers;
     2. batches arrive on the GPU as they left the host;
     3. a step waits for the device nowhere (CUDA's sync debug mode raises);
     4. fp32, tf32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss;
@@ -48,13 +48,25 @@ from utils.worker import Worker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, Any] = {
-    "rec": "synthetic", "num_classes": 5000, "num_image": 6400, "network": "r_nano",
-    "embedding_size": 64, "batch_size": 64, "num_epoch": 1, "lr": 0.05, "verbose": 0,
-    "frequent": 10, "warmup_epoch": 0.2,
-}  # fmt: skip
+    "rec": "synthetic",
+    "num_classes": 5000,
+    "num_image": 6400,
+    "network": "r_nano",
+    "embedding_size": 64,
+    "batch_size": 64,
+    "num_epoch": 1,
+    "lr": 0.05,
+    "verbose": 0,
+    "frequent": 10,
+    "warmup_epoch": 0.2,
+}
 REHEARSAL_SETTINGS: dict[str, Any] = {
-    "num_classes": 20, "num_image": 160, "batch_size": 8, "frequent": 4, "input_size": 32,
-}  # fmt: skip
+    "num_classes": 20,
+    "num_image": 160,
+    "batch_size": 8,
+    "frequent": 4,
+    "input_size": 32,
+}
 LOSSES: dict[str, tuple[Margin, int]] = {
     "ArcFace": (ArcFace(), 1),
     "NormFace": (NormFace(96.0), 1),
@@ -63,22 +75,30 @@ LOSSES: dict[str, tuple[Margin, int]] = {
     "MagFace": (MagFace(), 1),
     "CurricularFace": (CurricularFace(), 1),
     "ElasticFace+": (ElasticFace(plus=True), 1),
-    "ArcFace, 3 centres per class": (ArcFace(), 3),
+    "ArcFace, 3 centers per class": (ArcFace(), 3),
     "CosFace, inter-class filtering": (CosFace(interclass_filtering_threshold=0.1), 1),
 }
 HEAD_OPTIONS: tuple[dict[str, Any], ...] = (
-    {"update": "autograd"}, {"sample_rate": 0.1}, {"sample_rate": 0.1, "centre_device": "cpu"},
-)  # fmt: skip
+    {"update": "autograd"},
+    {"sample_rate": 0.1},
+    {"sample_rate": 0.1, "center_device": "cpu"},
+)
 STEPS: tuple[dict[str, Any], ...] = (
-    {"sample_rate": 1.0, "gradient_acc": 1}, {"sample_rate": 1.0, "gradient_acc": 2},
-    {"sample_rate": 0.1, "gradient_acc": 1}, {"sample_rate": 0.1, "gradient_acc": 2},
+    {"sample_rate": 1.0, "gradient_acc": 1},
+    {"sample_rate": 1.0, "gradient_acc": 2},
+    {"sample_rate": 0.1, "gradient_acc": 1},
+    {"sample_rate": 0.1, "gradient_acc": 2},
     {"precision": "fp16", "freeze_batch_norm": True},
-    {"loss": "adaface"}, {"loss": "curricularface"}, {"loss": "elasticface_arc"},
-    {"loss": "magface"}, {"loss": "softmax"}, {"loss": "adaface", "gradient_acc": 2},
+    {"loss": "adaface"},
+    {"loss": "curricularface"},
+    {"loss": "elasticface_arc"},
+    {"loss": "magface"},
+    {"loss": "softmax"},
+    {"loss": "adaface", "gradient_acc": 2},
     {"optimizer": "adamw", "precision": "bf16"},
     {"ema_decay": 0.99, "layer_decay": 0.8, "decay_norms_and_biases": False},
     {"channels_last": False, "precision": "tf32"},
-)  # fmt: skip
+)
 LINES_OF_AN_ERROR = 15
 TRAINER_NEEDS = ("cv2", "onnxruntime", "simplejpeg", "tqdm")
 
@@ -108,14 +128,18 @@ class Row(NamedTuple):
 
 
 def head_equals_cpu(
-    where: str, margin: Margin, tolerance: float, half: torch.dtype | None = None,
-    sgd: bool = False, **options: Any,
-) -> None:  # fmt: skip
-    """Loss, gradient and moved class centres after 3 steps of one head on both devices.
+    where: str,
+    margin: Margin,
+    tolerance: float,
+    half: torch.dtype | None = None,
+    sgd: bool = False,
+    **options: Any,
+) -> None:
+    """Loss, gradient and moved class centers after 3 steps of one head on both devices.
 
     half: of the GPU's products; the CPU, which rounds their sums too, works in fp32, and the
-    centres should move by SGD: AdamW's first steps are of one size whatever the gradient's, so that
-    roundings of small gradients would be a tenth of the centres.
+    centers should move by SGD: AdamW's first steps are of one size whatever the gradient's, so that
+    roundings of small gradients would be a tenth of the centers.
     """
     from arcshard.head.row_optimizer import AdamWRows, SGDRows
     from arcshard.partial_fc import PartialFC
@@ -123,9 +147,15 @@ def head_equals_cpu(
     results = []
     for device, half_there in (("cpu", None), (where, half)):
         head = PartialFC(
-            margin, 64, 5001, row_update=SGDRows() if sgd else AdamWRows(), device=device,
-            workspace_mib=4, half=half_there, **options,
-        )  # fmt: skip
+            margin,
+            64,
+            5001,
+            row_optimizer=SGDRows() if sgd else AdamWRows(),
+            device=device,
+            workspace_mib=4,
+            half=half_there,
+            **options,
+        )
         seen = []
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
@@ -164,11 +194,11 @@ def step_does_not_wait(where: str, **changes: Any) -> None:
     """A step under CUDA's sync debug mode, from the loader's own batches, after a warm-up."""
     from configs.base import Config
     from training.build import build
-    from utils.distributed import World
+    from utils.distributed import DistContext
 
     with tempfile.TemporaryDirectory() as folder:
         cfg = Config(**{**_settings(where), "output": folder, **changes})
-        parts = build(cfg, World(0, 0, 1, torch.device(where)))
+        parts = build(cfg, DistContext(0, 0, 1, torch.device(where)))
     batches = iter(parts.loader)
     parts.step.model.train()
     for number in range(4):
@@ -191,8 +221,9 @@ def step_with_teacher_does_not_wait(where: str) -> None:
 
     settings = _settings(where)
     options = {
-        "num_features": settings["embedding_size"], "input_size": settings.get("input_size", 112),
-    }  # fmt: skip
+        "num_features": settings["embedding_size"],
+        "input_size": settings.get("input_size", 112),
+    }
     with tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher.pt"
         save_model(teacher, get_model("r18", **options), ModelMetadata("r18", **options))
@@ -207,9 +238,13 @@ def run_trains(where: str, precision: str) -> None:
         device = torch.device(where).type
         words = [f"output={folder}/run", f"precision={precision}", f"device={device}"]
         run = subprocess.run(
-            [sys.executable, "train_v2.py", str(config), *words], cwd=REPOSITORY, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
-        )  # fmt: skip
+            [sys.executable, "train_v2.py", str(config), *words],
+            cwd=REPOSITORY,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            errors="replace",
+        )
         if run.returncode:
             raise RuntimeError(f"train_v2.py ended with {run.returncode}:\n{run.stdout[-2000:]}")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
@@ -234,8 +269,8 @@ def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
     """
     equal, does_not_wait = partial(head_equals_cpu, where), partial(step_does_not_wait, where)
     checks = quick_checks(where)
-    for name, (margin, centres) in LOSSES.items():
-        function = partial(equal, margin, 1e-3, centres_per_class=centres)
+    for name, (margin, centers) in LOSSES.items():
+        function = partial(equal, margin, 1e-3, centers_per_class=centers)
         checks.append(Check(f"head: {name}", function))
     for options in HEAD_OPTIONS:
         function = partial(equal, ArcFace(), 1e-3, **options)

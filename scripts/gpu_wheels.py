@@ -23,13 +23,24 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Images with PyTorch for CUDA have these; another torch or numpy would not fit the image's others.
 PRESENT = (
-    "torch", "numpy", "opencv-python-headless", "tqdm", "tensorboard", "matplotlib", "onnx",
-    "onnxscript", "onnxruntime",
-)  # fmt: skip
+    "torch",
+    "numpy",
+    "opencv-python-headless",
+    "tqdm",
+    "tensorboard",
+    "matplotlib",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)
 PLATFORMS = (
-    "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
-    "manylinux2014_x86_64", "manylinux1_x86_64", "any",
-)  # fmt: skip
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+    "any",
+)
 
 
 class WheelError(RuntimeError):
@@ -47,17 +58,22 @@ def requirements_of(wheel: Path, python: str) -> list[Requirement]:
     with zipfile.ZipFile(wheel) as archive:
         # Deeper ones are of packages that the wheel has copies of.
         (name,) = (
-            name for name in archive.namelist()
+            name
+            for name in archive.namelist()
             if name.endswith(".dist-info/METADATA") and name.count("/") == 1
-        )  # fmt: skip
+        )
         metadata = email.message_from_bytes(archive.read(name))
     environment = {
         "python_version": ".".join(python.split(".")[:2]),
         "python_full_version": python if python.count(".") > 1 else f"{python}.0",
-        "implementation_name": "cpython", "platform_python_implementation": "CPython",
-        "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix",
-        "platform_machine": "x86_64", "extra": "",
-    }  # fmt: skip
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "platform_machine": "x86_64",
+        "extra": "",
+    }
     found = map(Requirement, metadata.get_all("Requires-Dist", []))
     return [r for r in found if r.marker is None or r.marker.evaluate(environment)]
 
@@ -65,10 +81,22 @@ def requirements_of(wheel: Path, python: str) -> list[Requirement]:
 def download(requirement: str, folder: Path, python: str) -> None:
     """Put one wheel into the folder by pip. Raises WheelError."""
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-        "--implementation", "cp", "--python-version", python, "--dest", str(folder),
-        *(f"--platform={platform}" for platform in PLATFORMS), requirement,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--implementation",
+        "cp",
+        "--python-version",
+        python,
+        "--dest",
+        str(folder),
+        *(f"--platform={platform}" for platform in PLATFORMS),
+        requirement,
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise WheelError(
@@ -78,7 +106,10 @@ def download(requirement: str, folder: Path, python: str) -> None:
 
 
 def collect(
-    folder: Path, python: str, present: Collection[str] = PRESENT, repository: Path = REPOSITORY,
+    folder: Path,
+    python: str,
+    present: Collection[str] = PRESENT,
+    repository: Path = REPOSITORY,
     download: Callable[[str, Path, str], None] = download,
 ) -> list[Path]:
     """The wheels in the folder, after those that lack were downloaded.
@@ -118,8 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="where the wheels go")
     add("--python", default="3.12", metavar="X.Y", help="of the other machine (default 3.12)")
-    add("--present", nargs="*", default=PRESENT, metavar="NAME",
-        help=f"packages that it has (default {' '.join(PRESENT)})")  # fmt: skip
+    add(
+        "--present",
+        nargs="*",
+        default=PRESENT,
+        metavar="NAME",
+        help=f"packages that it has (default {' '.join(PRESENT)})",
+    )
     options = parser.parse_args(arguments)
     try:
         wheels = collect(options.folder, options.python, options.present)

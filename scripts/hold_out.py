@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.sources import DataError, FolderSource
+from data.datasets import DataError, FolderDataset
 
 
 def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
@@ -31,7 +31,7 @@ def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
         raise DataError(f"--every {every}: 2 or more, or nothing is left to train on")
     if out.exists():
         raise DataError(f"{out} already exists; give another folder, or remove it")
-    source = FolderSource(folder)
+    source = FolderDataset(folder)
     staging = out.with_name(f".{out.name}.partial")
     if staging.exists():
         shutil.rmtree(staging)  # of links, left by an interruption
@@ -46,8 +46,9 @@ def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
         link.symlink_to(path)
         counts[part] += 1
     if not counts["val"]:
-        raise DataError(f"{folder}: no class has {every} pictures, so none is held out; a smaller "
-                        "--every would")  # fmt: skip
+        raise DataError(
+            f"{folder}: no class has {every} pictures, so none is held out; a smaller --every would"
+        )
     staging.rename(out)
     return counts["train"], counts["val"]
 

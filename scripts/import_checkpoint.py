@@ -1,4 +1,4 @@
-"""Take over a run of arcface_torch, so that it goes on here with class centres and momentum.
+"""Take over a run of arcface_torch, so that it goes on here with class centers and momentum.
 
     python scripts/import_checkpoint.py OLD_RUN CONFIG [key=value ...] [--world-size N] [--epoch E]
 
@@ -10,7 +10,7 @@ the run that shall go on, output= included; a checkpoint is written into its fol
     torchrun --nproc_per_node=N train_v2.py CONFIG [key=value ...] resume=auto
 
 N need not be the number of ranks it had, but --world-size has to be N (default: what it had), as
-the global batch counts. Taken over: weights, class centres, momentum or Adam's averages of both,
+the global batch counts. Taken over: weights, class centers, momentum or Adam's averages of both,
 epochs finished. Not in those files: the loss scale, generators, best accuracy; the order of the
 data and the learning rate follow from the epoch. Batch norm goes on from the mean of the ranks'
 statistics. Where the head sampled its classes, the old files have no whole momentum: it starts at
@@ -35,14 +35,20 @@ if not __package__:  # run as a file: the modules lie one folder up
 from backbones.weights import WeightsError
 from configs.base import Config
 from dataset import DATA_ERRORS
-from training.build import Parts, build, facts_of
-from training.checkpoint.arcface_torch import PublishedRun, read_run
-from training.checkpoint.checkpointer import FOLDER, Checkpointer, CheckpointError, Ranks, named
-from training.divergence import Watch
+from training.build import TrainComponents, build, facts_of
+from training.checkpoint.arcface_torch import ArcfaceTorchRun, read_run
+from training.checkpoint.checkpointer import (
+    FOLDER,
+    Checkpointer,
+    CheckpointError,
+    RankGroup,
+    list_checkpoints,
+)
+from training.divergence import DivergenceMonitor
 from training.setup import SetupError, check_output
 from training.state import Progress, RunState
 from utils.config import ConfigError, load_config
-from utils.distributed import World
+from utils.distributed import DistContext
 
 logger = logging.getLogger("import_checkpoint")
 
@@ -62,7 +68,7 @@ def import_checkpoint(
         WeightsError, SetupError, CheckpointError: what does not fit, and what to change.
     """
     folder = check_output(cfg.output or "") / FOLDER
-    if named(folder):
+    if list_checkpoints(folder):
         raise CheckpointError(f"{folder} has checkpoints already: choose another output=...")
     run = read_run(old)
     if run.epoch is None and epoch is None:
@@ -73,42 +79,51 @@ def import_checkpoint(
     assert finished is not None
     ranks = world_size or run.world_size
     # All of it in this process: one rank with the global batch of them all.
-    world = World(0, 0, 1, torch.device("cpu"))
+    world = DistContext(0, 0, 1, torch.device("cpu"))
     parts = build(
         dataclasses.replace(
             cfg,
             batch_size=cfg.global_batch_size or cfg.batch_size * cfg.gradient_acc * ranks,
-            gradient_acc=1, global_batch_size=None, val_targets=[], device="cpu", num_workers=0,
-            dali=False, init_backbone=None, teacher=None,
+            gradient_acc=1,
+            global_batch_size=None,
+            val_targets=[],
+            device="cpu",
+            num_workers=0,
+            dali=False,
+            init_backbone=None,
+            teacher=None,
             ema_decay=0.0,  # its average starts when it goes on
         ),
         world,
-    )  # fmt: skip
-    state = RunState(parts, world, Watch(world.device), cfg.seed)
+    )
+    state = RunState(parts, world, DivergenceMonitor(world.device), cfg.seed)
     _fill(run, parts, old)
     steps = min(finished * parts.steps_per_epoch, parts.total_steps)
     progress = Progress(step=steps, position=steps)
     facts = {**facts_of(cfg, parts), **state.facts(progress)}
-    checkpointer = Checkpointer(folder, Ranks(world), keep=1, max_failed=1)
+    checkpointer = Checkpointer(folder, RankGroup(world), keep=1, max_failed=1)
     checkpointer.save(progress.step, state.tensors(), facts, wait=True)
     if checkpointer.failed_in_a_row:
         raise CheckpointError(checkpointer.last_error)
     logger.info(
         "taken over: %s classes of %d ranks, after %d epochs (step %d)",
-        f"{run.num_classes:,}", run.world_size, finished, progress.step,
-    )  # fmt: skip
+        f"{run.num_classes:,}",
+        run.world_size,
+        finished,
+        progress.step,
+    )
     return folder / f"step_{progress.step:08d}"
 
 
-def _fill(run: PublishedRun, parts: Parts, old: Path) -> None:
+def _fill(run: ArcfaceTorchRun, parts: TrainComponents, old: Path) -> None:
     """Put what the old run had into the parts of this one."""
     head = parts.head
     wanted = [head.num_classes, parts.metadata.num_features]
-    if [run.num_classes, run.centres[0].shape[1]] != wanted or head.centres_per_class != 1:
+    if [run.num_classes, run.centers[0].shape[1]] != wanted or head.centers_per_class != 1:
         raise WeightsError(
-            f"{old} has {run.num_classes} classes of width {run.centres[0].shape[1]}, one centre "
-            f"each; this config wants {wanted[0]} of width {wanted[1]}, {head.centres_per_class} "
-            "each: num_classes, embedding_size and sub_centres have to be the old run's"
+            f"{old} has {run.num_classes} classes of width {run.centers[0].shape[1]}, one center "
+            f"each; this config wants {wanted[0]} of width {wanted[1]}, {head.centers_per_class} "
+            "each: num_classes, embedding_size and sub_centers have to be the old run's"
         )
     try:
         parts.backbone.load_state_dict(_mean_over_ranks(run))
@@ -133,29 +148,30 @@ def _fill(run: PublishedRun, parts: Parts, old: Path) -> None:
                 key, torch.zeros_like(parameter if value.dim() else value)
             )
             here.copy_(value)
-    _fill_centres(run, parts, old)
+    _fill_centers(run, parts, old)
 
 
-def _fill_centres(run: PublishedRun, parts: Parts, old: Path) -> None:
+def _fill_centers(run: ArcfaceTorchRun, parts: TrainComponents, old: Path) -> None:
     weight = parts.head.weight
-    state = dict(parts.head.moved_parameters())[weight].state(weight)
-    if not run.centre_state[0].keys() >= state.keys():
+    state = dict(parts.head.optimized_parameters())[weight].state(weight)
+    if not run.center_state[0].keys() >= state.keys():
         logger.warning(
-            "no whole optimizer state of the class centres in %s (they were sampled, or moved by "
-            "another optimizer): it starts at zero", old,
-        )  # fmt: skip
+            "no whole optimizer state of the class centers in %s (they were sampled, or moved by "
+            "another optimizer): it starts at zero",
+            old,
+        )
         state = {}
     start = 0
     with torch.no_grad():
-        for centres, kept in zip(run.centres, run.centre_state, strict=True):
-            rows = slice(start, start + len(centres))
-            weight[rows] = centres.to(weight.dtype)
+        for centers, kept in zip(run.centers, run.center_state, strict=True):
+            rows = slice(start, start + len(centers))
+            weight[rows] = centers.to(weight.dtype)
             for key, value in state.items():
                 value[rows] = kept[key].to(value.dtype)
             start = rows.stop
 
 
-def _mean_over_ranks(run: PublishedRun) -> dict[str, Tensor]:
+def _mean_over_ranks(run: ArcfaceTorchRun) -> dict[str, Tensor]:
     """Rank 0's weights, with the mean of the ranks' batch-norm statistics."""
     first, *others = run.backbone
     return {

@@ -4,7 +4,7 @@
     python scripts/inference.py A.jpg B.jpg --model backbone.pth --network r50   # and the cosine
     python scripts/inference.py *.jpg --model face.onnx --npy embeddings.npy
 
-Prints one line of numbers per image, not normalised, as the network gives them (with --flip the
+Prints one line of numbers per image, not normalized, as the network gives them (with --flip the
 mirror image's are added, as the evaluation does), or writes them to an .npy file [n, D] float32.
 With two images the cosine follows. The images are aligned faces of the size the model takes,
 112 x 112 as a rule: scripts/align.py makes them. Many images: scripts/embed.py.
@@ -27,7 +27,7 @@ from eval.cli import (
     add_model_options,
     cache_of,
     check_outputs,
-    choose_world,
+    choose_dist_context,
     open_models,
     run_command,
     write_whole,
@@ -49,13 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _infer(options: argparse.Namespace) -> int:
     check_outputs({"--npy": options.npy})
-    world = choose_world(options.device)
+    world = choose_dist_context(options.device)
     (model,) = open_models(options, world)
     rows = embed_images(
-        model.embed, FileImages(options.images, model.input_size, options.resize),
-        flip=options.flip, sum_flip=options.flip, batch_size=options.batch_size,
-        input_size=model.input_size, cache=cache_of(options, model),
-    ).astype(np.float32)  # fmt: skip
+        model.embed,
+        FileImages(options.images, model.input_size, options.resize),
+        flip=options.flip,
+        sum_flip=options.flip,
+        batch_size=options.batch_size,
+        input_size=model.input_size,
+        cache=cache_of(options, model),
+    ).astype(np.float32)
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     for path, length in zip(options.images, lengths, strict=True):
         if not (np.isfinite(length) and length > 0):

@@ -23,11 +23,11 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.class_names import read_label_map
+from data.datasets import DataError
 from data.decode import ImageError
 from data.order import derive_key, hash_indices, shuffled_indices
 from data.recordio import RecordError
-from data.sources import DataError
-from data.tools.image_records import ImageRecords, relabelled
+from data.tools.image_records import ImageRecords, relabeled
 from data.tools.record_writer import RecordSetWriter
 from utils.files import write_atomically
 
@@ -106,7 +106,7 @@ def make_noise(
         for record, label in zip(tqdm(records, unit=" records"), noisy.tolist(), strict=True):
             payload = record.payload
             if label != record.class_id:
-                payload = relabelled(payload, label)
+                payload = relabeled(payload, label)
                 truth.append(f"{record.key}\t{label}\t{record.class_id}\n")
             writer.add_payload(payload, label, record.key)
         write_atomically(out / "noise.tsv", "".join(truth).encode())
@@ -138,9 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--parts {args.parts}: allowed are 2 or more")
     try:
         changed, num_classes = make_noise(
-            args.data, args.out, flip=args.flip, conflict=args.conflict, parts=args.parts,
-            seed=args.seed, force=args.force,
-        )  # fmt: skip
+            args.data,
+            args.out,
+            flip=args.flip,
+            conflict=args.conflict,
+            parts=args.parts,
+            seed=args.seed,
+            force=args.force,
+        )
     except (DataError, ImageError, RecordError, OSError) as error:
         print(f"make_noise.py: {error}", file=sys.stderr)
         return 2

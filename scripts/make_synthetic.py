@@ -3,7 +3,7 @@
     python scripts/make_synthetic.py OUT [--identities 320 --images-per-identity 15 ...]
 
 Identities differ in geometry (head, eyes, brows, nose, mouth, hair, ears, glasses, beard) and in
-colouring; images of one identity differ in pose, light, expression, background, blur and noise.
+coloring; images of one identity differ in pose, light, expression, background, blur and noise.
 The people in OUT/synthetic.bin are not among those in OUT/train.rec. The same seed gives the same
 bytes with the same versions of OpenCV and libjpeg-turbo.
 """
@@ -27,9 +27,9 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.datasets import DataError
 from data.pairs import write_verification_set
 from data.recordio import RecordError
-from data.sources import DataError
 from data.tools.encode import encode_jpeg
 from data.tools.record_writer import RecordSetWriter
 
@@ -48,7 +48,7 @@ _SUPERSAMPLING = 2
 _SHIFT = 4  # fractional bits of the coordinates OpenCV draws with
 _TRAINING, _VERIFICATION = 0, 1  # streams of random numbers
 
-Colour = np.ndarray  # RGB, float [3], 0 to 255
+Color = np.ndarray  # RGB, float [3], 0 to 255
 Task = tuple[int, int, int, int, int]  # seed, stream, person, image, size
 
 
@@ -98,11 +98,11 @@ class Identity:
         self.glasses_size = vary(0.21, 0.04)
         self.glasses_roundness = vary(0.5, 0.45)
         self.glasses_thickness = vary(0.035, 0.018)
-        self.glasses_colour = np.array(vary_colour(rng, (70, 50, 50), 60))
+        self.glasses_color = np.array(vary_color(rng, (70, 50, 50), 60))
         self.moles = rng.uniform((-0.5, -0.4), (0.5, 0.85), (int(rng.integers(0, 3)), 2))
 
-        self.skin = skin_colour(float(rng.uniform()), vary(0, 1))
-        self.hair = hair_colour(float(rng.uniform()), float(rng.uniform()))
+        self.skin = skin_color(float(rng.uniform()), vary(0, 1))
+        self.hair = hair_color(float(rng.uniform()), float(rng.uniform()))
         self.brow = np.clip(self.hair * vary(0.75, 0.25), 5, 235)
         self.eyes = hsv(vary(0.32, 0.28), vary(0.5, 0.35), vary(0.45, 0.3))
         self.lips = self.skin * (0.86, 0.58, 0.60) * vary(1.0, 0.22) + (vary(15, 22), 0, vary(6, 8))
@@ -110,37 +110,37 @@ class Identity:
         if has(0.25):  # dyed
             self.hair = hsv(float(rng.uniform()), vary(0.7, 0.2), vary(0.65, 0.25))
         self.has_headband, self.has_cap, self.has_earrings = has(0.18), has(0.12), has(0.3)
-        self.band_colour = hsv(float(rng.uniform()), vary(0.6, 0.35), vary(0.6, 0.35))
+        self.band_color = hsv(float(rng.uniform()), vary(0.6, 0.35), vary(0.6, 0.35))
         self.band_height = vary(-0.62, 0.1)
         self.band_width = vary(0.14, 0.06)
         self.earring_size = vary(0.075, 0.03)
-        self.earring_colour = hsv(float(rng.uniform()), vary(0.5, 0.4), vary(0.75, 0.2))
+        self.earring_color = hsv(float(rng.uniform()), vary(0.5, 0.4), vary(0.75, 0.2))
 
 
-def vary_colour(rng: np.random.Generator, mean: Sequence[float], spread: float) -> np.ndarray:
-    """A colour around `mean`: RGB float [3]."""
+def vary_color(rng: np.random.Generator, mean: Sequence[float], spread: float) -> np.ndarray:
+    """A color around `mean`: RGB float [3]."""
     return np.clip(np.asarray(mean) + rng.uniform(-spread, spread, 3), 0, 255)
 
 
-def skin_colour(depth: float, undertone: float) -> Colour:
+def skin_color(depth: float, undertone: float) -> Color:
     """From light (depth 0) to dark (1), from pink (undertone -1) to olive (1)."""
     stops = np.array(
         [(250, 220, 200), (228, 184, 150), (190, 134, 96), (120, 78, 54), (74, 47, 35)]
     )
     place = depth * (len(stops) - 1)
     below = min(int(place), len(stops) - 2)
-    colour = stops[below] + (stops[below + 1] - stops[below]) * (place - below)
-    return np.clip(colour + np.array((-6.0, 4.0, -8.0)) * undertone, 0, 255)
+    color = stops[below] + (stops[below + 1] - stops[below]) * (place - below)
+    return np.clip(color + np.array((-6.0, 4.0, -8.0)) * undertone, 0, 255)
 
 
-def hair_colour(kind: float, shade: float) -> Colour:
-    """Black, brown, red, blond or grey, each in a range of shades."""
+def hair_color(kind: float, shade: float) -> Color:
+    """Black, brown, red, blond or gray, each in a range of shades."""
     stops = np.array([(25, 20, 22), (80, 50, 32), (150, 66, 30), (222, 180, 110), (180, 178, 176)])
     place = kind * len(stops) * 0.999
     return np.clip(stops[int(place)] * (0.7 + 0.55 * shade), 0, 250)
 
 
-def hsv(hue: float, saturation: float, value: float) -> Colour:
+def hsv(hue: float, saturation: float, value: float) -> Color:
     """RGB float [3] of a hue, a saturation and a value between 0 and 1."""
     angle = 2 * math.pi * (hue % 1)
     wheel = np.cos(angle - np.array((0, 2 / 3 * math.pi, 4 / 3 * math.pi))) * 0.5 + 0.5
@@ -157,7 +157,7 @@ class Canvas:
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self.pixels = np.empty((size, size, 3), np.uint8)
         self.scale = size * 0.405 * (1 + POSE * rng.uniform(-0.09, 0.09))
-        self.centre = size * (np.array((0.5, 0.53)) + POSE * rng.uniform(-0.055, 0.055, 2))
+        self.center = size * (np.array((0.5, 0.53)) + POSE * rng.uniform(-0.055, 0.055, 2))
         self.yaw, self.pitch, roll = POSE * rng.uniform(-1, 1, 3) * (0.42, 0.24, 0.16)
         self.turn = np.array(((math.cos(roll), math.sin(roll)), (-math.sin(roll), math.cos(roll))))
 
@@ -172,28 +172,30 @@ class Canvas:
             ),
             axis=1,
         )
-        flat = turned @ self.turn * self.scale + self.centre
+        flat = turned @ self.turn * self.scale + self.center
         return np.rint(flat * (1 << _SHIFT)).astype(np.int32)
 
-    def fill(self, points: np.ndarray, colour: Colour, depth: float = 1.0) -> None:
+    def fill(self, points: np.ndarray, color: Color, depth: float = 1.0) -> None:
         """A filled polygon; points: [n, 2]."""
         fixed = self.project(points, depth)
-        cv2.fillPoly(self.pixels, [fixed], _rgb(colour), cv2.LINE_AA, _SHIFT)
+        cv2.fillPoly(self.pixels, [fixed], _rgb(color), cv2.LINE_AA, _SHIFT)
 
     def line(
-        self, points: np.ndarray, colour: Colour, width: float, closed: bool = False,
+        self,
+        points: np.ndarray,
+        color: Color,
+        width: float,
+        closed: bool = False,
         depth: float = 1.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A line through points [n, 2] of a width in face coordinates."""
         fixed = self.project(points, depth)
         thickness = max(1, round(width * self.scale))
-        cv2.polylines(
-            self.pixels, [fixed], closed, _rgb(colour), thickness, cv2.LINE_AA, _SHIFT
-        )  # fmt: skip
+        cv2.polylines(self.pixels, [fixed], closed, _rgb(color), thickness, cv2.LINE_AA, _SHIFT)
 
 
-def _rgb(colour: Colour) -> tuple[int, int, int]:
-    red, green, blue = np.clip(colour, 0, 255).astype(int).tolist()
+def _rgb(color: Color) -> tuple[int, int, int]:
+    red, green, blue = np.clip(color, 0, 255).astype(int).tolist()
     return red, green, blue
 
 
@@ -233,10 +235,10 @@ def head_outline(person: Identity) -> np.ndarray:
 
 
 def draw_background(canvas: Canvas, rng: np.random.Generator) -> None:
-    """A smooth mixture of four colours, one per corner, with some blurred blobs."""
+    """A smooth mixture of four colors, one per corner, with some blurred blobs."""
     size = canvas.pixels.shape[0]
 
-    def muted() -> Colour:
+    def muted() -> Color:
         return hsv(rng.uniform(), rng.uniform(0, 0.6), rng.uniform(0.05, 1))
 
     corners = muted() + rng.uniform(-50, 50, (2, 2, 3))
@@ -244,9 +246,9 @@ def draw_background(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.pixels[:] = cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR)
     for _ in range(int(rng.integers(0, 5))):
         x, y, width, height = rng.integers(0, size, 4)
-        colour = _rgb(muted())
+        color = _rgb(muted())
         corner = (int(x + width // 2), int(y + height // 2))
-        cv2.rectangle(canvas.pixels, (int(x), int(y)), corner, colour, cv2.FILLED)
+        cv2.rectangle(canvas.pixels, (int(x), int(y)), corner, color, cv2.FILLED)
     canvas.pixels[:] = cv2.blur(canvas.pixels, (15, 15))
 
 
@@ -269,11 +271,11 @@ def draw_behind_head(canvas: Canvas, person: Identity) -> None:
         if person.has_earrings:
             below = 0.08 + person.ear_size + person.earring_size * 0.6
             earring = ellipse(x, below, person.earring_size * 0.8, person.earring_size)
-            canvas.fill(earring, person.earring_colour, depth=0)
+            canvas.fill(earring, person.earring_color, depth=0)
 
 
 def draw_cheeks_and_beard(canvas: Canvas, person: Identity, outline: np.ndarray) -> None:
-    """Colour of the cheeks, moles, beard and moustache."""
+    """Color of the cheeks, moles, beard and moustache."""
     for side in (-1, 1):
         cheek = ellipse(side * 0.34 * person.head_width / 0.74, 0.30, 0.15, 0.11)
         canvas.fill(cheek, person.skin * (1.0, 0.95, 0.95), depth=0.6)
@@ -330,20 +332,20 @@ def draw_eyes(canvas: Canvas, person: Identity, rng: np.random.Generator) -> Non
     raised = EXPRESSION * rng.uniform(-0.02, 0.05)
     width = person.eye_width
     for side in (-1, 1):
-        centre = np.array((side * person.eye_distance, person.eye_height))
+        center = np.array((side * person.eye_distance, person.eye_height))
         tilt = np.array((1, -side * person.eye_tilt))
         across = np.linspace(-1, 1, 13)
         lid = width * opening * np.sqrt(np.clip(1 - across**2, 0, 1))
-        middle = centre + width * across[:, None] * tilt
+        middle = center + width * across[:, None] * tilt
         upper, lower = middle - lid[:, None] * (0, 1), middle + lid[:, None] * (0, 0.75)
-        socket = ellipse(centre[0], centre[1], width * 1.3, width * 1.05)
+        socket = ellipse(center[0], center[1], width * 1.3, width * 1.05)
         canvas.fill(socket, person.skin * 0.92)
         canvas.fill(np.concatenate((upper, lower[::-1])), np.array((238.0, 236, 232)))
         # The lids cover the iris above and below.
         radius = width * 0.5
-        x, y = centre + gaze * radius * (1, 0.3)
+        x, y = center + gaze * radius * (1, 0.3)
         iris = ellipse(x, y, radius, radius)
-        iris[:, 1] = np.clip(iris[:, 1], centre[1] - width * opening, centre[1] + width * opening)
+        iris[:, 1] = np.clip(iris[:, 1], center[1] - width * opening, center[1] + width * opening)
         canvas.fill(iris, person.eyes)
         x, y = iris.mean(axis=0)
         pupil = ellipse(x, y, radius * 0.45, min(radius * 0.45, width * opening))
@@ -352,7 +354,7 @@ def draw_eyes(canvas: Canvas, person: Identity, rng: np.random.Generator) -> Non
         canvas.line(upper, person.skin * 0.3, 0.022)
 
         across = np.linspace(-1, 1, 9)
-        base = centre - (0, person.brow_gap + raised)
+        base = center - (0, person.brow_gap + raised)
         brow = base + np.stack(
             (
                 person.brow_length * across,
@@ -369,20 +371,20 @@ def draw_eyes(canvas: Canvas, person: Identity, rng: np.random.Generator) -> Non
 
 def draw_glasses(canvas: Canvas, person: Identity) -> None:
     """Two frames between round and square, a bridge, two temples."""
-    colour, width = person.glasses_colour, person.glasses_thickness
+    color, width = person.glasses_color, person.glasses_thickness
     angles = np.linspace(0, 2 * math.pi, 28, endpoint=False)
     shape = np.stack((np.cos(angles), np.sin(angles)), axis=1)
     power = 0.45 + 0.55 * person.glasses_roundness
     shape = np.sign(shape) * np.abs(shape) ** power * (1, 0.55 + 0.3 * person.glasses_roundness)
     for side in (-1, 1):
-        centre = np.array((side * person.eye_distance, person.eye_height + 0.02))
-        canvas.line(centre + person.glasses_size * shape, colour, width, closed=True, depth=1.2)
-        outer = centre + np.array((side * person.glasses_size, 0))
+        center = np.array((side * person.eye_distance, person.eye_height + 0.02))
+        canvas.line(center + person.glasses_size * shape, color, width, closed=True, depth=1.2)
+        outer = center + np.array((side * person.glasses_size, 0))
         temple = np.array((outer, (side * person.head_width, person.eye_height - 0.02)))
-        canvas.line(temple, colour, width, depth=0.8)
+        canvas.line(temple, color, width, depth=0.8)
     inner = person.eye_distance - person.glasses_size
     bridge = np.array(((-inner, person.eye_height), (inner, person.eye_height)))
-    canvas.line(bridge, colour, width, depth=1.2)
+    canvas.line(bridge, color, width, depth=1.2)
 
 
 def draw_hair(canvas: Canvas, person: Identity) -> None:
@@ -418,18 +420,18 @@ def draw_headwear(canvas: Canvas, person: Identity) -> None:
     lower = np.stack((across * width * 0.87, person.band_height + 0.12 * (1 - across**2)), axis=1)
     if person.has_cap:
         top = ellipse(0, person.band_height, width * 0.9, 0.45 + person.hair_volume, 180, 360)
-        canvas.fill(np.concatenate((top, lower)), person.band_colour, depth=0.3)
+        canvas.fill(np.concatenate((top, lower)), person.band_color, depth=0.3)
     upper = lower[::-1] - np.array((0, person.band_width))
-    edge = person.band_colour * (0.7 if person.has_cap else 1.0)
+    edge = person.band_color * (0.7 if person.has_cap else 1.0)
     canvas.fill(np.concatenate((lower, upper)), edge, depth=0.3)
 
 
 def photograph(image: np.ndarray, canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
-    """Light from a side, exposure, a cast of colour, blur and noise on uint8 [size, size, 3]."""
+    """Light from a side, exposure, a cast of color, blur and noise on uint8 [size, size, 3]."""
     size = image.shape[0]
-    centre, reach = canvas.centre / _SUPERSAMPLING, canvas.scale / _SUPERSAMPLING
-    x = ((np.arange(size, dtype=np.float32) - centre[0]) / reach)[None, :]
-    y = ((np.arange(size, dtype=np.float32) - centre[1]) / reach)[:, None]
+    center, reach = canvas.center / _SUPERSAMPLING, canvas.scale / _SUPERSAMPLING
+    x = ((np.arange(size, dtype=np.float32) - center[0]) / reach)[None, :]
+    y = ((np.arange(size, dtype=np.float32) - center[1]) / reach)[:, None]
     height = np.exp(-0.7 * (x**2 + 0.7 * y**2))  # of a rounded face that fades into the background
     side, above = LIGHT * rng.uniform(-0.75, 0.75), LIGHT * rng.uniform(-0.7, 0.35)
     falls = np.clip(side * x + above * y + 0.75 * height, 0, 1.5)

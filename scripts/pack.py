@@ -30,11 +30,11 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.datasets import DataError, MissingDataError, list_class_folders
 from data.decode import ImageError, read_image_file
 from data.order import shuffled_indices
 from data.pairs import read_pairs, write_verification_set
 from data.recordio import RecordError
-from data.sources import DataError, MissingDataError, list_class_folders
 from data.tools.encode import FitTask, fit_files, fit_image
 from data.tools.record_writer import IM2REC, INSIGHTFACE, STYLES, RecordSetWriter
 from data.tools.workers import ordered_map
@@ -248,8 +248,10 @@ def _read_csv(path: Path, include: Sequence[str]) -> Listing:
             cells = [cell.strip() for cell in row]
             lower = [cell.lower() for cell in cells]
             if number == 1:
-                found = [next((c for c in wanted if c in lower), None)
-                         for wanted in (_PATH_COLUMNS, _LABEL_COLUMNS)]  # fmt: skip
+                found = [
+                    next((c for c in wanted if c in lower), None)
+                    for wanted in (_PATH_COLUMNS, _LABEL_COLUMNS)
+                ]
                 if found[0] and found[1]:
                     path_column, label_column = lower.index(found[0]), lower.index(found[1])
                     continue
@@ -313,16 +315,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", type=Path, metavar="PAIRS.txt", help="write a verification set of these pairs")
     add("--size", type=int, default=112, help="pixels per side (default 112)")
     add("--quality", type=int, help="encode every image anew, as JPEG of this quality (1 to 100)")
-    add("--include", action="append", metavar="GLOB",
-        help="only class folders (paths in a list) like this: '0_*'; repeats")  # fmt: skip
+    add(
+        "--include",
+        action="append",
+        metavar="GLOB",
+        help="only class folders (paths in a list) like this: '0_*'; repeats",
+    )
     add("--style", choices=STYLES, help="default: im2rec for .lst files, else insightface")
     add("--shuffle", action="store_true", help="write the images in random order")
     add("--seed", type=int, default=0, help="of --shuffle (default 0)")
     add("--skip-bad", action="store_true", help="leave unreadable images out, and list them")
     add("--force", action="store_true", help="replace what is there")
     add("--restart", action="store_true", help="drop the interrupted beginning of another job")
-    add("--num-thread", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
-        help="processes that decode (default: one per core, at most 4)")  # fmt: skip
+    add(
+        "--num-thread",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that decode (default: one per core, at most 4)",
+    )
     return parser
 
 

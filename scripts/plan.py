@@ -30,7 +30,7 @@ from backbones import get_model
 from backbones.macs import count_macs
 from configs.base import Config
 from eval.cli import run_command, table
-from training.planner.memory import Needs
+from training.planner.memory import Requirements
 from training.planner.plan import (
     Plan,
     PlanError,
@@ -58,8 +58,8 @@ PART_WORDS = {
     "gradients": "network: gradients",
     "optimizer": "network: optimizer",
     "activations": "network: activations",
-    "centres": "class centres",
-    "centre_state": "class centres: optimizer",
+    "centers": "class centers",
+    "center_state": "class centers: optimizer",
     "head": "head: workspace",
     "global_batch": "head: global batch",
     "teacher": "teacher",
@@ -71,9 +71,7 @@ PART_WORDS = {
 def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
     """Everything, as JSON knows values."""
     with torch.device("meta"):
-        network = get_model(
-            cfg.network, num_features=cfg.embedding_size, input_size=cfg.input_size
-        )
+        network = get_model(cfg.network, num_features=cfg.embedding_size, input_size=cfg.input_size)
     footprint = plan.needs.footprint
     return {
         "network": cfg.network,
@@ -113,13 +111,13 @@ def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
         "frozen_steps": plan.frozen_steps,
         "frozen_seconds_per_step": plan.frozen_seconds,
         "hours": plan.hours,
-        "assumed": None if setting.measured_seconds else SHARE_OF_PEAK[
-            device_type(setting.machine)
-        ],
-    }  # fmt: skip
+        "assumed": None
+        if setting.measured_seconds
+        else SHARE_OF_PEAK[device_type(setting.machine)],
+    }
 
 
-def describe_head(needs: Needs, machine: Machine) -> dict[str, Any] | None:
+def describe_head(needs: Requirements, machine: Machine) -> dict[str, Any] | None:
     """Kernel launches and gigabytes of a step of the fused head, all its passes; None for others.
     On a GPU also the seconds that the host takes to start them, and the device to run them."""
     if needs.head.operations is None:
@@ -140,7 +138,8 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
     macs = facts["macs_per_image"] / 1e9
     rows = [["memory per rank", "MiB"]]
     rows += [
-        [f"  {words}", f"{memory[part] / 2**20:,.0f}"] for part, words in PART_WORDS.items()
+        [f"  {words}", f"{memory[part] / 2**20:,.0f}"]
+        for part, words in PART_WORDS.items()
         if memory[part] or part != "teacher"
     ]
     rows.append(["  total, at most", f"{memory['total'] / 2**20:,.0f}"])
@@ -153,9 +152,10 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
         "collectives": "collectives that nothing hides",
     }
     times += [
-        [f"  {words}", f"{1e3 * time[part]:,.1f}"] for part, words in names.items()
+        [f"  {words}", f"{1e3 * time[part]:,.1f}"]
+        for part, words in names.items()
         if time[part] or part not in ("optimizer", "teacher")
-    ]  # fmt: skip
+    ]
     times.append(["  total", f"{1e3 * time['total']:,.1f}"])
     head = facts["head"] or {}
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
@@ -177,9 +177,10 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
     lines += ["", table(times)]
     assumed = facts["assumed"]
     lines.append(
-        "measured here, without decoding of images" if assumed is None else
-        "from the peaks; assumed: " + ", ".join(f"{v:.0%} of {k}" for k, v in assumed.items())
-    )  # fmt: skip
+        "measured here, without decoding of images"
+        if assumed is None
+        else "from the peaks; assumed: " + ", ".join(f"{v:.0%} of {k}" for k, v in assumed.items())
+    )
     if "launch_seconds" in head and assumed is not None:
         lines.append(
             f"head: {head['launches']:,} kernel launches, which the host starts in "
@@ -199,11 +200,22 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
     if not memory["fits"]:
         lines += ["", "what would change it, each by itself (if none fits, then together):"]
         heading = ["change", "MiB", "", "samples/s"]
-        lines.append(table([heading, *(
-            [words, f"{plan.needs.footprint.total / 2**20:,.0f}",
-             "fits" if plan.fits else "does not fit", f"{plan.samples_per_second:,.0f}"]
-            for words, plan in proposals
-        )]))  # fmt: skip
+        lines.append(
+            table(
+                [
+                    heading,
+                    *(
+                        [
+                            words,
+                            f"{plan.needs.footprint.total / 2**20:,.0f}",
+                            "fits" if plan.fits else "does not fit",
+                            f"{plan.samples_per_second:,.0f}",
+                        ]
+                        for words, plan in proposals
+                    ),
+                ]
+            )
+        )
     return "\n".join(lines)
 
 
@@ -217,10 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=1, help="ranks (default 1)")
     parser.add_argument("--gpu", help=f"{', '.join(GPUS)} or cpu (default: what is here)")
     parser.add_argument("--ranks-per-host", type=int, default=8, help="default 8")
-    parser.add_argument("--network-gbit", type=float, default=100.0,
-                        help="network of a host, Gbit/s (default 100)")  # fmt: skip
-    parser.add_argument("--measure", type=float, nargs="?", const=60.0, default=0.0,
-                        metavar="SECONDS", help="time a step here, for about a minute")  # fmt: skip
+    parser.add_argument(
+        "--network-gbit", type=float, default=100.0, help="network of a host, Gbit/s (default 100)"
+    )
+    parser.add_argument(
+        "--measure",
+        type=float,
+        nargs="?",
+        const=60.0,
+        default=0.0,
+        metavar="SECONDS",
+        help="time a step here, for about a minute",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_intermixed_args(arguments)
     return run_command(lambda: _plan(options))
@@ -238,10 +258,13 @@ def _plan(options: argparse.Namespace) -> int:
     cfg = load_config(options.config, options.words)
     num_classes, num_images = sizes(cfg)
     setting = Setting(
-        choose_machine(options.gpu), options.world_size,
-        Links(options.ranks_per_host, options.network_gbit), num_classes, num_images,
+        choose_machine(options.gpu),
+        options.world_size,
+        Links(options.ranks_per_host, options.network_gbit),
+        num_classes,
+        num_images,
         options.measure,
-    )  # fmt: skip
+    )
     cfg = share_global_batch(cfg, options.world_size)
     plan = make_plan(cfg, setting)
     proposals = [] if plan.fits else what_would_fit(cfg, setting)

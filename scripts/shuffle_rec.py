@@ -29,10 +29,10 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.class_names import read_label_map
+from data.datasets import DataError
 from data.decode import ImageError
 from data.order import derive_key, hash_indices
 from data.recordio import RecordError
-from data.sources import DataError
 from data.tools.image_records import ImageRecords
 from data.tools.manifest import MultisetDigest
 from data.tools.record_writer import STAGING, RecordSetWriter

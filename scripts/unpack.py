@@ -25,8 +25,8 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.class_names import read_label_map
+from data.datasets import DataError
 from data.recordio import RecordError, unpack_record
-from data.sources import DataError
 from data.tools.image_records import ImageRecords
 from utils.files import publish_folder, staging_folder, write_whole
 

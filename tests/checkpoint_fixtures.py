@@ -30,18 +30,32 @@ from backbones import iresnet
 from configs.base import Config
 from tests.conftest import Ranks
 from train_v2 import run_on
-from utils.distributed import World
+from utils.distributed import DistContext
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "checkpoints.tar.xz"
 SETTINGS: dict[str, Any] = {
-    "rec": "synthetic", "num_classes": 160, "num_image": 96, "network": "r_fixture",
-    "embedding_size": 8, "input_size": 32, "num_epoch": 2, "frequent": 1, "verbose": 0,
-    "num_workers": 1, "scale": 16.0, "margin_list": (1.0, 0.0, 0.2), "device": "cpu",
-    "precision": "fp64", "freeze_batch_norm": True, "checkpoint_every": 4, "keep_checkpoints": 9,
-}  # fmt: skip
+    "rec": "synthetic",
+    "num_classes": 160,
+    "num_image": 96,
+    "network": "r_fixture",
+    "embedding_size": 8,
+    "input_size": 32,
+    "num_epoch": 2,
+    "frequent": 1,
+    "verbose": 0,
+    "num_workers": 1,
+    "scale": 16.0,
+    "margin_list": (1.0, 0.0, 0.2),
+    "device": "cpu",
+    "precision": "fp64",
+    "freeze_batch_norm": True,
+    "checkpoint_every": 4,
+    "keep_checkpoints": 9,
+}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"optimizer": "sgd", "lr": 0.05}, "adamw": {"optimizer": "adamw", "lr": 1e-3},
-}  # fmt: skip
+    "sgd": {"optimizer": "sgd", "lr": 0.05},
+    "adamw": {"optimizer": "adamw", "lr": 1e-3},
+}
 CASES = list(itertools.product(OPTIMIZERS, (1, 2), (1, 3)))  # optimizer, centers per class, ranks
 GLOBAL_BATCH, SAVED_STEP, LAST_STEP = 12, 4, 8
 
@@ -57,18 +71,22 @@ def train(
     """A run in this process: its losses by step and this rank's rows of the head and its state."""
     cfg = Config(
         **{
-            **SETTINGS, **OPTIMIZERS[optimizer], "sub_centres": centers, "output": folder,
-            "batch_size": GLOBAL_BATCH // world_size, **changes,
+            **SETTINGS,
+            **OPTIMIZERS[optimizer],
+            "sub_centers": centers,
+            "output": folder,
+            "batch_size": GLOBAL_BATCH // world_size,
+            **changes,
         }
-    )  # fmt: skip
+    )
     assert not cfg.problems()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    world = World(rank, rank, world_size, torch.device("cpu"))
+    world = DistContext(rank, rank, world_size, torch.device("cpu"))
     tiny = {"r_fixture": (iresnet.IResNet, {"layers": (1, 1, 1, 1), "width": 2})}
     with unittest.mock.patch.dict("backbones._REGISTRY", tiny):
         parts = run_on(cfg, world, Path(folder))
     rows = [parts.head.weight.detach()]
-    for parameter, rule in parts.head.moved_parameters():
+    for parameter, rule in parts.head.optimized_parameters():
         rows += [value for _, value in sorted(rule.state(parameter).items())]
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
     losses = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}

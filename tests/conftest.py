@@ -25,7 +25,7 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from utils.distributed import leave_world
+    from utils.distributed import destroy_distributed
 
     torch.set_num_threads(1)
     current: str | None = None
@@ -36,7 +36,7 @@ def _serve(rank: int, connection: Connection) -> None:
         store, world_size, function, arguments = order
         try:
             if current != store:
-                leave_world()
+                destroy_distributed()
                 if world_size > 1:
                     dist.init_process_group(
                         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
@@ -45,7 +45,7 @@ def _serve(rank: int, connection: Connection) -> None:
             connection.send((True, function(rank, world_size, *arguments)))
         except Exception as error:
             connection.send((False, (error, traceback.format_exc())))
-    leave_world()
+    destroy_distributed()
 
 
 class RankFailure(AssertionError):

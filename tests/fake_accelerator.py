@@ -9,7 +9,7 @@ its own, because PyTorch can have one such device, and never gets rid of it.
 
 Where a fake tensor of this device is not enough, this file stands in: copies of modules and
 tensors, initial values, autocast (which has tables for real devices only), random generators, the
-fused SGD, and the class centres of a teacher.
+fused SGD, and the class centers of a teacher.
 """
 
 from __future__ import annotations
@@ -32,23 +32,30 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import training.build
 import training.distillation
-from arcshard.head.distillation import TeacherCentres
+from arcshard.head.distillation import TeacherCenters
 from arcshard.partial_fc import PartialFC
 from backbones import get_model
 from backbones.weights import ModelMetadata, save_model
 from configs.base import Config
 from dataset import Batch
-from utils.distributed import World
+from utils.distributed import DistContext
 
 DEVICE, AUTOCAST = "pretended:0", "AutocastPrivateUse1"
 NUM_CLASSES, WIDTH = 5001, 32
 # What autocast on CUDA makes half precision, of what our networks use.
 HALVED = ("conv2d", "linear", "mm", "matmul", "prelu", "scaled_dot_product_attention")
 BASE: dict[str, Any] = {
-    "rec": "synthetic", "num_classes": NUM_CLASSES, "num_image": 256, "network": "r_nano",
-    "embedding_size": WIDTH, "batch_size": 8, "num_epoch": 2, "lr": 0.05, "verbose": 0,
+    "rec": "synthetic",
+    "num_classes": NUM_CLASSES,
+    "num_image": 256,
+    "network": "r_nano",
+    "embedding_size": WIDTH,
+    "batch_size": 8,
+    "num_epoch": 2,
+    "lr": 0.05,
+    "verbose": 0,
     "precision": "fp32",
-}  # fmt: skip
+}
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -72,7 +79,7 @@ def install() -> None:
         (torch, "tensor", _blank),
         (torch, "Generator", lambda _=None: _RealGenerator()),
         (torch, "_fused_sgd_", _fused_sgd),
-        (training.distillation, "_centres_of", _teacher_centres),
+        (training.distillation, "_centers_of", _teacher_centers),
         # Verification is no part of a step; it looks at its mean and std when it is made.
         (training.build, "Embedder", lambda *_, **__: None),
     ):
@@ -131,10 +138,10 @@ def _fused_sgd(*arguments: Any, **options: Any) -> None:
     assert places == {torch.device(DEVICE)}, f"fused SGD over {places}"
 
 
-def _teacher_centres(_path: str, _meta: Any, head: PartialFC, *_: Any) -> tuple[Any, int]:
-    unit = torch.zeros(head.num_classes_local, head.centres_per_class, WIDTH, device=DEVICE)
+def _teacher_centers(_path: str, _meta: Any, head: PartialFC, *_: Any) -> tuple[Any, int]:
+    unit = torch.zeros(head.num_classes_local, head.centers_per_class, WIDTH, device=DEVICE)
     known = torch.zeros(head.num_classes_local, dtype=torch.bool, device=DEVICE)
-    return TeacherCentres(unit, known), 1
+    return TeacherCenters(unit, known), 1
 
 
 def steps(folder: Path, teacher: Path, changes: dict[str, Any]) -> None:
@@ -144,7 +151,7 @@ def steps(folder: Path, teacher: Path, changes: dict[str, Any]) -> None:
     if changes.get("teacher"):
         changes["teacher"] = str(teacher)
     cfg = Config(**{**BASE, "output": str(folder), **changes})
-    parts = training.build.build(cfg, World(0, 0, 1, torch.device(DEVICE)))
+    parts = training.build.build(cfg, DistContext(0, 0, 1, torch.device(DEVICE)))
     parts.step.model.train()
     for _ in range(2):
         images = torch.zeros(cfg.batch_size, 3, 112, 112, dtype=torch.uint8)

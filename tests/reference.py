@@ -46,20 +46,23 @@ def dense_target(margin: CombinedMargin, cosine: Tensor) -> Tensor:
 
 
 def dense_loss(
-    margin: CombinedMargin, embeddings: Tensor, labels: Tensor, weight: Tensor,
+    margin: CombinedMargin,
+    embeddings: Tensor,
+    labels: Tensor,
+    weight: Tensor,
     classes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Mean loss over the whole batch with all class centres on one device.
+) -> Tensor:
+    """Mean loss over the whole batch with all class centers on one device.
 
     Args:
         embeddings: [B, D]; labels: [B] int64; weight: [C, D].
         classes: int64 classes that take part (a sample; must hold every label), None for all.
     """
     unit_embeddings = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    unit_centres = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    unit_centers = weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
     losses = []
     for embedding, label in zip(unit_embeddings, labels, strict=True):
-        cosines = unit_centres @ embedding  # [C]
+        cosines = unit_centers @ embedding  # [C]
         logits = []
         candidates = range(len(weight)) if classes is None else classes.tolist()
         for other in candidates:
@@ -105,7 +108,7 @@ class DenseHead:
     fp16=True.
 
     Args:
-        weight: [C, D] class centres.
+        weight: [C, D] class centers.
         sample_rate: below 1 a sample is drawn as the published head does (a random number per
             class, topk), and the gradient is still dense.
     """
@@ -154,7 +157,7 @@ def dense_loss_by_paper(
     weight: Tensor,
     *,
     bias: Tensor | None = None,
-    centres_per_class: int = 1,
+    centers_per_class: int = 1,
     classes: Tensor | None = None,
     margins_drawn: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -169,10 +172,10 @@ def dense_loss_by_paper(
     """
     rows = torch.arange(len(labels))
     norms = embeddings.norm(dim=1)
-    e = embeddings / norms[:, None] if margin.normalise else embeddings
-    w = weight / weight.norm(dim=1, keepdim=True) if margin.normalise else weight
+    e = embeddings / norms[:, None] if margin.normalize else embeddings
+    w = weight / weight.norm(dim=1, keepdim=True) if margin.normalize else weight
     similarity = e @ w.T if bias is None else e @ w.T + bias
-    similarity = similarity.view(len(e), -1, centres_per_class).max(dim=2).values  # [B, C]
+    similarity = similarity.view(len(e), -1, centers_per_class).max(dim=2).values  # [B, C]
     cosine = similarity[rows, labels]
     others, state, penalty = similarity, {}, torch.zeros(())
 
@@ -204,9 +207,7 @@ def dense_loss_by_paper(
         moved = cosine * math.cos(m) - (1 - cosine**2).sqrt() * math.sin(m)
         t = state["t"] = margin.alpha * cosine.detach().mean()
         others = torch.where(similarity > moved[:, None], similarity * (t + similarity), similarity)
-        phi = torch.where(
-            cosine > math.cos(math.pi - m), moved, cosine - math.sin(math.pi - m) * m
-        )
+        phi = torch.where(cosine > math.cos(math.pi - m), moved, cosine - math.sin(math.pi - m) * m)
     elif isinstance(margin, ElasticFace):
         assert margins_drawn is not None
         m = margins_drawn
@@ -242,10 +243,10 @@ def dense_divergence(
         weight: [n, K, D]; teacher_weight: [n, K_t, D_t], of the classes that count for both.
     """
 
-    def log_probabilities(rows: Tensor, centres: Tensor) -> Tensor:
+    def log_probabilities(rows: Tensor, centers: Tensor) -> Tensor:
         unit = rows / rows.norm(dim=1, keepdim=True)
-        unit_centres = centres / centres.norm(dim=2, keepdim=True)
-        cosine = torch.einsum("bd,nkd->bnk", unit, unit_centres).amax(dim=2)
+        unit_centers = centers / centers.norm(dim=2, keepdim=True)
+        cosine = torch.einsum("bd,nkd->bnk", unit, unit_centers).amax(dim=2)
         return torch.log_softmax(scale * cosine / temperature, dim=1)
 
     student = log_probabilities(embeddings, weight)

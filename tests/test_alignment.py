@@ -53,7 +53,7 @@ def test_it_is_umeyamas_formula_and_the_linear_solution(points: np.ndarray) -> N
 
 
 @given(points=POINTS, shifts=st.lists(st.floats(-0.1, 0.1), min_size=4, max_size=4))
-def test_no_neighbouring_similarity_fits_better(points: np.ndarray, shifts: list[float]) -> None:
+def test_no_neighboring_similarity_fits_better(points: np.ndarray, shifts: list[float]) -> None:
     if np.ptp(points, axis=0).min() < 1:
         return
     best = similarity_transform(points)

@@ -36,7 +36,7 @@ def _check(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray] | None = None
 ) -> None:
     scores, same = _dense(first, second)
-    found = all_pairs(*first, FARS, against=second, normalise=False)
+    found = all_pairs(*first, FARS, against=second, normalize=False)
     for one, far in zip(found, FARS, strict=True):
         assert (one.num_genuine, one.num_impostors) == (same.sum(), (~same).sum())
         if not same.any() or same.all():

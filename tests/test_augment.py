@@ -40,9 +40,9 @@ def changed(draws: Draws, name: str) -> np.ndarray:
         "resize": draws.side != SIZE,
         "low_res": draws.side != SIZE,
         "blur": draws.blur > 1,
-        "hsv": (draws.colour != IDENTITY).any(axis=(1, 2)),
-        "gray": (draws.colour != IDENTITY).any(axis=(1, 2)),
-        "photometric": (draws.colour != IDENTITY).any(axis=(1, 2)),
+        "hsv": (draws.color != IDENTITY).any(axis=(1, 2)),
+        "gray": (draws.color != IDENTITY).any(axis=(1, 2)),
+        "photometric": (draws.color != IDENTITY).any(axis=(1, 2)),
         "erase": draws.erase[:, 2] > 0,
     }[name]
 
@@ -51,9 +51,12 @@ def changed(draws: Draws, name: str) -> np.ndarray:
 def test_each_happens_as_often_as_stated_and_alone(name: str) -> None:
     draws = drawn([f"{name}=0.3"])
     assert abs(changed(draws, name).mean() - 0.3) < 0.02
-    others = [o for o in ("crop", "blur", "erase", "resize", "hsv")
-              if o != name and {o, name} not in ({"resize", "low_res"}, {"hsv", "gray"},
-                                                 {"hsv", "photometric"})]  # fmt: skip
+    others = [
+        o
+        for o in ("crop", "blur", "erase", "resize", "hsv")
+        if o != name
+        and {o, name} not in ({"resize", "low_res"}, {"hsv", "gray"}, {"hsv", "photometric"})
+    ]
     assert not any(changed(draws, other).any() for other in others)
     assert not draws.flip.any()
 
@@ -72,8 +75,9 @@ def test_draws_depend_on_image_epoch_and_seed_only(name: str) -> None:
 
 
 def test_different_augmentations_happen_independently() -> None:
-    draws = draw(parse_augmentation(["blur=0.5", "erase=0.5", "gray=0.5"]), np.arange(20_000), 1, 1,
-                 SIZE)  # fmt: skip
+    draws = draw(
+        parse_augmentation(["blur=0.5", "erase=0.5", "gray=0.5"]), np.arange(20_000), 1, 1, SIZE
+    )
     masks = [draws.flip, *(changed(draws, name) for name in ("blur", "erase", "gray"))]
     for i, mask in enumerate(masks):
         for other in masks[:i]:

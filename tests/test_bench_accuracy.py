@@ -20,8 +20,10 @@ def test_a_variant_has_fallen_only_beyond_the_spread_of_the_seeds():
 
 def test_the_accuracy_of_a_run_is_its_last_verifications_mean(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    scores = [{"a": {"accuracy_flip": 0.1}}, {"a": {"accuracy_flip": 0.5},
-                                              "b": {"accuracy_flip": 0.7}}]  # fmt: skip
+    scores = [
+        {"a": {"accuracy_flip": 0.1}},
+        {"a": {"accuracy_flip": 0.5}, "b": {"accuracy_flip": 0.7}},
+    ]
     lines = [{"step": 1, "loss": 2.0}, *({"step": 1, "eval": each} for each in scores)]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert last_accuracy(metrics) == pytest.approx(0.6)
@@ -42,7 +44,8 @@ def test_runs_are_made_and_compared(tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--json", str(tmp_path / "rows.json")]) == 1
     assert made == [
         (("configs/demo", "lr=1", *more, f"seed={seed}"), 1)
-        for more in ((), ("precision=bf16",)) for seed in (4, 5)
-    ]  # fmt: skip
+        for more in ((), ("precision=bf16",))
+        for seed in (4, 5)
+    ]
     assert "fallen: ['precision=bf16']" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 2

@@ -14,17 +14,22 @@ import pytest
 import train_v2
 import utils.memory
 from benchmarks import bench_train, runs
-from benchmarks.bench_train import Bench, main, option_rows, plain, rows, utilisation
+from benchmarks.bench_train import Bench, main, option_rows, plain, rows, utilization
 from benchmarks.comparison import Comparison, Result, Row, Side, line, option_line, ratio_of_pairs
 from configs.base import Config
 from utils.worker import WorkerDied
 
 
 def logged(speed: float, wait: float, peak_gib: float) -> str:
-    return json.dumps({
-        "step": 1, "loss": 1.0, "samples_per_second": speed, "data_wait_share": wait,
-        "peak_memory_gib": peak_gib,
-    })  # fmt: skip
+    return json.dumps(
+        {
+            "step": 1,
+            "loss": 1.0,
+            "samples_per_second": speed,
+            "data_wait_share": wait,
+            "peak_memory_gib": peak_gib,
+        }
+    )
 
 
 def result(speed: float, peak: float, above: float) -> Result:
@@ -40,9 +45,12 @@ def compared(speed: float, memory: float, **targets: Any) -> Comparison:
 
 def test_a_reading_leaves_the_first_interval_out_but_not_its_memory() -> None:
     lines = [
-        logged(1, 0.9, 3.0), json.dumps({"step": 1, "eval": {}}), logged(100, 0.0, 2.0),
-        logged(300, 0.2, 2.0), logged(110, 0.1, 2.5),
-    ]  # fmt: skip
+        logged(1, 0.9, 3.0),
+        json.dumps({"step": 1, "eval": {}}),
+        logged(100, 0.0, 2.0),
+        logged(300, 0.2, 2.0),
+        logged(110, 0.1, 2.5),
+    ]
     reading = runs.read_metrics(lines)
     assert reading.samples_per_second == 110
     assert reading.data_wait_share == pytest.approx(0.1)
@@ -65,7 +73,7 @@ def test_a_run_that_fails_says_why() -> None:
         runs.run_training({"batch_size": 0})
 
 
-def test_a_ratio_is_that_of_neighbours() -> None:
+def test_a_ratio_is_that_of_neighbors() -> None:
     """A machine that slows down for both sides changes no pair's ratio."""
     assert ratio_of_pairs([(1, 2), (10, 20), (4, 4), (0.5, 1.5)]) == (2, 1, 3)
 
@@ -87,21 +95,23 @@ def test_memory_above_start_has_its_own_ratio() -> None:
     assert " - |" in line(nothing)
 
 
-def test_utilisation_against_numbers_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_utilization_against_numbers_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "describe", lambda *_: {"flops": 2e9})  # 1 GMAC
     # 3 x 2 x 1e9 x 100 / 1e12; the head adds 3 x 2 x 512 x 100,000 = 3.072e8 per image
-    assert utilisation("r50", 0.1 * 1_000_000, 100.0, 1e12) == pytest.approx((0.6, 0.63072))
+    assert utilization("r50", 0.1 * 1_000_000, 100.0, 1e12) == pytest.approx((0.6, 0.63072))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_plain_is_what_users_run_today(device: str) -> None:
     side = plain(device)
     assert side.own_allocator
-    half = {"precision": "fp16", "all_reduce_dtype": "fp16"}
+    half = {"precision": "fp16", "grad_reduce_dtype": "fp16"}
     assert side.keys == {
-        "channels_last": False, "head_update": "autograd", "compile": False,
+        "channels_last": False,
+        "head_update": "autograd",
+        "compile": False,
         **(half if device == "cuda" else {"precision": "fp32"}),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -123,8 +133,9 @@ def test_the_row_of_the_target_is_there() -> None:
     must = rows("cuda", "must", {})
     assert [(r.network, r.num_classes, r.batch_size, r.least_speed) for r in must] == [
         (network, classes, 512, 1.5)
-        for network in ("r50", "r100") for classes in (360_000, 2_000_000)
-    ]  # fmt: skip
+        for network in ("r50", "r100")
+        for classes in (360_000, 2_000_000)
+    ]
 
 
 def test_an_option_row_changes_one_thing() -> None:
@@ -133,12 +144,14 @@ def test_an_option_row_changes_one_thing() -> None:
         changes = {k for k, v in row.changed.keys.items() if row.baseline.keys.get(k) != v}
         assert len(changes) + (not row.changed.own_allocator) == 1
         assert row.baseline.keys["clip_grad_norm"] == 0.0
-        alone = {"zero", "static_graph", "all_reduce_dtype"}.isdisjoint(changes)
+        alone = {"zero_stage", "static_graph", "grad_reduce_dtype"}.isdisjoint(changes)
         assert row.ranks == (1 if alone else 2)
     assert len(found) == 9
-    assert "41.5 |" in option_line(Comparison(
-        found[1], result(1, 1, 1), result(1, 1, 1)._replace(compile_seconds=41.5), (1, 1, 1)
-    ))  # fmt: skip
+    assert "41.5 |" in option_line(
+        Comparison(
+            found[1], result(1, 1, 1), result(1, 1, 1)._replace(compile_seconds=41.5), (1, 1, 1)
+        )
+    )
 
 
 def test_the_plain_side_leaves_the_allocator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +215,10 @@ def test_a_quick_run_from_records_measures_both_sides(
     assert main([*words, "--markdown", str(tmp_path / "table.md")]) == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["name"], row["baseline"], row["params"]["num_classes"]) == (
-        "ours, not compiled", "plain", 2000,
-    )  # fmt: skip
+        "ours, not compiled",
+        "plain",
+        2000,
+    )
     assert row["ratio_to_baseline"] == pytest.approx(row["per_second"] / row["baseline_per_second"])
     assert 0 < row["mfu"] < row["mfu_with_head"]
     assert 100 < row["peak_mib"] < 4096

@@ -27,30 +27,30 @@ from training.checkpoint.checkpointer import (
     Checkpointer,
     CheckpointError,
     Manifest,
-    Ranks,
+    RankGroup,
     find_intact,
-    named,
-    pointed_to,
-    sweep,
+    list_checkpoints,
+    remove_incomplete,
+    resolve_pointer,
 )
-from training.checkpoint.sharded_io import FileDigest, StorageError, Stored
-from utils.distributed import World
+from training.checkpoint.sharded_io import FileDigest, StorageError, TensorShard
+from utils.distributed import DistContext
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 
 
-def shards(whole: torch.Tensor, world_size: int, per_class: int, fill: bool) -> list[Stored]:
+def shards(whole: torch.Tensor, world_size: int, per_class: int, fill: bool) -> list[TensorShard]:
     """The rows of each rank, or room for them."""
     found = []
     for rank in range(world_size):
         own = class_range(len(whole) // per_class, rank, world_size)
         rows = whole[own.start * per_class : own.stop * per_class]
         local = rows.clone() if fill else torch.full_like(rows, -1)
-        found.append(Stored(local, own.start * per_class, len(whole)))
+        found.append(TensorShard(local, own.start * per_class, len(whole)))
     return found
 
 
-def write_as(folder: Path, states: list[dict[str, Stored]]) -> None:
+def write_as(folder: Path, states: list[dict[str, TensorShard]]) -> None:
     """What `sharded_io.write` does on many ranks, in this process, without the collectives."""
     writers = [dcp.FileSystemWriter(folder) for _ in states]
     planners = [sharded_io._SavePlanner() for _ in states]
@@ -78,8 +78,12 @@ def write_as(folder: Path, states: list[dict[str, Stored]]) -> None:
 )
 def test_any_number_of_classes_goes_from_any_ranks_to_any_others(
     tmp_path_factory: pytest.TempPathFactory,
-    classes: int, per_class: int, before: int, after: int, piece: int,
-) -> None:  # fmt: skip
+    classes: int,
+    per_class: int,
+    before: int,
+    after: int,
+    piece: int,
+) -> None:
     folder = tmp_path_factory.mktemp("reshard")
     rows = classes * per_class
     weight = torch.arange(rows * 5, dtype=torch.float32).view(rows, 5)
@@ -88,16 +92,18 @@ def test_any_number_of_classes_goes_from_any_ranks_to_any_others(
     sharded_io.PIECE_BYTES = piece
     try:
         saved = zip(
-            shards(weight, before, per_class, True), shards(step, before, per_class, True),
+            shards(weight, before, per_class, True),
+            shards(step, before, per_class, True),
             strict=True,
-        )  # fmt: skip
+        )
         write_as(folder, [{"weight": w, "step": s} for w, s in saved])
     finally:
         sharded_io.PIECE_BYTES = pieces
     wanted = zip(
-        shards(weight, after, per_class, False), shards(step, after, per_class, False),
+        shards(weight, after, per_class, False),
+        shards(step, after, per_class, False),
         strict=True,
-    )  # fmt: skip
+    )
     states = [{"weight": w, "step": s} for w, s in wanted]
     for state in states:
         sharded_io.read(folder, state, None, True)
@@ -106,21 +112,21 @@ def test_any_number_of_classes_goes_from_any_ranks_to_any_others(
 
 
 def save_and_load(rank: int, world_size: int, folder: str) -> list[dict[str, Any]]:
-    world = World(rank, rank, world_size, torch.device("cpu"))
-    ranks = Ranks(world)
+    world = DistContext(rank, rank, world_size, torch.device("cpu"))
+    ranks = RankGroup(world)
     whole = torch.arange(35.0).view(7, 5)
     (mine,) = shards(whole, world_size, 1, True)[rank : rank + 1]
     state = {
         "head": mine,
-        "scalar": Stored.whole(torch.tensor(2.5), rank == world_size - 1),
-        "own": Stored.of_rank(torch.tensor([rank, 10 + rank]), rank, world_size),
-        "own scalar": Stored.of_rank(torch.tensor(float(rank)), rank, world_size),
+        "scalar": TensorShard.whole(torch.tensor(2.5), rank == world_size - 1),
+        "own": TensorShard.of_rank(torch.tensor([rank, 10 + rank]), rank, world_size),
+        "own scalar": TensorShard.of_rank(torch.tensor(float(rank)), rank, world_size),
     }
     saver = Checkpointer(Path(folder), ranks, keep=2, max_failed=2)
     saver.save(3, state, {"a": [1, (2, 3)]}, wait=True)
     assert not saver.failed_in_a_row
     room = {
-        name: Stored(torch.zeros_like(s.local), s.first_row, s.num_rows)
+        name: TensorShard(torch.zeros_like(s.local), s.first_row, s.num_rows)
         for name, s in state.items()
     }
     found = find_intact(Path(folder), ranks)
@@ -138,16 +144,16 @@ def test_what_every_rank_holds_alike_or_of_its_own_comes_back(
         assert all(answer.values()), answer
 
 
-def some_state(value: float = 1.0) -> dict[str, Stored]:
-    return {"x": Stored.whole(torch.full((1000,), value), True)}
+def some_state(value: float = 1.0) -> dict[str, TensorShard]:
+    return {"x": TensorShard.whole(torch.full((1000,), value), True)}
 
 
 def test_another_name_size_or_dtype_is_refused(tmp_path: Path) -> None:
     sharded_io.write(tmp_path / "a", some_state(), None, True)
     for state, words in (
-        ({"y": Stored.whole(torch.zeros(1000), True)}, "y is not in the saved state"),
-        ({"x": Stored.whole(torch.zeros(999), True)}, "was saved as [1000]"),
-        ({"x": Stored.whole(torch.zeros(1000).half(), True)}, "torch.float16"),
+        ({"y": TensorShard.whole(torch.zeros(1000), True)}, "y is not in the saved state"),
+        ({"x": TensorShard.whole(torch.zeros(999), True)}, "was saved as [1000]"),
+        ({"x": TensorShard.whole(torch.zeros(1000).half(), True)}, "torch.float16"),
     ):
         with pytest.raises(StorageError) as refused:
             sharded_io.read(tmp_path / "a", state, None, True)
@@ -202,7 +208,7 @@ class Disk:
     """A folder whose checkpoints can be made to fail, in the way of a real error."""
 
     def __init__(self, folder: Path) -> None:
-        self.saver = Checkpointer(folder, Ranks(ALONE), keep=2, max_failed=2)
+        self.saver = Checkpointer(folder, RankGroup(ALONE), keep=2, max_failed=2)
         self.folder = folder
 
     def save(self, step: int, value: float = 1.0, is_best: bool = False) -> None:
@@ -228,16 +234,18 @@ def test_a_failed_save_is_told_harms_nothing_and_training_goes_on(
     disk.folder.unlink()
     blocked.rename(disk.folder)
     os.chmod(disk.folder, 0o700)
-    found = find_intact(disk.folder, Ranks(ALONE))
+    found = find_intact(disk.folder, RankGroup(ALONE))
     assert found is not None
     assert found.manifest.step == 1
     disk.save(4)
     assert not disk.saver.gave_up
-    assert [p.name for p in named(disk.folder)] == ["step_00000001", "step_00000004"]
-    sweep(disk.folder)
+    assert [p.name for p in list_checkpoints(disk.folder)] == ["step_00000001", "step_00000004"]
+    remove_incomplete(disk.folder)
     assert {p.name for p in disk.folder.iterdir()} == {
-        "latest", "step_00000001", "step_00000004",
-    }  # fmt: skip
+        "latest",
+        "step_00000001",
+        "step_00000004",
+    }
 
 
 FULL_DISK = """
@@ -245,12 +253,12 @@ import logging, resource, sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.test_checkpoint import Disk, some_state
-from training.checkpoint.sharded_io import Stored
+from training.checkpoint.sharded_io import TensorShard
 logging.basicConfig(level=logging.INFO)
 disk = Disk(Path({folder!r}))
 disk.save(1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # then EFBIG
-large = {{"x": Stored.whole(torch.ones(100_000), True)}}
+large = {{"x": TensorShard.whole(torch.ones(100_000), True)}}
 disk.saver.save(2, large, {{}}, wait=True)
 print("failed", disk.saver.failed_in_a_row, disk.saver.last_error)
 disk.save(3)
@@ -292,10 +300,12 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     for step in range(1, 8):
         disk.save(step, is_best=step in (1, 3))
-    assert [p.name for p in named(tmp_path)] == [
-        "step_00000003", "step_00000006", "step_00000007",
-    ]  # fmt: skip
-    assert pointed_to(tmp_path, "best") == tmp_path / "step_00000003"
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "step_00000003",
+        "step_00000006",
+        "step_00000007",
+    ]
+    assert resolve_pointer(tmp_path, "best") == tmp_path / "step_00000003"
 
 
 def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
@@ -319,7 +329,7 @@ def test_training_may_move_on_while_the_state_is_written(
         return write(*arguments)
 
     monkeypatch.setattr(sharded_io, "write", slow_write)
-    saver = Checkpointer(tmp_path, Ranks(ALONE), keep=2, max_failed=2)
+    saver = Checkpointer(tmp_path, RankGroup(ALONE), keep=2, max_failed=2)
     state = some_state(1.0)
     saver.save(1, state, {})
     assert saver.is_busy
@@ -345,19 +355,19 @@ def test_on_a_gpu_the_writing_thread_has_a_stream_of_its_own(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "made by the main thread")
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    saver = Checkpointer(tmp_path, Ranks(ALONE), keep=2, max_failed=2)
+    saver = Checkpointer(tmp_path, RankGroup(ALONE), keep=2, max_failed=2)
     saver.save(1, some_state(1.0), {})
     saver.wait()
-    assert [p.name for p in named(tmp_path)] == ["step_00000001"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
     assert entered[0][0] == "made by the main thread"
     assert entered[0][1] != threading.current_thread().name
 
 
 def fails_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, str, list[str]]:
     logging.disable(logging.CRITICAL)
-    world = World(rank, rank, world_size, torch.device("cpu"))
-    saver = Checkpointer(Path(folder), Ranks(world), keep=2, max_failed=2)
-    state = {"x": Stored(torch.ones(2, 3), 2 * rank, 2 * world_size)}
+    world = DistContext(rank, rank, world_size, torch.device("cpu"))
+    saver = Checkpointer(Path(folder), RankGroup(world), keep=2, max_failed=2)
+    state = {"x": TensorShard(torch.ones(2, 3), 2 * rank, 2 * world_size)}
     saver.save(1, state, {}, wait=True)
     write = _no_space if rank == 1 else sharded_io._HashingStream.write
     with unittest.mock.patch.object(sharded_io._HashingStream, "write", write):
@@ -365,7 +375,7 @@ def fails_on_one_rank(rank: int, world_size: int, folder: str) -> tuple[int, str
     failed = saver.failed_in_a_row, saver.last_error
     saver.save(3, state, {}, wait=True)
     logging.disable(logging.NOTSET)
-    return *failed, [p.name for p in named(Path(folder))]
+    return *failed, [p.name for p in list_checkpoints(Path(folder))]
 
 
 def _no_space(stream: sharded_io._HashingStream, data: Any) -> int:
@@ -383,6 +393,6 @@ def test_a_disk_full_for_one_rank_fails_the_save_on_all(ranks: Pool, tmp_path: P
 
 
 def test_without_any_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
-    assert find_intact(tmp_path / "not there", Ranks(ALONE)) is None
+    assert find_intact(tmp_path / "not there", RankGroup(ALONE)) is None
     with pytest.raises(CheckpointError, match="rank 0"):
-        Ranks(ALONE).together(lambda: 1 / 0)
+        RankGroup(ALONE).run_on_all_ranks(lambda: 1 / 0)

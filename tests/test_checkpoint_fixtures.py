@@ -40,9 +40,13 @@ def test_it_is_resumed_with_the_same_centers_and_the_same_losses(
 
     def run(name: str, last_step: int) -> list[dict[str, Any]]:
         return ranks.run(
-            world_size, fixtures.train, str(tmp_path / name), optimizer, centers,
+            world_size,
+            fixtures.train,
+            str(tmp_path / name),
+            optimizer,
+            centers,
             {**resume, "max_steps": last_step},
-        )  # fmt: skip
+        )
 
     assert fixtures.sums(run("loaded", fixtures.SAVED_STEP)) == expected["sha256"]
     losses = run("resumed", fixtures.LAST_STEP)[0]["losses"]

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arcshard.head.ranking import logit_places, target_places
-from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
+from arcshard.head.ranking import logit_rank, target_rank
+from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
 from arcshard.losses import Softmax
 from arcshard.parallel import ParallelLinear, Split, clip_grad_norm_, grad_norm
 from arcshard.parallel.state_dict import whole_on_first_rank
@@ -35,12 +35,12 @@ from backbones.weights import (
     save_model,
 )
 from configs.base import Config
-from data.crop import PictureFolder, RandomResizedCrop, centre_crop, resize
+from data.crop import ImageFolder, RandomResizedCrop, center_crop, resize
+from data.datasets import DataError
 from data.decode import decode_image
-from data.sources import DataError
 from dataset import get_dataloader
 from eval import classification
-from eval.classification import classify, open_pictures
+from eval.classification import classify, open_image_folder
 from eval.model import open_model
 from scripts import hold_out
 from tests.conftest import RankFailure, Ranks
@@ -52,7 +52,7 @@ from training.classifier import Head, LayerClassifier, SplitClassifier, whole_cl
 from training.optimizer import own_optimizer
 from training.setup import SetupError
 from utils.config import load_config
-from utils.distributed import World
+from utils.distributed import DistContext
 
 LONG = partial(pytest.param, marks=pytest.mark.slow)  # run by `make test-all` only
 DIMS = (None, 0, 1)
@@ -91,9 +91,12 @@ def torchvision_shapes(counts: tuple[int, ...], num_classes: int = 1000) -> dict
 
 @pytest.mark.parametrize(
     ("name", "counts", "parameters"),
-    [("resnet50", (3, 4, 6, 3), 25_557_032), ("resnet101", (3, 4, 23, 3), 44_549_160),
-     ("resnet152", (3, 8, 36, 3), 60_192_808)],
-)  # fmt: skip
+    [
+        ("resnet50", (3, 4, 6, 3), 25_557_032),
+        ("resnet101", (3, 4, 23, 3), 44_549_160),
+        ("resnet152", (3, 8, 36, 3), 60_192_808),
+    ],
+)
 def test_resnets_have_torchvisions_names_shapes_and_published_size(name, counts, parameters):
     with torch.device("meta"):
         net = get_model(name, num_features=1000, input_size=224)
@@ -182,18 +185,29 @@ def test_without_its_fc_a_resnet_gives_pooled_features_of_one_width_only():
 
 
 def make_head(dim: Any, size: int, num_classes: int, rule: str = "sgd", **options: Any) -> Head:
-    def update() -> RowUpdate:
+    def update() -> RowOptimizer:
         return SGDRows(0.9, 1e-2) if rule == "sgd" else AdamWRows(weight_decay=1e-2)
 
     if dim == "PartialFC":
         return SplitClassifier(
-            Softmax(bias=True), size, num_classes, row_update=update(), seed=3,
-            dtype=torch.float64, **options,
-        )  # fmt: skip
+            Softmax(bias=True),
+            size,
+            num_classes,
+            row_optimizer=update(),
+            seed=3,
+            dtype=torch.float64,
+            **options,
+        )
     return LayerClassifier(
-        size, num_classes, dim, row_update=update(), bias_update=update(), seed=3,
-        dtype=torch.float64, **options,
-    )  # fmt: skip
+        size,
+        num_classes,
+        dim,
+        row_optimizer=update(),
+        bias_update=update(),
+        seed=3,
+        dtype=torch.float64,
+        **options,
+    )
 
 
 def batches(world_size: int, size: int, num_classes: int) -> list[tuple[Tensor, Tensor]]:
@@ -223,7 +237,7 @@ def steps_of_head(
         head.step(0.1, torch.tensor(bad), torch.tensor(8.0))
         assert own.grad is not None
         seen.append((loss.item(), own.grad / 8))
-    assert head.alikeness is None  # cosines say nothing of features behind a ReLU
+    assert head.mean_pairwise_cosine is None  # cosines say nothing of features behind a ReLU
     return first, seen, whole_classifier(head)
 
 
@@ -307,29 +321,31 @@ def places_by_sorting(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @given(
-    num_classes=st.integers(1, 9), rows=st.integers(1, 6), seed=st.integers(0, 10**6),
+    num_classes=st.integers(1, 9),
+    rows=st.integers(1, 6),
+    seed=st.integers(0, 10**6),
     world_size=st.integers(1, 4),
-)  # fmt: skip
+)
 def test_places_are_those_of_a_sort_with_ties_by_number(num_classes, rows, seed, world_size):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(-2, 3, (rows, num_classes), generator=generator).double()
     labels = torch.randint(num_classes, (rows,), generator=generator)
     expected = places_by_sorting(logits, labels)
-    assert torch.equal(logit_places(logits, labels), expected)
+    assert torch.equal(logit_rank(logits, labels), expected)
     # the identity as weights, in blocks of one class
     with unittest.mock.patch("arcshard.head.ranking.BLOCK_ELEMENTS", 1):
         weight = torch.eye(num_classes, dtype=torch.float64)
-        found = target_places(logits, labels, weight, None, 0, None)
+        found = target_rank(logits, labels, weight, None, 0, None)
     assert torch.equal(found, expected)
 
 
 def test_a_row_without_numbers_is_never_right():
     logits = torch.tensor([[torch.nan, 1.0], [0.0, torch.nan], [torch.inf, 0.0]])
-    places = logit_places(logits, torch.tensor([0, 0, 0]))
+    places = logit_rank(logits, torch.tensor([0, 0, 0]))
     assert places[0] > 1000
     assert places[1:].tolist() == [1, 0]  # NaN stands above
     weight = torch.zeros(2, 3)
-    found = target_places(torch.full((1, 3), torch.nan), torch.tensor([1]), weight, None, 0, None)
+    found = target_rank(torch.full((1, 3), torch.nan), torch.tensor([1]), weight, None, 0, None)
     assert found[0] > 1000
 
 
@@ -347,7 +363,7 @@ def places_of_head(rank: int, world_size: int, dim: Any, num_classes: int) -> An
     embeddings = torch.randint(-1, 2, (3 + rank, 5), generator=generator).double()
     labels = torch.randint(num_classes, (3 + rank,), generator=generator)
     assert isinstance(head, SplitClassifier | LayerClassifier)
-    return head.target_places(embeddings, labels), logit_places(embeddings @ whole.T + bias, labels)
+    return head.target_rank(embeddings, labels), logit_rank(embeddings @ whole.T + bias, labels)
 
 
 @pytest.mark.parametrize("dim", [*DIMS, "PartialFC"])
@@ -370,24 +386,26 @@ def save(path: Path, picture: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and val/ of 7 classes, told apart by colour; pictures of many sizes."""
+    """train/ and val/ of 7 classes, told apart by color; pictures of many sizes."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     for part, count in (("train", 12), ("val", 4)):
         for number, name in enumerate(CLASSES):
             for k in range(count):
                 height, width = generator.integers(30, 60, 2)
-                colour = np.array([36 * number, 255 - 30 * number, (80 * number) % 256])
+                color = np.array([36 * number, 255 - 30 * number, (80 * number) % 256])
                 noise = generator.integers(-60, 60, (height, width, 3))
-                picture = np.clip(colour + noise, 0, 255).astype(np.uint8)
+                picture = np.clip(color + noise, 0, 255).astype(np.uint8)
                 save(root / part / name / f"{k}.jpg", picture)
     return root
 
 
 @given(
-    height=st.integers(1, 400), width=st.integers(1, 400), index=st.integers(0, 10**9),
+    height=st.integers(1, 400),
+    width=st.integers(1, 400),
+    index=st.integers(0, 10**9),
     epoch=st.integers(0, 100),
-)  # fmt: skip
+)
 def test_a_box_lies_in_its_picture_and_has_an_allowed_shape(height, width, index, epoch):
     crop = RandomResizedCrop()
     top, left, h, w = box = crop.box(index, 1, epoch, height, width)
@@ -424,12 +442,12 @@ def test_pictures_are_resized_as_pillow_does(height, width):
 def test_the_middle_is_cut_out_after_the_short_side_is_resized():
     picture = np.zeros((512, 1024, 3), np.uint8)
     picture[:, 400:624] = 255
-    cut = centre_crop(picture, 224)
+    cut = center_crop(picture, 224)
     assert cut.shape == (224, 224, 3)
     assert (cut[:, 60:164] == 255).all()  # the stripe is 112 wide now, in the middle
     assert (cut[:, :50] == 0).all()
     assert (cut[:, -50:] == 0).all()
-    assert centre_crop(picture[:, :100], 32, 40).shape == (32, 32, 3)
+    assert center_crop(picture[:, :100], 32, 40).shape == (32, 32, 3)
 
 
 def cmyk_of(rgb: np.ndarray) -> bytes:
@@ -441,11 +459,11 @@ def cmyk_of(rgb: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_grey_cmyk_and_transparent_pictures_become_rgb():
+def test_gray_cmyk_and_transparent_pictures_become_rgb():
     rgb = np.zeros((16, 16, 3), np.uint8)
     rgb[...] = (200, 100, 50)
-    grey = cv2.imencode(".jpg", np.full((16, 16), 77, np.uint8))[1].tobytes()
-    assert (decode_image(grey, "grey") == 77).all()
+    gray = cv2.imencode(".jpg", np.full((16, 16), 77, np.uint8))[1].tobytes()
+    assert (decode_image(gray, "gray") == 77).all()
     found = decode_image(cmyk_of(rgb), "cmyk")
     assert np.abs(found.astype(int) - rgb).max() <= 4
     with_alpha = np.dstack([rgb[:, :, ::-1], np.full((16, 16), 3, np.uint8)])
@@ -462,9 +480,14 @@ def pictures_of_epoch(folder: Path, world_size: int, **options: Any) -> dict[int
     found = {}
     for rank in range(world_size):
         loader = get_dataloader(
-            folder / "train", 12 // world_size, rank=rank, world_size=world_size, input_size=32,
-            crop=RandomResizedCrop(), **options,
-        )  # fmt: skip
+            folder / "train",
+            12 // world_size,
+            rank=rank,
+            world_size=world_size,
+            input_size=32,
+            crop=RandomResizedCrop(),
+            **options,
+        )
         loader.set_epoch(1)
         for step, batch in enumerate(loader):
             for index, image in zip(loader.indices(1, step), batch.images, strict=True):
@@ -489,14 +512,14 @@ def test_labels_of_val_follow_the_names_of_train(folder, tmp_path):
     for name in ("dog", "ant"):
         save(tmp_path / "val" / name / "0.png", np.zeros((9, 9, 3), np.uint8))
     (tmp_path / "train").symlink_to(folder / "train")
-    assert open_pictures(tmp_path, 32).labels.tolist() == [0, 3]
+    assert open_image_folder(tmp_path, 32).labels.tolist() == [0, 3]
     save(tmp_path / "val" / "yak" / "0.png", np.zeros((9, 9, 3), np.uint8))
     with pytest.raises(DataError, match=r"1 of its class folders .* 7 classes .*: yak"):
-        open_pictures(tmp_path, 32)
+        open_image_folder(tmp_path, 32)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "train").symlink_to(folder / "train")
     with pytest.raises(DataError, match="no val/"):
-        open_pictures(tmp_path / "half", 32)
+        open_image_folder(tmp_path / "half", 32)
 
 
 def test_every_tenth_picture_of_a_class_is_held_out_by_links(folder, tmp_path, capsys):
@@ -508,9 +531,12 @@ def test_every_tenth_picture_of_a_class_is_held_out_by_links(folder, tmp_path, c
     assert not names & {p.name for p in (out / "train" / "bee").iterdir()}
     path = out / "val" / "bee" / min(names)
     assert path.read_bytes() == (folder / "train" / "bee" / path.name).read_bytes()
-    assert open_pictures(out, 32).num_classes == 7
-    for words, message in (([str(out)], "already exists"), ([str(tmp_path / "n"), "--every", "1"],
-                           "2 or more"), ([str(tmp_path / "m"), "--every", "99"], "no class has")):
+    assert open_image_folder(out, 32).num_classes == 7
+    for words, message in (
+        ([str(out)], "already exists"),
+        ([str(tmp_path / "n"), "--every", "1"], "2 or more"),
+        ([str(tmp_path / "m"), "--every", "99"], "no class has"),
+    ):
         assert hold_out.main([str(folder / "train"), *words]) == 2
         assert message in capsys.readouterr().err
 
@@ -518,28 +544,28 @@ def test_every_tenth_picture_of_a_class_is_held_out_by_links(folder, tmp_path, c
 # --- scores -------------------------------------------------------------------------------------
 
 
-def colour_logits(images: Tensor) -> Tensor:
-    """A classifier made by hand, often wrong: distance to each class's colour (BGR), and noise."""
+def color_logits(images: Tensor) -> Tensor:
+    """A classifier made by hand, often wrong: distance to each class's color (BGR), and noise."""
     numbers = torch.arange(7.0)
-    colours = torch.stack([(80 * numbers) % 256, 255 - 30 * numbers, 36 * numbers], dim=1)
+    colors = torch.stack([(80 * numbers) % 256, 255 - 30 * numbers, 36 * numbers], dim=1)
     noise = torch.sin(images[:, :, :7, 3].sum(dim=1).float())  # [n, 7]
-    return -torch.cdist(images.float().mean(dim=(2, 3)), colours) + 60 * noise
+    return -torch.cdist(images.float().mean(dim=(2, 3)), colors) + 60 * noise
 
 
 def classify_on(rank: int, world_size: int, folder: str, fails: bool) -> Any:
     def embed(images: Tensor) -> Tensor:
         if fails and rank == 1:
             raise ValueError("made up")
-        return colour_logits(images)
+        return color_logits(images)
 
-    pictures = PictureFolder(Path(folder) / "val", 32)
+    pictures = ImageFolder(Path(folder) / "val", 32)
     return classify(embed, [pictures], rank=rank, world_size=world_size, batch_size=5)
 
 
 def test_scores_are_the_same_on_any_number_of_ranks(ranks: Ranks, folder):
-    pictures = PictureFolder(folder / "val", 32)
+    pictures = ImageFolder(folder / "val", 32)
     images = np.stack([pictures.pixels(i, pictures.encoded(i)) for i in range(len(pictures))])
-    logits = colour_logits(torch.from_numpy(images).permute(0, 3, 1, 2))
+    logits = color_logits(torch.from_numpy(images).permute(0, 3, 1, 2))
     top = logits.topk(5).indices == torch.from_numpy(pictures.labels)[:, None]
     expected = {"top1": top[:, 0].double().mean(), "top5": top.any(1).double().mean()}
     assert 0.3 < expected["top1"] < 1
@@ -560,10 +586,21 @@ def test_a_rank_that_fails_keeps_nobody_waiting(ranks: Ranks, folder):
 
 
 TINY: dict[str, Any] = {
-    "task": "classification", "network": "resnet_nano", "embedding_size": 128, "input_size": 32,
-    "loss": "softmax", "num_epoch": 1, "lr": 0.02, "frequent": 1, "verbose": 0, "num_workers": 1,
-    "device": "cpu", "weight_decay": 1e-4, "checkpoint_every": 4, "keep_checkpoints": 100,
-}  # fmt: skip
+    "task": "classification",
+    "network": "resnet_nano",
+    "embedding_size": 128,
+    "input_size": 32,
+    "loss": "softmax",
+    "num_epoch": 1,
+    "lr": 0.02,
+    "frequent": 1,
+    "verbose": 0,
+    "num_workers": 1,
+    "device": "cpu",
+    "weight_decay": 1e-4,
+    "checkpoint_every": 4,
+    "keep_checkpoints": 100,
+}
 EXACT = {"precision": "fp64", "freeze_batch_norm": True, "lr": 0.1}
 UNSAVED = {"keep_checkpoints": 0}
 
@@ -573,7 +610,7 @@ def whole_run(rank: int, world_size: int, folder: str, changes: dict[str, Any]) 
     cfg = Config(**{**TINY, "batch_size": 12 // world_size, "output": folder, **changes})
     assert not cfg.problems()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    world = World(rank, rank, world_size, torch.device("cpu"))
+    world = DistContext(rank, rank, world_size, torch.device("cpu"))
     with unittest.mock.patch("train_v2.Checkpointer", Unhurried):
         parts = run_on(cfg, world, Path(folder))
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
@@ -608,11 +645,14 @@ def alone(ranks: Ranks, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [LONG(1, {"parallel_dim": 0}), *((2 + (dim == 0), {"parallel_dim": dim}) for dim in DIMS),
-     LONG(2, {"parallel_dim": -1, "head_update": "autograd"}),
-     (2, {"parallel_dim": 0, "batch_size": 3, "gradient_acc": 2}),
-     (3, {"parallel_dim": None, "batch_size": 2, "gradient_acc": 2, "zero": True})],
-)  # fmt: skip
+    [
+        LONG(1, {"parallel_dim": 0}),
+        *((2 + (dim == 0), {"parallel_dim": dim}) for dim in DIMS),
+        LONG(2, {"parallel_dim": -1, "head_update": "autograd"}),
+        (2, {"parallel_dim": 0, "batch_size": 3, "gradient_acc": 2}),
+        (3, {"parallel_dim": None, "batch_size": 2, "gradient_acc": 2, "zero_stage": 1}),
+    ],
+)
 def test_a_run_gives_the_same_losses_scores_and_model_whatever_is_split(
     ranks: Ranks, folder, tmp_path, alone, world_size, changes
 ):
@@ -628,11 +668,13 @@ def test_a_run_gives_the_same_losses_scores_and_model_whatever_is_split(
 def test_smoothed_labels_give_the_same_run_on_every_split(ranks: Ranks, folder, tmp_path):
     runs = [
         ranks.run(
-            2, whole_run, str(tmp_path / str(dim)),
+            2,
+            whole_run,
+            str(tmp_path / str(dim)),
             {"rec": str(folder), **EXACT, **UNSAVED, "parallel_dim": dim, "label_smoothing": 0.1},
         )[0]
         for dim in DIMS
-    ]  # fmt: skip
+    ]
     for run in runs[1:]:
         for step, loss in runs[0]["losses"].items():
             assert run["losses"][step] == pytest.approx(loss, rel=0, abs=1e-9)
@@ -640,12 +682,14 @@ def test_smoothed_labels_give_the_same_run_on_every_split(ranks: Ranks, folder, 
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [LONG(1, {"parallel_dim": None, "precision": "fp16", "lr": 0.005}),
-     LONG(2, {"parallel_dim": 0, "zero": True}),
-     (2, {"parallel_dim": 1, "optimizer": "adamw", "lr": 1e-3, "zero": True}),
-     LONG(3, {"parallel_dim": None, "optimizer": "adamw", "lr": 1e-3}),
-     (3, {"parallel_dim": 1, "label_smoothing": 0.1, "precision": "bf16"})],
-)  # fmt: skip
+    [
+        LONG(1, {"parallel_dim": None, "precision": "fp16", "lr": 0.005}),
+        LONG(2, {"parallel_dim": 0, "zero_stage": 1}),
+        (2, {"parallel_dim": 1, "optimizer": "adamw", "lr": 1e-3, "zero_stage": 1}),
+        LONG(3, {"parallel_dim": None, "optimizer": "adamw", "lr": 1e-3}),
+        (3, {"parallel_dim": 1, "label_smoothing": 0.1, "precision": "bf16"}),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     ranks: Ranks, folder, tmp_path, world_size, changes
 ):
@@ -662,9 +706,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     ("before", "after"),
     [
         ((3, {"parallel_dim": 1}), (2, {"parallel_dim": None})),
-        ((2, {"parallel_dim": None, "zero": True}), (3, {"parallel_dim": 0, "zero": True})),
-        LONG((3, {"parallel_dim": 0, "zero": True}), (1, {"parallel_dim": 1})),
-        LONG((1, {"parallel_dim": 1}), (2, {"parallel_dim": 0, "zero": True})),
+        ((2, {"parallel_dim": None, "zero_stage": 1}), (3, {"parallel_dim": 0, "zero_stage": 1})),
+        LONG((3, {"parallel_dim": 0, "zero_stage": 1}), (1, {"parallel_dim": 1})),
+        LONG((1, {"parallel_dim": 1}), (2, {"parallel_dim": 0, "zero_stage": 1})),
     ],
     ids=str,
 )
@@ -684,15 +728,17 @@ def test_a_run_goes_on_with_other_ranks_another_split_and_with_or_without_zero(
 def test_zero_changes_nothing_but_where_the_state_lies(ranks: Ranks, folder, tmp_path):
     options = {"rec": str(folder), **UNSAVED}
     plain = ranks.run(3, whole_run, str(tmp_path / "plain"), options)
-    spread = ranks.run(3, whole_run, str(tmp_path / "spread"), {**options, "zero": True})
+    spread = ranks.run(3, whole_run, str(tmp_path / "spread"), {**options, "zero_stage": 1})
     assert_same(spread[0], plain[0])
     assert all(run["num_states"] < plain[0]["num_states"] for run in spread)
     assert sum(run["num_states"] for run in spread) == plain[0]["num_states"]
 
 
 def weights_after_a_bad_step(rank: int, world_size: int, folder: str, out: str) -> bool:
-    options = {"rec": folder, "zero": True, "output": out, "batch_size": 6}
-    parts = build(Config(**{**TINY, **options}), World(rank, rank, world_size, torch.device("cpu")))
+    options = {"rec": folder, "zero_stage": 1, "output": out, "batch_size": 6}
+    parts = build(
+        Config(**{**TINY, **options}), DistContext(rank, rank, world_size, torch.device("cpu"))
+    )
     parts.step.model.train()
     batch = next(iter(parts.loader))
     with torch.no_grad():
@@ -724,7 +770,7 @@ def test_the_command_gives_what_the_run_reported_and_any_loader_reads_its_model(
     torch.save(dict(net.state_dict()), bare)
     settings = {**TINY, "rec": str(folder), "output": str(tmp_path / "next"), "batch_size": 12}
     fine_tuned = build(
-        Config(**settings, init_backbone=str(bare)), World(0, 0, 1, torch.device("cpu"))
+        Config(**settings, init_backbone=str(bare)), DistContext(0, 0, 1, torch.device("cpu"))
     )
     body = fine_tuned.backbone.state_dict()
     assert all(torch.equal(body[name], net.state_dict()[name]) for name in body)
@@ -737,8 +783,9 @@ def test_the_command_gives_what_the_run_reported_and_any_loader_reads_its_model(
 
 
 def test_the_command_refuses_classes_it_cannot_match(ranks: Ranks, folder, tmp_path, capsys):
-    ranks.run(1, whole_run, str(tmp_path / "run"), {"rec": str(folder), "num_classes": 9,
-                                                    "max_steps": 1})  # fmt: skip
+    ranks.run(
+        1, whole_run, str(tmp_path / "run"), {"rec": str(folder), "num_classes": 9, "max_steps": 1}
+    )
     words = ["--model", str(tmp_path / "run"), "--device", "cpu", "--data"]
     assert classification.main([*words, str(folder)]) == 0  # train/ says which is which
     assert classification.main([*words, str(folder / "val")]) == 2
@@ -751,7 +798,7 @@ def test_a_classifier_becomes_an_onnx_file_of_its_logits(tmp_path, fold):
     net = get_model("resnet_nano", num_features=7, input_size=32).eval()
     metadata = ModelMetadata("resnet_nano", 7, 32, mean=ResNet.MEAN, std=ResNet.STD)
     file = tmp_path / "model.onnx"
-    export_onnx(net, metadata, file, fold_normalisation=fold)  # compares with PyTorch
+    export_onnx(net, metadata, file, fold_normalization=fold)  # compares with PyTorch
     save_model(tmp_path / "model.pt", net, metadata)
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     expected = open_model(tmp_path / "model.pt").embed(images)
@@ -787,7 +834,7 @@ def test_the_shipped_configs_allow_every_split(name, dim):
         ({"label_smoothing": 1.0}, "in [0, 1)"),
         ({"crop_area": (0.0, 1.0)}, "least first"),
         ({"crop_area": (0.5, 0.2)}, "least first"),
-        ({"sub_centres": 3}, "one row per class"),
+        ({"sub_centers": 3}, "one row per class"),
         ({"parallel_dim": None, "sample_rate": 0.5}, "need parallel_dim=1"),
         ({"dali": True}, "dali=True"),
     ],
@@ -809,7 +856,7 @@ def test_what_cannot_start_says_why(folder, tmp_path, changes, words):
     settings = {**TINY, "rec": str(folder), "output": str(tmp_path), "batch_size": 12}
     cfg = Config(**{**settings, **changes})
     with pytest.raises((SetupError, DataError), match=words):
-        build(cfg, World(0, 0, 1, torch.device("cpu")))
+        build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
 
 
 def test_a_folder_without_train_is_bad_input(tmp_path, capsys):

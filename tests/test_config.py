@@ -80,9 +80,18 @@ def test_defaults_then_module_then_command_line(write_config):
 
 
 def test_command_line_words_take_the_fields_type(write_config):
-    words = ["lr=1", "val_targets=[lfw,'agedb_30']", "margin_list=(1.0,0.5,0.0)", "fp16=true",
-             "num_classes=auto", "seed=1e3", "output=None", "notes=a=b", "max_steps=5",
-             "val_dir='/a b'"]  # fmt: skip
+    words = [
+        "lr=1",
+        "val_targets=[lfw,'agedb_30']",
+        "margin_list=(1.0,0.5,0.0)",
+        "fp16=true",
+        "num_classes=auto",
+        "seed=1e3",
+        "output=None",
+        "notes=a=b",
+        "max_steps=5",
+        "val_dir='/a b'",
+    ]
     config = load_config(write_config(SMALL), words)
     assert config.lr == 1.0
     assert isinstance(config.lr, float)
@@ -117,9 +126,17 @@ def test_all_problems_are_reported_at_once(write_config):
     with pytest.raises(ConfigError) as error:
         load_config(path, ["sample_rate=1.5", "nonsense", "frequent=0", "optimizer=adam"])
     text = str(error.value)
-    for words in ("7 problems", "unknown key 'lrr'", "nearest known: lr", "batch_size='x'",
-                  "momentum=2.0", "sample_rate=1.5", "'nonsense'", "frequent=0",
-                  "optimizer='adam': allowed are sgd, adamw"):  # fmt: skip
+    for words in (
+        "7 problems",
+        "unknown key 'lrr'",
+        "nearest known: lr",
+        "batch_size='x'",
+        "momentum=2.0",
+        "sample_rate=1.5",
+        "'nonsense'",
+        "frequent=0",
+        "optimizer='adam': allowed are sgd, adamw",
+    ):
         assert words in text
 
 
@@ -294,6 +311,7 @@ def test_a_margin_list_beside_a_named_loss_is_refused_or_announced(write_config)
         path, ["loss=adaface", "margin_list=(1.0,0.0,0.4)", "elastic_std=0.1", "margin=0.3"]
     )
     assert [sentence.split("=")[0] for sentence in exchanged.unused()] == [
-        "margin_list", "elastic_std",
-    ]  # fmt: skip
+        "margin_list",
+        "elastic_std",
+    ]
     assert load_config(path, ["margin_list=(1.0,0.0,0.4)"]).unused() == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from arcshard.head import fused
-from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
+from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
 from arcshard.head.workspace import AUTO_MIB, MOST_WORK_BYTES, choose_workspace, memory_bytes_of
 from arcshard.losses import AdaFace, ArcFace, CosFace, CurricularFace, ElasticFace, MagFace
 from arcshard.partial_fc import PartialFC
@@ -73,7 +73,7 @@ def test_one_more_pass_over_the_logits_is_found(monkeypatch):
         (1.0, 1.0, SGDRows, {}),  # nearly nothing is kept
         (3.0, 1.0, SGDRows, {"half": torch.bfloat16}),
         (3.3, 0.5, AdamWRows, {}),  # all is kept, and some of the copies
-        (2.0, 0.5, SGDRows, {"centres_per_class": 2}),
+        (2.0, 0.5, SGDRows, {"centers_per_class": 2}),
         (2.0, 1.0, AdamWRows, {"dtype": torch.bfloat16}),
     ],
 )
@@ -82,9 +82,16 @@ def test_a_step_of_many_blocks_is_counted_from_a_few(workspace_mib, rate, rule, 
 
     def make(classes: int) -> PartialFC:
         return PartialFC(
-            ArcFace(), 64, classes, rate, row_update=rule(), batch_size_per_rank=32,
-            device="meta", workspace_mib=workspace_mib, **options,
-        )  # fmt: skip
+            ArcFace(),
+            64,
+            classes,
+            rate,
+            row_optimizer=rule(),
+            batch_size_per_rank=32,
+            device="meta",
+            workspace_mib=workspace_mib,
+            **options,
+        )
 
     def trace(head: PartialFC):
         return trace_head_step(head, passes, is_deferred)
@@ -109,9 +116,15 @@ def test_blocks_of_a_sample_that_the_batch_makes_large_are_counted_one_by_one(
 
     def make(classes: int) -> PartialFC:
         return PartialFC(
-            ArcFace(), 64, classes, rate, row_update=SGDRows(), batch_size_per_rank=batch,
-            device="meta", workspace_mib=workspace_mib,
-        )  # fmt: skip
+            ArcFace(),
+            64,
+            classes,
+            rate,
+            row_optimizer=SGDRows(),
+            batch_size_per_rank=batch,
+            device="meta",
+            workspace_mib=workspace_mib,
+        )
 
     assert len(make(40_000).planned_blocks()[0].blocks()) > MOST_BLOCKS
     counted = count_head_step(make, 40_000, trace_head_step)
@@ -120,17 +133,28 @@ def test_blocks_of_a_sample_that_the_batch_makes_large_are_counted_one_by_one(
 
 @pytest.mark.parametrize(
     "margin",
-    [AdaFace(), CurricularFace(), ElasticFace(), MagFace(),
-     CosFace(interclass_filtering_threshold=0.2)],
+    [
+        AdaFace(),
+        CurricularFace(),
+        ElasticFace(),
+        MagFace(),
+        CosFace(interclass_filtering_threshold=0.2),
+    ],
     ids=lambda margin: type(margin).__name__,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("rate", [1.0, 0.1, 0.001])  # the last: fewer classes than the batch
 def test_every_loss_can_be_counted(margin, rate):
-    rule: RowUpdate = SGDRows()
+    rule: RowOptimizer = SGDRows()
     head = PartialFC(
-        margin, 64, 1000, rate, row_update=rule, batch_size_per_rank=32, device="meta",
+        margin,
+        64,
+        1000,
+        rate,
+        row_optimizer=rule,
+        batch_size_per_rank=32,
+        device="meta",
         half=torch.bfloat16,
-    )  # fmt: skip
+    )
     operations = trace_head_step(head)
     assert {op.dtype for op in operations if op.flops > 2 * 32 * 64} == {torch.bfloat16}
     names = [op.name for op in operations]
@@ -159,9 +183,14 @@ def test_places_that_are_picked_are_counted_and_not_the_whole_matrix():
         rows.mul_(2)
     picked = 2 * 10 * 64 * 4 + 10 * 8
     assert [op.bytes_moved for op in log.operations] == [
-        picked, picked, picked + 10 * 64 * 4, picked + 10 * 64 * 4, 12,
-        2 * 10 * 64 * 4, 2 * 10 * 64 * 4,
-    ]  # fmt: skip
+        picked,
+        picked,
+        picked + 10 * 64 * 4,
+        picked + 10 * 64 * 4,
+        12,
+        2 * 10 * 64 * 4,
+        2 * 10 * 64 * 4,
+    ]
 
 
 # --- the workspace ---------------------------------------------------------------------------
@@ -183,9 +212,14 @@ def test_the_automatic_workspace_is_a_share_of_a_gpus_memory_and_256_mib_elsewhe
 def test_the_log_says_how_large_the_workspace_is_and_what_is_kept(rate):
     def words(workspace_mib: float) -> str:
         head = PartialFC(
-            ArcFace(), 64, 40_000, rate, row_update=SGDRows(), batch_size_per_rank=32,
+            ArcFace(),
+            64,
+            40_000,
+            rate,
+            row_optimizer=SGDRows(),
+            batch_size_per_rank=32,
             workspace_mib=workspace_mib,
-        )  # fmt: skip
+        )
         return head.describe_memory()
 
     rows = round(40_000 * rate)
@@ -197,12 +231,17 @@ def test_the_log_says_how_large_the_workspace_is_and_what_is_kept(rate):
 def test_a_sampled_head_refuses_a_workspace_without_room_for_a_class_when_it_is_made():
     with pytest.raises(ValueError, match="head_workspace_mib must be at least 2"):
         PartialFC(
-            ArcFace(), 100_000, 10, 0.5, row_update=SGDRows(), batch_size_per_rank=8,
+            ArcFace(),
+            100_000,
+            10,
+            0.5,
+            row_optimizer=SGDRows(),
+            batch_size_per_rank=8,
             workspace_mib=1,
-        )  # fmt: skip
+        )
     for wrong in ("automatic", 0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"workspace_mib=.*MiB above 0, or 'auto'"):
-            PartialFC(ArcFace(), 8, 10, row_update=SGDRows(), workspace_mib=wrong)
+            PartialFC(ArcFace(), 8, 10, row_optimizer=SGDRows(), workspace_mib=wrong)
 
 
 def test_a_checkpoint_with_the_old_spelling_resumes_without_a_word(caplog):
@@ -232,8 +271,11 @@ def test_the_command_writes_a_row_for_each_combination(tmp_path, capsys):
     assert bench_head.main([*words, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())
     assert [(r["params"]["num_classes"], r["params"]["sample_rate"]) for r in rows] == [
-        (1000, 1.0), (1000, 0.5), (2000, 1.0), (2000, 0.5),
-    ]  # fmt: skip
+        (1000, 1.0),
+        (1000, 0.5),
+        (2000, 1.0),
+        (2000, 0.5),
+    ]
     for row in rows:
         assert row["launches"] > 100
         assert row["gigabytes"] > 0

@@ -52,9 +52,17 @@ def test_dali_gives_the_same_images_in_the_same_order(records: Path, flip: bool)
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("crop", 0), ("resize", 4), ("low_res", 64), ("blur", 1), ("hsv", 1), ("gray", 1),
-     ("photometric", 1), ("erase", 0)],
-)  # fmt: skip
+    [
+        ("crop", 0),
+        ("resize", 4),
+        ("low_res", 64),
+        ("blur", 1),
+        ("hsv", 1),
+        ("gray", 1),
+        ("photometric", 1),
+        ("erase", 0),
+    ],
+)
 def test_dali_obeys_the_same_draws(records: Path, name: str, tolerance: int) -> None:
     ours, dalis = both(records, 9, augment=[f"{name}=1"])
     plain, _ = both(records, 9)
@@ -108,10 +116,12 @@ def test_a_bad_image_is_named_in_its_place_or_skipped(tmp_path: Path, bad: str, 
     images = [(jpeg(i), float(i % 3)) for i in range(40)]
     content, label = images[at]
     images[at] = {
-        "truncated": (content[:200], label), "cut near its end": (content[:-60] + bytes(60), label),
+        "truncated": (content[:200], label),
+        "cut near its end": (content[:-60] + bytes(60), label),
         "garbage": (b"no image at all", label),
-        "size": (jpeg(1, 32), label), "label": (content, 7.0),
-    }[bad]  # fmt: skip
+        "size": (jpeg(1, 32), label),
+        "label": (content, 7.0),
+    }[bad]
     root = write_set(tmp_path, images, "3,24,24\n")
     error, seen = collect_error(loader(root, dali=True, shuffle=False))
     assert f"train.rec: record with key {at} at byte" in str(error)

@@ -10,26 +10,33 @@ import torch
 
 from configs.base import Config
 from data.augment import Augmentation
-from data.sampling import BlockShuffled, ClassBalanced, Shares, Shuffled
+from data.sampling import BlockShuffleSampler, ClassBalancedSampler, RandomSampler, WeightedSampler
 from tests.test_dataset import SIZE, folder, jpeg, records, write_set
 from train_v2 import run_on
 from training import build as building
 from training import build_data
-from training.divergence import WatchReport
-from training.metrics_logger import Reporter
-from utils.distributed import World
+from training.divergence import StepStats
+from training.metrics_logger import MetricsLogger
+from utils.distributed import DistContext
 from utils.meter import Rates
 
 __all__ = ["folder", "records"]
 
-CPU = World(0, 0, 1, torch.device("cpu"))
+CPU = DistContext(0, 0, 1, torch.device("cpu"))
 SETTINGS = {
-    "network": "r_nano", "embedding_size": 16, "input_size": SIZE, "batch_size": 6,
-    "device": "cpu", "verbose": 0, "frequent": 1, "max_steps": 2, "num_epoch": 1,
-}  # fmt: skip
+    "network": "r_nano",
+    "embedding_size": 16,
+    "input_size": SIZE,
+    "batch_size": 6,
+    "device": "cpu",
+    "verbose": 0,
+    "frequent": 1,
+    "max_steps": 2,
+    "num_epoch": 1,
+}
 
 
-def parts_of(rec: object, **changes: object) -> building.Parts:
+def parts_of(rec: object, **changes: object) -> building.TrainComponents:
     cfg = Config(**{**SETTINGS, "rec": rec, **changes})  # type: ignore[arg-type]
     assert not cfg.problems()
     return building.build(cfg, CPU)
@@ -37,16 +44,19 @@ def parts_of(rec: object, **changes: object) -> building.Parts:
 
 def test_every_data_key_reaches_the_loader(records: Path, tmp_path: Path) -> None:
     root = str(records)
-    assert isinstance(parts_of(root).loader._make.order, Shuffled)
-    assert isinstance(parts_of(root, shuffle_block=4).loader._make.order, BlockShuffled)
-    assert isinstance(parts_of(root, samples_per_class=2).loader._make.order, ClassBalanced)
+    assert isinstance(parts_of(root).loader._make.order, RandomSampler)
+    assert isinstance(parts_of(root, shuffle_block=4).loader._make.order, BlockShuffleSampler)
+    assert isinstance(parts_of(root, samples_per_class=2).loader._make.order, ClassBalancedSampler)
     (tmp_path / "list.txt").write_text("class 0\n")
     parts = parts_of(
-        [root, root], rec_weights=[1.0, 2.0], exclude=["-", str(tmp_path / "list.txt")],
-        augment=["erase=0.3"], on_bad_record="skip",
-    )  # fmt: skip
+        [root, root],
+        rec_weights=[1.0, 2.0],
+        exclude=["-", str(tmp_path / "list.txt")],
+        augment=["erase=0.3"],
+        on_bad_record="skip",
+    )
     make = parts.loader._make
-    assert isinstance(make.order, Shares)
+    assert isinstance(make.order, WeightedSampler)
     assert make.order.shares.tolist() == [27, 54]
     assert (parts.loader.num_classes, parts.head.num_classes) == (10, 10)
     assert make.augmentation == Augmentation(erase=0.3)
@@ -83,8 +93,8 @@ def test_late_data_is_announced_with_its_remedy_but_not_on_every_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    reporter = Reporter(tmp_path, is_main=True)
-    report = WatchReport(1.0, 0, 0, 1.0, 1.0)
+    reporter = MetricsLogger(tmp_path, is_main=True)
+    report = StepStats(1.0, 0, 0, 1.0, 1.0)
 
     def line(step: int, share: float) -> int:
         caplog.clear()

@@ -19,12 +19,18 @@ import pytest
 import simplejpeg
 import torch
 
-from data.augment import normalise
+from data.augment import normalize_images
+from data.datasets import (
+    DataError,
+    FolderDataset,
+    MissingDataError,
+    RecordDataset,
+    SyntheticDataset,
+)
 from data.decode import ImageError, decode_image, empty_pixels
 from data.order import flip_mask
 from data.prefetch import OrderedPrefetch
 from data.recordio import RecordError, RecordWriter, pack_record
-from data.sources import DataError, FolderSource, MissingDataError, RecordSource, SyntheticSource
 from dataset import DATA_ERRORS, Batch, DataLoader, get_dataloader
 from scripts.pack import pack_folder
 
@@ -181,7 +187,7 @@ def test_without_shuffle_the_order_is_that_of_the_set(records: Path) -> None:
 
 
 def test_synthetic_images_are_functions_of_their_index() -> None:
-    a, b = SyntheticSource(10, 100, 32), SyntheticSource(10, 100, 32)
+    a, b = SyntheticDataset(10, 100, 32), SyntheticDataset(10, 100, 32)
     for i in (0, 7, 99):
         assert np.array_equal(a.read(i)[0], b.read(i)[0])
         assert a.read(i)[1] == b.read(i)[1]
@@ -192,11 +198,11 @@ def test_synthetic_images_are_functions_of_their_index() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_normalising_rounds_only_the_result(dtype: torch.dtype) -> None:
+def test_normalizing_rounds_only_the_result(dtype: torch.dtype) -> None:
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
     images = every.contiguous(memory_format=torch.channels_last)
     exact = (images.double() - 127.5) / 127.5
-    result = normalise(images, dtype)
+    result = normalize_images(images, dtype)
     assert torch.equal(result, exact.to(dtype))
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert images.dtype == torch.uint8
@@ -237,7 +243,7 @@ def test_a_record_damaged_on_disk_is_an_error_that_names_it(
     tmp_path: Path, num_workers: int
 ) -> None:
     root = write_set(tmp_path, [(jpeg(i), 0.0) for i in range(20)], "1,24,24\n")
-    offset = int(RecordSource(root, input_size=SIZE).offsets[9])
+    offset = int(RecordDataset(root, input_size=SIZE).offsets[9])
     with open(root / "train.rec", "r+b") as file:
         file.seek(offset)
         file.write(b"damaged!")
@@ -320,15 +326,15 @@ def test_a_label_outside_the_range_names_label_and_record(
 
 def test_classes_are_counted_where_property_is_missing(records: Path, tmp_path: Path) -> None:
     root = write_set(tmp_path, [(jpeg(i), float(label)) for i, label in enumerate((0, 3, 6))])
-    assert RecordSource(root).num_classes == 7
-    assert RecordSource(records, input_size=SIZE).num_classes == 5
-    assert RecordSource(records / "train.rec", input_size=SIZE).num_classes == 5
+    assert RecordDataset(root).num_classes == 7
+    assert RecordDataset(records, input_size=SIZE).num_classes == 5
+    assert RecordDataset(records / "train.rec", input_size=SIZE).num_classes == 5
 
 
 def test_the_class_of_several_labels_is_the_first(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "train.rec", tmp_path / "train.idx") as writer:
         writer.write(0, pack_record(jpeg(0), (2, 9)))
-    assert RecordSource(tmp_path, input_size=SIZE).read(0)[1] == 2
+    assert RecordDataset(tmp_path, input_size=SIZE).read(0)[1] == 2
 
 
 @pytest.mark.parametrize("kind", ["folder", "records"])
@@ -367,7 +373,7 @@ def test_files_that_are_no_images_are_left_out_with_a_warning(
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(jpeg(1))
         (tmp_path / name / "notes.txt").write_text("text")
-    source = FolderSource(tmp_path, input_size=SIZE)
+    source = FolderDataset(tmp_path, input_size=SIZE)
     assert (len(source), source.class_names) == (2, ["a", "b"])
     assert "2 entries in class folders are no images" in caplog.text
 
@@ -399,11 +405,11 @@ def test_folders_and_pipes_named_as_images_are_left_out_when_opened(
     os.mkfifo(tmp_path / "a" / "8.jpg")  # to read it would wait for ever
     (tmp_path / "a" / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "a" / "1.jpg")
-    assert FolderSource(tmp_path, input_size=SIZE).files == ["1.jpg", "2.jpg"]
+    assert FolderDataset(tmp_path, input_size=SIZE).files == ["1.jpg", "2.jpg"]
     assert "2 entries in class folders are no images" in caplog.text
     (tmp_path / "b" / "9.jpg").mkdir(parents=True)
     with pytest.raises(DataError, match="b: no image in this class folder"):
-        FolderSource(tmp_path)
+        FolderDataset(tmp_path)
 
 
 @pytest.mark.parametrize("target", ["nowhere.jpg", "2.jpg"])  # the second is a circle
@@ -428,7 +434,7 @@ def test_a_class_folder_that_cannot_be_listed_is_an_error(
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=rf"{folder}: cannot be listed \(Permission denied\)"):
-        FolderSource(folder)
+        FolderDataset(folder)
 
 
 def test_pinned_batches_keep_their_layout_and_are_pinned_by_the_workers(
@@ -498,16 +504,16 @@ def test_every_format_decodes_to_rgb_and_no_truncation_passes(suffix: str) -> No
             decode_image(encoded[:length], "here")
 
 
-def test_grey_images_become_rgb() -> None:
-    grey = np.full((16, 16, 1), 90, np.uint8)
-    decoded = decode_image(simplejpeg.encode_jpeg(grey, colorspace="GRAY"), "grey")
+def test_gray_images_become_rgb() -> None:
+    gray = np.full((16, 16, 1), 90, np.uint8)
+    decoded = decode_image(simplejpeg.encode_jpeg(gray, colorspace="GRAY"), "gray")
     assert decoded.shape == (16, 16, 3)
     assert abs(decoded.astype(int) - 90).max() <= 1
 
 
 @pytest.mark.parametrize("size", [112, 96, 128, 160, 224])
 def test_no_row_of_pixels_lies_where_the_decoder_would_write_past_the_cache(size: int) -> None:
-    source = SyntheticSource(2, 4, size)
+    source = SyntheticDataset(2, 4, size)
     batch = torch.from_numpy(empty_pixels(3, size, size, 3))
     for pixels in (batch.numpy(), source.read(1)[0][None], decode_image(jpeg(1, size), "x")[None]):
         assert pixels.flags.c_contiguous

@@ -22,12 +22,14 @@ CASES: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16", "gradient_acc": 2},
     "sampled": {"sample_rate": 0.1},
     "autograd": {"head_update": "autograd", "clip_grad_norm": 0.0},
-    "adamw, bf16 centres": {
-        "optimizer": "adamw", "head_weight_dtype": "bf16", "head_state_dtype": "bf16",
+    "adamw, bf16 centers": {
+        "optimizer": "adamw",
+        "head_weight_dtype": "bf16",
+        "head_state_dtype": "bf16",
     },
     "adaface": {"loss": "adaface", "gradient_acc": 2},
     "curricularface": {"loss": "curricularface"},
-    "magface": {"loss": "magface", "sub_centres": 2},
+    "magface": {"loss": "magface", "sub_centers": 2},
     "elasticface": {"loss": "elasticface_arc"},
     "softmax": {"loss": "softmax", "softmax_bias": True},
     "filtering": {"interclass_filtering_threshold": 0.2},
@@ -38,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mbf": {"network": "mbf"},
     "teacher, cosine": {"teacher": True},
     "teacher, logits": {"teacher": True, "distillation": "logits", "precision": "bf16"},
-}  # fmt: skip
+}
 DEFECTS = {
     "waits": ({"defect": "waits"}, "DataDependentOutputException"),
     "mixes": ({"defect": "mixes"}, "device"),
@@ -50,8 +52,11 @@ def errors() -> dict[str, str | None]:
     cases = CASES | {name: changes for name, (changes, _) in DEFECTS.items()}
     result = subprocess.run(
         [sys.executable, "-m", "tests.fake_accelerator", json.dumps(cases)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     found: dict[str, str | None] = json.loads(result.stdout.splitlines()[-1])
     return found

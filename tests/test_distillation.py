@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from arcshard.head.centers import ShardCentres
-from arcshard.head.distillation import Sides, TeacherCentres, sharded_divergence
+from arcshard.head.centers import LocalCenters
+from arcshard.head.distillation import DistillationInputs, TeacherCenters, sharded_divergence
 from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
 from backbones import get_model
 from backbones.weights import WeightsError, load_model
 from configs.base import Config
-from data.sources import DataError
+from data.datasets import DataError
 from tests.conftest import Ranks
 from tests.reference import dense_divergence
 from tests.test_init_head import FACES, NEW, OLD, write_faces, write_records
@@ -33,7 +33,7 @@ from training.build import build
 from training.checkpoint.checkpointer import CheckpointError
 from training.distillation import Teacher
 from training.setup import SetupError
-from utils.distributed import World
+from utils.distributed import DistContext
 
 CLASSES, WIDTH, TEACHERS_WIDTH, SCALE, TEMPERATURE = 23, 7, 5, 16.0, 3.0
 ROWS = (3, 0, 4, 1)  # of each rank
@@ -49,15 +49,17 @@ def example(k: int, k_teacher: int) -> dict[str, Tensor]:
     sampled = torch.rand(CLASSES, generator=generator) < 0.5
     sampled[:8] = False  # all that the first of three ranks has
     return {
-        "embeddings": draw(sum(ROWS), WIDTH), "taught": draw(sum(ROWS), TEACHERS_WIDTH),
-        "weight": draw(CLASSES, k, WIDTH), "teacher": draw(CLASSES, k_teacher, TEACHERS_WIDTH),
+        "embeddings": draw(sum(ROWS), WIDTH),
+        "taught": draw(sum(ROWS), TEACHERS_WIDTH),
+        "weight": draw(CLASSES, k, WIDTH),
+        "teacher": draw(CLASSES, k_teacher, TEACHERS_WIDTH),
         "known": torch.arange(CLASSES) % 3 > 0,
         "sampled": sampled,
-    }  # fmt: skip
+    }
 
 
 CASES = ((1, 1, False, 1), (1, 2, True, 10**6), (3, 1, True, 4000), (2, 2, False, 6000))
-"""Centres per class of student and teacher, sampled or not, bytes for a block."""
+"""Centers per class of student and teacher, sampled or not, bytes for a block."""
 
 
 def divergences_here(rank: int, world_size: int) -> list[tuple[float, Tensor]]:
@@ -79,11 +81,17 @@ def divergence_here(
         classes = given["sampled"][here].nonzero().squeeze(1)
         rows = (classes[:, None] * k + torch.arange(k)).view(-1)
     unit = normalize(given["teacher"][here], dim=2) * given["known"][here, None, None]
-    sides = Sides(
-        ShardCentres(given["weight"][here].reshape(-1, WIDTH), None, rows=rows), k, classes,
-        TeacherCentres(unit, given["known"][here]), SCALE, TEMPERATURE, max(counts),
-        dist.group.WORLD if world_size > 1 else None, budget,
-    )  # fmt: skip
+    sides = DistillationInputs(
+        LocalCenters(given["weight"][here].reshape(-1, WIDTH), None, rows=rows),
+        k,
+        classes,
+        TeacherCenters(unit, given["known"][here]),
+        SCALE,
+        TEMPERATURE,
+        max(counts),
+        dist.group.WORLD if world_size > 1 else None,
+        budget,
+    )
     loss = sharded_divergence(normalize(embeddings), normalize(given["taught"][local]), sides)
     (2 * loss).backward()
     assert embeddings.grad is not None
@@ -98,9 +106,13 @@ def test_logits_equal_the_dense_twin_loss_and_gradient(ranks: Ranks, world_size:
         counted = given["known"] & given["sampled"] if is_sampled else given["known"]
         embeddings = given["embeddings"].requires_grad_(True)
         expected = dense_divergence(
-            embeddings, given["taught"], given["weight"][counted], given["teacher"][counted],
-            SCALE, TEMPERATURE,
-        )  # fmt: skip
+            embeddings,
+            given["taught"],
+            given["weight"][counted],
+            given["teacher"][counted],
+            SCALE,
+            TEMPERATURE,
+        )
         (gradient,) = torch.autograd.grad(expected, embeddings)
         assert gradient.abs().max() > 1e-3
         parts = [each[number] for each in found]
@@ -113,9 +125,9 @@ def test_logits_equal_the_dense_twin_loss_and_gradient(ranks: Ranks, world_size:
 
 def test_a_step_whose_classes_the_teacher_does_not_know_teaches_nothing() -> None:
     embeddings = torch.randn(3, 4, requires_grad=True)
-    centres = ShardCentres(torch.randn(5, 4), None)
-    teacher = TeacherCentres(torch.zeros(5, 1, 6), torch.zeros(5, dtype=torch.bool))
-    sides = Sides(centres, 1, None, teacher, SCALE, TEMPERATURE, 3, None, 10**6)
+    centers = LocalCenters(torch.randn(5, 4), None)
+    teacher = TeacherCenters(torch.zeros(5, 1, 6), torch.zeros(5, dtype=torch.bool))
+    sides = DistillationInputs(centers, 1, None, teacher, SCALE, TEMPERATURE, 3, None, 10**6)
     loss = sharded_divergence(normalize(embeddings), torch.randn(3, 6), sides)
     loss.backward()
     assert loss.item() == 0
@@ -125,11 +137,14 @@ def test_a_step_whose_classes_the_teacher_does_not_know_teaches_nothing() -> Non
 
 @pytest.fixture(scope="module")
 def teacher(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank over OLD, wider than its students, with two centres per class."""
+    """A run of one rank over OLD, wider than its students, with two centers per class."""
     folder = tmp_path_factory.mktemp("teacher")
     changes = {
-        **FACES, "rec": str(write_records(folder / "data", OLD)), "max_steps": 6, "sub_centres": 2,
-    }  # fmt: skip
+        **FACES,
+        "rec": str(write_records(folder / "data", OLD)),
+        "max_steps": 6,
+        "sub_centers": 2,
+    }
     ranks.run(1, whole_run, str(folder / "run"), changes)
     return folder / "run"
 
@@ -143,10 +158,17 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(teacher: Path, faces: Path, kind: str, **changes: Any) -> dict[str, Any]:
     """Settings of a student's run; logits with another embedding size than the teacher's."""
     return {
-        **FACES, "rec": str(faces), "teacher": str(teacher), "distillation": kind,
-        "embedding_size": 16 if kind == "cosine" else 8, "max_steps": 5, "num_epoch": 3,
-        "keep_checkpoints": 0, "seed": 3, **changes,
-    }  # fmt: skip
+        **FACES,
+        "rec": str(faces),
+        "teacher": str(teacher),
+        "distillation": kind,
+        "embedding_size": 16 if kind == "cosine" else 8,
+        "max_steps": 5,
+        "num_epoch": 3,
+        "keep_checkpoints": 0,
+        "seed": 3,
+        **changes,
+    }
 
 
 def metrics(folder: Path, key: str) -> list[float]:
@@ -195,20 +217,20 @@ def one_step(settings: dict[str, Any], spoil: bool = False) -> tuple[Any, dict[s
     """(outcome, backbone, head with its state) after a step in this process."""
     cfg = Config(**{**TINY, "output": "unused", **settings})
     assert not cfg.problems()
-    parts = build(cfg, World(0, 0, 1, torch.device("cpu")))
+    parts = build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
     parts.step.model.train()
     if spoil:
         distillation: Any = parts.step.distillation
         distillation.teacher = lambda images: torch.full((len(images), 16), torch.nan)
     outcome = parts.step([next(iter(parts.loader))], 0.1)
     assert isinstance(parts.head, PartialFC)
-    rule = dict(parts.head.moved_parameters())[parts.head.weight]
+    rule = dict(parts.head.optimized_parameters())[parts.head.weight]
     head = [parts.head.weight.detach().clone(), *rule.state(parts.head.weight).values()]
     return outcome, {k: v.clone() for k, v in parts.backbone.state_dict().items()}, head
 
 
 @pytest.mark.parametrize("kind", ["cosine", "logits"])
-def test_the_class_centres_learn_from_the_labels_alone_and_the_backbone_from_both(
+def test_the_class_centers_learn_from_the_labels_alone_and_the_backbone_from_both(
     teacher: Path, faces: Path, kind: str, one_thread: None
 ) -> None:
     settings = student(teacher, faces, kind)
@@ -231,7 +253,8 @@ def test_a_teacher_that_is_not_finite_makes_a_bad_step_and_nothing_moves(
     assert bool(outcome.bad)
     _, before, head_before = one_step({**settings, "teacher": None, "lr": 0.0})
     fresh = build(
-        Config(**{**TINY, "output": "unused", **settings}), World(0, 0, 1, torch.device("cpu"))
+        Config(**{**TINY, "output": "unused", **settings}),
+        DistContext(0, 0, 1, torch.device("cpu")),
     )
     for key, value in fresh.backbone.state_dict().items():
         assert torch.equal(backbone[key], value)
@@ -246,9 +269,14 @@ def test_a_weight_towards_zero_is_no_distillation(
     tmp_path: Path, teacher: Path, faces: Path, precision: str, one_thread: None
 ) -> None:
     settings = student(
-        teacher, faces, "logits", distillation_weight=1e-30, precision=precision, max_steps=2,
+        teacher,
+        faces,
+        "logits",
+        distillation_weight=1e-30,
+        precision=precision,
+        max_steps=2,
         batch_size=4,
-    )  # fmt: skip
+    )
     with_teacher = whole_run(0, 1, str(tmp_path / "with"), settings)
     without = whole_run(0, 1, str(tmp_path / "without"), {**settings, "teacher": None})
     assert_same([with_teacher], [without])
@@ -281,9 +309,14 @@ def test_logits_bring_the_student_to_the_teachers_probabilities(
     tmp_path: Path, teacher: Path, faces: Path, one_thread: None
 ) -> None:
     settings = student(
-        teacher, faces, "logits", max_steps=24, num_epoch=10, distillation_weight=5.0,
+        teacher,
+        faces,
+        "logits",
+        max_steps=24,
+        num_epoch=10,
+        distillation_weight=5.0,
         distillation_temperature=2.0,
-    )  # fmt: skip
+    )
     whole_run(0, 1, str(tmp_path / "run"), settings)
     taught = metrics(tmp_path / "run", "distillation_loss")
     assert np.mean(taught[-3:]) < 0.7 * np.mean(taught[:3])
@@ -293,9 +326,14 @@ def test_a_resumed_student_is_the_uninterrupted_one_bit_for_bit(
     ranks: Ranks, tmp_path: Path, teacher: Path, faces: Path
 ) -> None:
     changes = student(
-        teacher, faces, "logits", sample_rate=0.6, keep_checkpoints=9, max_steps=7,
+        teacher,
+        faces,
+        "logits",
+        sample_rate=0.6,
+        keep_checkpoints=9,
+        max_steps=7,
         checkpoint_every=4,
-    )  # fmt: skip
+    )
     left_alone = ranks.run(2, whole_run, str(tmp_path / "run"), changes)
     resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 4)
     again = ranks.run(2, whole_run, str(resumed), {**changes, "resume": "auto"})
@@ -311,9 +349,11 @@ def test_a_run_may_go_on_without_its_teacher_and_says_so(
     whole_run(0, 1, str(tmp_path / "run"), changes)
     with caplog.at_level(logging.WARNING):
         whole_run(
-            0, 1, str(tmp_path / "run"),
+            0,
+            1,
+            str(tmp_path / "run"),
             {**changes, "max_steps": 3, "teacher": None, "resume": "auto"},
-        )  # fmt: skip
+        )
     assert "resuming with another teacher" in caplog.text
 
 
@@ -321,7 +361,7 @@ def test_the_frozen_teacher_is_left_alone(
     tmp_path: Path, teacher: Path, faces: Path, one_thread: None
 ) -> None:
     cfg = Config(**{**TINY, **student(teacher, faces, "logits"), "output": str(tmp_path)})
-    parts = run_on(cfg, World(0, 0, 1, torch.device("cpu")), tmp_path)
+    parts = run_on(cfg, DistContext(0, 0, 1, torch.device("cpu")), tmp_path)
     assert parts.step.distillation is not None
     frozen = parts.step.distillation.teacher
     assert isinstance(frozen, Teacher)
@@ -336,7 +376,8 @@ def test_the_frozen_teacher_is_left_alone(
     ("changes", "error", "words"),
     [
         (
-            {"embedding_size": 8, "distillation": "cosine"}, SetupError,
+            {"embedding_size": 8, "distillation": "cosine"},
+            SetupError,
             "embeddings of size 16, this run 8.*distillation=logits",
         ),
         ({"input_size": 48}, SetupError, "32 pixels.*this run has 48 pixels"),
@@ -351,7 +392,7 @@ def test_what_does_not_fit_the_teacher_is_said(
     if changes.get("input_size") == 48:
         settings |= {"rec": "synthetic", "num_classes": 9, "num_image": 60}
     with pytest.raises(error, match=words):
-        build(Config(**settings), World(0, 0, 1, torch.device("cpu")))
+        build(Config(**settings), DistContext(0, 0, 1, torch.device("cpu")))
 
 
 def test_a_teacher_without_its_name_or_its_classes_is_refused(
@@ -359,7 +400,7 @@ def test_a_teacher_without_its_name_or_its_classes_is_refused(
 ) -> None:
     def start(**changes: Any) -> None:
         settings = {**TINY, **student(teacher, faces, "logits"), "output": "unused", **changes}
-        build(Config(**settings), World(0, 0, 1, torch.device("cpu")))
+        build(Config(**settings), DistContext(0, 0, 1, torch.device("cpu")))
 
     nameless = tmp_path / "backbone.pth"
     torch.save(load_model(teacher)[0].state_dict(), nameless)

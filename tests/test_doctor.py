@@ -16,11 +16,11 @@ import simplejpeg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.datasets import RecordDataset
 from data.decode import decode_image
 from data.index import read_index
 from data.pairs import write_verification_set
 from data.recordio import PART_HEADER, RECORD_HEADER, RecordReader, pack_range, pack_record
-from data.sources import RecordSource
 from data.tools.image_records import ImageRecords
 from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.tools.scan import Damage, rebuild_index, scan_on
@@ -104,8 +104,10 @@ def test_json_goes_to_stdout_when_no_file_is_named(
     assert (tmp_path / "set_classes.png").exists()
 
 
-@pytest.mark.parametrize("name", ["insightface_style", "im2rec_scalar_label", "im2rec_vector_label",
-                                  "im2rec_first_key_1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["insightface_style", "im2rec_scalar_label", "im2rec_vector_label", "im2rec_first_key_1"],
+)
 def test_records_of_mxnet_are_structurally_healthy(
     name: str, shared_dir: Path, tmp_path: Path
 ) -> None:
@@ -148,12 +150,12 @@ def test_another_size_is_named(tmp_path: Path) -> None:
     assert "key 5" in problems(report)["sizes"]["examples"][0]
 
 
-def test_grey_images_are_noted(tmp_path: Path) -> None:
-    grey = simplejpeg.encode_jpeg(np.full((SIZE, SIZE, 1), 7, np.uint8), colorspace="GRAY")
-    data = write_set(tmp_path / "set", images={4: grey})
+def test_gray_images_are_noted(tmp_path: Path) -> None:
+    gray = simplejpeg.encode_jpeg(np.full((SIZE, SIZE, 1), 7, np.uint8), colorspace="GRAY")
+    data = write_set(tmp_path / "set", images={4: gray})
     code, report = examine(data, tmp=tmp_path)
     assert code == 0
-    assert "1 of 10 images are grey" in report["findings"][0]["message"]
+    assert "1 of 10 images are gray" in report["findings"][0]["message"]
 
 
 def test_gaps_are_problems_and_singletons_notes(tmp_path: Path) -> None:
@@ -315,8 +317,8 @@ def test_verify_names_what_no_reader_sees(
     else:
         length = RECORD_HEADER.size + len(image)
         patch_bytes(data / "train.rec", at + 4, (length + 2).to_bytes(4, "little"))
-    assert len(RecordSource(data, input_size=SIZE)) == 10
-    RecordSource(data, input_size=SIZE).read_encoded(key - 1)
+    assert len(RecordDataset(data, input_size=SIZE)) == 10
+    RecordDataset(data, input_size=SIZE).read_encoded(key - 1)
     assert doctor.main([str(data), "--verify"]) == 1
     text = capsys.readouterr().out
     assert "key 7: changed: " in text
@@ -346,8 +348,16 @@ def test_verify_names_every_record_however_many(
 # ---------------------------------------------------------------- index and salvage
 
 
-@pytest.mark.parametrize("name", ["insightface_style", "im2rec_scalar_label", "im2rec_vector_label",
-                                  "im2rec_first_key_1", "magic_inside"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "insightface_style",
+        "im2rec_scalar_label",
+        "im2rec_vector_label",
+        "im2rec_first_key_1",
+        "magic_inside",
+    ],
+)
 def test_the_rebuilt_index_is_mxnets(name: str, shared_dir: Path, tmp_path: Path) -> None:
     golden = shared_dir / "golden" / "recordio" / f"{name}.rec"
     (tmp_path / "train.rec").write_bytes(golden.read_bytes())

@@ -21,19 +21,19 @@ from tests.conftest import Ranks
 from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
 from tests.test_train import write_pairs
 from train_v2 import run_on
-from training.build import Parts, build
+from training.build import TrainComponents, build
 from training.checkpoint.checkpointer import FOLDER
-from training.planner.memory import find_needs
+from training.planner.memory import estimate_requirements
 from training.precision import POLICIES
-from utils.distributed import World
+from utils.distributed import DistContext
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 RUN: dict[str, Any] = {"ema_decay": 0.4, "max_steps": 7, "checkpoint_every": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def parts_of(folder: Path, **changes: Any) -> Parts:
+def parts_of(folder: Path, **changes: Any) -> TrainComponents:
     parts = build(Config(**{**TINY, "output": str(folder), **changes}), ALONE)
     parts.step.model.train()
     return parts
@@ -173,7 +173,7 @@ def test_it_starts_from_the_weights_of_a_checkpoint_without_one_and_is_left_out_
 def test_the_plan_counts_it_as_often_as_it_is_there() -> None:
     def weights(**changes: Any) -> int:
         cfg = Config(**{**TINY, "output": "unused", **changes})
-        return find_needs(cfg, 1, 23, POLICIES["fp32"], "cpu").footprint.weights
+        return estimate_requirements(cfg, 1, 23, POLICIES["fp32"], "cpu").footprint.weights
 
     assert weights(ema_decay=0.9) == pytest.approx(2 * weights(), rel=1e-4)
     frozen = {"freeze_batch_norm": True}

@@ -28,8 +28,10 @@ from tests.models import OURS, write_pooling_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGENET: dict[str, Any] = {
-    "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "color": "RGB",
-}  # fmt: skip
+    "mean": (123.675, 116.28, 103.53),
+    "std": (58.395, 57.12, 57.375),
+    "color": "RGB",
+}
 
 
 def _pixels(count: int, size: int = 112, seed: int = 0) -> Tensor:
@@ -41,7 +43,7 @@ def _pixels(count: int, size: int = 112, seed: int = 0) -> Tensor:
 
 
 class _ThirdParty(nn.Module):
-    """A small network as others write them: NHWC, ImageNet normalisation outside of it."""
+    """A small network as others write them: NHWC, ImageNet normalization outside of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Modu
     return path, net
 
 
-def test_a_third_party_file_with_batch_1_and_imagenet_normalisation_is_the_network(
+def test_a_third_party_file_with_batch_1_and_imagenet_normalization_is_the_network(
     third_party: tuple[Path, nn.Module],
 ) -> None:
     path, net = third_party
@@ -92,7 +94,7 @@ def test_what_a_file_does_not_say_has_to_be_said(third_party: tuple[Path, nn.Mod
 @pytest.mark.parametrize("batch", ["batch", 1, 4])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("color", ["RGB", "BGR"])
-def test_every_batch_layout_and_colour_order_gives_the_same_embeddings(
+def test_every_batch_layout_and_color_order_gives_the_same_embeddings(
     tmp_path: Path, batch: int | str, layout: str, color: str
 ) -> None:
     images = _pixels(6)
@@ -237,9 +239,14 @@ def _embed_on_a_rank(rank: int, world_size: int, folder: str, cache: str) -> byt
     paths = sorted(Path(folder).glob("*.jpg"))
     count = _Counting()
     rows = embed_images(
-        count, FileImages(paths, 112), sum_flip=True, rank=rank, world_size=world_size,
-        batch_size=2, cache=EmbeddingCache(cache, "m"),
-    )  # fmt: skip
+        count,
+        FileImages(paths, 112),
+        sum_flip=True,
+        rank=rank,
+        world_size=world_size,
+        batch_size=2,
+        cache=EmbeddingCache(cache, "m"),
+    )
     return rows.tobytes()
 
 
@@ -289,9 +296,7 @@ def test_embed_writes_rows_and_names_and_goes_on_after_a_kill(
     assert embed.main([*arguments, "--restart", out]) == 0
 
 
-def test_embed_takes_lists_and_records(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embed_takes_lists_and_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = _folder(tmp_path / "a", 4)
     model = write_pooling_model(tmp_path / "m.onnx", metadata=OURS)
     listed = tmp_path / "list.txt"

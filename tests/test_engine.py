@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arcshard.head.row_optimizer import AdamWRows, SGDRows
-from arcshard.head.workspace import BlockCost, BufferTooSmallError, Workspace, plan_blocks
+from arcshard.head.workspace import BlockCost, Workspace, WorkspaceTooSmallError, plan_blocks
 from arcshard.losses import (
     AdaFace,
     ArcFace,
@@ -39,7 +39,7 @@ SIZES = [5, 3, 0, 4]  # ragged, one rank without a row
 LOSSES = {
     "softmax": (Softmax(), 1),
     "softmax with bias": (Softmax(scale=2.0, bias=True), 1),
-    "softmax, normalised, with bias": (Softmax(scale=8.0, normalise=True, bias=True), 1),
+    "softmax, normalized, with bias": (Softmax(scale=8.0, normalize=True, bias=True), 1),
     "normface": (NormFace(16.0), 1),
     "normface, scale above 64": (NormFace(96.0), 1),
     "adaface": (AdaFace(0.4, scale=16.0, t_alpha=0.9), 1),
@@ -48,10 +48,10 @@ LOSSES = {
     "elasticface_arc": (ElasticFace("arc", 0.4, 0.1, scale=16.0), 1),
     "elasticface_cos": (ElasticFace("cos", 0.3, 0.1, scale=16.0), 1),
     "elasticface_arc+": (ElasticFace("arc", 0.4, 0.1, plus=True, scale=16.0), 1),
-    "subcentre_arcface": (ArcFace(0.4, 16.0), 3),
-    "subcentre_curricularface": (CurricularFace(0.3, 0.5, 16.0), 2),
-    "subcentre_softmax with bias": (Softmax(bias=True), 2),
-    "subcentre_cosface_filtered": (CosFace(0.4, 16.0, interclass_filtering_threshold=0.3), 2),
+    "subcenter_arcface": (ArcFace(0.4, 16.0), 3),
+    "subcenter_curricularface": (CurricularFace(0.3, 0.5, 16.0), 2),
+    "subcenter_softmax with bias": (Softmax(bias=True), 2),
+    "subcenter_cosface_filtered": (CosFace(0.4, 16.0, interclass_filtering_threshold=0.3), 2),
 }
 
 
@@ -64,9 +64,16 @@ def test_every_loss_equals_its_dense_twin(ranks, name, path, sample_rate, world_
     sizes = SIZES[:world_size]
     way, options = PATHS[path]
     parts = ranks.run(
-        world_size, loss_and_gradients, margin, NUM_CLASSES, sizes, sample_rate, WIDTH,
-        way, {**options, "centres_per_class": k},
-    )  # fmt: skip
+        world_size,
+        loss_and_gradients,
+        margin,
+        NUM_CLASSES,
+        sizes,
+        sample_rate,
+        WIDTH,
+        way,
+        {**options, "centers_per_class": k},
+    )
     _, _, embeddings, labels = batch_for(0, sizes, NUM_CLASSES, WIDTH)
     embeddings.requires_grad_(True)
     weight = torch.cat([part["weight"] for part in parts]).requires_grad_(True)
@@ -81,9 +88,15 @@ def test_every_loss_equals_its_dense_twin(ranks, name, path, sample_rate, world_
     if isinstance(margin, ElasticFace):
         margins_drawn = margin.margin + margin.std * drawn[places]
     loss, state = dense_loss_by_paper(
-        margin, embeddings, labels, weight, bias=bias, centres_per_class=k,
-        classes=torch.cat([part["classes"] for part in parts]), margins_drawn=margins_drawn,
-    )  # fmt: skip
+        margin,
+        embeddings,
+        labels,
+        weight,
+        bias=bias,
+        centers_per_class=k,
+        classes=torch.cat([part["classes"] for part in parts]),
+        margins_drawn=margins_drawn,
+    )
     loss.backward()
 
     for part in parts:
@@ -103,9 +116,16 @@ def steps(
     """Weight and state after 50 steps on changing batches."""
     update = SGDRows(0.9, 1e-2) if rule == "sgd" else AdamWRows(weight_decay=1e-2)
     head = PartialFC(
-        CosFace(0.2, 8.0), 8, 41, sample_rate, row_update=update, dtype=torch.float64, seed=1,
-        update="autograd" if path == "autograd" else "fused", **options,
-    )  # fmt: skip
+        CosFace(0.2, 8.0),
+        8,
+        41,
+        sample_rate,
+        row_optimizer=update,
+        dtype=torch.float64,
+        seed=1,
+        update="autograd" if path == "autograd" else "fused",
+        **options,
+    )
     for step in range(50):
         embeddings, labels, _, _ = batch_for(rank, [3] * world_size, 41, 8, seed=step)
         rate = 0.1 / (1 + step)
@@ -116,12 +136,12 @@ def steps(
 
 
 @pytest.mark.parametrize("path", ["fused", "deferred"])
-@pytest.mark.parametrize("options", [{}, {"workspace_mib": 0.006}, {"centre_device": "cpu"}])
+@pytest.mark.parametrize("options", [{}, {"workspace_mib": 0.006}, {"center_device": "cpu"}])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_50_steps_end_where_the_readable_path_ends(ranks, rule, sample_rate, options, path):
-    if "centre_device" in options and sample_rate == 1.0:
-        pytest.skip("host memory serves sampled centres")
+    if "center_device" in options and sample_rate == 1.0:
+        pytest.skip("host memory serves sampled centers")
     expected = ranks.run(2, steps, rule, sample_rate, {}, "autograd")
     for ours, readable in zip(
         ranks.run(2, steps, rule, sample_rate, options, path), expected, strict=True
@@ -141,7 +161,7 @@ def one_step(head: PartialFC, scale: float = 1.0, bad: torch.Tensor | None = Non
 
 def test_a_loss_scale_is_taken_out_and_a_veto_after_backward_holds():
     def make() -> PartialFC:
-        return PartialFC(CosFace(), 8, 41, row_update=AdamWRows())
+        return PartialFC(CosFace(), 8, 41, row_optimizer=AdamWRows())
 
     before = make().weight.detach()
     torch.testing.assert_close(one_step(make(), 1024.0), one_step(make()), rtol=1e-6, atol=1e-7)
@@ -150,8 +170,8 @@ def test_a_loss_scale_is_taken_out_and_a_veto_after_backward_holds():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_embeddings_move_no_centre_no_state_and_no_running_value(bad):
-    head = PartialFC(AdaFace(), 8, 41, 0.3, row_update=AdamWRows())
+def test_non_finite_embeddings_move_no_center_no_state_and_no_running_value(bad):
+    head = PartialFC(AdaFace(), 8, 41, 0.3, row_optimizer=AdamWRows())
     embeddings = torch.randn(6, 8)
     embeddings[2, 3] = bad
     embeddings.requires_grad_(True)
@@ -162,20 +182,20 @@ def test_non_finite_embeddings_move_no_centre_no_state_and_no_running_value(bad)
     head.step(0.1, ~torch.isfinite(loss))
     for tensor, kept in zip((head.weight, *head.buffers()), before, strict=True):
         assert torch.equal(tensor, kept)
-    assert all(not part.any() for part in head.row_update.state(head.weight).values())
+    assert all(not part.any() for part in head.row_optimizer.state(head.weight).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_are_finite_at_the_ends_of_the_cosine(name, dtype):
-    """Embeddings on, opposite to, and one ulp from their own centre and another's."""
+    """Embeddings on, opposite to, and one ulp from their own center and another's."""
     margin, k = LOSSES[name]
     half = dtype if dtype == torch.bfloat16 else None
     head = PartialFC(
-        margin, 8, 6, row_update=SGDRows(0, 0), half=half, centres_per_class=k, seed=SEED
+        margin, 8, 6, row_optimizer=SGDRows(0, 0), half=half, centers_per_class=k, seed=SEED
     )
-    centres = head.weight.detach().view(6, k, 8)[:, 0].clone()
-    rows = [sign * centres[c] for c in (0, 1) for sign in (1.0, -1.0)]
+    centers = head.weight.detach().view(6, k, 8)[:, 0].clone()
+    rows = [sign * centers[c] for c in (0, 1) for sign in (1.0, -1.0)]
     up = torch.tensor(2.0)
     rows += [torch.nextafter(row, row.sign() * up) for row in rows]
     rows += [torch.eye(8)[0] * torch.finfo(torch.float32).tiny, torch.zeros(8)]
@@ -208,9 +228,14 @@ def test_bf16_matmuls_are_as_accurate_as_torchs_own_bf16_dense_head(update):
 
     def ours(dtype: torch.dtype, half: torch.dtype | None) -> list[torch.Tensor]:
         head = PartialFC(
-            CosFace(0.2, 16.0), width, classes, row_update=SGDRows(0, 0), dtype=dtype, half=half,
+            CosFace(0.2, 16.0),
+            width,
+            classes,
+            row_optimizer=SGDRows(0, 0),
+            dtype=dtype,
+            half=half,
             update=update,
-        )  # fmt: skip
+        )
         head.weight.data.copy_(weight)
         e = embeddings.clone().to(dtype).requires_grad_(True)
         loss = head(e, labels)
@@ -236,7 +261,7 @@ def test_bf16_matmuls_are_as_accurate_as_torchs_own_bf16_dense_head(update):
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_bf16_state_and_centres_follow_fp32_within_their_rounding(rule):
+def test_bf16_state_and_centers_follow_fp32_within_their_rounding(rule):
     """300 steps towards fixed labels: the loss ends where fp32's ends, within a tenth."""
     ends = {}
     for name, dtype, state in (
@@ -245,7 +270,7 @@ def test_bf16_state_and_centres_follow_fp32_within_their_rounding(rule):
         ("both", torch.bfloat16, torch.bfloat16),
     ):
         rule_ = SGDRows(0.9, 1e-4, state) if rule == "sgd" else AdamWRows(state_dtype=state)
-        head = PartialFC(CosFace(0.1, 8.0), 16, 50, row_update=rule_, dtype=dtype)
+        head = PartialFC(CosFace(0.1, 8.0), 16, 50, row_optimizer=rule_, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         embeddings = torch.randn(50, 16, generator=generator, requires_grad=True)
         for _ in range(300):
@@ -262,15 +287,20 @@ def test_bf16_state_and_centres_follow_fp32_within_their_rounding(rule):
 
 @settings(deadline=None)
 @given(
-    st.integers(0, 5000), st.integers(1, 300), st.integers(1, 64), st.integers(1, 4),
-    st.integers(1, 1 << 22), st.booleans(), st.sampled_from([1 / 16, 1 / 8, 1 / 2]),
-)  # fmt: skip
+    st.integers(0, 5000),
+    st.integers(1, 300),
+    st.integers(1, 64),
+    st.integers(1, 4),
+    st.integers(1, 1 << 22),
+    st.booleans(),
+    st.sampled_from([1 / 16, 1 / 8, 1 / 2]),
+)
 def test_blocks_cover_all_rows_in_whole_classes_within_the_budget(
     classes, batch, width, k, budget, copies, share
 ):
     cost = BlockCost(batch, width, reads_copies=copies, batch_matrices=2, width_matrices=3)
     if cost.work_bytes_per_row * k > budget:
-        with pytest.raises(BufferTooSmallError, match="head_workspace_mib"):
+        with pytest.raises(WorkspaceTooSmallError, match="head_workspace_mib"):
             plan_blocks(classes * k, cost, Workspace(budget, int(budget * share)), k)
         return
     plan = plan_blocks(classes * k, cost, Workspace(budget, int(budget * share)), k)
@@ -324,8 +354,8 @@ BF16 = torch.bfloat16
         (AdamWRows(state_dtype=BF16), 0.2, {"dtype": BF16, "half": BF16}),
         (SGDRows(), 1.0, {"margin": CurricularFace()}),
         (SGDRows(), 1.0, {"margin": CosFace(interclass_filtering_threshold=0.3)}),
-        (SGDRows(), 1.0, {"centres_per_class": 3}),
-        (SGDRows(), 0.2, {"centres_per_class": 3, "half": BF16}),
+        (SGDRows(), 1.0, {"centers_per_class": 3}),
+        (SGDRows(), 0.2, {"centers_per_class": 3, "half": BF16}),
     ],
     ids=lambda value: re.sub(r" object at 0x\w+", "", str(value)),
 )
@@ -337,10 +367,17 @@ def test_all_that_lives_during_a_step_fits_the_work_buffer(
     batch, width = 64, 64
     rule = copy.deepcopy(rule)
     head = PartialFC(
-        **{"margin": CosFace(), "embedding_size": width, "num_classes": 30_000,
-           "sample_rate": sample_rate, "row_update": rule, "batch_size_per_rank": batch,
-           "workspace_mib": mib, **options}
-    )  # fmt: skip
+        **{
+            "margin": CosFace(),
+            "embedding_size": width,
+            "num_classes": 30_000,
+            "sample_rate": sample_rate,
+            "row_optimizer": rule,
+            "batch_size_per_rank": batch,
+            "workspace_mib": mib,
+            **options,
+        }
+    )
     known = [head.weight, *rule.state(head.weight).values()]
     embeddings = torch.randn(batch, width, requires_grad=True)
     labels = torch.randint(30_000, (batch,))
@@ -361,9 +398,15 @@ def test_micro_batches_of_any_size_add_up(sizes, k, workspace_mib):
 
     def moved(update: Any, together: bool) -> torch.Tensor:
         head = PartialFC(
-            CosFace(0.2, 8.0), 8, 41, row_update=SGDRows(), dtype=torch.float64, update=update,
-            workspace_mib=workspace_mib, centres_per_class=k,
-        )  # fmt: skip
+            CosFace(0.2, 8.0),
+            8,
+            41,
+            row_optimizer=SGDRows(),
+            dtype=torch.float64,
+            update=update,
+            workspace_mib=workspace_mib,
+            centers_per_class=k,
+        )
         losses = []
         for number, size in enumerate(sizes):
             embeddings, labels, _, _ = batch_for(0, [size], 41, 8, seed=number)
@@ -385,7 +428,7 @@ def test_micro_batches_of_any_size_add_up(sizes, k, workspace_mib):
 
 def test_backward_and_step_inside_autocast_compute_as_outside():
     def moved(inside: bool) -> list[Any]:
-        head = PartialFC(ArcFace(), 64, 300, row_update=SGDRows())
+        head = PartialFC(ArcFace(), 64, 300, row_optimizer=SGDRows())
         generator = torch.Generator().manual_seed(0)
         embeddings = torch.randn(16, 64, generator=generator, requires_grad=True)
         loss = head(embeddings, torch.arange(16))
@@ -398,8 +441,9 @@ def test_backward_and_step_inside_autocast_compute_as_outside():
         assert torch.equal(inside, outside)
 
 
-def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centres_exists():
+def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centers_exists():
     """The largest tensor any operator makes stays within the work buffer."""
+
     class Largest(TorchDispatchMode):
         bytes = 0
 
@@ -414,7 +458,7 @@ def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centres_exists(
 
     rule = SGDRows()
     head = PartialFC(
-        CosFace(), 64, 20_000, row_update=rule, batch_size_per_rank=64, workspace_mib=1
+        CosFace(), 64, 20_000, row_optimizer=rule, batch_size_per_rank=64, workspace_mib=1
     )
     state = rule.state(head.weight)
     known = {t.untyped_storage().data_ptr() for t in (head.weight, *state.values())}
@@ -431,11 +475,11 @@ def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centres_exists(
 
 def test_two_losses_in_one_step_add_up_without_a_learning_rate_and_are_refused_with_one():
     def make() -> PartialFC:
-        return PartialFC(CosFace(), 8, 41, row_update=SGDRows(), dtype=torch.float64)
+        return PartialFC(CosFace(), 8, 41, row_optimizer=SGDRows(), dtype=torch.float64)
 
     batches = [batch_for(0, [4], 41, 8, seed=s)[:2] for s in (0, 1)]
     ours, readable = make(), make()
-    readable.engine, readable.update = None, "autograd"
+    readable.fused, readable.update = None, "autograd"
     for head in (ours, readable):
         sum(head(e, y) for e, y in batches).backward()
         head.step(0.1)
@@ -448,7 +492,7 @@ def test_two_losses_in_one_step_add_up_without_a_learning_rate_and_are_refused_w
 
 
 def test_a_second_backward_and_a_step_without_one_are_refused():
-    head = PartialFC(CosFace(), 8, 41, row_update=SGDRows())
+    head = PartialFC(CosFace(), 8, 41, row_optimizer=SGDRows())
     with pytest.raises(RuntimeError, match=r"loss\.backward"):
         head.step(0.1)
     loss = head(torch.randn(4, 8, requires_grad=True), torch.arange(4), 0.1)
@@ -457,21 +501,21 @@ def test_a_second_backward_and_a_step_without_one_are_refused():
         loss.backward()
 
 
-def test_a_frozen_backbone_trains_the_centres_alone():
-    head = PartialFC(CosFace(), 8, 41, row_update=SGDRows())
+def test_a_frozen_backbone_trains_the_centers_alone():
+    head = PartialFC(CosFace(), 8, 41, row_optimizer=SGDRows())
     before = head.weight.detach().clone()
     head(torch.randn(4, 8), torch.arange(4), 0.1).backward()
     head.step(0.1)
     assert not torch.equal(head.weight, before)
 
 
-def test_host_centres_bring_most_rows_ahead_of_time_and_notice_a_loaded_checkpoint():
+def test_host_centers_bring_most_rows_ahead_of_time_and_notice_a_loaded_checkpoint():
     def make(**options: Any) -> PartialFC:
         return PartialFC(
-            CosFace(), 8, 4001, 0.1, row_update=SGDRows(), dtype=torch.float64, **options
+            CosFace(), 8, 4001, 0.1, row_optimizer=SGDRows(), dtype=torch.float64, **options
         )
 
-    hosted, plain = make(centre_device="cpu"), make()
+    hosted, plain = make(center_device="cpu"), make()
     for step in range(6):
         embeddings, labels, _, _ = batch_for(0, [16], 4001, 8, seed=step)
         for head in (hosted, plain):
@@ -491,15 +535,17 @@ def test_a_saved_head_goes_on_as_if_it_had_not_been_interrupted(margin):
     def run(stop: int | None) -> torch.Tensor:
         def make() -> PartialFC:
             rule = SGDRows(state_dtype=torch.bfloat16)
-            return PartialFC(margin, 8, 301, 0.1, row_update=rule)
+            return PartialFC(margin, 8, 301, 0.1, row_optimizer=rule)
 
         head = make()
         for step in range(8):
             if step == stop:
-                saved, old = head.state_dict(), head.moved_parameters()
+                saved, old = head.state_dict(), head.optimized_parameters()
                 head = make()
                 head.load_state_dict(saved)
-                for (new, new_rule), (was, rule) in zip(head.moved_parameters(), old, strict=True):
+                for (new, new_rule), (was, rule) in zip(
+                    head.optimized_parameters(), old, strict=True
+                ):
                     for name, part in new_rule.state(new).items():
                         part.copy_(rule.state(was)[name])
             embeddings, labels, _, _ = batch_for(0, [6], 301, 8, seed=step)
@@ -512,7 +558,7 @@ def test_a_saved_head_goes_on_as_if_it_had_not_been_interrupted(margin):
 
 def too_small(rank: int, world_size: int, capacity: int | None) -> None:
     head = PartialFC(
-        CosFace(), 8, 41, row_update=SGDRows(), workspace_mib=1e-4, batch_size_per_rank=capacity
+        CosFace(), 8, 41, row_optimizer=SGDRows(), workspace_mib=1e-4, batch_size_per_rank=capacity
     )
     head(torch.randn(4, 8), torch.arange(4))
 
@@ -528,18 +574,23 @@ def test_every_rank_refuses_a_buffer_too_small_for_one_class(ranks, capacity):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"centres_per_class": 0}, "centres_per_class"),
+        ({"centers_per_class": 0}, "centers_per_class"),
         ({"workspace_mib": 0}, "workspace_mib"),
         ({"update": "magic"}, "fused or autograd"),
-        ({"update": "fused", "row_update": None}, "row_update"),
+        ({"update": "fused", "row_optimizer": None}, "row_optimizer"),
         ({"half": torch.float16}, "bfloat16"),
-        ({"centre_device": "cpu", "sample_rate": 1.0}, "sample_rate < 1"),
+        ({"center_device": "cpu", "sample_rate": 1.0}, "sample_rate < 1"),
         ({"dtype": torch.bfloat16, "update": "autograd"}, "bfloat16"),
         ({"dtype": torch.float16}, "float32"),
     ],
 )
 def test_arguments_of_the_engine_outside_their_domain_are_refused(arguments, words):
-    common = {"margin": CosFace(), "embedding_size": 8, "num_classes": 4, "row_update": SGDRows()}
+    common = {
+        "margin": CosFace(),
+        "embedding_size": 8,
+        "num_classes": 4,
+        "row_optimizer": SGDRows(),
+    }
     with pytest.raises(ValueError, match=words):
         PartialFC(**{**common, **arguments})
 

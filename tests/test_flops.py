@@ -14,10 +14,16 @@ from scripts import flops
 
 # As published with the networks, to the digits given there.
 PUBLISHED = {
-    "r18": "2.6", "r50": "6.3", "r100": "12.1", "r200": "23.5",
-    "vit_t": "1.5", "vit_s": "5.7", "vit_b": "11.4", "vit_l_dp005_mask_005": "25.3",
+    "r18": "2.6",
+    "r50": "6.3",
+    "r100": "12.1",
+    "r200": "23.5",
+    "vit_t": "1.5",
+    "vit_s": "5.7",
+    "vit_b": "11.4",
+    "vit_l_dp005_mask_005": "25.3",
     "mbf": "0.45",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("network", PUBLISHED)
@@ -35,9 +41,12 @@ def test_published_gflops_are_our_gmacs(network):
 def test_each_kind_is_counted_by_its_formula():
     with torch.device("meta"):
         network = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8), nn.Flatten(),
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.PReLU(8),
+            nn.Flatten(),
             nn.Linear(8 * 100, 7),
-        )  # fmt: skip
+        )
     macs = count_macs(network, 10)
     assert macs == Macs(convolution=100 * 8 * 27, linear=800 * 7, elements=3 * 800)
     assert macs.total == 100 * 8 * 27 + 800 * 7

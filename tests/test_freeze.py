@@ -1,4 +1,4 @@
-"""For the first epochs only the class centres move; then the whole network does."""
+"""For the first epochs only the class centers move; then the whole network does."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from benchmarks.bench_faults import whole_state
 from configs.base import Config
 from tests.conftest import Ranks
 from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
-from training.build import Parts, build
+from training.build import TrainComponents, build
 from training.checkpoint.checkpointer import FOLDER
-from utils.distributed import World
+from utils.distributed import DistContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def parts_of(rank: int = 0, world_size: int = 1, **changes: Any) -> Parts:
+def parts_of(rank: int = 0, world_size: int = 1, **changes: Any) -> TrainComponents:
     settings = {**TINY, "batch_size": 12 // world_size, "output": "unused", **changes}
-    return build(Config(**settings), World(rank, rank, world_size, torch.device("cpu")))
+    return build(Config(**settings), DistContext(rank, rank, world_size, torch.device("cpu")))
 
 
-def of_backbone(parts: Parts) -> dict[str, Tensor]:
+def of_backbone(parts: TrainComponents) -> dict[str, Tensor]:
     """Copies of everything that training the backbone moves."""
     state = dict(parts.backbone.state_dict())
     for number, kept in enumerate(parts.step.optimizer.state.values()):
@@ -49,11 +49,11 @@ def frozen_then_free(rank: int, world_size: int, changes: dict[str, Any]) -> Non
     gradients: list[Tensor] = []
     next(parts.backbone.parameters()).register_hook(gradients.append)
     for _ in range(2):
-        centres = parts.head.weight.clone()
+        centers = parts.head.weight.clone()
         outcome = parts.step(list(islice(batches, count)), 0.05, is_frozen=True)
         parts.evaluated[1].average(world_size)  # as verification does
         assert not outcome.bad
-        assert not torch.equal(parts.head.weight, centres)
+        assert not torch.equal(parts.head.weight, centers)
         found = of_backbone(parts)
         assert found.keys() == first.keys()
         assert all(torch.equal(found[name], value) for name, value in first.items())
@@ -71,21 +71,30 @@ def frozen_then_free(rank: int, world_size: int, changes: dict[str, Any]) -> Non
     [
         (1, {"ema_decay": 0.9, "precision": "fp16", "optimizer": "adamw"}),
         (2, {"gradient_acc": 2, "sample_rate": 0.5, "clip_grad_norm": 0.0, "ema_decay": 0.9}),
-        (2, {"zero": True, "head_update": "autograd"}),
+        (2, {"zero_stage": 1, "head_update": "autograd"}),
         (3, {"gradient_acc": 2, "loss": "adaface"}),  # which looks at the whole batch
-        (2, {"task": "classification", "parallel_dim": None, "loss": "softmax", "dropout": 0.0,
-             "network": "resnet_nano", "embedding_size": 128}),
+        (
+            2,
+            {
+                "task": "classification",
+                "parallel_dim": None,
+                "loss": "softmax",
+                "dropout": 0.0,
+                "network": "resnet_nano",
+                "embedding_size": 128,
+            },
+        ),
     ],
     ids=str,
-)  # fmt: skip
-def test_the_backbone_rests_to_the_bit_while_centres_move_and_then_moves(
+)
+def test_the_backbone_rests_to_the_bit_while_centers_move_and_then_moves(
     ranks: Ranks, world_size: int, changes: dict[str, Any]
 ) -> None:
     ranks.run(world_size, frozen_then_free, changes)
 
 
 @pytest.mark.parametrize("loss", ["cosface", "adaface"])
-def test_centres_move_as_on_the_embeddings_of_inference(loss: str) -> None:
+def test_centers_move_as_on_the_embeddings_of_inference(loss: str) -> None:
     options: dict[str, Any] = {"precision": "fp64", "loss": loss}
     whole, shared, twin = (
         parts_of(**options, **more) for more in ({}, {"gradient_acc": 3, "batch_size": 4}, {})
@@ -93,8 +102,9 @@ def test_centres_move_as_on_the_embeddings_of_inference(loss: str) -> None:
     for batch in islice(iter(twin.loader), 2):
         shares = [type(batch)(*part) for part in zip(*(t.split(4) for t in batch), strict=True)]
         outcomes = [
-            whole.step([batch], 0.1, is_frozen=True), shared.step(shares, 0.1, is_frozen=True)
-        ]  # fmt: skip
+            whole.step([batch], 0.1, is_frozen=True),
+            shared.step(shares, 0.1, is_frozen=True),
+        ]
         expected = twin.head(twin.embedder(batch.images).requires_grad_(True), batch.labels)
         expected.backward()
         twin.head.step(0.1)
@@ -103,7 +113,7 @@ def test_centres_move_as_on_the_embeddings_of_inference(loss: str) -> None:
             torch.testing.assert_close(parts.head.weight, twin.head.weight, rtol=0, atol=1e-12)
 
 
-def test_centres_rest_too_in_a_bad_step() -> None:
+def test_centers_rest_too_in_a_bad_step() -> None:
     parts = parts_of()
     (batch,) = islice(iter(parts.loader), 1)
     with torch.no_grad():

@@ -34,9 +34,12 @@ def rehearse(folder: Path, *words: str, compiles: bool = False) -> subprocess.Po
     more = {"OMP_NUM_THREADS": "1"} | ({} if compiles else {"TORCH_COMPILE_DISABLE": "1"})
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu_bench", folder, "--rehearse", *words],
-        cwd=ROOT, env=os.environ | more, text=True, stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | more,
+        text=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    )
 
 
 def is_whole(folder: Path) -> None:
@@ -68,8 +71,15 @@ def is_whole(folder: Path) -> None:
     text = (folder / REPORT).read_text()
     assert text == report(rows)
     assert "a rehearsal on a CPU, whose figures mean nothing" in text
-    for heading in ("## What this card reaches", "## Head:", "## Whole step", "### Profile",
-                    "## Identities", "## Checks: 31 of 32 passed", "## Left out"):  # fmt: skip
+    for heading in (
+        "## What this card reaches",
+        "## Head:",
+        "## Whole step",
+        "### Profile",
+        "## Identities",
+        "## Checks: 31 of 32 passed",
+        "## Left out",
+    ):
         assert heading in text
     assert "## Failed" not in text
 
@@ -156,14 +166,18 @@ def test_a_row_that_fails_hangs_or_dies_costs_only_itself(tmp_path, capsys):
     rows = [
         bench.run(task)
         for task in (
-            plain, plain, Task("head", "broken", {}, rows_of_tests.broken), plain,
+            plain,
+            plain,
+            Task("head", "broken", {}, rows_of_tests.broken),
+            plain,
             Task("head", "hanging", {}, rows_of_tests.hanging, limit=1.5),
             Task("head", "dying", {}, os._exit, (7,)),
-            plain, plain._replace(is_alone=True),
+            plain,
+            plain._replace(is_alone=True),
             plain._replace(missing="it is not installed"),
             plain._replace(name="long", expected=1000),
         )
-    ]  # fmt: skip
+    ]
     bench.close()
     assert rows[0] == rows[1]
     assert rows[2]["error"].endswith("RuntimeError: planted")
@@ -223,8 +237,13 @@ def test_a_full_disk_costs_a_row_and_never_half_of_one(tmp_path, size):
         "for number in range(20):\n"
         "    bench.run(Task('head', f'row {number}', {}, dict, missing='no time'))\n"
     )
-    run = subprocess.run([sys.executable, "-c", words, tmp_path], cwd=ROOT, capture_output=True,
-                         text=True, check=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", words, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     rows = rows_of(tmp_path)
     assert [row["name"] for row in rows] == [f"row {number}" for number in range(len(rows))]
     assert 5 < len(rows) < 20
@@ -244,9 +263,11 @@ def test_a_missing_package_is_named_and_costs_only_the_rows_that_need_it(tmp_pat
         "    bench.close()\n"
     )
     subprocess.run(
-        [sys.executable, "-c", words, tmp_path / "out"], cwd=ROOT, check=True,
+        [sys.executable, "-c", words, tmp_path / "out"],
+        cwd=ROOT,
+        check=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     head, published = rows_of(tmp_path / "out")
     assert head["step_ms"] > 0
     assert "limit_ms" not in head  # there was no ceiling to compare with
@@ -274,8 +295,9 @@ def test_the_first_call_looks_at_small_heads_only(monkeypatch, tmp_path):
     tasks = planned(monkeypatch, tmp_path, "cuda", 1)
     assert {task.section for task in tasks} == {"environment", "ceilings", "check", "head"}
     assert [task.name for task in tasks if task.section == "check"] == [
-        "head: ArcFace, SGD, fp32", "head: CosFace, SGD, bf16",
-    ]  # fmt: skip
+        "head: ArcFace, SGD, fp32",
+        "head: CosFace, SGD, bf16",
+    ]
     heads = [task.params for task in tasks if task.section == "head"]
     assert {params["num_classes"] for params in heads} == {100_000}
     assert sum(task.expected for task in tasks) < 45
@@ -333,10 +355,11 @@ def row(section: str, name: str, params: dict[str, Any], **figures: Any) -> dict
 def test_the_report_compares_with_the_row_of_the_same_settings():
     large, small = ({"num_classes": c, "batch": 8, "optimizer": "sgd"} for c in (2_000, 1_000))
     heads = [
-        row("head", "dense", large, step_ms=30.0), row("head", "fused", large, step_ms=10.0),
+        row("head", "dense", large, step_ms=30.0),
+        row("head", "fused", large, step_ms=10.0),
         row("head", "fused", small, step_ms=5.0),
         row("head", "fused", {**large, "optimizer": "adamw"}, step_ms=12.0),
-    ]  # fmt: skip
+    ]
     keys = {"network": "r50", "num_classes": 7, "batch_size": 4}
     steps = [
         row("step", "ours", keys, samples_per_second=300.0),
@@ -344,9 +367,11 @@ def test_the_report_compares_with_the_row_of_the_same_settings():
     ]
     lines = report([*heads, *steps]).splitlines()
     cells = [line.split(" | ") for line in lines if line.startswith(("| fused", "| dense"))]
-    column = next(
-        line for line in lines if "times the dense head's speed" in line
-    ).split(" | ").index("times the dense head's speed")  # fmt: skip
+    column = (
+        next(line for line in lines if "times the dense head's speed" in line)
+        .split(" | ")
+        .index("times the dense head's speed")
+    )
     assert [line[column] for line in cells] == ["-", "3.00", "-", "-"]
     ours = next(line for line in lines if line.startswith("| ours"))
     assert " | 300 | 3.00 | " in ours

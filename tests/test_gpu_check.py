@@ -44,8 +44,11 @@ def reads(report: str, names: list[str]) -> None:
 def test_a_rehearsal_runs_the_code_of_all_checks(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "scripts.gpu_check", "--rehearse", "--json", tmp_path / "rows.json"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     said = [line for line in run.stdout.splitlines() if line and not line.startswith("check  ")]
     assert all("rehearsal" in line for line in said)
@@ -63,18 +66,27 @@ def test_checks_that_fail_or_hang_do_not_stop_the_rest(
     report = tmp_path / "rows.json"
     before = ["rehearsal of failing", "rehearsal of hanging"]
     planted = [
-        Check("failing", fails), Check("hanging", hangs, 1.5),
+        Check("failing", fails),
+        Check("hanging", hangs, 1.5),
         Check("reading", partial(reads, str(report), before)),
-        Check("dying", partial(os._exit, 3)), Check("leaving", partial(sys.exit, 0)),
-        Check("absent", passes, left_out="no C compiler"), Check("passing", passes),
-    ]  # fmt: skip
+        Check("dying", partial(os._exit, 3)),
+        Check("leaving", partial(sys.exit, 0)),
+        Check("absent", passes, left_out="no C compiler"),
+        Check("passing", passes),
+    ]
     monkeypatch.setattr(gpu_check, "all_checks", lambda *_: planted)
     assert main("--rehearse", "--json", str(report)) == 1
     text = capsys.readouterr().out
     rows = json.loads(report.read_text())
     assert [row["result"] for row in rows] == [
-        "FAILED", "FAILED", "passed", "FAILED", "FAILED", "left out: no C compiler", "passed",
-    ]  # fmt: skip
+        "FAILED",
+        "FAILED",
+        "passed",
+        "FAILED",
+        "FAILED",
+        "left out: no C compiler",
+        "passed",
+    ]
     assert "in fails\n" in rows[0]["error"]
     assert rows[0]["error"].endswith("\nValueError: planted")
     assert rows[1]["error"] == "TimeoutError: hangs did not end within 1.5 seconds"
@@ -124,6 +136,4 @@ def test_without_a_gpu_it_says_so(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main() == 0
-    assert capsys.readouterr().out == (
-        "gpu-check: this PyTorch sees no GPU; nothing was checked\n"
-    )
+    assert capsys.readouterr().out == ("gpu-check: this PyTorch sees no GPU; nothing was checked\n")

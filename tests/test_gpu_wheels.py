@@ -17,11 +17,12 @@ PINS = {pin.name: pin for pin in read_requirements(ROOT / "constraints.txt")}
 REQUIRES = {
     "first": ["Torch>=2", "second<3", "other; python_version < '3.12'", "extra-1; extra == 'all'"],
     "second": [
-        "third.part>=1 ; sys_platform == 'linux' and python_version >= '3.12'", "first",
+        "third.part>=1 ; sys_platform == 'linux' and python_version >= '3.12'",
+        "first",
         "windows; sys_platform == 'win32'",
     ],
     "third-part": [],
-}  # fmt: skip
+}
 
 
 class Index:

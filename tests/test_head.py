@@ -78,7 +78,7 @@ def test_samples_are_reproducible_and_differ_by_step_rank_and_seed():
 
 @pytest.mark.parametrize(("classes", "size"), [(10, 3), (37, 9), (100, 50), (1000, 100)])
 def test_negatives_are_uniform(classes, size):
-    """Chi-squared over classes, and over neighbouring pairs of classes, with fixed seeds."""
+    """Chi-squared over classes, and over neighboring pairs of classes, with fixed seeds."""
     draws = 4000
     counts, pairs = torch.zeros(classes), torch.zeros(classes)
     for step in range(draws):
@@ -99,7 +99,8 @@ def test_negatives_are_uniform(classes, size):
     assert abs(spread - classes) < 6 * (2 * classes) ** 0.5
 
 
-def test_keys_differ_for_neighbouring_numbers():
-    keys = {hash_key(seed, rank, step) for seed in range(8) for rank in range(8)
-            for step in range(64)}  # fmt: skip
+def test_keys_differ_for_neighboring_numbers():
+    keys = {
+        hash_key(seed, rank, step) for seed in range(8) for rank in range(8) for step in range(64)
+    }
     assert len(keys) == 8 * 8 * 64

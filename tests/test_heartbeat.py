@@ -17,10 +17,10 @@ import torch.distributed as dist
 from training.heartbeat import (
     EXIT_RANK_LOST,
     Heartbeat,
-    Position,
+    RankStatus,
+    find_stragglers,
     heartbeat_store,
     is_collective_error,
-    who_is_lost,
 )
 
 CPU = torch.device("cpu")
@@ -71,8 +71,8 @@ def until(caplog: pytest.LogCaptureFixture, words: str) -> str:
     raise AssertionError(f"nothing logged with {words!r}: {caplog.messages}")
 
 
-def position(beat: int, marks: int, **rest: str) -> Position:
-    return Position(beat, marks, 7, "forward", 0.0, "b", "cpu", **rest)
+def position(beat: int, marks: int, **rest: str) -> RankStatus:
+    return RankStatus(beat, marks, 7, "forward", 0.0, "b", "cpu", **rest)
 
 
 def test_a_rank_is_lost_if_it_left_stopped_is_behind_or_never_spoke():
@@ -85,7 +85,7 @@ def test_a_rank_is_lost_if_it_left_stopped_is_behind_or_never_spoke():
         5: None,
         6: position(6, 40, missed="rank 9 did not arrive"),
     }
-    lost = who_is_lost(40, before, after)
+    lost = find_stragglers(40, before, after)
     assert lost == ([4], [3], [2], [5], ["rank 9 did not arrive"])
 
 
@@ -164,7 +164,7 @@ def test_one_rank_has_no_thread():
     beat = Heartbeat(0, 1, None, CPU, 0.01)
     beat.mark("forward", 1)
     assert threading.active_count() == before
-    assert beat.describe_lost(RuntimeError("out of memory\nmore")) == "out of memory"
+    assert beat.describe_stragglers(RuntimeError("out of memory\nmore")) == "out of memory"
     beat.close()
 
 
@@ -192,7 +192,7 @@ def test_after_a_failed_collective_the_dead_rank_is_named_and_not_the_slower_one
         here.mark(where, 120)
     time.sleep(0.2)
     dead.close()
-    message = here.describe_lost(CLOSED)
+    message = here.describe_stragglers(CLOSED)
     assert message.startswith("rank 1 (host ")
     assert "answers no more: last seen at step 120 (forward)" in message
     assert "rank 2" not in message
@@ -203,7 +203,7 @@ def test_a_rank_that_left_with_a_reason_is_quoted(group):
     left, here = group.join(1, 2), group.join(0, 2)
     left.mark("data", 4)
     left.close(ended="label 12 of record 7 is outside 0 .. 9")
-    message = here.describe_lost(CLOSED)
+    message = here.describe_stragglers(CLOSED)
     assert "left at step 4 (data) " in message
     assert ": label 12 of record 7 is outside 0 .. 9; the collective" in message
 
@@ -213,7 +213,7 @@ def test_after_a_timeout_with_all_alive_those_behind_are_named(group):
     slow.mark("data", 4)
     for where in ("data", "forward"):
         here.mark(where, 4)
-    message = here.describe_lost(RuntimeError("gloo: Timed out waiting 1800000ms for recv"))
+    message = here.describe_stragglers(RuntimeError("gloo: Timed out waiting 1800000ms for recv"))
     assert "did not arrive at step 4 (forward): last seen at step 4 (data)" in message
 
 
@@ -222,10 +222,10 @@ def test_who_only_followed_is_not_blamed(group):
     first, second, dead = (group.join(rank, 3) for rank in range(3))
     time.sleep(0.2)
     dead.close()
-    assert "rank 2 (host " in first.describe_lost(CLOSED)
+    assert "rank 2 (host " in first.describe_stragglers(CLOSED)
     time.sleep(0.2)  # its thread goes on for a while
     first.close()
-    message = second.describe_lost(CLOSED)
+    message = second.describe_stragglers(CLOSED)
     assert "rank 2 (host " in message
     assert "rank 0" not in message
 
@@ -234,7 +234,7 @@ def test_a_failed_collective_among_ranks_that_all_answer_points_at_the_network(g
     here, other = group.join(0, 2), group.join(1, 2)
     here.mark("forward", 8)
     other.mark("forward", 8)
-    message = here.describe_lost(CLOSED)
+    message = here.describe_stragglers(CLOSED)
     assert "failed at step 8 (forward), but every rank still answers" in message
     assert "NCCL_DEBUG=INFO" in message
 
@@ -250,12 +250,10 @@ def test_a_store_that_is_gone_points_at_its_holder_and_ends_nothing(
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
     client = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=5))
     ended = threading.Event()
-    beat = Heartbeat(
-        1, 2, client, CPU, 0.1, interval_s=0.02, end=lambda code: ended.set()
-    )  # fmt: skip
+    beat = Heartbeat(1, 2, client, CPU, 0.1, interval_s=0.02, end=lambda code: ended.set())
     del server
     until(caplog, "the store of the process group cannot be reached")
-    assert f"cannot be reached: {holder}" in beat.describe_lost(CLOSED)
+    assert f"cannot be reached: {holder}" in beat.describe_stragglers(CLOSED)
     time.sleep(0.3)
     beat.close()
     assert not ended.is_set()

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from data.sources import DataError
+from data.datasets import DataError
 from eval import identification
-from eval.identification import NOBODY, list_images, main, search, summarise
+from eval.identification import NOBODY, list_images, main, search, summarize
 from tests.models import OURS, write_pooling_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def test_every_rate_is_the_one_a_loop_counts(
         if len(np.unique(scores)) == len(scores):  # sklearn breaks ties its own way
             expected = average_precision_score(own, scores)
             assert found.average_precision[row] == pytest.approx(expected, abs=1e-9)
-    result = summarise(found, ranks=(1, 3), fpirs=(0.0, 0.2, 1.0))
+    result = summarize(found, ranks=(1, 3), fpirs=(0.0, 0.2, 1.0))
     if not ranks:
         assert math.isnan(result["rank_1"])
         return
@@ -73,7 +73,7 @@ def test_every_rate_is_the_one_a_loop_counts(
 
 def test_a_model_that_says_the_same_of_everybody_finds_nobody() -> None:
     ones = np.ones((4, 3))
-    result = summarise(search(ones, np.arange(4), ones, np.arange(4)))
+    result = summarize(search(ones, np.arange(4), ones, np.arange(4)))
     assert result["rank_1"] == 0.0  # an argmax would have called one of four right
 
 

@@ -38,9 +38,13 @@ def golden(shared_dir: Path) -> dict[str, np.ndarray]:
 
 def test_the_layout_is_read_and_counted(layout: IjbSet, golden: dict[str, np.ndarray]) -> None:
     assert layout.counts() == {
-        "images": 627, "templates": 240, "media": 345, "pairs": 20096, "same_pairs": 120,
+        "images": 627,
+        "templates": 240,
+        "media": 345,
+        "pairs": 20096,
+        "same_pairs": 120,
         "impostor_pairs": 19976,
-    }  # fmt: skip
+    }
     np.testing.assert_array_equal(layout.template_ids, golden["template_ids"])
     np.testing.assert_array_equal(layout.faceness, golden["faceness"])
 
@@ -81,9 +85,19 @@ def _made_up(
     ids, position = np.unique(templates, return_inverse=True)
     count = len(templates)
     return IjbSet(
-        "IJBC", [Path("x")] * count, ["x"] * count, np.zeros((count, 5, 2)), faceness, ids,
-        np.arange(count), position, media, pairs[:, 0], pairs[:, 1], np.zeros(len(pairs), bool),
-    )  # fmt: skip
+        "IJBC",
+        [Path("x")] * count,
+        ["x"] * count,
+        np.zeros((count, 5, 2)),
+        faceness,
+        ids,
+        np.arange(count),
+        position,
+        media,
+        pairs[:, 0],
+        pairs[:, 1],
+        np.zeros(len(pairs), bool),
+    )
 
 
 @settings(max_examples=40)
@@ -322,7 +336,7 @@ def test_galleries_are_searched_and_groups_reported(
     (meta / "ijbc_1N_gallery_G2.csv").write_text(header + "14,3,a\n")
     (meta / "ijbc_1N_probe_mixed.csv").write_text(header + "11,1,a\n13,2,b\n15,3,c\n")
     groups = tmp_path / "groups.csv"
-    groups.write_text("template,colour\n" + "".join(f"{t},{'rb'[t % 2]}\n" for t in range(10, 16)))
+    groups.write_text("template,color\n" + "".join(f"{t},{'rb'[t % 2]}\n" for t in range(10, 16)))
     out = tmp_path / "out"
     arguments = ["--model", str(model), "--root", str(tmp_path), "--target", "IJBC"]
     assert main([*arguments, "--groups", str(groups), "--out", str(out), "--no-flip"]) == 0
@@ -331,9 +345,11 @@ def test_galleries_are_searched_and_groups_reported(
     assert [found[k]["num_mated_probes"] for k in ("G1", "G2", "mean", "both")] == [2, 1, 3, 3]
     assert [found[k]["num_unmated_probes"] for k in ("G1", "G2", "mean", "both")] == [1, 2, 3, 0]
     assert found["both"]["tpir_at_fpir"][0]["tpir"] is None
-    assert {k: v["num_pairs"] for k, v in report["groups"]["colour"].items()} == {
-        "r": 3, "b": 3, "b / r": 9,
-    }  # fmt: skip
+    assert {k: v["num_pairs"] for k, v in report["groups"]["color"].items()} == {
+        "r": 3,
+        "b": 3,
+        "b / r": 9,
+    }
     assert "N1 D1 F0" in capsys.readouterr().out
     for text, words in [
         ("10,1\n10,2\n", "line 3: template 10 is of two subjects"),
@@ -353,8 +369,11 @@ def _scores_on_a_rank(rank: int, world_size: int, root: str) -> list[float]:
     features = embed_images(
         lambda images: images.float().mean((2,)).flatten(1),
         AlignedImages(one.paths, one.landmarks, 112, one.places),
-        sum_flip=True, rank=rank, world_size=world_size, batch_size=5,
-    )  # fmt: skip
+        sum_flip=True,
+        rank=rank,
+        world_size=world_size,
+        batch_size=5,
+    )
     templates = template_features(features, one)
     return pair_scores(templates, one.pair_first, one.pair_second).tolist()
 

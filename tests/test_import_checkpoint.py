@@ -47,10 +47,11 @@ def write_published(checkpoint: Path, folder: Path, world_size: int, optimizer: 
             if f"optimizer/{KEYS[optimizer][0]}/{name}" in state
         }
         numbered[len(names)] = {
-            key: torch.tensor(float(state["head/weight/step"][0])) if key == "step"
+            key: torch.tensor(float(state["head/weight/step"][0]))
+            if key == "step"
             else state[f"head/weight/{key}"][mine].clone()
             for key in KEYS[optimizer]
-        }  # fmt: skip
+        }
         content = {
             "epoch": 1,
             "global_step": STEPS_PER_EPOCH,
@@ -137,7 +138,7 @@ def test_batch_norm_goes_on_from_the_mean_of_the_ranks(
     assert 3.0 not in state["ranks/batch_norm"]
 
 
-def test_older_files_give_centres_and_momentum_and_want_the_epoch(
+def test_older_files_give_centers_and_momentum_and_want_the_epoch(
     tmp_path: Path, published: dict[str, Any]
 ) -> None:
     folder, changes, _ = published["sgd"]
@@ -146,15 +147,15 @@ def test_older_files_give_centres_and_momentum_and_want_the_epoch(
     old.mkdir()
     torch.save(run.backbone[0], old / "backbone.pth")
     for rank in range(2):
-        torch.save(run.centres[rank].clone(), old / f"rank_{rank}_softmax_weight.pt")
-        momentum = run.centre_state[rank]["momentum_buffer"].clone()
+        torch.save(run.centers[rank].clone(), old / f"rank_{rank}_softmax_weight.pt")
+        momentum = run.center_state[rank]["momentum_buffer"].clone()
         torch.save(momentum, old / f"rank_{rank}_softmax_weight_mom.pt")
     cfg = config(tmp_path / "run", **changes)
     with pytest.raises(WeightsError, match="give --epoch"):
         import_checkpoint(old, cfg)
     state = whole_state(import_checkpoint(old, cfg, epoch=1))
-    assert torch.equal(state["head/weight"], torch.cat(run.centres))
-    momentum = torch.cat([each["momentum_buffer"] for each in run.centre_state])
+    assert torch.equal(state["head/weight"], torch.cat(run.centers))
+    momentum = torch.cat([each["momentum_buffer"] for each in run.center_state])
     assert torch.equal(state["head/weight/momentum_buffer"], momentum)
 
 

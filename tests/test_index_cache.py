@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from data import cache
 from data.cache import Cached, open_or_build, stamp_of
+from data.datasets import RecordDataset
 from data.index import open_index
 from data.recordio import RecordError, RecordReader, RecordWriter, pack_range, pack_record
-from data.sources import RecordSource
 
 
 @pytest.fixture(autouse=True)
 def always_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small sets are cached too, and nobody's own cache folder is touched."""
     monkeypatch.setattr("data.index.CACHE_FROM_BYTES", 0)
-    monkeypatch.setattr("data.sources._KEEP_LABELS_FROM", 0)
+    monkeypatch.setattr("data.datasets._KEEP_LABELS_FROM", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
@@ -43,7 +43,7 @@ def no_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.index.read_index", fail)
 
 
-def contents(source: RecordSource) -> list[tuple[bytes, int]]:
+def contents(source: RecordDataset) -> list[tuple[bytes, int]]:
     return [(bytes(e), label) for e, label in map(source.read_encoded, range(len(source)))]
 
 
@@ -51,12 +51,12 @@ def test_the_second_opening_parses_nothing_and_reads_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_set(tmp_path / "set", 50)
-    first = RecordSource(root)
+    first = RecordDataset(root)
     assert (root / "train.idx.cache").is_file()
     labels = first.labels()
     assert (root / "train.rec.labels.cache").is_file()
     no_parsing(monkeypatch)
-    again = RecordSource(root)
+    again = RecordDataset(root)
     assert contents(again) == contents(first)
     assert np.array_equal(again.labels(), labels)
     assert again.keys.tolist() == list(range(50))
@@ -65,12 +65,12 @@ def test_the_second_opening_parses_nothing_and_reads_the_same(
 
 def test_consecutive_keys_are_not_stored_and_others_are(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", 500, first_key=7)
-    source = RecordSource(root)
+    source = RecordDataset(root)
     assert (root / "train.idx.cache").stat().st_size == 4096 + 8 * 501
     assert source.keys.tolist() == list(range(7, 507))
     lines = (root / "train.idx").read_text().splitlines()
     (root / "train.idx").write_text("\n".join([*lines[:100], *lines[101:]]) + "\n")
-    shorter = RecordSource(root)
+    shorter = RecordDataset(root)
     assert (root / "train.idx.cache").stat().st_size == 4096 + 8 * 500 + 8 * 499
     assert shorter.keys.tolist() == [*range(7, 107), *range(108, 507)]
     assert shorter.find("108") == 100
@@ -79,15 +79,15 @@ def test_consecutive_keys_are_not_stored_and_others_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changed", ["train.rec", "train.idx"])
 def test_a_changed_file_makes_the_cache_anew(tmp_path: Path, changed: str) -> None:
     root = write_set(tmp_path / "set", 20)
-    RecordSource(root)
+    RecordDataset(root)
     before = (root / "train.idx.cache").stat().st_ino
     write_set(root, 25)
-    assert len(RecordSource(root)) == 25
+    assert len(RecordDataset(root)) == 25
     assert (root / "train.idx.cache").stat().st_ino != before
     stat = (root / changed).stat()
     os.utime(root / changed, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     before = (root / "train.idx.cache").stat().st_ino
-    RecordSource(root)
+    RecordDataset(root)
     assert (root / "train.idx.cache").stat().st_ino != before
 
 
@@ -108,11 +108,11 @@ def test_read_only_records_are_cached_in_the_users_folder(
 ) -> None:
     root = write_set(tmp_path / "set", 30)
     refuse_below(monkeypatch, root)
-    first = contents(RecordSource(root))
+    first = contents(RecordDataset(root))
     assert len(list((tmp_path / "user" / "arcshard").iterdir())) == 2  # index and labels
     assert not (root / "train.idx.cache").exists()
     no_parsing(monkeypatch)
-    assert contents(RecordSource(root)) == first
+    assert contents(RecordDataset(root)) == first
 
 
 def test_where_nothing_can_be_written_the_index_is_kept_in_memory(
@@ -120,7 +120,7 @@ def test_where_nothing_can_be_written_the_index_is_kept_in_memory(
 ) -> None:
     root = write_set(tmp_path / "set", 30)
     refuse_below(monkeypatch, root, tmp_path / "user")
-    source = RecordSource(root)
+    source = RecordDataset(root)
     assert len(contents(source)) == 30
     assert not list(tmp_path.rglob("*.cache"))
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)  # a worker's copy
@@ -128,7 +128,7 @@ def test_where_nothing_can_be_written_the_index_is_kept_in_memory(
 
 def test_a_source_is_pickled_by_path_not_by_content(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", 3000)
-    source = RecordSource(root)
+    source = RecordDataset(root)
     text = pickle.dumps(source)
     assert len(text) < 2000
     assert contents(pickle.loads(text))[2999] == (b"image 2999", 2999 % 7)
@@ -140,7 +140,7 @@ def test_a_damaged_cache_is_made_anew_or_named(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = write_set(tmp_path_factory.mktemp("set"), 30)
-    sound = contents(RecordSource(root))
+    sound = contents(RecordDataset(root))
     path = root / "train.idx.cache"
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
@@ -149,7 +149,7 @@ def test_a_damaged_cache_is_made_anew_or_named(
     else:
         content = content[: data.draw(st.integers(0, len(content) - 1))]
     path.write_bytes(content)
-    source = RecordSource(root)
+    source = RecordDataset(root)
     assert len(source) == 30
     for i in range(30):
         message = f"key {i}"
@@ -169,7 +169,7 @@ def test_insightface_sets_leave_their_header_records_out_of_the_cache(tmp_path: 
             writer.write(key, pack_record(b"image %d" % key, 0, key))
         writer.write(6, pack_range(1, 6, 6))
     for _ in range(2):
-        source = RecordSource(tmp_path)
+        source = RecordDataset(tmp_path)
         assert [bytes(source.read_encoded(i)[0]) for i in range(5)] == [
             b"image %d" % key for key in range(1, 6)
         ]
@@ -202,7 +202,7 @@ def test_an_index_that_stops_before_the_records_do_is_announced(
     root = write_set(tmp_path / "set", 20)
     text = (root / "train.idx").read_text().splitlines()
     (root / "train.idx").write_text("\n".join(text[:15]) + "\n")
-    assert len(RecordSource(root)) == 15
+    assert len(RecordDataset(root)) == 15
     assert "ends with key 14, but train.rec goes on for" in caplog.text
 
 
@@ -211,10 +211,10 @@ def test_two_keys_with_one_offset_are_refused(tmp_path: Path) -> None:
     lines = (root / "train.idx").read_text().splitlines()
     (root / "train.idx").write_text(f"{lines[0]}\n1\t0\n{lines[2]}\n")
     with pytest.raises(RecordError, match="line 2: byte offset 0 appears a second time"):
-        RecordSource(root)
+        RecordDataset(root)
 
 
-def test_labels_are_read_vectorised_and_checked(tmp_path: Path) -> None:
+def test_labels_are_read_vectorized_and_checked(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "train.rec", tmp_path / "train.idx") as writer:
         expected = []
         for key in range(40):
@@ -223,7 +223,7 @@ def test_labels_are_read_vectorised_and_checked(tmp_path: Path) -> None:
             magic = int.from_bytes(b"\x0a\x23\xd7\xce", "little") if key % 6 == 0 else key
             writer.write(key, pack_record(b"x", (label, 1.5) if vector else label, magic))
             expected.append(label)
-    source = RecordSource(tmp_path)
+    source = RecordDataset(tmp_path)
     assert source.labels().tolist() == expected
     assert source.num_classes == max(expected) + 1
     reader = RecordReader(tmp_path / "train.rec")

@@ -1,4 +1,4 @@
-"""init_head: kept identities keep their centres and state bit for bit, new ones start at the mean
+"""init_head: kept identities keep their centers and state bit for bit, new ones start at the mean
 embedding of their images, whatever the order of the classes and the number of ranks."""
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from backbones.weights import load_model
 from benchmarks.bench_faults import whole_state
 from configs.base import Config
 from data.class_names import class_names, label_map_text, read_label_map
-from data.sources import DataError
+from data.datasets import DataError
 from data.tools.record_writer import RecordSetWriter
-from dataset import open_sources
+from dataset import open_datasets
 from scripts.hold_out import hold_out
 from tests.conftest import RankFailure, Ranks
 from tests.test_resume import TINY, whole_run
 from train_v2 import main
 from training.checkpoint import class_centers
-from training.checkpoint.checkpointer import FOLDER, CheckpointError, named
+from training.checkpoint.checkpointer import FOLDER, CheckpointError, list_checkpoints
 from training.checkpoint.class_centers import match_names
-from training.init_head import SUB_CENTRE_TILT
+from training.init_head import SUB_CENTER_TILT
 
 OLD = ("bea", "carl", "dora", "emil", "gina", "hugo", "ines")
 NEW = ("anna", "carl", "dora", "fritz", "gina", "ines", "zoe")
@@ -73,18 +73,23 @@ def old(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved_rows(run: Path) -> dict[str, Tensor]:
-    state = whole_state(named(run / FOLDER)[-1])
+    state = whole_state(list_checkpoints(run / FOLDER)[-1])
     return {name: value for name, value in state.items() if name.startswith("head/")}
 
 
 def fresh_heads(
     ranks: Ranks, world_size: int, old: Path, folder: Path, data: Path, **changes: Any
 ) -> list[Tensor]:
-    """Centres and their state right at the start, joined over the ranks."""
+    """Centers and their state right at the start, joined over the ranks."""
     settings = {
-        **FACES, "max_steps": 0, "rec": str(data), "init_head": str(old), "init_backbone": str(old),
-        "keep_checkpoints": 0, **changes,
-    }  # fmt: skip
+        **FACES,
+        "max_steps": 0,
+        "rec": str(data),
+        "init_head": str(old),
+        "init_backbone": str(old),
+        "keep_checkpoints": 0,
+        **changes,
+    }
     heads = [one["head"] for one in ranks.run(world_size, whole_run, str(folder), settings)]
     return [torch.cat(parts) for parts in zip(*heads, strict=True)]
 
@@ -100,22 +105,22 @@ def mean_embedding(run: Path, folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_kept_identities_keep_centres_and_state_and_new_ones_start_at_their_mean(
+def test_kept_identities_keep_centers_and_state_and_new_ones_start_at_their_mean(
     ranks: Ranks, old: Path, tmp_path: Path, world_size: int
 ) -> None:
     data = write_faces(tmp_path / "data", NEW)
-    centres, momentum = fresh_heads(ranks, world_size, old, tmp_path / "run", data)
+    centers, momentum = fresh_heads(ranks, world_size, old, tmp_path / "run", data)
     there = saved_rows(old)
     assert there["head/weight/momentum_buffer"].abs().min() > 0
     for name in KEPT:
-        assert torch.equal(centres[NEW.index(name)], there["head/weight"][OLD.index(name)])
+        assert torch.equal(centers[NEW.index(name)], there["head/weight"][OLD.index(name)])
         assert torch.equal(
             momentum[NEW.index(name)], there["head/weight/momentum_buffer"][OLD.index(name)]
         )
     length = there["head/weight"][[OLD.index(name) for name in KEPT]].norm(dim=1).mean()
     for name in sorted({*NEW} - {*KEPT}):
         expected = mean_embedding(old, data / name) * length
-        torch.testing.assert_close(centres[NEW.index(name)], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(centers[NEW.index(name)], expected, rtol=0, atol=1e-6)
         assert not momentum[NEW.index(name)].any()
 
 
@@ -125,13 +130,13 @@ def test_the_order_of_the_classes_does_not_matter_and_padding_stays_random(
     names = ("zoe", "ines", "carl", "anna")
     data = write_records(tmp_path / "data", names)
     changes = {"num_classes": 6, "optimizer": "sgd"}
-    centres, _ = fresh_heads(ranks, 2, old, tmp_path / "run", data, **changes)
+    centers, _ = fresh_heads(ranks, 2, old, tmp_path / "run", data, **changes)
     there = saved_rows(old)["head/weight"]
-    assert torch.equal(centres[1], there[OLD.index("ines")])
-    assert torch.equal(centres[2], there[OLD.index("carl")])
+    assert torch.equal(centers[1], there[OLD.index("ines")])
+    assert torch.equal(centers[2], there[OLD.index("carl")])
     random = {**changes, "init_head": None}
     untouched, _ = fresh_heads(ranks, 2, old, tmp_path / "random", data, **random)
-    assert torch.equal(centres[4:], untouched[4:])
+    assert torch.equal(centers[4:], untouched[4:])
     assert read_label_map(tmp_path / "run") == list(names)
 
 
@@ -141,19 +146,23 @@ def test_a_list_of_sets_is_matched_by_its_joined_order(
     first, second = ("hugo", "new1"), ("bea", "ines", "new2")
     sets = [write_records(tmp_path / "a", first), write_faces(tmp_path / "b", second)]
     changes = {"rec": [str(path) for path in sets]}
-    centres, _ = fresh_heads(ranks, 1, old, tmp_path / "run", sets[0], **changes)
+    centers, _ = fresh_heads(ranks, 1, old, tmp_path / "run", sets[0], **changes)
     assert read_label_map(tmp_path / "run") == [*first, *second]
     for label, name in ((0, "hugo"), (2, "bea"), (3, "ines")):
-        assert torch.equal(centres[label], saved_rows(old)["head/weight"][OLD.index(name)])
+        assert torch.equal(centers[label], saved_rows(old)["head/weight"][OLD.index(name)])
 
 
-def test_adamw_sub_centres_and_step_counts_are_kept_row_by_row(
+def test_adamw_sub_centers_and_step_counts_are_kept_row_by_row(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     changes = {
-        **FACES, "optimizer": "adamw", "lr": 1e-3, "sub_centres": 2, "sample_rate": 0.5,
+        **FACES,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "sub_centers": 2,
+        "sample_rate": 0.5,
         "head_state_dtype": "bf16",
-    }  # fmt: skip
+    }
     data = {"rec": str(write_faces(tmp_path / "old_data", OLD))}
     ranks.run(3, whole_run, str(tmp_path / "old"), {**changes, **data})
     faces = write_faces(tmp_path / "data", NEW)
@@ -171,22 +180,28 @@ def test_adamw_sub_centres_and_step_counts_are_kept_row_by_row(
     one, two = normalize(parts[0][:2])
     assert mean @ one > 0.99
     assert mean @ two > 0.99
-    assert 0 < torch.acos(one @ two) < 2 * SUB_CENTRE_TILT  # or they would stay the same for ever
+    assert 0 < torch.acos(one @ two) < 2 * SUB_CENTER_TILT  # or they would stay the same for ever
 
 
-def test_another_optimizer_takes_the_centres_and_says_that_state_starts_at_zero(
+def test_another_optimizer_takes_the_centers_and_says_that_state_starts_at_zero(
     old: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, one_thread: None
 ) -> None:
     data = write_faces(tmp_path / "data", NEW)
     with caplog.at_level(logging.INFO):
-        run = whole_run(0, 1, str(tmp_path / "run"), {
-            **FACES, "max_steps": 0, "rec": str(data), "optimizer": "adamw",
-            "init_head": str(named(old / FOLDER)[-1]),
-        })  # fmt: skip
+        run = whole_run(
+            0,
+            1,
+            str(tmp_path / "run"),
+            {
+                **FACES,
+                "max_steps": 0,
+                "rec": str(data),
+                "optimizer": "adamw",
+                "init_head": str(list_checkpoints(old / FOLDER)[-1]),
+            },
+        )
     weight, *state = run["head"]
-    assert torch.equal(
-        weight[NEW.index("carl")], saved_rows(old)["head/weight"][OLD.index("carl")]
-    )
+    assert torch.equal(weight[NEW.index("carl")], saved_rows(old)["head/weight"][OLD.index("carl")])
     assert not any(part.any() for part in state)
     assert "their optimizer state starts at zero" in caplog.text
     assert "without init_backbone" in caplog.text
@@ -206,11 +221,14 @@ def test_rows_are_read_in_bounded_pieces_and_those_nobody_wants_are_not(
     monkeypatch.setattr(class_centers, "BLOCK_BYTES", 3 * 16 * 4)  # three rows
     monkeypatch.setattr(class_centers.sharded_io, "read", spy)
     settings = {
-        **FACES, "max_steps": 0, "rec": str(write_faces(tmp_path / "data", NEW)),
-        "init_head": str(old), "init_backbone": str(old),
-    }  # fmt: skip
+        **FACES,
+        "max_steps": 0,
+        "rec": str(write_faces(tmp_path / "data", NEW)),
+        "init_head": str(old),
+        "init_backbone": str(old),
+    }
     weight, momentum = whole_run(0, 1, str(tmp_path / "run"), settings)["head"]
-    # carl and dora are rows 1, 2; gina row 4; ines row 6: three blocks, centres and momentum
+    # carl and dora are rows 1, 2; gina row 4; ines row 6: three blocks, centers and momentum
     assert sizes == [2, 2, 1, 1, 1, 1]
     there = saved_rows(old)
     for name in KEPT:
@@ -222,29 +240,37 @@ def test_rows_are_read_in_bounded_pieces_and_those_nobody_wants_are_not(
 
 def test_a_resumed_run_keeps_what_it_has_learnt(ranks: Ranks, old: Path, tmp_path: Path) -> None:
     changes = {
-        **FACES, "rec": str(write_faces(tmp_path / "data", NEW)), "init_head": str(old),
+        **FACES,
+        "rec": str(write_faces(tmp_path / "data", NEW)),
+        "init_head": str(old),
         "init_backbone": str(old),
-    }  # fmt: skip
+    }
     (first,) = ranks.run(1, whole_run, str(tmp_path / "run"), changes)
     (again,) = ranks.run(1, whole_run, str(tmp_path / "run"), {**changes, "resume": "auto"})
     assert torch.equal(again["head"][0], first["head"][0])
 
 
-def test_plain_classification_by_classes_is_taken_over_too(
-    ranks: Ranks, tmp_path: Path
-) -> None:
+def test_plain_classification_by_classes_is_taken_over_too(ranks: Ranks, tmp_path: Path) -> None:
     changes = {
-        **FACES, "task": "classification", "loss": "softmax", "network": "resnet_nano",
-        "embedding_size": 128, "batch_size": 4, "verbose": 0,
-    }  # fmt: skip
+        **FACES,
+        "task": "classification",
+        "loss": "softmax",
+        "network": "resnet_nano",
+        "embedding_size": 128,
+        "batch_size": 4,
+        "verbose": 0,
+    }
     for name, classes in (("old", OLD), ("new", NEW)):
         hold_out(write_faces(tmp_path / f"{name}_faces", classes), tmp_path / name, every=5)
     old = {**changes, "rec": str(tmp_path / "old")}
     ranks.run(2, whole_run, str(tmp_path / "old_run"), old)
     new = {
-        **changes, "rec": str(tmp_path / "new"), "init_head": str(tmp_path / "old_run"),
-        "max_steps": 0, "keep_checkpoints": 0,
-    }  # fmt: skip
+        **changes,
+        "rec": str(tmp_path / "new"),
+        "init_head": str(tmp_path / "old_run"),
+        "max_steps": 0,
+        "keep_checkpoints": 0,
+    }
     heads = [one["head"] for one in ranks.run(2, whole_run, str(tmp_path / "run"), new)]
     parts = [torch.cat(each) for each in zip(*heads, strict=True)]
     there = saved_rows(tmp_path / "old_run")
@@ -258,22 +284,23 @@ def test_plain_classification_by_classes_is_taken_over_too(
     ]
 
 
-def test_a_class_without_images_keeps_its_random_centre(
+def test_a_class_without_images_keeps_its_random_center(
     old: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, one_thread: None
 ) -> None:
     data = write_faces(tmp_path / "data", NEW)
     (tmp_path / "without").write_text("class zoe\nclass carl\n")
     settings = {
-        **FACES, "max_steps": 0, "rec": str(data), "init_backbone": str(old),
+        **FACES,
+        "max_steps": 0,
+        "rec": str(data),
+        "init_backbone": str(old),
         "exclude": str(tmp_path / "without"),
-    }  # fmt: skip
+    }
     random = whole_run(0, 1, str(tmp_path / "random"), settings)["head"][0]
     filled = whole_run(0, 1, str(tmp_path / "run"), {**settings, "init_head": str(old)})["head"][0]
     assert torch.equal(filled[NEW.index("zoe")], random[NEW.index("zoe")])
     assert not torch.equal(filled[NEW.index("anna")], random[NEW.index("anna")])
-    assert torch.equal(
-        filled[NEW.index("carl")], saved_rows(old)["head/weight"][OLD.index("carl")]
-    )
+    assert torch.equal(filled[NEW.index("carl")], saved_rows(old)["head/weight"][OLD.index("carl")])
     assert "1 new classes have no image" in caplog.text
 
 
@@ -281,9 +308,12 @@ def broken(how: str, old: Path, folder: Path) -> dict[str, Any]:
     """A copy of the old run with something missing, and the settings of a new one."""
     run = shutil.copytree(old, folder / "old")
     changes = {
-        **FACES, "max_steps": 0, "rec": str(folder / "data"), "init_head": str(run),
+        **FACES,
+        "max_steps": 0,
+        "rec": str(folder / "data"),
+        "init_head": str(run),
         "init_backbone": str(old),
-    }  # fmt: skip
+    }
     names: tuple[str, ...] = NEW
     if how == "no checkpoint":
         shutil.rmtree(run / FOLDER)
@@ -291,8 +321,8 @@ def broken(how: str, old: Path, folder: Path) -> dict[str, Any]:
         names = ("x", "y", "w")
     elif how == "another width":
         changes |= {"embedding_size": 8, "init_backbone": None}
-    elif how == "other sub-centres":
-        changes["sub_centres"] = 3
+    elif how == "other sub-centers":
+        changes["sub_centers"] = 3
     elif how == "no names here":
         changes |= {"rec": "synthetic", "num_classes": 5, "num_image": 60}
     elif how == "a name twice":
@@ -311,8 +341,8 @@ def broken(how: str, old: Path, folder: Path) -> dict[str, Any]:
     [
         ("no checkpoint", CheckpointError, r"no usable checkpoint.*model\.pt alone"),
         ("nothing matches", Exception, "no class of this run is one of that run.*'x'.*'bea'"),
-        ("another width", Exception, "embedding_size=16, sub_centres=1; this run has .*=8"),
-        ("other sub-centres", Exception, "sub_centres=1; this run.*sub_centres=3"),
+        ("another width", Exception, "embedding_size=16, sub_centers=1; this run has .*=8"),
+        ("other sub-centers", Exception, "sub_centers=1; this run.*sub_centers=3"),
         ("no names here", DataError, r"training set names none.*label_map\.txt"),
         ("a name twice", DataError, "'carl' stands for classes 0 and 1"),
         ("too many names", CheckpointError, "has 7 classes, and its label map names 8"),
@@ -337,9 +367,12 @@ def test_without_a_label_map_the_old_set_is_asked_if_it_is_still_the_same(
     run = shutil.copytree(old, tmp_path / "old")
     (run / "label_map.txt").unlink()
     settings = {
-        **FACES, "max_steps": 0, "rec": str(write_faces(tmp_path / "data", NEW)),
-        "init_head": str(run), "init_backbone": str(old),
-    }  # fmt: skip
+        **FACES,
+        "max_steps": 0,
+        "rec": str(write_faces(tmp_path / "data", NEW)),
+        "init_head": str(run),
+        "init_backbone": str(old),
+    }
     weight = whole_run(0, 1, str(tmp_path / "run"), settings)["head"][0]
     expected = saved_rows(old)["head/weight"][OLD.index("gina")]
     assert torch.equal(weight[NEW.index("gina")], expected)
@@ -363,8 +396,12 @@ def test_an_image_that_one_rank_cannot_read_stops_all_of_them(
     data = write_faces(tmp_path / "data", NEW)
     (data / "zoe" / "3.png").write_bytes(b"no image")
     changes = {
-        **FACES, "max_steps": 0, "rec": str(data), "init_head": str(old), "init_backbone": str(old)
-    }  # fmt: skip
+        **FACES,
+        "max_steps": 0,
+        "rec": str(data),
+        "init_head": str(old),
+        "init_backbone": str(old),
+    }
     with pytest.raises(RankFailure) as failure:
         ranks.run(2, spoilt_images, str(tmp_path / "run"), changes)
     assert len(failure.value.errors) == 2
@@ -425,13 +462,13 @@ def test_a_map_of_more_classes_than_the_set_has_is_refused(tmp_path: Path) -> No
     data = write_records(tmp_path / "data", ("a", "b"))
     (data / "label_map.txt").write_text("0\ta\n1\tb\n2\tc\n")
     with pytest.raises(DataError, match="names 3 classes, but the set has 2"):
-        class_names(open_sources([data], 32))
+        class_names(open_datasets([data], 32))
 
 
 def test_a_run_whose_folders_have_impossible_names_goes_on_without_a_map(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = open_sources([write_faces(tmp_path / "data", ("two\nlines", "c"))], 32)
+    source = open_datasets([write_faces(tmp_path / "data", ("two\nlines", "c"))], 32)
     class_centers.remember_class_names(source, tmp_path)
     assert "will not know the names of its classes" in caplog.text
     assert not (tmp_path / "label_map.txt").exists()

@@ -23,8 +23,11 @@ def run(script: str, *words: str, **environment: str) -> subprocess.CompletedPro
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NNODES"))}
     return subprocess.run(
         ["bash", str(LAUNCH / script), *words],
-        env=inherited | environment, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def executable(path: Path, text: str) -> str:
@@ -73,30 +76,43 @@ def test_a_script_can_be_run_and_explains_itself(path):
         ("run.sh", {}, ["--standalone", "--nproc-per-node=3", "--max-restarts=0"]),
         ("run.sh", {"MAX_RESTARTS": "4"}, ["--max-restarts=4"]),
         (
-            "dist.sh", {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host0"},
+            "dist.sh",
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host0"},
             ["--nnodes=2", "--node-rank=1", "--master-addr=host0", "--master-port=29500"],
         ),
         (
-            "elastic.sh", {"NNODES": "2:4", "RDZV": "host0:29400", "RUN_ID": "seven"},
-            ["--nnodes=2:4", "--rdzv-backend=c10d", "--rdzv-endpoint=host0:29400",
-             "--rdzv-id=seven", "--max-restarts=10"],
+            "elastic.sh",
+            {"NNODES": "2:4", "RDZV": "host0:29400", "RUN_ID": "seven"},
+            [
+                "--nnodes=2:4",
+                "--rdzv-backend=c10d",
+                "--rdzv-endpoint=host0:29400",
+                "--rdzv-id=seven",
+                "--max-restarts=10",
+            ],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_script_calls_torchrun_so_that_signals_and_restarts_work(
     echo, script, environment, expected, timeout
 ):
     result = run(
-        script, "configs/a", "b=1 2", PYTHON=echo, NPROC="3",
-        HELP=f"  {timeout} SECONDS" if timeout else "", **environment,
-    )  # fmt: skip
+        script,
+        "configs/a",
+        "b=1 2",
+        PYTHON=echo,
+        NPROC="3",
+        HELP=f"  {timeout} SECONDS" if timeout else "",
+        **environment,
+    )
     words = result.stdout.splitlines()
     assert result.returncode == 0, result.stderr
     assert [word for word in words if "timeout" in word] == ([f"{timeout}=60"] if timeout else [])
     for word in (
-        *expected, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
+        *expected,
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-    ):  # fmt: skip
+    ):
         assert word in words
     place = words.index(str(LAUNCH.parent.parent / "train_v2.py"))
     assert words[place + 1 : place + 3] == ["configs/a", "b=1 2"]
@@ -145,13 +161,18 @@ def test_a_lost_rank_restarts_the_group_and_sigusr1_reaches_every_worker(tmp_pat
     shutil.copytree(LAUNCH, launch)
     (tmp_path / "train_v2.py").write_text(WORKER)
     environment = os.environ | {
-        "PYTHON": sys.executable, "NPROC": "2", "MAX_RESTARTS": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "PYTHON": sys.executable,
+        "NPROC": "2",
+        "MAX_RESTARTS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             ["bash", str(launch / "run.sh"), str(tmp_path)],
-            env=environment, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         try:
             deadline = time.monotonic() + 60
             sums = [tmp_path / f"sum{rank}" for rank in range(2)]
@@ -186,13 +207,18 @@ def slurm_job(tmp_path: Path, srun: str, signal_to_send: int | None) -> tuple[in
     )
     process = subprocess.Popen(
         ["bash", str(LAUNCH / "slurm.sh"), "configs/a", "b=1"],
-        env=os.environ | {
-            "PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "12345",
-            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "host[7-8]",
-            "SLURM_SUBMIT_DIR": str(LAUNCH.parent.parent), "SLURM_RESTART_COUNT": "3",
+        env=os.environ
+        | {
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "12345",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "host[7-8]",
+            "SLURM_SUBMIT_DIR": str(LAUNCH.parent.parent),
+            "SLURM_RESTART_COUNT": "3",
         },
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         if signal_to_send is not None:
             deadline = time.monotonic() + 20

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.concat import ExcludingSource, JoinedSource
+from data.concat import ConcatDataset, Subset
+from data.datasets import DataError, ImageDataset, RecordDataset
 from data.device import prefetch_to_device
 from data.recordio import RecordWriter, pack_record
-from data.sources import DataError, ImageSource, RecordSource
 from dataset import DATA_ERRORS, Batch, DataLoader
 from tests.test_dataset import (
     NUM_IMAGES,
@@ -69,8 +69,10 @@ def test_ranks_have_equal_counts_and_no_image_comes_twice_in_an_epoch(
         assert len(seen) == NUM_IMAGES - dropped
 
 
-@pytest.mark.parametrize("options", [{"shuffle_block": 5}, {"samples_per_class": 2},
-                                     {"weights": [1.0]}, {"augment": ["adaface"]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"shuffle_block": 5}, {"samples_per_class": 2}, {"weights": [1.0]}, {"augment": ["adaface"]}],
+)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_global_batches_of_every_order_do_not_depend_on_ranks_or_workers(
     records: Path, options: dict, world_size: int
@@ -110,9 +112,7 @@ def test_an_error_in_a_worker_process_arrives_in_its_place(tmp_path: Path) -> No
     images = [(jpeg(i), 0.0) for i in range(20)]
     images[9] = (b"no image", 0.0)
     root = write_set(tmp_path, images)
-    error, seen = collect_error(
-        loader(root, num_workers=2, worker_type="processes", shuffle=False)
-    )
+    error, seen = collect_error(loader(root, num_workers=2, worker_type="processes", shuffle=False))
     assert str(error).startswith(f"{root}/train.rec: record with key 9 at byte")
     assert seen == 2
 
@@ -128,11 +128,14 @@ def test_a_bad_record_anywhere_stops_within_seconds_or_is_skipped(
     images = [(jpeg(i), float(i % 3)) for i in range(48)]
     if how != "framing":
         encoded, label = images[at]
-        images[at] = {"image": (encoded[:150], label), "label": (encoded, 3.0),
-                      "size": (jpeg(0, 32), label)}[how]  # fmt: skip
+        images[at] = {
+            "image": (encoded[:150], label),
+            "label": (encoded, 3.0),
+            "size": (jpeg(0, 32), label),
+        }[how]
     root = write_set(tmp_path, images, "3,24,24\n")
     if how == "framing":
-        offset = int(RecordSource(root, input_size=SIZE).offsets[at])
+        offset = int(RecordDataset(root, input_size=SIZE).offsets[at])
         with open(root / "train.rec", "r+b") as file:
             file.seek(offset)
             file.write(b"bad!")
@@ -142,8 +145,7 @@ def test_a_bad_record_anywhere_stops_within_seconds_or_is_skipped(
     assert time.perf_counter() - begin < 10
 
     ranks = [
-        loader(root, 4, rank=r, world_size=2, num_workers=2, on_bad_record="skip")
-        for r in range(2)
+        loader(root, 4, rank=r, world_size=2, num_workers=2, on_bad_record="skip") for r in range(2)
     ]
     for epoch in range(2):
         for each in ranks:
@@ -272,20 +274,20 @@ def test_a_wrong_exclusion_list_is_named_by_line(
 def test_joined_and_excluding_sources_read_ahead_what_they_own(records: Path) -> None:
     asked: list[tuple[int, int]] = []
 
-    class Asked(RecordSource):
+    class Asked(RecordDataset):
         def will_need(self, begin: int, end: int) -> None:
             asked.append((begin, end))
             super().will_need(begin, end)
 
     a, b = Asked(records, input_size=SIZE), Asked(records, input_size=SIZE)
-    JoinedSource([a, b]).will_need(40, 50)
+    ConcatDataset([a, b]).will_need(40, 50)
     assert asked == [(40, 45), (0, 5)]
 
 
 def test_a_block_wise_epoch_asks_for_every_image_ahead(records: Path) -> None:
     asked: set[int] = set()
 
-    class Asked(RecordSource):
+    class Asked(RecordDataset):
         def will_need(self, begin: int, end: int) -> None:
             asked.update(range(begin, end))
 
@@ -391,14 +393,26 @@ def test_prefetching_copies_one_ahead_and_delivers_before_it_fails(
         log.append(f"use {number}")
     with pytest.raises(DataError, match="the fourth"):
         next(passing)
-    assert log == ["copy 0", "wait", "record", "copy 1", "use 0", "wait", "record", "copy 2",
-                   "use 1", "wait", "record", "use 2"]  # fmt: skip
+    assert log == [
+        "copy 0",
+        "wait",
+        "record",
+        "copy 1",
+        "use 0",
+        "wait",
+        "record",
+        "copy 2",
+        "use 1",
+        "wait",
+        "record",
+        "use 2",
+    ]
 
 
 def test_sources_are_image_sources(records: Path, tmp_path: Path) -> None:
     path = tmp_path / "exclude.txt"
     path.write_text("image 1\n")
-    source = ExcludingSource(RecordSource(records, input_size=SIZE), path)
-    assert isinstance(source, ImageSource)
+    source = Subset(RecordDataset(records, input_size=SIZE), path)
+    assert isinstance(source, ImageDataset)
     assert isinstance(loader(records), DataLoader)
     assert np.array_equal(source.read(0)[0], source.source.read(1)[0])

@@ -11,9 +11,14 @@ from arcshard.losses import ArcFace, CombinedMargin, CosFace, SphereFace
 from tests.reference import dense_target
 
 ALL = [
-    ArcFace(0.5), CosFace(0.4), SphereFace(1.7), SphereFace(4.0), CombinedMargin(0.9, 0.4, 0.15),
-    CombinedMargin(1.0, 0.3, 0.2), CombinedMargin(3.0, 1.5, 0.1),
-]  # fmt: skip
+    ArcFace(0.5),
+    CosFace(0.4),
+    SphereFace(1.7),
+    SphereFace(4.0),
+    CombinedMargin(0.9, 0.4, 0.15),
+    CombinedMargin(1.0, 0.3, 0.2),
+    CombinedMargin(3.0, 1.5, 0.1),
+]
 
 
 @pytest.mark.parametrize("margin", ALL, ids=lambda m: m.describe())
@@ -75,11 +80,20 @@ def test_a_removed_class_leaves_the_softmax_and_a_legacy_one_stays_as_zero():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"m1": 0.0}, {"m1": -1.0}, {"m1": math.inf}, {"m2": -0.1}, {"m2": 4.0}, {"m3": -0.1},
-        {"m3": 2.5}, {"scale": 0.0}, {"scale": math.nan}, {"gradient": "none"},
-        {"interclass_filtering_threshold": 1.5}, {"interclass_filtering_mode": "drop"},
+        {"m1": 0.0},
+        {"m1": -1.0},
+        {"m1": math.inf},
+        {"m2": -0.1},
+        {"m2": 4.0},
+        {"m3": -0.1},
+        {"m3": 2.5},
+        {"scale": 0.0},
+        {"scale": math.nan},
+        {"gradient": "none"},
+        {"interclass_filtering_threshold": 1.5},
+        {"interclass_filtering_mode": "drop"},
     ],
-)  # fmt: skip
+)
 def test_a_margin_outside_its_domain_is_refused_by_name(arguments):
     with pytest.raises(ValueError, match=f"^{next(iter(arguments))}="):
         CombinedMargin(**arguments)

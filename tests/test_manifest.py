@@ -41,7 +41,7 @@ def payloads_of(path: Path) -> dict[int, bytes | None]:
     index = read_index(path.with_suffix(".idx"), reader.size)
     ends = [*index.offsets.tolist()[1:], reader.size]
     if any(a >= b for a, b in pairwise([-1, *index.offsets.tolist()])):
-        ends = [None] * len(ends)  # only neighbours in the file bound each other
+        ends = [None] * len(ends)  # only neighbors in the file bound each other
     found: dict[int, bytes | None] = {}
     for key, offset, end in zip(index.keys.tolist(), index.offsets.tolist(), ends, strict=True):
         try:

@@ -21,7 +21,7 @@ from eval.metrics import (
     bootstrap_intervals,
     eer,
     is_collapsed,
-    l2_normalise,
+    l2_normalize,
     pair_distances,
     rate_name,
     roc_curve,
@@ -298,7 +298,7 @@ def test_a_late_nan_is_found_in_many_embeddings() -> None:
 
 def test_huge_and_tiny_embeddings_keep_their_direction() -> None:
     rows = np.array([[3e300, 4e300], [3e-300, 4e-300], [3, 4]])
-    np.testing.assert_allclose(l2_normalise(rows), [[0.6, 0.8]] * 3, rtol=1e-15)
+    np.testing.assert_allclose(l2_normalize(rows), [[0.6, 0.8]] * 3, rtol=1e-15)
 
 
 @pytest.mark.parametrize("same", [np.ones(20, bool), np.zeros(20, bool)])
@@ -399,9 +399,7 @@ def _published_val(
             share = (far - fars[after - 1]) / (fars[after] - fars[after - 1])
             threshold = grid[after - 1] + share * (grid[after] - grid[after - 1])
         accepted = distances[mine] < threshold
-        found.append(
-            (threshold, accepted[same[mine]].mean(), accepted[~same[mine]].mean())
-        )  # fmt: skip
+        found.append((threshold, accepted[same[mine]].mean(), accepted[~same[mine]].mean()))
     return found
 
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from eval.metrics import tars_at_fars
 from eval.mfr import evaluate_groups, main
-from eval.submission import begins_with_normalisation, check_submission
+from eval.submission import begins_with_normalization, check_submission
 from tests.models import OURS, write_pooling_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ def _write(
     dtype: type = np.float32,
     value: float = 0.01,
     outputs: int = 1,
-    normalises: tuple[str, ...] = (),
+    normalizes: tuple[str, ...] = (),
     name: str = "model.onnx",
 ) -> Path:
     """A folder with a graph that keeps the rules, but for what the arguments say."""
@@ -41,7 +41,7 @@ def _write(
     made: list[onnx.NodeProto] = []
     at = "data"
     weights = [numpy_helper.from_array(np.array(127.5, np.float32), "c")]
-    for kind in normalises:
+    for kind in normalizes:
         made.append(helper.make_node(kind, [at, "c"], [f"n{len(made)}"]))
         at = f"n{len(made) - 1}"
     made.append(helper.make_node("GlobalAveragePool", [at], ["pooled"]))
@@ -55,11 +55,12 @@ def _write(
         at = f"y{len(made) - 1}"
     names = [at, "flat"][:outputs]
     graph = helper.make_graph(
-        made, "g",
+        made,
+        "g",
         [helper.make_tensor_value_info("data", TensorProto.FLOAT, [batch, 3, size, size])],
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, None]) for n in names],
         weights,
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.save(model, folder / name)
     return folder
@@ -115,9 +116,11 @@ def test_tracks_differ_in_width_and_unknown_ones_are_exit_code_2(
 ) -> None:
     folder = _write(tmp_path / "run", width=1024)
     for track, broken in [
-        ("ms1m", ["feature width"]), ("glint360k", []), ("unconstrained", []),
+        ("ms1m", ["feature width"]),
+        ("glint360k", []),
+        ("unconstrained", []),
         ("cfat_v2", ["feature width"]),
-    ]:  # fmt: skip
+    ]:
         assert _broken(folder, track) == broken
     assert main(["check", str(folder), "--track", "wf42m"]) == 2
     assert "begins with ms1m, glint, cfat, unconstrained" in capsys.readouterr().err
@@ -154,7 +157,7 @@ def test_crop_and_pixel_norm_count_for_cfat_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("normalises", "expected"),
+    ("normalizes", "expected"),
     [
         (("Sub", "Mul"), True),
         (("Sub", "Div"), True),
@@ -164,11 +167,11 @@ def test_crop_and_pixel_norm_count_for_cfat_only(tmp_path: Path) -> None:
         ((), False),
     ],
 )
-def test_a_graph_that_normalises_by_itself_is_fed_plain_pixels(
-    tmp_path: Path, normalises: tuple[str, ...], expected: bool
+def test_a_graph_that_normalizes_by_itself_is_fed_plain_pixels(
+    tmp_path: Path, normalizes: tuple[str, ...], expected: bool
 ) -> None:
-    folder = _write(tmp_path / "run", normalises=normalises)
-    assert begins_with_normalisation(onnx.load(folder / "model.onnx").graph) is expected
+    folder = _write(tmp_path / "run", normalizes=normalizes)
+    assert begins_with_normalization(onnx.load(folder / "model.onnx").graph) is expected
     report = check_submission(folder, "ms1m")
     assert (report.input_mean, report.input_std) == ((0, 1) if expected else (127.5, 127.5))
 
@@ -236,8 +239,14 @@ def test_the_protocol_on_a_folder_with_groups_is_the_dense_computation(
     assert main([*arguments, *more]) == 0
     content = json.loads(out.read_text())
     assert list(content["groups"]) == [
-        "all", "mask=a", "mask=b", "mask=a against b", "race=x", "race=y", "race=z",
-    ]  # fmt: skip
+        "all",
+        "mask=a",
+        "mask=b",
+        "mask=a against b",
+        "race=x",
+        "race=y",
+        "race=z",
+    ]
     assert (content["images"], content["people"]) == (18, 6)
 
     from eval.extract import FileImages, embed_images

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.datasets import RecordDataset
 from data.recordio import (
     MAGIC_BYTES,
     PART_HEADER,
@@ -23,15 +24,21 @@ from data.recordio import (
     pack_range,
     pack_record,
 )
-from data.sources import RecordSource
 from dataset import DATA_ERRORS
 from tests.test_dataset import SIZE, jpeg
 
 NUM_IMAGES, NUM_CLASSES = 8, 4
 STYLES = ("insightface", "im2rec", "vector", "wide")
 KINDS = (
-    "magic", "length", "flag", "index", "header record", "cut records", "cut index", "property",
-)  # fmt: skip
+    "magic",
+    "length",
+    "flag",
+    "index",
+    "header record",
+    "cut records",
+    "cut index",
+    "property",
+)
 
 
 class Sound:
@@ -55,8 +62,9 @@ class Sound:
         with RecordWriter(folder / "train.rec", folder / "train.idx") as writer:
             self.offsets = [writer.write(key, payload) for key, payload in enumerate(payloads)]
         (folder / "property").write_text(f"{NUM_CLASSES + wide},{SIZE},{SIZE}\n")
-        self.files = {name: (folder / name).read_bytes() for name in ("train.rec", "train.idx",
-                                                                       "property")}  # fmt: skip
+        self.files = {
+            name: (folder / name).read_bytes() for name in ("train.rec", "train.idx", "property")
+        }
         self.images = read_all(folder)[0]
         assert len(self.images) == NUM_IMAGES
         reader = RecordReader(folder / "train.rec")
@@ -82,11 +90,15 @@ class Sound:
                 "magic": lambda: part + rng.randrange(4),
                 "length": lambda: part + 4 + rng.randrange(4),
                 "flag": lambda: record + PART_HEADER.size + rng.randrange(4),
-                "header record": lambda: PART_HEADER.size + rng.choice(
-                    [*range(4), *range(RECORD_HEADER.size, RECORD_HEADER.size + 4)]
-                    if self.style == "insightface" else [*range(4)]
+                "header record": lambda: (
+                    PART_HEADER.size
+                    + rng.choice(
+                        [*range(4), *range(RECORD_HEADER.size, RECORD_HEADER.size + 4)]
+                        if self.style == "insightface"
+                        else [*range(4)]
+                    )
                 ),
-            }.get(kind, lambda: rng.randrange(len(content)))()  # fmt: skip
+            }.get(kind, lambda: rng.randrange(len(content)))()
             flipped, digit = content[at] ^ 1 << rng.randrange(8), ord(rng.choice("0189\t\n"))
             content[at] = rng.choice([flipped, rng.randrange(256), digit])
         for other, sound in self.files.items():
@@ -99,7 +111,7 @@ def read_all(folder: Path) -> tuple[dict[int, tuple[int, str]], list[str]]:
     found: dict[int, tuple[int, str]] = {}
     errors: list[str] = []
     try:
-        source = RecordSource(folder, input_size=SIZE)
+        source = RecordDataset(folder, input_size=SIZE)
     except DATA_ERRORS as error:
         return found, [str(error)]
     for i in range(len(source)):
@@ -134,8 +146,18 @@ def run_mutations(folder: Path, count: int, seed: int) -> collections.Counter:
                 assert image == each.images[record], (number, each.style, kind, record)
             for error in errors:
                 assert "train." in error or "property" in error, error
-                assert any(word in error for word in ("byte", "line", "empty", "index", "expected",
-                                                      "pixels", "num_classes")), error  # fmt: skip
+                assert any(
+                    word in error
+                    for word in (
+                        "byte",
+                        "line",
+                        "empty",
+                        "index",
+                        "expected",
+                        "pixels",
+                        "num_classes",
+                    )
+                ), error
             lost = NUM_IMAGES - len(found)
             # Only an index may lose images without an error of their own: those that it omits.
             assert not lost or errors or kind == "cut index" or kind == "index", (number, kind)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from data.datasets import RecordDataset
 from data.index import read_index
 from data.recordio import (
     MAGIC_BYTES,
@@ -24,7 +25,6 @@ from data.recordio import (
     pack_record,
     unpack_record,
 )
-from data.sources import RecordSource
 from scripts import pack, shuffle_rec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,8 @@ def sets() -> dict[str, list[Record]]:
     identities = [Record(13 + i, [1.0 + 4 * i, 5.0 + 4 * i], b"", 13 + i) for i in range(3)]
     return {
         "insightface": [
-            *header, *(Record(1 + i, i // 4, image, 1 + i) for i, image in enumerate(images)),
+            *header,
+            *(Record(1 + i, i // 4, image, 1 + i) for i, image in enumerate(images)),
             *identities,
         ],
         "im2rec": [Record(5 + 3 * i, i // 4, image, 5 + 3 * i) for i, image in enumerate(images)],
@@ -92,7 +93,7 @@ def sets() -> dict[str, list[Record]]:
         "wide_vector": [
             Record(i, [c, 0.25], b"wide", i, c if c > 2**24 else 0) for i, c in enumerate(WIDE)
         ],
-    }  # fmt: skip
+    }
 
 
 def write_ours(path: Path, records: list[Record]) -> None:
@@ -158,9 +159,7 @@ def test_both_write_the_same_bytes(name: str, both: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["wide", "wide_vector"])
-def test_class_ids_beyond_2_24_come_back_exactly_both_ways(
-    name: str, both: dict[str, Any]
-) -> None:
+def test_class_ids_beyond_2_24_come_back_exactly_both_ways(name: str, both: dict[str, Any]) -> None:
     path = both["folder"] / f"{name}_theirs.rec"
     reader = RecordReader(path)
     offsets = read_index(path.with_suffix(".idx"), reader.size).offsets.tolist()
@@ -202,4 +201,4 @@ def test_mxnet_reads_packed_shuffled_and_listed_sets_as_published_loaders_do(
             images = [records[key] for key in range(1, int(records[0]["label"][0]))]
         assert {r["sha1"]: int(r["label"][0]) for r in images} == content
         assert all(r["shape"] == [SIZE, SIZE, 3] for r in images)
-        assert len(RecordSource(spec[name], input_size=SIZE)) == 20
+        assert len(RecordDataset(spec[name], input_size=SIZE)) == 20

@@ -16,9 +16,9 @@ from tests.conftest import Ranks
 from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
 from training.build import build
 from training.optimizer import make_optimizer, parameter_groups
-from utils.distributed import World
+from utils.distributed import DistContext
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 FINE_TUNING: dict[str, Any] = {"decay_norms_and_biases": False, "layer_decay": 0.5}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,9 +31,11 @@ def test_every_parameter_has_one_place_in_the_order_of_depth(name: str) -> None:
     layers = net.layers_by_depth()
     for parameter, _ in net.named_parameters():
         places = [
-            part for parts in layers for part in parts
+            part
+            for parts in layers
+            for part in parts
             if parameter == part or parameter.startswith(f"{part}.")
-        ]  # fmt: skip
+        ]
         assert len(places) == 1, parameter
     assert net.STEM_KEY.startswith(layers[0])
     assert net.EMBEDDING_KEY.startswith(layers[-1])
@@ -60,18 +62,30 @@ def test_weights_of_convolutions_and_linear_layers_decay_and_nothing_else() -> N
     assert decayed == expected
     assert {"pos_embed", "mask_token", "norm.weight", "feature.3.bias"} < found.keys() - decayed
     found = named_groups("r_nano", False, 1.0)
-    for name, wanted in {"conv1.weight": 0.1, "prelu.weight": 0.0, "layer2.0.bn3.weight": 0.0,
-                         "layer2.0.downsample.0.weight": 0.1, "fc.weight": 0.1, "fc.bias": 0.0,
-                         "features.bias": 0.0}.items():  # fmt: skip
+    for name, wanted in {
+        "conv1.weight": 0.1,
+        "prelu.weight": 0.0,
+        "layer2.0.bn3.weight": 0.0,
+        "layer2.0.downsample.0.weight": 0.1,
+        "fc.weight": 0.1,
+        "fc.bias": 0.0,
+        "features.bias": 0.0,
+    }.items():
         assert found[name] == (wanted, 1.0), name
     assert "features.weight" not in found  # not trained
 
 
 def test_the_rate_falls_by_one_factor_per_layer_from_the_embedding_to_the_stem() -> None:
     found = named_groups("vit_t", True, 0.5)
-    for name, power in {"feature.0.weight": 0, "norm.bias": 0, "mask_token": 0,
-                        "blocks.11.norm1.weight": 1, "blocks.0.mlp.fc1.bias": 12,
-                        "pos_embed": 13, "patch_embed.proj.bias": 13}.items():  # fmt: skip
+    for name, power in {
+        "feature.0.weight": 0,
+        "norm.bias": 0,
+        "mask_token": 0,
+        "blocks.11.norm1.weight": 1,
+        "blocks.0.mlp.fc1.bias": 12,
+        "pos_embed": 13,
+        "patch_embed.proj.bias": 13,
+    }.items():
         assert found[name] == (0.1, 0.5**power), name
     found = named_groups("resnet_nano", True, 0.5)
     assert found["fc.bias"] == (0.1, 1.0)
@@ -133,7 +147,7 @@ def test_groups_spread_over_ranks_give_the_same_run_and_go_on_from_its_middle(
 ) -> None:
     changes = {**FINE_TUNING, "precision": "fp16", "optimizer": "adamw", "lr": 1e-3, "max_steps": 7}
     plain = ranks.run(2, whole_run, str(tmp_path / "plain"), changes)
-    spread = ranks.run(2, whole_run, str(tmp_path / "spread"), {**changes, "zero": True})
+    spread = ranks.run(2, whole_run, str(tmp_path / "spread"), {**changes, "zero_stage": 1})
     assert_same(spread, plain)
     resumed = copy_of_run(tmp_path / "spread", tmp_path / "resumed", 5)
     again = ranks.run(2, whole_run, str(resumed), {**changes, "resume": "auto"})

@@ -62,10 +62,11 @@ def test_every_image_is_as_likely_at_every_position(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [10, 100])
-def test_neighbours_in_the_set_are_not_neighbours_in_the_order(n: int) -> None:
+def test_neighbors_in_the_set_are_not_neighbors_in_the_order(n: int) -> None:
     draws = 800
-    steps = np.array([(permutation(n, seed)[1] - permutation(n, seed)[0]) % n
-                      for seed in range(draws)])  # fmt: skip
+    steps = np.array(
+        [(permutation(n, seed)[1] - permutation(n, seed)[0]) % n for seed in range(draws)]
+    )
     counts = np.bincount(steps, minlength=n)[1:]
     assert chi_squared(counts) < (n - 2) + 6 * np.sqrt(2 * (n - 2))
 
@@ -126,7 +127,7 @@ def test_positions_outside_the_set_are_refused(positions: list[int], n: int) -> 
         shuffled_indices(np.array(positions), n, 0, 0)
 
 
-def test_hashes_of_neighbours_and_of_neighbouring_keys_share_no_bits() -> None:
+def test_hashes_of_neighbors_and_of_neighboring_keys_share_no_bits() -> None:
     indices = np.arange(4096)
     for a, b in [
         (hash_indices(indices, derive_key(1)), hash_indices(indices + 1, derive_key(1))),

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from data.datasets import DataError, RecordDataset
 from data.decode import decode_image
 from data.index import read_index
 from data.recordio import RecordReader, class_of, unpack_record
-from data.sources import DataError, RecordSource
 from data.tools.manifest import manifest_path, verify_records
 from scripts import make_synthetic as synthetic
 from scripts import pack
@@ -53,7 +53,7 @@ def files_below(root: Path) -> list[str]:
 
 def test_jpegs_of_the_right_size_are_packed_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path / "out", "--size", SIZE) == 0
-    source = RecordSource(tmp_path / "out", input_size=SIZE)
+    source = RecordDataset(tmp_path / "out", input_size=SIZE)
     packed = [(bytes(encoded), label) for encoded, label in map(source.read_encoded, range(9))]
     expected = [
         (path.read_bytes(), label)
@@ -83,7 +83,7 @@ def test_other_sizes_and_formats_are_cropped_resized_and_encoded(
     wide = picture(77, height=60, width=100)
     cv2.imwrite(str(folder / "0_ann" / "z.png"), wide[:, :, ::-1])
     assert run(folder, tmp_path / "out", "--size", SIZE) == 0
-    image, label = RecordSource(tmp_path / "out", input_size=SIZE).read(2)
+    image, label = RecordDataset(tmp_path / "out", input_size=SIZE).read(2)
     expected = cv2.resize(wide[:, 20:80], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     assert label == 0
     assert abs(image.astype(int) - expected).mean() < 3
@@ -91,14 +91,14 @@ def test_other_sizes_and_formats_are_cropped_resized_and_encoded(
 
 def test_a_quality_encodes_every_image_anew(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path / "out", "--size", SIZE, "--quality", 30) == 0
-    source = RecordSource(tmp_path / "out", input_size=SIZE)
+    source = RecordDataset(tmp_path / "out", input_size=SIZE)
     first = sorted((folder / "0_ann").iterdir())[0].read_bytes()
     assert bytes(source.read_encoded(0)[0]) != first
 
 
 def test_include_takes_only_matching_class_folders(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path / "out", "--size", SIZE, "--include", "0_*") == 0
-    source = RecordSource(tmp_path / "out", input_size=SIZE)
+    source = RecordDataset(tmp_path / "out", input_size=SIZE)
     assert (len(source), source.num_classes) == (5, 2)
 
 
@@ -123,7 +123,7 @@ def test_skip_bad_counts_and_lists_what_it_leaves_out(
     text = capsys.readouterr().out
     assert "9 images of 3 classes, 0 encoded anew, 1 left out" in text
     assert "0_bad.jpg" in text
-    assert len(RecordSource(tmp_path / "out", input_size=SIZE)) == 9
+    assert len(RecordDataset(tmp_path / "out", input_size=SIZE)) == 9
 
 
 def test_entries_that_cannot_be_read_are_listed_or_left_out_like_bad_images(
@@ -137,7 +137,7 @@ def test_entries_that_cannot_be_read_are_listed_or_left_out_like_bad_images(
     text = capsys.readouterr().out
     assert "9 images of 3 classes, 0 encoded anew, 1 left out" in text
     assert "gone.jpg: cannot be read (No such file or directory)" in text
-    assert len(RecordSource(tmp_path / "out", input_size=SIZE)) == 9
+    assert len(RecordDataset(tmp_path / "out", input_size=SIZE)) == 9
 
 
 def test_existing_records_are_replaced_only_by_force(
@@ -150,7 +150,7 @@ def test_existing_records_are_replaced_only_by_force(
     assert "already holds train.rec and train.idx" in capsys.readouterr().err
     assert hashlib.sha1((out / "train.rec").read_bytes()).digest() == before
     assert run(folder, out, "--size", SIZE, "--include", "1_*", "--force") == 0
-    assert len(RecordSource(out, input_size=SIZE)) == 4
+    assert len(RecordDataset(out, input_size=SIZE)) == 4
     assert files_below(out) == [
         "label_map.txt",
         "property",
@@ -176,7 +176,7 @@ def test_a_missing_folder_ends_with_exit_code_2(
 
 def packed(out: Path) -> list[tuple[int, int, bytes]]:
     """(key, class, image) of every image of a set, in the order of its keys."""
-    source = RecordSource(out, input_size=SIZE)
+    source = RecordDataset(out, input_size=SIZE)
     read = map(source.read_encoded, range(len(source)))
     return [(int(k), label, bytes(e)) for k, (e, label) in zip(source.keys, read, strict=True)]
 
@@ -456,7 +456,7 @@ def test_a_verification_set_is_replaced_only_by_force(tmp_path: Path) -> None:
 def test_real_faces_are_packed_untouched(shared_dir: Path, tmp_path: Path) -> None:
     train = shared_dir / "data" / "lfw112" / "train"
     report = pack.pack_folder(train, tmp_path, include=("Ab*", "Al*"))
-    source = RecordSource(tmp_path)
+    source = RecordDataset(tmp_path)
     assert (report.num_classes, report.num_images) == (source.num_classes, len(source))
     assert report.num_classes >= 2
     assert report.num_reencoded == 0
@@ -486,7 +486,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_synthetic_faces_are_a_record_set_and_balanced_folds(faces: Path) -> None:
-    source = RecordSource(faces, input_size=64)
+    source = RecordDataset(faces, input_size=64)
     assert (len(source), source.num_classes) == (24, 6)
     assert [source.read(i)[1] for i in range(24)] == [i // 4 for i in range(24)]
     images, same = pickle.loads((faces / "synthetic.bin").read_bytes())
@@ -508,9 +508,14 @@ def test_verification_people_keep_to_their_fold_and_pairs_are_what_they_say() ->
 def test_synthetic_faces_depend_on_the_seed_only(faces: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         synthetic.make_synthetic(
-            tmp_path / str(seed), identities=6, images_per_identity=4, verification_pairs=40,
-            size=64, seed=seed, num_processes=2 if seed == 0 else 1,
-        )  # fmt: skip
+            tmp_path / str(seed),
+            identities=6,
+            images_per_identity=4,
+            verification_pairs=40,
+            size=64,
+            seed=seed,
+            num_processes=2 if seed == 0 else 1,
+        )
     for name in ("train.rec", "train.idx", "synthetic.bin"):
         assert (tmp_path / "0" / name).read_bytes() == (faces / name).read_bytes()
     assert (tmp_path / "1" / "train.rec").read_bytes() != (faces / "train.rec").read_bytes()

@@ -313,9 +313,12 @@ LOSSES = {
     "weighted": {"weight": True},
     "weighted, smoothed, ignored": {"weight": True, "label_smoothing": 0.3, "ignore_index": 1},
     "all of it, row by row": {
-        "weight": True, "label_smoothing": 1.0, "ignore_index": 0, "reduction": "none",
+        "weight": True,
+        "label_smoothing": 1.0,
+        "ignore_index": 0,
+        "reduction": "none",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("num_classes", [13, 3, 1])
@@ -337,8 +340,9 @@ def test_cross_entropy_equals_its_twin(ranks, name, num_classes, world_size):
     expected = cross_entropy(leaf, labels, **options)
     (expected * probe).sum().backward()
     for part in parts:
-        torch.testing.assert_close(part["loss"], expected.detach(), rtol=1e-6, atol=1e-6,
-                                   equal_nan=True)  # fmt: skip
+        torch.testing.assert_close(
+            part["loss"], expected.detach(), rtol=1e-6, atol=1e-6, equal_nan=True
+        )
     gradient = torch.cat([part["gradient"] for part in parts], 1)
     if torch.isfinite(expected).all():  # a mean of nothing is NaN in both
         close(gradient, leaf.grad)
@@ -466,7 +470,7 @@ MARGINS = {"arcface": ArcFace(0.5, 8.0), "cosface": CosFace(0.35, 8.0)}
 def arc_case(num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     weight, x = random(num_classes, 10), random(6, 10, seed=1)
     if num_classes > 4:
-        weight[4] = 0.0  # a centre of no length has cosine 0 and no NaN
+        weight[4] = 0.0  # a center of no length has cosine 0 and no NaN
     return weight, x, torch.tensor([0, 1, 2, num_classes - 1, 0, 1]) % num_classes
 
 
@@ -489,7 +493,7 @@ def test_arc_layers_equal_their_twin(ranks, name, dim, num_classes, world_size):
     split_dim = parts[0]["gradients"]["weight"][1]
     found = [part["gradients"]["weight"][0] for part in parts]
     for whole in found if split_dim is None else [torch.cat(found, split_dim)]:
-        if num_classes > 4:  # the centre of no length: its direction, hence its slope, is no one's
+        if num_classes > 4:  # the center of no length: its direction, hence its slope, is no one's
             assert torch.isfinite(whole[4]).all()
             whole[4] = twin.weight.grad[4] = 0.0
         close(whole, twin.weight.grad)
@@ -497,7 +501,7 @@ def test_arc_layers_equal_their_twin(ranks, name, dim, num_classes, world_size):
 
 def run_partial_fc(rank, world_size, weight, x, labels, margin) -> dict[str, Any]:
     """Rank 0 brings all rows: the same global batch as a gathered one."""
-    head = PartialFC(margin, weight.shape[1], len(weight), row_update=None)
+    head = PartialFC(margin, weight.shape[1], len(weight), row_optimizer=None)
     with torch.no_grad():
         head.weight.copy_(weight[head.class_range.start : head.class_range.stop])
     rows = slice(None) if rank == 0 else slice(0, 0)
@@ -545,9 +549,15 @@ def run_collectives(rank, world_size, x, batch_sizes) -> dict[str, Any]:
     gather(scaled, 0, under_ddp=True).sum().backward()
     labels = gather(torch.arange(start, start + batch_sizes[rank]), 0)
     return {
-        "total": total.detach(), "copy": leaf.grad, "there": there.detach(), "back": back.grad,
-        "whole": whole.detach(), "rows": rows.grad, "scaled": scaled.grad, "labels": labels,
-    }  # fmt: skip
+        "total": total.detach(),
+        "copy": leaf.grad,
+        "there": there.detach(),
+        "back": back.grad,
+        "whole": whole.detach(),
+        "rows": rows.grad,
+        "scaled": scaled.grad,
+        "labels": labels,
+    }
 
 
 @pytest.mark.parametrize("world_size", RANKS)

@@ -46,10 +46,12 @@ class Classifier(nn.Module):
 
 def twin() -> nn.ModuleDict:
     torch.manual_seed(0)
-    return nn.ModuleDict({
-        "backbone": nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh()),
-        "fc": nn.Linear(WIDTH, NUM_CLASSES),
-    })  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "backbone": nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh()),
+            "fc": nn.Linear(WIDTH, NUM_CLASSES),
+        }
+    )
 
 
 def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -160,10 +162,12 @@ def test_accumulated_gradients_are_averaged_once(ranks, dim):
 def train_fsdp(rank, world_size, state, sizes, group_size, dim):
     """FSDP2 over the data groups; each model group trains on the same rows."""
     groups = init_process_group(group_size)
-    model = nn.ModuleDict({
-        "backbone": nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh()),
-        "fc": ParallelLinear(WIDTH, NUM_CLASSES, dim=dim, process_group=groups.model),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "backbone": nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh()),
+            "fc": ParallelLinear(WIDTH, NUM_CLASSES, dim=dim, process_group=groups.model),
+        }
+    )
     mesh = groups.mesh["data"]
     fully_shard(model["fc"], mesh=mesh)
     fully_shard(model["backbone"], mesh=mesh)
@@ -201,8 +205,11 @@ def run_amp(rank, world_size, state, x, labels, dim):
         logits = fc(x)
         loss = ParallelCrossEntropyLoss()(logits, labels)
     loss.backward()
-    return {"dtypes": (logits.dtype, loss.dtype, fc.weight.grad.dtype, x.grad.dtype),
-            "loss": loss.detach(), "dx": x.grad}  # fmt: skip
+    return {
+        "dtypes": (logits.dtype, loss.dtype, fc.weight.grad.dtype, x.grad.dtype),
+        "loss": loss.detach(),
+        "dx": x.grad,
+    }
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
@@ -284,9 +291,10 @@ def test_copies_that_would_drift_apart_are_an_error(ranks):
 def ignored(rank, world_size, group_size) -> list[str]:
     groups = init_process_group(group_size)
     model = nn.Sequential(
-        nn.Linear(2, 3), ParallelLinear(3, 4, dim=1, process_group=groups.model),
+        nn.Linear(2, 3),
+        ParallelLinear(3, 4, dim=1, process_group=groups.model),
         ParallelLinear(4, 2, dim=0, process_group=groups.model),
-    )  # fmt: skip
+    )
     return register_ddp_parameters_to_ignore(model, groups.data)
 
 

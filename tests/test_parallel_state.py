@@ -46,9 +46,7 @@ class FakeSplit(Split):
         return self.group[0]  # type: ignore[index]
 
 
-@given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=3), st.data(), st.integers(1, 9)
-)  # fmt: skip
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.data(), st.integers(1, 9))
 def test_parts_of_any_size_cover_the_whole_once_and_follow_the_head(shape, data, ranks):
     dim = data.draw(st.integers(0, len(shape) - 1))
     shape[dim] = size = data.draw(st.integers(1, 40))
@@ -66,21 +64,34 @@ def test_parts_of_any_size_cover_the_whole_once_and_follow_the_head(shape, data,
 
 def build() -> nn.Module:
     """Sizes that do not divide, in every way a tensor can be split, and a buffer."""
-    return nn.ModuleDict({
-        "table": ParallelEmbedding(11, 3, dim=0), "features": ParallelEmbedding(4, 7, dim=1),
-        "row": ParallelLinear(10, 5, dim=0), "column": ParallelLinear(5, 10, dim=1),
-        "small": ParallelLinear(2, 2, dim=1), "whole": ParallelLinear(3, 2),
-        "plain": nn.Linear(2, 2), "norm": nn.BatchNorm1d(3),
-    })  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "table": ParallelEmbedding(11, 3, dim=0),
+            "features": ParallelEmbedding(4, 7, dim=1),
+            "row": ParallelLinear(10, 5, dim=0),
+            "column": ParallelLinear(5, 10, dim=1),
+            "small": ParallelLinear(2, 2, dim=1),
+            "whole": ParallelLinear(3, 2),
+            "plain": nn.Linear(2, 2),
+            "norm": nn.BatchNorm1d(3),
+        }
+    )
 
 
 def twin() -> nn.Module:
     torch.manual_seed(1)
-    return nn.ModuleDict({
-        "table": nn.Embedding(11, 3), "features": nn.Embedding(4, 7),
-        "row": nn.Linear(10, 5), "column": nn.Linear(5, 10), "small": nn.Linear(2, 2),
-        "whole": nn.Linear(3, 2), "plain": nn.Linear(2, 2), "norm": nn.BatchNorm1d(3),
-    })  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "table": nn.Embedding(11, 3),
+            "features": nn.Embedding(4, 7),
+            "row": nn.Linear(10, 5),
+            "column": nn.Linear(5, 10),
+            "small": nn.Linear(2, 2),
+            "whole": nn.Linear(3, 2),
+            "plain": nn.Linear(2, 2),
+            "norm": nn.BatchNorm1d(3),
+        }
+    )
 
 
 def save(rank, world_size, source: str, target: str) -> tuple[int, int]:
@@ -154,13 +165,15 @@ def test_attributes_map_to_placements():
 
 
 def tensor_parallel(rank, world_size, state, x, dim):
-    """Our layer beside torch's tensor parallelism of the same nn.Linear."""
+    """Our layer beside torch's tensor parallelizm of the same nn.Linear."""
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     layer = ParallelLinear(8, 12, dim=dim)
     layer.load_state_dict(relocate_state_dict(layer, state))
-    plan = ColwiseParallel(use_local_output=True) if dim == 1 else RowwiseParallel(
-        input_layouts=Replicate(), use_local_output=True
-    )  # fmt: skip
+    plan = (
+        ColwiseParallel(use_local_output=True)
+        if dim == 1
+        else RowwiseParallel(input_layouts=Replicate(), use_local_output=True)
+    )
     theirs = nn.Linear(8, 12)
     theirs.load_state_dict(state)
     theirs = parallelize_module(theirs, mesh, plan)
@@ -177,14 +190,16 @@ def tensor_parallel(rank, world_size, state, x, dim):
     z.square().sum().backward()
     their_gradient = theirs.weight.grad.to_local()
     return {
-        "same": all(same), "y": (y.detach(), z.detach()), "dx": (mine.grad, their_x.grad),
+        "same": all(same),
+        "y": (y.detach(), z.detach()),
+        "dx": (mine.grad, their_x.grad),
         "dw": (layer.weight.grad, their_gradient),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_where_both_cuts_agree_layers_are_torchs_tensor_parallelism(ranks, world_size, dim):
+def test_where_both_cuts_agree_layers_are_torchs_tensor_parallelizm(ranks, world_size, dim):
     state = nn.Linear(8, 12).state_dict()
     x = torch.randn(3, 8)
     for part in ranks.run(world_size, tensor_parallel, state, x, dim):

@@ -39,15 +39,28 @@ def batch_for(rank: int, sizes: list[int], num_classes: int, width: int, seed: i
 
 
 def loss_and_gradients(
-    rank: int, world_size: int, margin: Margin, num_classes: int, sizes: list[int],
-    sample_rate: float, width: int, path: str = "autograd", options: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """One step of plain gradient descent at rate 1, so that centres move by their gradient."""
+    rank: int,
+    world_size: int,
+    margin: Margin,
+    num_classes: int,
+    sizes: list[int],
+    sample_rate: float,
+    width: int,
+    path: str = "autograd",
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One step of plain gradient descent at rate 1, so that centers move by their gradient."""
     head = PartialFC(
-        margin, width, num_classes, sample_rate, row_update=SGDRows(0.0, 0.0), seed=3,
-        update="autograd" if path == "autograd" else "fused", dtype=torch.float64,
+        margin,
+        width,
+        num_classes,
+        sample_rate,
+        row_optimizer=SGDRows(0.0, 0.0),
+        seed=3,
+        update="autograd" if path == "autograd" else "fused",
+        dtype=torch.float64,
         **(options or {}),
-    )  # fmt: skip
+    )
     if head.bias is not None:
         torch.nn.init.normal_(head.bias, generator=torch.Generator().manual_seed(rank))
     before = [p.detach().clone() for p in head.parameters()]
@@ -88,9 +101,15 @@ def test_loss_and_both_gradients_equal_the_dense_twin(ranks, name, path, sample_
     margin, num_classes, width = MARGINS[name], 37, 8
     sizes = [5, 3, 0, 4][:world_size]  # ragged, one rank without a row
     parts = ranks.run(
-        world_size, loss_and_gradients, margin, num_classes, sizes, sample_rate, width,
+        world_size,
+        loss_and_gradients,
+        margin,
+        num_classes,
+        sizes,
+        sample_rate,
+        width,
         *PATHS[path],
-    )  # fmt: skip
+    )
     _, _, embeddings, labels = batch_for(0, sizes, num_classes, width)
     embeddings.requires_grad_(True)
     weight = torch.cat([part["weight"] for part in parts]).requires_grad_(True)
@@ -109,9 +128,7 @@ def test_loss_and_both_gradients_equal_the_dense_twin(ranks, name, path, sample_
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 5])
 def test_fewer_classes_than_ranks(ranks, num_classes):
-    parts = ranks.run(
-        4, loss_and_gradients, ArcFace(0.5, 16.0), num_classes, [2, 2, 2, 2], 1.0, 8
-    )
+    parts = ranks.run(4, loss_and_gradients, ArcFace(0.5, 16.0), num_classes, [2, 2, 2, 2], 1.0, 8)
     _, _, embeddings, labels = batch_for(0, [2, 2, 2, 2], num_classes, 8)
     weight = torch.cat([part["weight"] for part in parts]).requires_grad_(True)
     loss = dense_loss(ArcFace(0.5, 16.0), embeddings, labels, weight)
@@ -169,7 +186,13 @@ def steps_of_head(
     """Weight, state and sample after each of some steps on changing batches."""
     update = SGDRows(0.9, 1e-2) if rule == "sgd" else AdamWRows(weight_decay=1e-2)
     head = PartialFC(
-        CosFace(0.2, 8.0), 8, 41, sample_rate, row_update=update, dtype=torch.float64, seed=1,
+        CosFace(0.2, 8.0),
+        8,
+        41,
+        sample_rate,
+        row_optimizer=update,
+        dtype=torch.float64,
+        seed=1,
         update="autograd",
     )
     history = []
@@ -182,10 +205,14 @@ def steps_of_head(
         gradient = head.weight.grad.clone()
         head.step(0.1)
         history.append(
-            {"before": before, "after": head.weight.detach().clone(), "rows": rows,
-             "gradient": gradient,
-             **{k: v.clone() for k, v in update.state(head.weight).items()}}
-        )  # fmt: skip
+            {
+                "before": before,
+                "after": head.weight.detach().clone(),
+                "rows": rows,
+                "gradient": gradient,
+                **{k: v.clone() for k, v in update.state(head.weight).items()},
+            }
+        )
     return history
 
 
@@ -237,29 +264,29 @@ def test_a_plain_torch_optim_serves_the_full_head():
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_bad_step_moves_no_row_and_no_state(bad):
-    head = PartialFC(CosFace(), 8, 41, 0.3, row_update=AdamWRows(weight_decay=1e-2))
+    head = PartialFC(CosFace(), 8, 41, 0.3, row_optimizer=AdamWRows(weight_decay=1e-2))
     embeddings, labels, _, _ = batch_for(0, [4], 41, 8)
     loss = head(embeddings.float() * (math.nan if bad else 1.0), labels)
     loss.backward()
     before = head.weight.detach().clone()
     head.step(0.1, bad=~torch.isfinite(loss))
     assert torch.equal(before, head.weight) == bad
-    assert bool((head.row_update.state(head.weight)["step"] == 0).all()) == bad
+    assert bool((head.row_optimizer.state(head.weight)["step"] == 0).all()) == bad
 
 
-def initial_centres(rank: int, world_size: int) -> torch.Tensor:
+def initial_centers(rank: int, world_size: int) -> torch.Tensor:
     return PartialFC(CosFace(), 8, 1003, seed=7).weight.detach()
 
 
-def test_initial_centres_do_not_depend_on_the_number_of_ranks(ranks):
-    alone = initial_centres(0, 1)
+def test_initial_centers_do_not_depend_on_the_number_of_ranks(ranks):
+    alone = initial_centers(0, 1)
     assert len(alone.unique(dim=0)) == 1003
     for world_size in (2, 3, 4):
-        assert torch.equal(torch.cat(ranks.run(world_size, initial_centres)), alone)
+        assert torch.equal(torch.cat(ranks.run(world_size, initial_centers)), alone)
 
 
 def count_collectives(rank: int, world_size: int, sample_rate: float) -> dict[str, int]:
-    head = PartialFC(CosFace(), 8, 41, sample_rate, row_update=SGDRows(), batch_size_per_rank=4)
+    head = PartialFC(CosFace(), 8, 41, sample_rate, row_optimizer=SGDRows(), batch_size_per_rank=4)
     embeddings, labels, _, _ = batch_for(rank, [4] * world_size, 41, 8)
     with torch.profiler.profile() as profile:
         head(embeddings.float(), labels).backward()
@@ -318,7 +345,7 @@ def test_every_rank_raises_for_a_bad_batch_on_any_rank(ranks, what, words, capac
 
 def accumulated(rank: int, world_size: int, sample_rate: float, micro_steps: int):
     head = PartialFC(
-        ArcFace(0.3, 8.0), 8, 41, sample_rate, row_update=SGDRows(), dtype=torch.float64, seed=5
+        ArcFace(0.3, 8.0), 8, 41, sample_rate, row_optimizer=SGDRows(), dtype=torch.float64, seed=5
     )
     _, _, embeddings, labels = batch_for(0, [12 * world_size], 41, 8)
     gradients = []
@@ -326,8 +353,10 @@ def accumulated(rank: int, world_size: int, sample_rate: float, micro_steps: int
         (e.clone().requires_grad_(True), y)
         for e, y in zip(embeddings.chunk(micro_steps), labels.chunk(micro_steps), strict=True)
     ]
-    mine = [(e.detach().chunk(world_size)[rank].clone().requires_grad_(True),
-             y.chunk(world_size)[rank]) for e, y in chunks]  # fmt: skip
+    mine = [
+        (e.detach().chunk(world_size)[rank].clone().requires_grad_(True), y.chunk(world_size)[rank])
+        for e, y in chunks
+    ]
     if micro_steps > 1:
         head.prepare([y for _, y in mine])
     for e, y in mine:
@@ -346,7 +375,7 @@ def test_accumulated_micro_batches_equal_the_big_batch(ranks, sample_rate):
 
 
 def test_a_second_forward_without_prepare_is_refused():
-    head = PartialFC(CosFace(), 8, 41, 0.3, row_update=SGDRows())
+    head = PartialFC(CosFace(), 8, 41, 0.3, row_optimizer=SGDRows())
     head(torch.randn(4, 8), torch.arange(4)).backward()
     with pytest.raises(RuntimeError, match=r"head\.prepare"):
         head(torch.randn(4, 8), torch.arange(4))

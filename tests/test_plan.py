@@ -22,7 +22,7 @@ from configs.base import Config
 from scripts import plan
 from training.build import build
 from training.classifier import LayerClassifier
-from training.planner.memory import HEAD_BATCH_MATRICES, find_needs
+from training.planner.memory import HEAD_BATCH_MATRICES, estimate_requirements
 from training.planner.roofline import (
     BACKWARD_SHARE,
     GPUS,
@@ -33,16 +33,23 @@ from training.planner.roofline import (
     head_seconds,
     operations_seconds,
 )
-from training.planner.trace import Ledger, Operation, as_fake, make_fake, trace_step
+from training.planner.trace import MemoryTracker, Operation, as_fake, make_fake, trace_step
 from training.precision import POLICIES
-from utils.distributed import World
+from utils.distributed import DistContext
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 SMALL: dict[str, Any] = {
-    "rec": "synthetic", "num_classes": 300, "num_image": 4096, "network": "r_nano",
-    "embedding_size": 64, "input_size": 32, "batch_size": 8, "num_workers": 0,
-    "output": "unused", "head_workspace_mib": 1,
-}  # fmt: skip
+    "rec": "synthetic",
+    "num_classes": 300,
+    "num_image": 4096,
+    "network": "r_nano",
+    "embedding_size": 64,
+    "input_size": 32,
+    "batch_size": 8,
+    "num_workers": 0,
+    "output": "unused",
+    "head_workspace_mib": 1,
+}
 WORDS = [f"{key}={value}" for key, value in SMALL.items() if key != "output"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +61,7 @@ def small(**more: Any) -> Config:
 
 def needs_of(cfg: Config, world_size: int = 1, precision: str = "fp32", device: str = "cpu"):
     assert isinstance(cfg.num_classes, int)
-    return find_needs(cfg, world_size, cfg.num_classes, POLICIES[precision], device)
+    return estimate_requirements(cfg, world_size, cfg.num_classes, POLICIES[precision], device)
 
 
 # --- the traced step -------------------------------------------------------------------------
@@ -94,7 +101,7 @@ def test_checkpointing_needs_less_memory_and_one_more_forward_pass():
 
 def test_the_ledger_forgets_what_is_let_go_of_and_knows_views_from_copies():
     base = torch.ones(1000)
-    with Ledger([base]) as ledger:
+    with MemoryTracker([base]) as ledger:
         view = base[:10].view(2, 5)
         assert (ledger.live, ledger.operations) == (0, [])
         doubled = base * 2
@@ -125,7 +132,7 @@ def test_fake_parameters_have_no_memory_and_keep_what_they_are():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_weights_and_states_are_those_of_a_run_after_a_step(optimizer):
-    cfg = small(optimizer=optimizer, sub_centres=2)
+    cfg = small(optimizer=optimizer, sub_centers=2)
     planned = needs_of(cfg)
     parts = build(cfg, ALONE)
     parts.step.model.train()
@@ -135,10 +142,10 @@ def test_weights_and_states_are_those_of_a_run_after_a_step(optimizer):
         t.numel() * t.itemsize for of_one in state for t in of_one.values()
     )
     head = parts.head
-    assert planned.footprint.centres == head.weight.numel() * 4 == 600 * 64 * 4
-    assert head.row_update is not None
-    assert planned.footprint.centre_state == sum(
-        t.numel() * t.itemsize for t in head.row_update.state(head.weight).values()
+    assert planned.footprint.centers == head.weight.numel() * 4 == 600 * 64 * 4
+    assert head.row_optimizer is not None
+    assert planned.footprint.center_state == sum(
+        t.numel() * t.itemsize for t in head.row_optimizer.state(head.weight).values()
     )
     weights = [*parts.step.model.parameters(), *parts.step.model.buffers()]
     size = sum(t.numel() * t.itemsize for t in weights)
@@ -151,7 +158,7 @@ def test_weights_and_states_are_those_of_a_run_after_a_step(optimizer):
 def test_rank_0_is_planned_which_has_the_most_classes(num_classes, world_size, most):
     planned = needs_of(small(num_classes=num_classes), world_size)
     assert planned.classes_per_rank == most
-    assert planned.footprint.centres == most * 64 * 4
+    assert planned.footprint.centers == most * 64 * 4
     assert planned.head.batch == 8 * world_size
 
 
@@ -168,13 +175,19 @@ def test_the_heads_work_is_no_more_than_planned_and_not_much_less(rate, optimize
     )
     planned = needs_of(cfg)
     head = PartialFC(
-        margin, width, classes, rate, row_update=rule(), batch_size_per_rank=batch, workspace_mib=1,
-    )  # fmt: skip
-    assert head.row_update is not None
+        margin,
+        width,
+        classes,
+        rate,
+        row_optimizer=rule(),
+        batch_size_per_rank=batch,
+        workspace_mib=1,
+    )
+    assert head.row_optimizer is not None
     embeddings = torch.randn(batch, width, requires_grad=True)
     labels = torch.randint(classes, (batch,))
-    state = head.row_update.state(head.weight).values()
-    with Ledger([embeddings, labels, head.weight, *state, *head.buffers()]) as ledger:
+    state = head.row_optimizer.state(head.weight).values()
+    with MemoryTracker([embeddings, labels, head.weight, *state, *head.buffers()]) as ledger:
         head(embeddings, labels, 0.1).backward()
         head.step(0.1)
     batch_bytes = HEAD_BATCH_MATRICES * batch * width * 4
@@ -188,13 +201,18 @@ def test_the_heads_work_is_no_more_than_planned_and_not_much_less(rate, optimize
 def test_the_batchs_matrices_in_the_head_are_as_many_as_planned():
     batch, width, classes = 512, 256, 600
     head = PartialFC(
-        ArcFace(), width, classes, row_update=SGDRows(), batch_size_per_rank=batch, workspace_mib=4
+        ArcFace(),
+        width,
+        classes,
+        row_optimizer=SGDRows(),
+        batch_size_per_rank=batch,
+        workspace_mib=4,
     )
     embeddings = torch.randn(batch, width, requires_grad=True)
     labels = torch.randint(classes, (batch,))
-    assert head.row_update is not None
-    state = head.row_update.state(head.weight).values()
-    with Ledger([embeddings, labels, head.weight, *state]) as ledger:
+    assert head.row_optimizer is not None
+    state = head.row_optimizer.state(head.weight).values()
+    with MemoryTracker([embeddings, labels, head.weight, *state]) as ledger:
         head(embeddings, labels, 0.1).backward()
     cfg = small(num_classes=classes, batch_size=batch, embedding_size=width, head_workspace_mib=4)
     matrices = (ledger.peak - needs_of(cfg).footprint.head) / (batch * width * 4)
@@ -206,13 +224,14 @@ def test_the_autograd_head_is_planned_with_its_logits_and_gradient():
     planned = needs_of(cfg)
     trace = planned.head.trace
     assert trace is not None
-    head = PartialFC(ArcFace(), 64, 20_000, row_update=SGDRows(), update="autograd",
-                     batch_size_per_rank=64)  # fmt: skip
+    head = PartialFC(
+        ArcFace(), 64, 20_000, row_optimizer=SGDRows(), update="autograd", batch_size_per_rank=64
+    )
     embeddings = torch.randn(64, 64, requires_grad=True)
     labels = torch.randint(20_000, (64,))
-    assert head.row_update is not None
-    state = head.row_update.state(head.weight).values()  # made at first use
-    with Ledger([embeddings, labels, head.weight, *state]) as ledger:
+    assert head.row_optimizer is not None
+    state = head.row_optimizer.state(head.weight).values()  # made at first use
+    with MemoryTracker([embeddings, labels, head.weight, *state]) as ledger:
         head(embeddings, labels).backward()
     assert trace.peak_bytes == pytest.approx(ledger.peak, rel=0.05)
     assert trace.gradient_bytes == 20_000 * 64 * 4
@@ -222,18 +241,27 @@ def test_the_autograd_head_is_planned_with_its_logits_and_gradient():
 
 @pytest.mark.parametrize(
     ("loss", "update"),
-    [("adaface", "fused"), ("softmax", "fused"), ("magface", "autograd"),
-     ("curricularface", "autograd"), ("elasticface_arc", "autograd"), ("softmax", "autograd")],
-)  # fmt: skip
+    [
+        ("adaface", "fused"),
+        ("softmax", "fused"),
+        ("magface", "autograd"),
+        ("curricularface", "autograd"),
+        ("elasticface_arc", "autograd"),
+        ("softmax", "autograd"),
+    ],
+)
 def test_other_losses_can_be_planned(loss, update):
     planned = needs_of(small(loss=loss, head_update=update, sample_rate=0.5))
     assert planned.footprint.total > planned.footprint.activations > 0
 
 
 CLASSIFY: dict[str, Any] = {
-    "task": "classification", "loss": "softmax", "network": "resnet_nano", "embedding_size": 128,
+    "task": "classification",
+    "loss": "softmax",
+    "network": "resnet_nano",
+    "embedding_size": 128,
     "num_classes": 9000,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -246,19 +274,23 @@ def test_a_layer_by_autograd_is_planned_with_the_part_that_rank_0_has(
     cfg = small(**CLASSIFY, parallel_dim=dim, label_smoothing=smoothing)
     planned = needs_of(cfg, world_size=3)
     head = LayerClassifier(
-        width, classes, dim, label_smoothing=smoothing,
-        row_update=SGDRows(), bias_update=SGDRows(),
-    )  # fmt: skip
-    state = [v for p, rule in head.moved_parameters() for v in rule.state(p).values()]
+        width,
+        classes,
+        dim,
+        label_smoothing=smoothing,
+        row_optimizer=SGDRows(),
+        bias_update=SGDRows(),
+    )
+    state = [v for p, rule in head.optimized_parameters() for v in rule.state(p).values()]
     embeddings = torch.randn(batch, width, requires_grad=True)
     labels = torch.randint(classes, (batch,))
-    with Ledger([embeddings, labels, *head.parameters(), *state]) as ledger:
+    with MemoryTracker([embeddings, labels, *head.parameters(), *state]) as ledger:
         head(embeddings, labels).backward()
     trace, work = planned.head.trace, planned.head
     assert trace is not None
     assert trace.peak_bytes == pytest.approx(ledger.peak, rel=0.05)
-    assert planned.footprint.centres == (width + 1) * classes * 4 == planned.footprint.centre_state
-    assert planned.footprint.head >= trace.gradient_bytes == planned.footprint.centres
+    assert planned.footprint.centers == (width + 1) * classes * 4 == planned.footprint.center_state
+    assert planned.footprint.head >= trace.gradient_bytes == planned.footprint.centers
     assert (work.rows, work.batch) == (classes, batch)
     exchanged = {None: (0, 129 * 9000 * 4), 0: (128, 24 * 9000 * 4), 1: (128, 0)}
     assert (work.gathered_width, work.summed_bytes) == exchanged[dim]
@@ -292,24 +324,24 @@ def test_gradients_stay_where_ddp_or_micro_steps_keep_them():
         assert kept.footprint.gradients == size
 
 
-def test_centres_in_bf16_take_half_and_on_the_host_none_of_the_device():
+def test_centers_in_bf16_take_half_and_on_the_host_none_of_the_device():
     full = needs_of(small(num_classes=50_000)).footprint
     half = needs_of(
         small(num_classes=50_000, head_weight_dtype="bf16", head_state_dtype="bf16")
     ).footprint
-    assert (half.centres, half.centre_state) == (full.centres // 2, full.centre_state // 2)
+    assert (half.centers, half.center_state) == (full.centers // 2, full.center_state // 2)
     host = needs_of(
-        small(num_classes=50_000, head_device="cpu", sample_rate=0.1), device="cuda"
+        small(num_classes=50_000, head_offload=True, sample_rate=0.1), device="cuda"
     ).footprint
-    assert host.centres == full.centres // 5  # twice the sampled tenth
-    assert host.on_host == pytest.approx(1.1 * (full.centres + full.centre_state))
+    assert host.centers == full.centers // 5  # twice the sampled tenth
+    assert host.on_host == pytest.approx(1.1 * (full.centers + full.center_state))
     assert "on_host" not in host.parts()
 
 
 def test_nothing_is_allocated_for_millions_of_classes():
     cfg = small(num_classes=50_000_000, embedding_size=512)
-    planned = needs_of(cfg)  # 95 GiB of centres
-    assert planned.footprint.centres == 50_000_000 * 512 * 4
+    planned = needs_of(cfg)  # 95 GiB of centers
+    assert planned.footprint.centers == 50_000_000 * 512 * 4
 
 
 # --- time ------------------------------------------------------------------------------------
@@ -330,9 +362,14 @@ def test_an_operation_takes_as_long_as_its_slowest_side():
 
 @pytest.mark.parametrize(
     ("precision", "fp16", "gpu", "name"),
-    [(None, False, "h100", "bf16"), (None, False, "v100", "fp32"), (None, True, "h100", "fp16"),
-     ("tf32", False, "a100", "tf32"), ("fp32", False, "h100", "fp32")],
-)  # fmt: skip
+    [
+        (None, False, "h100", "bf16"),
+        (None, False, "v100", "fp32"),
+        (None, True, "h100", "fp16"),
+        ("tf32", False, "a100", "tf32"),
+        ("fp32", False, "h100", "fp32"),
+    ],
+)
 def test_the_plan_has_the_precision_the_run_would_have_on_that_gpu(precision, fp16, gpu, name):
     cfg = small(precision=precision, fp16=fp16)
     assert plan.policy(cfg, GPUS[gpu]).name == name
@@ -350,7 +387,7 @@ def test_tf32_is_faster_than_fp32_where_there_is_any_and_refused_elsewhere():
 
 
 def test_gradients_in_half_precision_are_half_the_traffic():
-    whole, half = (needs_of(small(all_reduce_dtype=d), world_size=8) for d in ("fp32", "bf16"))
+    whole, half = (needs_of(small(grad_reduce_dtype=d), world_size=8) for d in ("fp32", "bf16"))
     assert half.all_reduced_bytes * 2 == whole.all_reduced_bytes == whole.trainable_bytes
 
 
@@ -441,9 +478,12 @@ def test_json_says_what_the_table_says(capsys):
     assert found["total_steps"] == 3 * (4096 // 32)
     assert found["samples_per_second"] == pytest.approx(32 / time["total"])
     assert found["hours"] == pytest.approx(found["total_steps"] * time["total"] / 3600)
-    assert plan.main(
-        ["configs/lfw_nano", *WORDS, "val_targets=[]", "--gpu", "h100", "--world-size", "4"]
-    ) == 0  # fmt: skip
+    assert (
+        plan.main(
+            ["configs/lfw_nano", *WORDS, "val_targets=[]", "--gpu", "h100", "--world-size", "4"]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "4 x h100, bf16, global batch 32 = 8 x 4 ranks x 1 micro-steps" in text
     assert f"{memory['total'] / 2**20:,.0f}" in text
@@ -531,12 +571,12 @@ def test_what_does_not_fit_comes_with_changes_worked_out_anew(capsys):
     found = run(capsys, *words)
     assert found["memory"]["fits"] is False
     changes = {one["words"]: one for one in found["changes"]}
-    assert changes["head_device=cpu sample_rate=0.1"]["fits"] is True
+    assert changes["head_offload=True sample_rate=0.1"]["fits"] is True
     halved = changes["head_weight_dtype=bf16 head_state_dtype=bf16"]
     assert halved["total"] == pytest.approx(found["memory"]["total"] / 2, rel=0.02)
     assert not halved["fits"]
-    again = run(capsys, *words, "head_device=cpu", "sample_rate=0.1")
-    assert again["memory"]["total"] == changes["head_device=cpu sample_rate=0.1"]["total"]
+    again = run(capsys, *words, "head_offload=True", "sample_rate=0.1")
+    assert again["memory"]["total"] == changes["head_offload=True sample_rate=0.1"]["total"]
     assert again["memory"]["on_host"] > 150 * 2**30
 
 
@@ -555,14 +595,17 @@ def test_as_many_changes_together_as_are_needed_where_one_is_not_enough(monkeypa
     found = [(words, one.needs.footprint.total) for words, one in plan.what_would_fit(cfg, setting)]
     dtypes = "head_weight_dtype=bf16 head_state_dtype=bf16"
     assert found == [
-        ("gradient_checkpointing=True", 80), ("head_workspace_mib=64", 85), (dtypes, 90),
+        ("gradient_checkpointing=True", 80),
+        ("head_workspace_mib=64", 85),
+        (dtypes, 90),
         ("--world-size 2", 95),
         (f"gradient_checkpointing=True head_workspace_mib=64 {dtypes}", 55),
-    ]  # fmt: skip
+    ]
     limit = 65
     assert plan.what_would_fit(cfg, setting)[-1][0].split() == [
-        "gradient_checkpointing=True", "head_workspace_mib=64",
-    ]  # fmt: skip
+        "gradient_checkpointing=True",
+        "head_workspace_mib=64",
+    ]
     limit = 80  # one is enough
     assert [words for words, _ in plan.what_would_fit(cfg, setting)][-1] == "--world-size 2"
 
@@ -615,8 +658,10 @@ def test_numbers_of_the_set_are_looked_up_where_the_config_says_auto(tmp_path, c
         (["--world-size", "0"], "--world-size 0: above 0"),
         (["--gpu", "h100", "network=r51"], "there is no backbone 'r51'"),
         (["--gpu", "h100", "batch_siz=3"], "nearest known: batch_size"),
-        (["--gpu", "h100", "head_workspace_mib=1", "embedding_size=400000"],
-         "head_workspace_mib must"),
+        (
+            ["--gpu", "h100", "head_workspace_mib=1", "embedding_size=400000"],
+            "head_workspace_mib must",
+        ),
         (["--measure", "-1"], "--measure -1.0: seconds"),
     ],
 )

@@ -21,18 +21,22 @@ from training.preflight import (
     library_versions,
     preflight,
 )
-from utils.distributed import World
+from utils.distributed import DistContext
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def check(
-    rank: int, world_size: int, facts: list[dict[str, str]], folders: list[str],
-    bytes_needed: int = 0, timeout_s: float = 20.0,
-) -> None:  # fmt: skip
+    rank: int,
+    world_size: int,
+    facts: list[dict[str, str]],
+    folders: list[str],
+    bytes_needed: int = 0,
+    timeout_s: float = 20.0,
+) -> None:
     """One rank of the pool with its own facts and folder."""
-    world = World(rank, rank, world_size, CPU)
+    world = DistContext(rank, rank, world_size, CPU)
     folder = Path(folders[rank % len(folders)])
     own = facts[rank % len(facts)]
     preflight(world, own, folder, bytes_needed, timeout_s=timeout_s, arrival_s=timeout_s)
@@ -62,7 +66,7 @@ def test_ranks_that_agree_pass_and_leave_nothing_behind(ranks, tmp_path, world_s
 
 
 def test_one_rank_needs_no_group(tmp_path):
-    world = World(0, 0, 1, CPU)
+    world = DistContext(0, 0, 1, CPU)
     preflight(world, SAME[0], tmp_path, 0)
     with pytest.raises(PreflightError, match="cannot be written"):
         preflight(world, SAME[0], tmp_path / "missing", 0)

@@ -115,9 +115,15 @@ def event(
     """Of a profile of CUDA; `on_device`: a range as the profiler shows it there."""
     kind = DeviceType.CUDA if on_device else DeviceType.CPU
     return FunctionEvent(
-        0, name, thread, start, end, device_type=kind, use_device="cuda",
+        0,
+        name,
+        thread,
+        start,
+        end,
+        device_type=kind,
+        use_device="cuda",
         is_user_annotation=on_device,
-    )  # fmt: skip
+    )
 
 
 def test_on_a_gpu_kernels_count_for_the_phase_that_asked_for_them() -> None:
@@ -133,8 +139,11 @@ def test_on_a_gpu_kernels_count_for_the_phase_that_asked_for_them() -> None:
         event("aten::lerp_", 3100, 3110),
     ]
     for place, name, cost in (
-        (2, "conv", 2000), (4, "conv", 5000), (5, "ncclDevKernel_AllReduce", 700), (6, "lerp", 30),
-    ):  # fmt: skip
+        (2, "conv", 2000),
+        (4, "conv", 5000),
+        (5, "ncclDevKernel_AllReduce", 700),
+        (6, "lerp", 30),
+    ):
         seen[place].append_kernel(name, 0, cost)
     names = ("arcshard/forward", "nccl:all_reduce")
     seen += [event(name, 5000, 9000, on_device=True) for name in names]

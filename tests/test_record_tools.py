@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.alignment import align
+from data.datasets import DataError, RecordDataset
 from data.decode import decode_image
 from data.index import read_index
 from data.recordio import RecordReader, class_of, pack_record, unpack_record
-from data.sources import DataError, RecordSource
 from data.tools.encode import encode_jpeg
-from data.tools.image_records import ImageRecords, relabelled
+from data.tools.image_records import ImageRecords, relabeled
 from data.tools.manifest import manifest_path, verify_records
 from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.tools.workers import ordered_map
@@ -81,7 +81,7 @@ def test_shuffling_keeps_the_multiset_the_style_and_the_files_beside(
     for name in ("lfw.bin", "train.lst", "property"):
         assert (out / name).read_bytes() == (data / name).read_bytes()
     assert is_verified(out)
-    assert len(RecordSource(out, input_size=24)) == 200
+    assert len(RecordDataset(out, input_size=24)) == 200
 
 
 def test_the_order_depends_on_the_seed_and_not_on_the_memory(
@@ -107,7 +107,7 @@ def test_every_place_is_equally_likely(tmp_path: Path) -> None:
     shuffle_rec.shuffle_records(data, tmp_path / "out")
     places = np.array([before[image] for image in images_in_order(tmp_path / "out")])
     assert abs(np.corrcoef(places, np.arange(400))[0, 1]) < 0.15
-    assert (np.abs(np.diff(places)) < 10).mean() < 0.15  # neighbours are parted
+    assert (np.abs(np.diff(places)) < 10).mean() < 0.15  # neighbors are parted
 
 
 def test_a_faulty_disk_is_noticed_and_the_copy_is_not_left_usable(
@@ -305,7 +305,7 @@ def test_noise_changes_labels_as_it_says_and_no_image(
     assert truth == {k: (after[k], before[k]) for k in before if after[k] != before[k]}
     assert len(truth) == (24 if "--flip" in options else len(truth))
     assert len(truth) > 0
-    source = RecordSource(out, input_size=24)
+    source = RecordDataset(out, input_size=24)
     assert source.num_classes == max(after.values()) + 1
     assert is_verified(out)
 
@@ -327,9 +327,9 @@ def test_an_impossible_share_ends_with_exit_code_2(options: list[str], tmp_path:
 @pytest.mark.parametrize("old", [3, WIDE])
 @pytest.mark.parametrize("new", [0, WIDE + 2])
 @pytest.mark.parametrize("vector", [False, True])
-def test_relabelling_changes_the_class_and_nothing_else(old: int, new: int, vector: bool) -> None:
+def test_relabeling_changes_the_class_and_nothing_else(old: int, new: int, vector: bool) -> None:
     label = [old, 0.5] if vector else old
-    after, image = unpack_record(relabelled(pack_record(b"image", label, 7), new))
+    after, image = unpack_record(relabeled(pack_record(b"image", label, 7), new))
     assert (class_of(after), after.id, bytes(image)) == (new, 7, b"image")
     assert after.labels[1:].tolist() == ([0.5] if vector else [])
 
@@ -439,7 +439,7 @@ def test_people_with_many_images_are_packed_and_the_others_paired(
 ) -> None:
     out = tmp_path / "out"
     assert fetch_lfw.main([str(out), "--source", str(lfw), "--min-images", "5"]) == 0
-    source = RecordSource(out)
+    source = RecordDataset(out)
     assert (len(source), source.num_classes) == (15, 3)
     assert (out / "label_map.txt").read_text() == "0\tMany_0\n1\tMany_1\n2\tMany_2\n"
     image, label = source.read(14)
@@ -462,7 +462,7 @@ def test_a_real_local_copy_with_finished_pairs_is_taken(shared_dir: Path, tmp_pa
     source = shared_dir / "data" / "lfw112"
     out = tmp_path / "out"
     assert fetch_lfw.main([str(out), "--source", str(source), "--min-images", "60"]) == 0
-    records = RecordSource(out)
+    records = RecordDataset(out)
     names = [line.split("\t")[1] for line in (out / "label_map.txt").read_text().splitlines()]
     folders = {p.name: len(list(p.iterdir())) for p in (source / "train").iterdir()}
     assert names == sorted(name for name, count in folders.items() if count >= 60)
@@ -481,7 +481,7 @@ def test_the_download_is_scikit_learns(
 
     monkeypatch.setattr(datasets, "fetch_lfw_people", pretend)
     assert fetch_lfw.main([str(tmp_path / "out"), "--min-images", "5"]) == 0
-    assert len(RecordSource(tmp_path / "out")) == 15
+    assert len(RecordDataset(tmp_path / "out")) == 15
 
 
 GONE = "2\t1\n" + "Few_00\t1\t9\nFew_00\t1\tFew_01\t1\n" * 2

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.datasets import DataError, RecordDataset
 from data.index import image_lines, read_index, read_property
 from data.recordio import (
     FIRST,
@@ -31,7 +32,6 @@ from data.recordio import (
     range_of,
     unpack_record,
 )
-from data.sources import DataError, RecordSource
 
 GOLDEN = (
     "insightface_style",
@@ -63,7 +63,7 @@ def image_records(count: int) -> list[bytes]:
 def test_golden_records_read_as_the_manifest_says(name: str, shared_dir: Path) -> None:
     folder = shared_dir / "golden" / "recordio"
     manifest = json.loads((folder / "manifest.json").read_text())["files"][name]
-    source = RecordSource(folder / f"{name}.rec")
+    source = RecordDataset(folder / f"{name}.rec")
     found = []
     for i in range(len(source)):
         encoded, label = source.read_encoded(i)
@@ -355,12 +355,12 @@ def test_a_count_rounded_by_float32_is_put_right(
 def test_an_index_that_lacks_promised_images_is_an_error(tmp_path: Path) -> None:
     path = write_records(tmp_path, insightface_records(5, stated=9))
     with pytest.raises(RecordError, match="promises the images 1 to 8, but the index lists 6"):
-        RecordSource(path)
+        RecordDataset(path)
 
 
 def test_two_labels_per_image_are_not_mistaken_for_a_header_record(tmp_path: Path) -> None:
     path = write_records(tmp_path, [pack_record(b"image", (2, 3)) for _ in range(4)])
-    assert len(RecordSource(path)) == 4
+    assert len(RecordDataset(path)) == 4
 
 
 @pytest.mark.parametrize("text", ["", "10,112", "a,112,112", "0,112,112", "-1,2,3", "9" * 300])
@@ -412,13 +412,13 @@ def test_a_wide_label_without_its_exact_class_is_refused(tmp_path: Path) -> None
     }.items():
         path = write_records(tmp_path, [payload], name)
         with pytest.raises(DataError, match=r"record with key 0 .* exact only up to 16777216"):
-            RecordSource(path, num_classes=2**25).read_encoded(0)
+            RecordDataset(path, num_classes=2**25).read_encoded(0)
     with pytest.raises(RecordError, match="takes the place of id2"):
         pack_record(b"x", 2**24 + 2, 0, 7)
 
 
 def test_wide_classes_are_read_and_counted(tmp_path: Path) -> None:
     path = write_records(tmp_path, [pack_record(b"x", label) for label in WIDE[:6]])
-    source = RecordSource(path)
+    source = RecordDataset(path)
     assert [source.read_encoded(i)[1] for i in range(6)] == WIDE[:6]
     assert source.num_classes == 42_474_558

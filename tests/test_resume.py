@@ -32,26 +32,39 @@ from train_v2 import run_on
 from training.checkpoint import checkpointer as checkpoints
 from training.checkpoint.checkpointer import (
     FOLDER,
+    Checkpoint,
     Checkpointer,
-    Found,
     Manifest,
-    named,
-    pointed_to,
+    list_checkpoints,
+    resolve_pointer,
 )
-from training.checkpoint_manager import Keeper, Stopped
-from training.divergence import DivergencePolicy, WatchReport
-from training.metrics_logger import Journal
+from training.checkpoint_manager import CheckpointManager, Stopped
+from training.divergence import DivergencePolicy, StepStats
+from training.metrics_logger import JsonlWriter
 from training.state import Progress
 from training.validation import Validation
-from utils.distributed import World
+from utils.distributed import DistContext
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {
-    "rec": "synthetic", "num_classes": 23, "num_image": 96, "network": "r_nano",
-    "embedding_size": 16, "input_size": 32, "batch_size": 12, "num_epoch": 2, "lr": 0.05,
-    "frequent": 1, "verbose": 0, "num_workers": 1, "scale": 16.0, "margin_list": (1.0, 0.0, 0.2),
-    "device": "cpu", "checkpoint_every": 5, "keep_checkpoints": 100,
-}  # fmt: skip
+    "rec": "synthetic",
+    "num_classes": 23,
+    "num_image": 96,
+    "network": "r_nano",
+    "embedding_size": 16,
+    "input_size": 32,
+    "batch_size": 12,
+    "num_epoch": 2,
+    "lr": 0.05,
+    "frequent": 1,
+    "verbose": 0,
+    "num_workers": 1,
+    "scale": 16.0,
+    "margin_list": (1.0, 0.0, 0.2),
+    "device": "cpu",
+    "checkpoint_every": 5,
+    "keep_checkpoints": 100,
+}
 EXACT = {"precision": "fp64", "freeze_batch_norm": True}
 
 
@@ -68,14 +81,14 @@ def whole_run(rank: int, world_size: int, folder: str, changes: dict[str, Any]) 
     cfg = Config(**settings)
     assert not cfg.problems()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    world = World(rank, rank, world_size, torch.device("cpu"))
+    world = DistContext(rank, rank, world_size, torch.device("cpu"))
     with unittest.mock.patch("train_v2.Checkpointer", Unhurried):
         parts = run_on(cfg, world, Path(folder))
     backbone = hashlib.sha256()
     for value in parts.backbone.state_dict().values():
         backbone.update(value.numpy().tobytes())
     state = [p.detach().clone() for p in parts.head.parameters()]
-    for parameter, rule in parts.head.moved_parameters():
+    for parameter, rule in parts.head.optimized_parameters():
         state += [value.clone() for value in rule.state(parameter).values()]
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
     losses = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
@@ -85,7 +98,7 @@ def whole_run(rank: int, world_size: int, folder: str, changes: dict[str, Any]) 
 def copy_of_run(run: Path, target: Path, step: int) -> Path:
     """The run's folder as it was left just after the checkpoint of `step`."""
     shutil.copytree(run, target)
-    for path in named(target / FOLDER):
+    for path in list_checkpoints(target / FOLDER):
         if int(path.name.removeprefix("step_")) > step:
             shutil.rmtree(path)
     return target
@@ -100,22 +113,27 @@ def assert_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 LONG = partial(pytest.param, marks=pytest.mark.slow)  # run by `make test-all` only
-LONG_VARIANTS = ("softmax with bias, clipped, fp16", "magface, host centres")
+LONG_VARIANTS = ("softmax with bias, clipped, fp16", "magface, host centers")
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "sampled, adamw": {"optimizer": "adamw", "lr": 1e-3, "sample_rate": 0.3},
     "adaface, accumulated": {"loss": "adaface", "gradient_acc": 2, "num_epoch": 3},
-    "curricularface, bf16 centres": {"loss": "curricularface", "head_weight_dtype": "bf16"},
-    "magface, host centres": {"loss": "magface", "sample_rate": 0.5, "head_device": "cpu"},
+    "curricularface, bf16 centers": {"loss": "curricularface", "head_weight_dtype": "bf16"},
+    "magface, host centers": {"loss": "magface", "sample_rate": 0.5, "head_offload": True},
     "dropout, autograd": {"dropout": 0.4, "head_update": "autograd", "loss": "elasticface_arc"},
     "softmax with bias, clipped, fp16": {
-        "loss": "softmax", "precision": "fp16", "lr": 0.01, "max_steps": 8,
+        "loss": "softmax",
+        "precision": "fp16",
+        "lr": 0.01,
+        "max_steps": 8,
     },
-    "sub-centres, cosine, photometric": {
-        "loss": "subcentre_arcface", "margin_list": (1.0, 0.5, 0.0), "lr_schedule": "cosine",
+    "sub-centers, cosine, photometric": {
+        "loss": "subcenter_arcface",
+        "margin_list": (1.0, 0.5, 0.0),
+        "lr_schedule": "cosine",
         "augment": ["photometric"],
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +172,7 @@ def test_on_another_number_of_ranks_the_losses_are_those_of_the_uninterrupted_ru
     for step, loss in again[0]["losses"].items():
         assert loss == pytest.approx(expected[step], rel=0, abs=1e-8)
     assert again[0]["losses"].keys() == expected.keys()
-    for i in range(2):  # centres and momentum, joined over the ranks
+    for i in range(2):  # centers and momentum, joined over the ranks
         whole = torch.cat([each["head"][i] for each in again])
         torch.testing.assert_close(
             whole, torch.cat([each["head"][i] for each in left_alone]), rtol=0, atol=1e-8
@@ -167,13 +185,17 @@ def state_after_loading(rank: int, world_size: int, folder: str, changes: dict[s
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 4), (4, 1), (1, 3)])
-def test_centres_momentum_and_step_counts_arrive_at_their_owner_unchanged(
+def test_centers_momentum_and_step_counts_arrive_at_their_owner_unchanged(
     ranks: Ranks, tmp_path: Path, before: int, after: int
 ) -> None:
     changes = {
-        "max_steps": 7, "optimizer": "adamw", "sample_rate": 0.4, "sub_centres": 2,
-        "head_state_dtype": "bf16", "num_classes": 29,
-    }  # fmt: skip
+        "max_steps": 7,
+        "optimizer": "adamw",
+        "sample_rate": 0.4,
+        "sub_centers": 2,
+        "head_state_dtype": "bf16",
+        "num_classes": 29,
+    }
     saved = ranks.run(before, whole_run, str(tmp_path), changes)
     loaded = ranks.run(after, state_after_loading, str(tmp_path), changes)
     for i in range(4):  # weight, exp_avg, exp_avg_sq, step
@@ -258,7 +280,7 @@ def test_what_would_be_another_run_is_refused_with_the_difference_named(
     with pytest.raises(RankFailure) as refused:
         ranks.run(2, whole_run, str(folder), {"resume": "auto", **changes})
     assert all(words in str(error) for error in refused.value.errors.values())
-    assert len(named(folder / FOLDER)) == 4
+    assert len(list_checkpoints(folder / FOLDER)) == 4
 
 
 def test_ranks_batch_accumulation_workers_and_output_may_change(
@@ -266,8 +288,12 @@ def test_ranks_batch_accumulation_workers_and_output_may_change(
 ) -> None:
     run, _ = damaged_run
     changes = {
-        "resume": str(run), "batch_size": 2, "gradient_acc": 3, "num_workers": 0, "max_steps": 14,
-    }  # fmt: skip
+        "resume": str(run),
+        "batch_size": 2,
+        "gradient_acc": 3,
+        "num_workers": 0,
+        "max_steps": 14,
+    }
     again = ranks.run(2, whole_run, str(tmp_path / "elsewhere"), changes)
     assert sorted(again[0]["losses"]) == [13, 14]
     elastic = {"resume": str(run), "global_batch_size": 12, "batch_size": 4, "max_steps": 14}
@@ -278,8 +304,8 @@ def test_ranks_batch_accumulation_workers_and_output_may_change(
 def test_the_newest_are_kept_and_the_pointer_names_the_last(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(2, whole_run, str(tmp_path), {"checkpoint_every": 1, "keep_checkpoints": 2})
     folder = tmp_path / FOLDER
-    assert [path.name for path in named(folder)] == ["step_00000015", "step_00000016"]
-    assert pointed_to(folder, "latest") == folder / "step_00000016"
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000015", "step_00000016"]
+    assert resolve_pointer(folder, "latest") == folder / "step_00000016"
     assert Manifest.read(folder / "step_00000016").facts["progress"]["step"] == 16
     assert {p.name for p in folder.iterdir()} == {"latest", "step_00000015", "step_00000016"}
 
@@ -287,9 +313,14 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(ranks: Ranks, tmp_pa
 def command(folder: Path, *words: str) -> list[str]:
     settings = {**TINY, "output": folder, "margin_list": "[1,0,0.2]"}
     return [
-        sys.executable, "train_v2.py", "configs/demo", "val_targets=[]", "lr_base_batch=None",
-        *(f"{key}={value}" for key, value in settings.items()), *words,
-    ]  # fmt: skip
+        sys.executable,
+        "train_v2.py",
+        "configs/demo",
+        "val_targets=[]",
+        "lr_base_batch=None",
+        *(f"{key}={value}" for key, value in settings.items()),
+        *words,
+    ]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -323,7 +354,7 @@ def test_a_signal_saves_ends_with_code_4_and_the_run_goes_on_exactly(
     _, text = process.communicate(timeout=30)
     assert process.returncode == 4
     assert f"stopped by {number.name}" in text.decode()
-    assert len(named(tmp_path / "run" / FOLDER)) == 1
+    assert len(list_checkpoints(tmp_path / "run" / FOLDER)) == 1
     again = subprocess.run(
         command(tmp_path / "run", *words, "resume=auto"), cwd=ROOT, env=environment()
     )
@@ -351,8 +382,13 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_checkpoints_of_th
     if mounted.returncode:
         pytest.skip("a small file system of its own can only be mounted by root")
     try:
-        words = ("num_epoch=40", "checkpoint_every=3", "keep_checkpoints=2",
-                 "max_failed_saves=9999", "max_steps=100")  # fmt: skip
+        words = (
+            "num_epoch=40",
+            "checkpoint_every=3",
+            "keep_checkpoints=2",
+            "max_failed_saves=9999",
+            "max_steps=100",
+        )
         run = disk / "run"
         process = subprocess.Popen(
             command(run, *words), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
@@ -366,15 +402,15 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_checkpoints_of_th
             assert told[-1], f"it ended: {''.join(told)}"
         failed = [line for line in told if "COULD NOT BE WRITTEN" in line]
         assert all("No space left" in line for line in failed)  # of model.pt, too
-        for path in named(run / FOLDER):
+        for path in list_checkpoints(run / FOLDER):
             if path.exists():  # none that carries a name is damaged
-                assert checkpoints.damage(Found(path, Manifest.read(path))) is None
+                assert checkpoints.find_corruption(Checkpoint(path, Manifest.read(path))) is None
         ballast.unlink()
         assert "done after 100 steps" in "".join(lines)
         assert process.wait(timeout=60) == 0
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
         assert steps == list(range(1, 101))
-        kept = [path.name for path in named(run / FOLDER)]
+        kept = [path.name for path in list_checkpoints(run / FOLDER)]
         assert len(kept) == 2
         assert kept[-1] == "step_00000100"
         assert not list(run.glob(f"{FOLDER}/*.saving"))
@@ -399,7 +435,7 @@ class FullDisk(io.BytesIO):
 def test_metrics_wait_in_memory_while_the_disk_is_full(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int
 ) -> None:
-    journal = Journal(tmp_path, 0)
+    journal = JsonlWriter(tmp_path, 0)
     journal._file.close()
     journal._file = disk = FullDisk()
     disk.room = room
@@ -442,13 +478,13 @@ def run_that_is_stopped_while_verifying(
     rank: int, world_size: int, folder: str, changes: dict[str, Any]
 ) -> int:
     """A signal reaches the last rank at its second batch of the verification of step 6."""
-    world = World(rank, rank, world_size, torch.device("cpu"))
+    world = DistContext(rank, rank, world_size, torch.device("cpu"))
     cfg = Config(**{**TINY, "batch_size": 12 // world_size, "output": folder, **changes})
     Path(folder).mkdir(exist_ok=True)
     asked: list[int] = []
     progress: list[Progress] = []
 
-    def is_asked(keeper: Keeper) -> bool:
+    def is_asked(keeper: CheckpointManager) -> bool:
         asked.append(progress[0].step)
         return rank == world_size - 1 and asked.count(6) > 1
 
@@ -459,7 +495,7 @@ def run_that_is_stopped_while_verifying(
         progress.append(self.progress)
 
     with (
-        unittest.mock.patch.object(Keeper, "is_asked_to_stop", is_asked),
+        unittest.mock.patch.object(CheckpointManager, "is_asked_to_stop", is_asked),
         unittest.mock.patch.object(Validation, "__init__", remember),
         pytest.raises(Stopped) as stopped,
     ):
@@ -479,14 +515,18 @@ def test_a_signal_during_a_verification_stops_all_ranks_and_it_is_made_good(
 ) -> None:
     write_pairs(tmp_path)
     changes = {
-        "verbose": 3, "val_targets": ["pairs"], "val_dir": str(tmp_path), "val_batch_size": 4,
-        "max_steps": max_steps, "checkpoint_every": 0,
-    }  # fmt: skip
+        "verbose": 3,
+        "val_targets": ["pairs"],
+        "val_dir": str(tmp_path),
+        "val_batch_size": 4,
+        "max_steps": max_steps,
+        "checkpoint_every": 0,
+    }
     left_alone = ranks.run(2, whole_run, str(tmp_path / "whole"), changes)
     folder = tmp_path / "run"
     steps = ranks.run(2, run_that_is_stopped_while_verifying, str(folder), changes)
     assert steps == [6, 6]
-    assert [path.name for path in named(folder / FOLDER)][-1] == "step_00000006"
+    assert [path.name for path in list_checkpoints(folder / FOLDER)][-1] == "step_00000006"
     assert [line["step"] for line in evaluations(folder)] == [3]
     again = ranks.run(2, whole_run, str(folder), {**changes, "resume": "auto"})
     assert_same(again, left_alone)
@@ -500,7 +540,7 @@ def test_a_signal_during_a_verification_stops_all_ranks_and_it_is_made_good(
 class GivesUpOnce(DivergencePolicy):
     """Finds step 7 bad, the first time."""
 
-    def decide(self, report: WatchReport, step: int, learning_rate: float) -> list[str]:
+    def decide(self, report: StepStats, step: int, learning_rate: float) -> list[str]:
         if step == 7 and not self.rollbacks:
             self._end("diverged: made up", range(6, 7))
         return super().decide(report, step, learning_rate)
@@ -515,7 +555,7 @@ def test_a_rollback_goes_to_the_last_good_checkpoint_and_past_the_bad_data(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     ranks.run(2, run_that_rolls_back, str(tmp_path), {"on_divergence": "rollback"})
-    progress = Manifest.read(named(tmp_path / FOLDER)[-1]).facts["progress"]
+    progress = Manifest.read(list_checkpoints(tmp_path / FOLDER)[-1]).facts["progress"]
     assert (progress["step"], progress["rollbacks"]) == (16, 1)
     assert progress["position"] == 18  # back from 7 to 5, past the data of step 6
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -531,9 +571,12 @@ def test_without_a_checkpoint_a_divergence_ends_the_run(ranks: Ranks, tmp_path: 
 
 def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
-        [*command(tmp_path / "run"), "--dry-run"], cwd=ROOT, env=environment(),
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [*command(tmp_path / "run"), "--dry-run"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "dry run: two steps done" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -542,16 +585,23 @@ def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """One killed run of benchmarks/bench_faults.py, by torchrun, which restarts it by itself."""
     words = ("batch_size=6", "num_epoch=40", "max_steps=60")  # a second or two to be killed in
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
-              "--standalone"]  # fmt: skip
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        "--standalone",
+    ]
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
         python, *rest = command(folder, *words)
         return subprocess.Popen(
-            [python, *launch, *rest], cwd=ROOT, stderr=subprocess.PIPE,
+            [python, *launch, *rest],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
             # one store per attempt, as scripts/launch/ has it: gloo finds no dead addresses
             env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
-        )  # fmt: skip
+        )
 
     whole = start(tmp_path / "whole")
     assert whole.communicate(timeout=120)[1] is not None
@@ -561,7 +611,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Pat
         ["pgrep", "-f", f"output={tmp_path / 'run'}"], capture_output=True, text=True
     )
     workers = [int(pid) for pid in listed.stdout.split() if int(pid) != process.pid]
-    while not named(tmp_path / "run" / FOLDER):  # written beside the steps
+    while not list_checkpoints(tmp_path / "run" / FOLDER):  # written beside the steps
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(workers[-1], signal.SIGKILL)

@@ -10,20 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.order import derive_key, hash_indices, shuffled_within
-from data.sampling import BlockShuffled, ClassBalanced, InOrder, Order, Shares, Shuffled
+from data.sampling import (
+    BlockShuffleSampler,
+    ClassBalancedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    WeightedSampler,
+)
 
 LABELS = np.repeat(np.arange(12), [3, 5, 8, 0, 1, 40, 9, 2, 30, 4, 8, 6])
 LABELS = LABELS[np.random.default_rng(0).permutation(len(LABELS))]
-ORDERS: dict[str, Order] = {
-    "in order": InOrder(97),
-    "shuffled": Shuffled(97, 5),
-    "blocks": BlockShuffled(97, 5, 4, 3),
-    "shares": Shares([60, 37], [1, 2], 5),
-    "classes": ClassBalanced(LABELS, 4, 5),
+ORDERS: dict[str, Sampler] = {
+    "in order": SequentialSampler(97),
+    "shuffled": RandomSampler(97, 5),
+    "blocks": BlockShuffleSampler(97, 5, 4, 3),
+    "shares": WeightedSampler([60, 37], [1, 2], 5),
+    "classes": ClassBalancedSampler(LABELS, 4, 5),
 }
 
 
-def whole(order: Order, epoch: int) -> np.ndarray:
+def whole(order: Sampler, epoch: int) -> np.ndarray:
     return order(np.arange(len(order)), epoch)
 
 
@@ -44,12 +51,16 @@ def test_orders_change_with_the_epoch(name: str) -> None:
 
 
 @settings(max_examples=80)
-@given(n=st.integers(1, 300), block=st.integers(1, 40), windows=st.integers(1, 6),
-       epoch=st.integers(0, 3))  # fmt: skip
+@given(
+    n=st.integers(1, 300),
+    block=st.integers(1, 40),
+    windows=st.integers(1, 6),
+    epoch=st.integers(0, 3),
+)
 def test_blocks_show_every_image_once_and_windows_know_where_from(
     n: int, block: int, windows: int, epoch: int
 ) -> None:
-    order = BlockShuffled(n, 1, block, windows)
+    order = BlockShuffleSampler(n, 1, block, windows)
     images = whole(order, epoch)
     assert np.array_equal(np.sort(images), np.arange(n))
     whole_blocks = n // min(block, n) * min(block, n)
@@ -62,7 +73,7 @@ def test_blocks_show_every_image_once_and_windows_know_where_from(
 
 
 def test_a_window_of_blocks_is_few_places_and_well_mixed_inside() -> None:
-    order = BlockShuffled(100_000, 3, 100, 10)
+    order = BlockShuffleSampler(100_000, 3, 100, 10)
     images = order(np.arange(3000, 4000), 2)  # one window
     assert len(order.window(3000, 2)) <= 11
     assert len(np.unique((images - order._shift(2)) // 100 % 1000)) == 10
@@ -76,7 +87,7 @@ def test_shares_are_exact_and_no_image_comes_again_before_all_have_come(
     sizes: list[int], data: st.DataObject
 ) -> None:
     weights = [data.draw(st.floats(0.05, 10)) for _ in sizes]
-    order = Shares(sizes, weights, 9)
+    order = WeightedSampler(sizes, weights, 9)
     total = sum(sizes)
     assert len(order) == total == order.shares.sum()
     exact = np.array(weights) / sum(weights) * total
@@ -93,13 +104,13 @@ def test_shares_are_exact_and_no_image_comes_again_before_all_have_come(
 
 
 def test_equal_shares_of_equal_sets_show_every_image_once() -> None:
-    order = Shares([50, 50], [3, 3], 1)
+    order = WeightedSampler([50, 50], [3, 3], 1)
     assert np.array_equal(np.sort(whole(order, 4)), np.arange(100))
 
 
 @pytest.mark.parametrize("per_class", [1, 2, 4, 7])
 def test_classes_come_equally_often_in_groups_of_one_class(per_class: int) -> None:
-    order = ClassBalanced(LABELS, per_class, 2)
+    order = ClassBalancedSampler(LABELS, per_class, 2)
     seen = np.zeros(len(LABELS), int)
     for epoch in range(6):
         images = whole(order, epoch)
@@ -117,8 +128,8 @@ def test_classes_come_equally_often_in_groups_of_one_class(per_class: int) -> No
 
 def test_an_epoch_of_classes_is_about_as_long_as_the_set() -> None:
     labels = np.repeat(np.arange(50), 20)
-    assert len(ClassBalanced(labels, 4, 0)) == 1000
-    assert len(ClassBalanced(np.arange(10), 4, 0)) == 40  # at least one group of each class
+    assert len(ClassBalancedSampler(labels, 4, 0)) == 1000
+    assert len(ClassBalancedSampler(np.arange(10), 4, 0)) == 40  # at least one group of each class
 
 
 @settings(max_examples=50)
@@ -146,8 +157,8 @@ def test_in_many_permutations_every_image_is_as_likely_everywhere(n: int) -> Non
 
 def test_forty_two_million_images_cost_no_list() -> None:
     n = 42_474_557
-    shares = Shares([n // 2, n - n // 2], [1, 3], 1)
-    for order in (Shuffled(n, 1), BlockShuffled(n, 1, 1024), shares):
+    shares = WeightedSampler([n // 2, n - n // 2], [1, 3], 1)
+    for order in (RandomSampler(n, 1), BlockShuffleSampler(n, 1, 1024), shares):
         images = order(np.arange(n - 256, n), 17)
         assert len(np.unique(images)) == 256
         assert images.min() >= 0

@@ -23,17 +23,17 @@ from training import setup
 from training.batch_norm import BatchNormStatistics
 from training.build import build
 from training.parallelize import compile_backbone
-from training.precision import POLICIES, TrainedBackbone, allow_tf32, choose_precision
+from training.precision import POLICIES, MixedPrecisionBackbone, allow_tf32, choose_precision
 from training.setup import SetupError
 from training.step import TrainStep
-from utils.distributed import World
+from utils.distributed import DistContext
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def parts_of(folder: Path, **changes: Any) -> building.Parts:
+def parts_of(folder: Path, **changes: Any) -> building.TrainComponents:
     parts = build(Config(**{**TINY, "output": str(folder), **changes}), ALONE)
     parts.step.model.train()
     return parts
@@ -99,7 +99,7 @@ def test_a_step_never_asks_the_device_for_a_number(tmp_path, waits, changes):
         group = list(islice(batches, parts.global_batch // TINY["batch_size"]))
         waits.seen.clear()  # before the first step optimizers make their state
         # The check of labels waits on CPUs alone.
-        with patch("arcshard.head.batch.BatchRules._refuse_unknown", return_value=None):
+        with patch("arcshard.head.batch.BatchGatherer._refuse_unknown", return_value=None):
             parts.step(group, 0.01, is_frozen="freeze_epoch" in changes)
     assert waits.seen == []
 
@@ -114,7 +114,7 @@ def test_the_loop_asks_at_log_lines_only(tmp_path, waits):
 
     with (
         patch.object(TrainStep, "__call__", noted),
-        patch("arcshard.head.batch.BatchRules._refuse_unknown", return_value=None),
+        patch("arcshard.head.batch.BatchGatherer._refuse_unknown", return_value=None),
     ):
         run_training(0, 1, str(tmp_path), {"frequent": 4, "max_steps": 9, "keep_checkpoints": 0})
     between = [later - earlier for earlier, later in pairwise(begins)]
@@ -165,9 +165,9 @@ class Ends(nn.Module):
 
     def _look(self, name: str, value: Tensor) -> Tensor:
         self.seen[name] = torch.backends.cuda.matmul.allow_tf32
-        value.register_hook(lambda _: self.seen.update(
-            {f"{name}, backward": torch.backends.cuda.matmul.allow_tf32}
-        ))  # fmt: skip
+        value.register_hook(
+            lambda _: self.seen.update({f"{name}, backward": torch.backends.cuda.matmul.allow_tf32})
+        )
         return value
 
     def forward_features(self, pixels: Tensor) -> Tensor:
@@ -179,15 +179,18 @@ class Ends(nn.Module):
 
 def test_tf32_is_for_the_body_and_never_for_the_embedding_layer_or_verification(tmp_path):
     ends = Ends()
-    model = TrainedBackbone(ends, POLICIES["tf32"])
+    model = MixedPrecisionBackbone(ends, POLICIES["tf32"])
     parts = parts_of(tmp_path, embedding_size=2)
     step = parts.step
     allow_tf32(False)
     step.model, step.tf32 = model, True
     step(list(islice(iter(parts.loader), 1)), 0.0)
     assert ends.seen == {
-        "body": True, "embedding": False, "embedding, backward": False, "body, backward": True,
-    }  # fmt: skip
+        "body": True,
+        "embedding": False,
+        "embedding, backward": False,
+        "body, backward": True,
+    }
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
 
@@ -216,8 +219,9 @@ def test_both_memory_formats_train_alike(tmp_path):
     torch.testing.assert_close(outcomes[True], outcomes[False], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_acc": 2}, {"gradient_checkpointing": True}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_acc": 2}, {"gradient_checkpointing": True}], ids=str
+)
 def test_a_static_graph_gives_the_same_losses_to_the_last_bit(ranks, tmp_path, changes):
     changes = {"max_steps": 4, **changes}
     usual = losses_on(ranks, 2, tmp_path, **changes)
@@ -227,7 +231,7 @@ def test_a_static_graph_gives_the_same_losses_to_the_last_bit(ranks, tmp_path, c
 def test_gradients_added_up_in_fp16_are_near_and_not_the_same(ranks, tmp_path):
     changes = {"max_steps": 4, "freeze_batch_norm": True}
     usual = losses_on(ranks, 2, tmp_path, **changes)
-    half = losses_on(ranks, 2, tmp_path, all_reduce_dtype="fp16", **changes)
+    half = losses_on(ranks, 2, tmp_path, grad_reduce_dtype="fp16", **changes)
     assert usual[0] == half[0]
     assert not np.array_equal(usual, half)
     np.testing.assert_allclose(half, usual, rtol=2e-2)
@@ -236,13 +240,13 @@ def test_gradients_added_up_in_fp16_are_near_and_not_the_same(ranks, tmp_path):
 def build_two(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> str:
     cfg = Config(**{**TINY, "output": folder, **changes})
     with pytest.raises(SetupError) as caught:
-        build(cfg, World(rank, rank, world_size, torch.device("cpu")))
+        build(cfg, DistContext(rank, rank, world_size, torch.device("cpu")))
     return str(caught.value)
 
 
 def test_bf16_sums_on_cpus_are_refused_before_anything_starts(ranks: Ranks, tmp_path):
-    for sentence in ranks.run(2, build_two, str(tmp_path), {"all_reduce_dtype": "bf16"}):
-        assert "all_reduce_dtype=bf16" in sentence
+    for sentence in ranks.run(2, build_two, str(tmp_path), {"grad_reduce_dtype": "bf16"}):
+        assert "grad_reduce_dtype=bf16" in sentence
         assert "fp16" in sentence
 
 
@@ -250,7 +254,7 @@ def calls_of_the_compiled(rank: int, world_size: int, folder: str) -> int:
     """Of DDP itself, which is what `compile` compiles, in a step that embeds everything twice."""
     changes: dict[str, Any] = {"output": folder, "loss": "adaface", "gradient_acc": 2}
     cfg = Config(**{**TINY, **changes})
-    parts = build(cfg, World(rank, rank, world_size, torch.device("cpu")))
+    parts = build(cfg, DistContext(rank, rank, world_size, torch.device("cpu")))
     parts.step.model.train()
     with patch.object(parts.step.model, "_call_impl", wraps=parts.step.model._call_impl) as call:
         parts.step(list(islice(iter(parts.loader), 2)), 0.05)
@@ -267,9 +271,10 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that captures the graphs and runs them as they are: seconds, not minutes."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(
-        nn.Module, "compile",
+        nn.Module,
+        "compile",
         lambda self, **options: compile_module(self, **options, backend="aot_eager"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_batch_norm": True, "gradient_acc": 2}], ids=str)
@@ -322,7 +327,7 @@ def test_what_cannot_start_is_refused_before_the_compiler_takes_its_minute(
 def test_compiling_for_a_gpu_needs_a_c_compiler(monkeypatch):
     monkeypatch.setenv("CC", "no_such_compiler")
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: name)
-    on_gpu = World(0, 0, 1, torch.device("cuda", 0))
+    on_gpu = DistContext(0, 0, 1, torch.device("cuda", 0))
     with pytest.raises(SetupError, match=r"compile=True.*C compiler.*CC"):
         setup.check_step_options(Config(**{**TINY, "compile": True}), on_gpu)
 

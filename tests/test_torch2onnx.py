@@ -305,7 +305,7 @@ def test_every_network_agrees(name: str, tmp_path: Path):
     assert report.max_relative_difference <= 1e-4
 
 
-# --- precision, normalisation, verification ---
+# --- precision, normalization, verification ---
 
 
 @pytest.fixture(scope="module")
@@ -340,16 +340,16 @@ def test_fp16_is_half_the_size_takes_and_gives_floats_and_says_what_it_cost(
     assert (cosines / np.linalg.norm(expected, axis=1) > 0.9999).all()
 
 
-def test_folded_normalisation_is_the_same_network_on_pixels(
+def test_folded_normalization_is_the_same_network_on_pixels(
     run: Path, tiny: Backbone, verification_bin: Path, capsys: pytest.CaptureFixture[str]
 ):
-    from eval.submission import begins_with_normalisation
+    from eval.submission import begins_with_normalization
 
-    assert not begins_with_normalisation(onnx.load(_export(run)).graph)
-    path = _export(run, "--fold-normalisation", "--verify", str(verification_bin))
+    assert not begins_with_normalization(onnx.load(_export(run)).graph)
+    path = _export(run, "--fold-normalization", "--verify", str(verification_bin))
     assert "with the file in fp32" in capsys.readouterr().out
     model = onnx.load(path)
-    assert begins_with_normalisation(model.graph)
+    assert begins_with_normalization(model.graph)
     names = [node.name for node in model.graph.node[:4]]  # the two, and their constants
     assert {"Sub_normalise", "Mul_normalise"} <= set(names)
     session = onnxruntime.InferenceSession(path)

@@ -20,21 +20,32 @@ from train_v2 import main, run_on
 from training.build import build
 from training.precision import batch_norms
 from training.setup import SetupError
-from utils.distributed import World
+from utils.distributed import DistContext
 
 TINY = {
-    "rec": "synthetic", "num_classes": 23, "num_image": 240, "network": "r_nano",
-    "embedding_size": 16, "input_size": 32, "batch_size": 12, "num_epoch": 4, "lr": 0.05,
-    "frequent": 1, "verbose": 0, "num_workers": 1, "scale": 16.0, "margin_list": (1.0, 0.0, 0.2),
+    "rec": "synthetic",
+    "num_classes": 23,
+    "num_image": 240,
+    "network": "r_nano",
+    "embedding_size": 16,
+    "input_size": 32,
+    "batch_size": 12,
+    "num_epoch": 4,
+    "lr": 0.05,
+    "frequent": 1,
+    "verbose": 0,
+    "num_workers": 1,
+    "scale": 16.0,
+    "margin_list": (1.0, 0.0, 0.2),
     "device": "cpu",
-}  # fmt: skip
+}
 
 
 def run_training(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> list[float]:
     """A whole run in this process; returns the losses of all steps."""
     cfg = Config(**{**TINY, "output": folder, **changes})
     assert not cfg.problems()
-    world = World(rank, rank, world_size, torch.device("cpu"))
+    world = DistContext(rank, rank, world_size, torch.device("cpu"))
     Path(folder).mkdir(parents=True, exist_ok=True)
     run_on(cfg, world, Path(folder))
     if rank:
@@ -82,7 +93,7 @@ def weights_after_one_step(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
     """Backbone and head after one optimizer step, and how often gradients were all-reduced."""
     cfg = Config(**{**TINY, "output": folder, "freeze_batch_norm": True, **changes})
-    parts = build(cfg, World(rank, rank, world_size, torch.device("cpu")))
+    parts = build(cfg, DistContext(rank, rank, world_size, torch.device("cpu")))
     batches = list(parts.loader)[: cfg.gradient_acc]
     parts.step.model.train()
     with torch.profiler.profile() as profile:
@@ -102,7 +113,7 @@ def weights_after_one_step(
         {"sample_rate": 0.5},
         {"loss": "adaface", "adaface_t_alpha": 0.5},  # looks at the whole batch
         {"loss": "curricularface", "curricular_alpha": 0.5, "sample_rate": 0.5},
-        {"loss": "magface", "sub_centres": 2},
+        {"loss": "magface", "sub_centers": 2},
     ],
     ids=str,
 )
@@ -113,9 +124,11 @@ def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, head,
         world_size, weights_after_one_step, str(tmp_path), {**options, "batch_size": share}
     )
     small = ranks.run(
-        world_size, weights_after_one_step, str(tmp_path),
+        world_size,
+        weights_after_one_step,
+        str(tmp_path),
         {**options, "batch_size": share // 3, "gradient_acc": 3},
-    )  # fmt: skip
+    )
     for (weights, head, calls), (expected, expected_head, expected_calls) in zip(
         small, big, strict=True
     ):
@@ -129,13 +142,13 @@ def test_accumulated_steps_equal_the_big_batch(ranks, tmp_path, optimizer, head,
 def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, caplog, loss):
     settings = {"output": str(tmp_path), "loss": loss, "max_steps": 2, "head_workspace_mib": 1}
     if loss != "softmax":
-        settings |= {"sample_rate": 0.5, "head_device": "cpu", "head_state_dtype": "bf16"}
+        settings |= {"sample_rate": 0.5, "head_offload": True, "head_state_dtype": "bf16"}
     cfg = Config(**{**TINY, **settings})
-    world = World(0, 0, 1, torch.device("cpu"))
+    world = DistContext(0, 0, 1, torch.device("cpu"))
     with caplog.at_level(logging.INFO):
         parts = run_on(cfg, world, tmp_path)
     assert parts.head.margin.describe() in caplog.text
-    assert parts.head.centres_per_class == (3 if loss == "subcentre_arcface" else 1)
+    assert parts.head.centers_per_class == (3 if loss == "subcenter_arcface" else 1)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
 
@@ -145,22 +158,37 @@ def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, c
     [
         ({"loss": "adaface", "margin": 2.0}, "margin=2.0"),
         ({"loss": "magface", "magface_norms": (5.0, 4.0)}, "l_a < u_a"),
-        ({"embedding_size": 512, "batch_size": 1000, "head_workspace_mib": 1,
-          "sub_centres": 100}, "head_workspace_mib must be at least 2"),
-        ({"head_device": "cpu", "sample_rate": 0.5, "loss": "softmax"}, "without bias"),
+        (
+            {
+                "embedding_size": 512,
+                "batch_size": 1000,
+                "head_workspace_mib": 1,
+                "sub_centers": 100,
+            },
+            "head_workspace_mib must be at least 2",
+        ),
+        ({"head_offload": True, "sample_rate": 0.5, "loss": "softmax"}, "without bias"),
     ],
-)  # fmt: skip
+)
 def test_a_head_that_cannot_be_is_refused_before_training(tmp_path, changes, words):
     cfg = Config(**{**TINY, "num_image": 3000, "output": str(tmp_path), **changes})
     with pytest.raises(SetupError, match=words):
-        build(cfg, World(0, 0, 1, torch.device("cpu")))
+        build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("loss", ["adaface", "cosface"])
 def test_accumulation_draws_dropout_once_and_counts_images_once(tmp_path, loss):
-    cfg = Config(**{**TINY, "output": str(tmp_path), "loss": loss, "gradient_acc": 3,
-                    "batch_size": 4, "dropout": 0.5})  # fmt: skip
-    parts = build(cfg, World(0, 0, 1, torch.device("cpu")))
+    cfg = Config(
+        **{
+            **TINY,
+            "output": str(tmp_path),
+            "loss": loss,
+            "gradient_acc": 3,
+            "batch_size": 4,
+            "dropout": 0.5,
+        }
+    )
+    parts = build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
     seen: list[torch.Tensor] = []
     parts.step.model.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
     parts.step.model.train()
@@ -178,7 +206,7 @@ def test_accumulation_draws_dropout_once_and_counts_images_once(tmp_path, loss):
 def everything(parts: Any) -> list[torch.Tensor]:
     """Copies of all weights, buffers and optimizer states of a run."""
     tensors = [*parts.backbone.state_dict().values(), parts.head.weight.detach()]
-    tensors += list(parts.head.row_update.state(parts.head.weight).values())
+    tensors += list(parts.head.row_optimizer.state(parts.head.weight).values())
     for state in parts.step.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return [tensor.detach().clone() for tensor in tensors]
@@ -187,9 +215,10 @@ def everything(parts: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 def test_nothing_moves_in_a_bad_step(tmp_path, optimizer, sample_rate):
-    cfg = Config(**{**TINY, "output": str(tmp_path), "optimizer": optimizer,
-                    "sample_rate": sample_rate})  # fmt: skip
-    parts = build(cfg, World(0, 0, 1, torch.device("cpu")))
+    cfg = Config(
+        **{**TINY, "output": str(tmp_path), "optimizer": optimizer, "sample_rate": sample_rate}
+    )
+    parts = build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
     batches = iter(parts.loader)
     parts.step.model.train()
     assert not parts.step([next(batches)], 0.1).bad
@@ -205,23 +234,23 @@ def test_nothing_moves_in_a_bad_step(tmp_path, optimizer, sample_rate):
     outcome = parts.step([next(batches)], 0.1)
     assert not outcome.bad
     assert torch.isfinite(outcome.loss)
-    assert not all(
-        torch.equal(a, b) for a, b in zip(everything(parts), before, strict=True)
-    )
+    assert not all(torch.equal(a, b) for a, b in zip(everything(parts), before, strict=True))
 
 
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
     [
-        ("sgd", "fp32"), ("adamw", "fp32"), ("sgd", "fp16"),
+        ("sgd", "fp32"),
+        ("adamw", "fp32"),
+        ("sgd", "fp16"),
         pytest.param("adamw", "fp16", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_a_bad_first_step_leaves_no_trace(tmp_path, optimizer, precision, monkeypatch):
     """Optimizer state that the first step creates must not be what lay in memory before."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     settings = {"output": str(tmp_path), "optimizer": optimizer, "precision": precision}
-    parts = build(Config(**{**TINY, **settings}), World(0, 0, 1, torch.device("cpu")))
+    parts = build(Config(**{**TINY, **settings}), DistContext(0, 0, 1, torch.device("cpu")))
     parts.step.model.train()
     batches = iter(parts.loader)
     weights = [p.detach().clone() for p in parts.backbone.parameters()]
@@ -244,7 +273,7 @@ def test_a_bad_first_step_leaves_no_trace(tmp_path, optimizer, precision, monkey
 
 def test_a_non_finite_loss_moves_nothing_under_the_loss_scaler_either(tmp_path):
     settings = {"output": str(tmp_path), "precision": "fp16"}
-    parts = build(Config(**{**TINY, **settings}), World(0, 0, 1, torch.device("cpu")))
+    parts = build(Config(**{**TINY, **settings}), DistContext(0, 0, 1, torch.device("cpu")))
     parts.step.model.train()
     batches = list(parts.loader)
     for batch in batches[:10]:
@@ -299,8 +328,14 @@ def test_a_run_leaves_its_files_and_metrics(ranks, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
     records = read_metrics(tmp_path)
     assert [record["step"] for record in records] == [5, 10, 15, 20]
-    for key in ("epoch", "loss", "learning_rate", "samples_per_second", "grad_norm",
-                "data_wait_share"):  # fmt: skip
+    for key in (
+        "epoch",
+        "loss",
+        "learning_rate",
+        "samples_per_second",
+        "grad_norm",
+        "data_wait_share",
+    ):
         assert key in records[0]
     backbone, metadata = load_model(tmp_path)
     assert (metadata.network, metadata.num_features, metadata.step) == ("r_nano", 16, 20)
@@ -310,9 +345,13 @@ def test_a_run_leaves_its_files_and_metrics(ranks, tmp_path):
 
 def verified_training(rank: int, world_size: int, folder: str, data: str) -> list[dict[str, Any]]:
     changes = {
-        "batch_size": 12 // world_size, "max_steps": 4, "verbose": 2, "val_targets": ["pairs"],
-        "val_dir": data, "val_batch_size": 8,
-    }  # fmt: skip
+        "batch_size": 12 // world_size,
+        "max_steps": 4,
+        "verbose": 2,
+        "val_targets": ["pairs"],
+        "val_dir": data,
+        "val_batch_size": 8,
+    }
     run_training(rank, world_size, folder, changes)
     return read_metrics(folder) if rank == 0 else []
 
@@ -353,7 +392,7 @@ def run_main(tmp_path, capsys, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     config = tmp_path / "tiny.py"
-    config.write_text(f"config = {({**TINY, 'output': str(tmp_path / 'run')})!r}\n")
+    config.write_text(f"config = { ({**TINY, 'output': str(tmp_path / 'run')})!r}\n")
 
     def run(*words: str) -> tuple[int, str]:
         code = main([str(config), *words])

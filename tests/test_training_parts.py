@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.divergence import Diverged, DivergencePolicy, Watch
+from training.divergence import Diverged, DivergenceMonitor, DivergencePolicy
 from training.precision import choose_precision
 from training.schedule import Schedule
 from training.step import StepOutcome
@@ -66,13 +66,13 @@ def outcome(loss: float, bad: bool, scale: float = 1.0) -> StepOutcome:
 
 
 def test_the_mean_loss_leaves_bad_steps_out_and_streaks_cross_reports():
-    watch = Watch(torch.device("cpu"))
+    watch = DivergenceMonitor(torch.device("cpu"))
     for loss, bad in ((1.0, False), (math.nan, True), (3.0, False), (math.nan, True)):
-        watch.see(outcome(loss, bad))
+        watch.observe(outcome(loss, bad))
     report = watch.report()
     assert (report.loss, report.bad_steps, report.longest_streak) == (2.0, 2, 1)
     for _ in range(2):
-        watch.see(outcome(math.inf, True))
+        watch.observe(outcome(math.inf, True))
     report = watch.report()
     assert math.isnan(report.loss)
     assert report.longest_streak == 3
@@ -82,8 +82,8 @@ def test_the_mean_loss_leaves_bad_steps_out_and_streaks_cross_reports():
 
 
 def test_a_step_that_only_shrinks_the_loss_scale_is_not_bad():
-    watch = Watch(torch.device("cpu"))
-    watch.see(outcome(1.0, True, scale=65536.0))
+    watch = DivergenceMonitor(torch.device("cpu"))
+    watch.observe(outcome(1.0, True, scale=65536.0))
     assert watch.report().bad_steps == 0
-    watch.see(outcome(1.0, True, scale=1.0))
+    watch.observe(outcome(1.0, True, scale=1.0))
     assert watch.report().bad_steps == 1

@@ -409,7 +409,7 @@ def test_bad_arguments_are_errors() -> None:
 # --- the embedder ---
 
 
-def test_the_embedder_normalises_evaluates_and_gives_every_module_its_mode_back() -> None:
+def test_the_embedder_normalizes_evaluates_and_gives_every_module_its_mode_back() -> None:
     network = _network().train()
     network.get_submodule("1").eval()  # a frozen batch norm stays frozen
     before = [module.training for module in network.modules()]
@@ -581,8 +581,10 @@ def test_a_pairs_file_is_judged_with_intervals_groups_and_figures(
     low, high = report["confidence_95"]["accuracy_flip"]
     assert low <= report["accuracy_flip"] <= high
     assert {k: v["num_pairs"] for k, v in report["groups"]["race"].items()} == {
-        "a": 6, "b": 6, "a / b": 12,
-    }  # fmt: skip
+        "a": 6,
+        "b": 6,
+        "a / b": 12,
+    }
     assert "12 impostors, so allowed are 1 at 1e-1, 0 at 1e-2" in printed
     assert "pairs race=a / b" in printed
     assert (tmp_path / "roc.pdf").read_bytes()[:4] == b"%PDF"
@@ -634,9 +636,18 @@ def test_the_report_prints_the_published_line_and_is_right_about_it(
     (tmp_path / "pair.list").write_text("\n".join(lines))
     pixels = np.random.default_rng(1).integers(0, 256, (40, 112, 112, 3), dtype=np.uint8)
     _write(tmp_path / "packed.bin", (list(pixels), [True, False] * 10))
-    arguments = ["--model", str(pooling), "--pairs", str(tmp_path / "pair.list"), "--folder",
-                 str(tmp_path / "faces"), "--data", str(tmp_path / "packed.bin"),
-                 "--json", str(tmp_path / "o.json")]  # fmt: skip
+    arguments = [
+        "--model",
+        str(pooling),
+        "--pairs",
+        str(tmp_path / "pair.list"),
+        "--folder",
+        str(tmp_path / "faces"),
+        "--data",
+        str(tmp_path / "packed.bin"),
+        "--json",
+        str(tmp_path / "o.json"),
+    ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     reports = json.loads((tmp_path / "o.json").read_text())
@@ -690,12 +701,23 @@ def test_the_command_on_two_ranks_writes_what_it_writes_alone(
     _write(tmp_path / "a.bin", (images, [True, False] * 6))
     arguments = ["--model", str(pooling), "--data", str(tmp_path), "--device", "cpu"]
     assert main([*arguments, "--batch-size", "5", "--json", str(tmp_path / "1.json")]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
-               str(20000 + os.getpid() % 20000), "-m", "eval.verification"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port",
+        str(20000 + os.getpid() % 20000),
+        "-m",
+        "eval.verification",
+    ]
     done = subprocess.run(
         [*command, *arguments, "--batch-size", "5", "--json", str(tmp_path / "2.json")],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
     assert done.stdout.count("AUC") == 1  # one rank speaks

@@ -14,22 +14,22 @@ from backbones.weights import load_model
 from configs.base import Config
 from tests.test_resume import TINY, copy_of_run
 from train_v2 import run_on
-from training.build import Parts
+from training.build import TrainComponents
 from training.build_backbone import make_backbone
 from training.checkpoint.checkpointer import CheckpointError
 from training.setup import SetupError
-from utils.distributed import World
+from utils.distributed import DistContext
 
 VIT = {**TINY, "network": "vit_t_dp005_mask0", "max_steps": 2, "lr": 1e-3, "checkpoint_every": 0}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(folder: Path, **changes: Any) -> Parts:
+def run(folder: Path, **changes: Any) -> TrainComponents:
     folder.mkdir(exist_ok=True)
     cfg = Config(**{**VIT, "output": str(folder), **changes})
     assert not cfg.problems()
-    return run_on(cfg, World(0, 0, 1, torch.device("cpu")), folder)
+    return run_on(cfg, DistContext(0, 0, 1, torch.device("cpu")), folder)
 
 
 def test_the_config_decides_and_none_leaves_what_the_name_says() -> None:

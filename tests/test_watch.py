@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arcshard.head.batch import alikeness
+from arcshard.head.batch import mean_pairwise_cosine
 from arcshard.losses import CosFace
 from arcshard.partial_fc import PartialFC
 from training.divergence import (
@@ -19,10 +19,10 @@ from training.divergence import (
     SETTLE_STEPS,
     SPIKE_FACTOR,
     Diverged,
+    DivergenceMonitor,
     DivergencePolicy,
     RollBack,
-    Watch,
-    WatchReport,
+    StepStats,
 )
 from training.step import StepOutcome
 
@@ -30,15 +30,13 @@ CPU = torch.device("cpu")
 
 
 def outcome(loss: float, bad: bool = False) -> StepOutcome:
-    return StepOutcome(
-        torch.tensor(loss), torch.tensor(1.0), torch.tensor(bad), torch.tensor(1.0)
-    )  # fmt: skip
+    return StepOutcome(torch.tensor(loss), torch.tensor(1.0), torch.tensor(bad), torch.tensor(1.0))
 
 
-def watch_of(losses: list[float]) -> Watch:
-    watch = Watch(CPU)
+def watch_of(losses: list[float]) -> DivergenceMonitor:
+    watch = DivergenceMonitor(CPU)
     for loss in losses:
-        watch.see(outcome(loss, bad=not math.isfinite(loss)))
+        watch.observe(outcome(loss, bad=not math.isfinite(loss)))
     return watch
 
 
@@ -52,7 +50,7 @@ def test_a_loss_far_above_the_usual_is_a_spike_with_its_height():
     report = watch.report()
     assert (report.spikes, report.worst_spike) == (2, 20.0)
     assert report.usual_loss == pytest.approx(5.0, abs=0.2)
-    watch.see(outcome(5.0))
+    watch.observe(outcome(5.0))
     assert watch.report().spikes == 0  # counted once
 
 
@@ -87,17 +85,17 @@ def test_a_spike_does_not_hide_the_next_and_a_new_level_is_accepted():
     spikes = watch.report().spikes
     assert 1 <= spikes < 200
     for loss in noisy(20.0, 0.3, 300):
-        watch.see(outcome(loss))
+        watch.observe(outcome(loss))
     assert watch.report().spikes == 0
 
 
 def test_bad_steps_do_not_move_the_usual_loss():
     clean, mixed = [5.0] * 300, [5.0, math.nan, math.inf] * 300
     assert watch_of(clean).report().usual_loss == watch_of(mixed).report().usual_loss == 5.0
-    watch = Watch(CPU)
+    watch = DivergenceMonitor(CPU)
     for _ in range(300):
-        watch.see(outcome(5.0))
-        watch.see(outcome(5000.0, bad=True))  # finite loss, non-finite gradient
+        watch.observe(outcome(5.0))
+        watch.observe(outcome(5000.0, bad=True))  # finite loss, non-finite gradient
     report = watch.report()
     assert (report.usual_loss, report.spikes, report.bad_steps) == (5.0, 0, 300)
 
@@ -119,14 +117,14 @@ def test_a_saved_watch_goes_on_as_if_it_had_not_been_interrupted(losses, data):
     expected = whole.report()
     for watch in (filled, loaded):
         for loss in losses[cut:]:
-            watch.see(outcome(loss, bad=not math.isfinite(loss)))
+            watch.observe(outcome(loss, bad=not math.isfinite(loss)))
         for ours, theirs in zip(watch.report(), expected, strict=True):
             assert ours == theirs or (math.isnan(ours) and math.isnan(theirs))
 
 
 def test_a_saved_watch_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(3,\), this version's"):
-        Watch(CPU).load_state_dict({"tally": torch.zeros(3, dtype=torch.float64)})
+        DivergenceMonitor(CPU).load_state_dict({"tally": torch.zeros(3, dtype=torch.float64)})
 
 
 def test_steps_that_wait_on_the_device_are_bounded():
@@ -135,14 +133,14 @@ def test_steps_that_wait_on_the_device_are_bounded():
     assert watch.report().loss == 1.0
 
 
-def collapsed(watch: Watch, steps: int, value: float = 0.999) -> WatchReport:
+def collapsed(watch: DivergenceMonitor, steps: int, value: float = 0.999) -> StepStats:
     for _ in range(steps):
-        watch.see(outcome(3.0), torch.tensor(value))
+        watch.observe(outcome(3.0), torch.tensor(value))
     return watch.report()
 
 
 def test_a_collapse_that_lasts_ends_the_run():
-    watch = Watch(CPU)
+    watch = DivergenceMonitor(CPU)
     report = collapsed(watch, SETTLE_STEPS + COLLAPSE_STEPS - 1)
     assert report.alike_streak == COLLAPSE_STEPS - 1
     assert DivergencePolicy(3).decide(report, 699, 0.1) == []
@@ -152,48 +150,48 @@ def test_a_collapse_that_lasts_ends_the_run():
 
 
 def test_one_step_with_different_embeddings_ends_a_collapse():
-    watch = Watch(CPU)
+    watch = DivergenceMonitor(CPU)
     collapsed(watch, 600)
     assert collapsed(watch, 1, 0.4).alike_streak == 0
-    watch.see(outcome(3.0))  # unknown
+    watch.observe(outcome(3.0))  # unknown
     report = watch.report()
     assert report.alike_streak == 0
-    assert math.isnan(report.alikeness)
+    assert math.isnan(report.mean_pairwise_cosine)
 
 
 def test_alikeness_is_the_mean_cosine_of_different_rows():
     rows = torch.nn.functional.normalize(torch.randn(5, 3, dtype=torch.float64).abs())
     real = torch.tensor([True, True, False, True, True])
     cosines = (rows[real] @ rows[real].T).flatten()[:-1].view(3, 5)[:, 1:]  # off the diagonal
-    assert float(alikeness(rows, real)) == pytest.approx(float(cosines.mean()))
-    assert float(alikeness(rows[:1].repeat(4, 1), torch.ones(4, dtype=torch.bool))) == (
+    assert float(mean_pairwise_cosine(rows, real)) == pytest.approx(float(cosines.mean()))
+    assert float(mean_pairwise_cosine(rows[:1].repeat(4, 1), torch.ones(4, dtype=torch.bool))) == (
         pytest.approx(1.0)
     )
     for _ in range(100):  # a single real row, whatever the rounding of its length
         others = torch.nn.functional.normalize(torch.randn(5, 3, dtype=torch.float64))
-        assert float(alikeness(others, torch.arange(5) == 0)) == 0.0
-    assert math.isnan(float(alikeness(rows * math.nan, real)))
+        assert float(mean_pairwise_cosine(others, torch.arange(5) == 0)) == 0.0
+    assert math.isnan(float(mean_pairwise_cosine(rows * math.nan, real)))
 
 
 def _alikeness_of_the_head(rank: int, world_size: int, embeddings: torch.Tensor) -> float:
     head = PartialFC(CosFace(), 4, 10, dtype=torch.float64)
-    assert head.alikeness is None
+    assert head.mean_pairwise_cosine is None
     share = embeddings.tensor_split(world_size)[rank]
     head(share, torch.arange(len(share)))
-    assert head.alikeness is not None
-    return float(head.alikeness)
+    assert head.mean_pairwise_cosine is not None
+    return float(head.mean_pairwise_cosine)
 
 
 def test_the_head_tells_every_rank_the_alikeness_of_the_global_batch(ranks):
     embeddings = torch.randn(5, 4, dtype=torch.float64) + 1
     unit = torch.nn.functional.normalize(embeddings)
-    expected = float(alikeness(unit, torch.ones(5, dtype=torch.bool)))
+    expected = float(mean_pairwise_cosine(unit, torch.ones(5, dtype=torch.bool)))
     answers = ranks.run(3, _alikeness_of_the_head, embeddings)
     assert answers == pytest.approx([expected] * 3)
     assert len(set(answers)) == 1
 
 
-BAD = WatchReport(2.0, 4, 4, 1.0, 1.0, longest_ended_ago=3)
+BAD = StepStats(2.0, 4, 4, 1.0, 1.0, longest_ended_ago=3)
 
 
 def test_the_bad_steps_of_a_roll_back_are_the_longest_row():
@@ -216,7 +214,7 @@ def test_the_range_a_watch_reports_is_where_the_bad_steps_were():
 def test_a_streak_over_two_reports_keeps_its_beginning():
     watch = watch_of([1.0, math.nan, math.nan])
     assert DivergencePolicy(3, rolls_back=True).decide(watch.report(), 3, 0.1) == []
-    watch.see(outcome(math.nan, bad=True))
+    watch.observe(outcome(math.nan, bad=True))
     with pytest.raises(RollBack) as caught:
         DivergencePolicy(3, rolls_back=True).decide(watch.report(), 4, 0.1)
     assert caught.value.bad_steps == range(1, 4)

@@ -103,7 +103,7 @@ def test_a_save_that_the_disk_refuses_is_an_os_error_and_leaves_the_old_file_and
     assert os.listdir(run) == ["model.pt"]
 
 
-def test_an_error_of_serialising_that_is_not_the_disk_s_stays_what_it_is(
+def test_an_error_of_serializing_that_is_not_the_disk_s_stays_what_it_is(
     net: nn.Module, run: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def broken(state, file):
@@ -170,11 +170,14 @@ def test_a_checkpoint_of_a_trainer_keeps_the_layer_that_is_called_features(
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     torch.save(
         {
-            "epoch": 7, "best_acc1": torch.tensor(0.5), "optimizer": optimizer.state_dict(),
+            "epoch": 7,
+            "best_acc1": torch.tensor(0.5),
+            "optimizer": optimizer.state_dict(),
             "state_dict": {f"{prefix}{k}": v for k, v in network.state_dict().items()},
         },
-        tmp_path / "checkpoint.pth.tar", _use_new_zipfile_serialization=False,
-    )  # fmt: skip
+        tmp_path / "checkpoint.pth.tar",
+        _use_new_zipfile_serialization=False,
+    )
     loaded, _ = load_model(tmp_path / "checkpoint.pth.tar", network="r_nano")
     assert_same_state(loaded.state_dict(), network.state_dict())
     report = load_matching(get_model("r_nano", num_features=16), tmp_path / "checkpoint.pth.tar")

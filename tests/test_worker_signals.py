@@ -35,17 +35,26 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [
-    signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow)
-                      for number in (signal.SIGINT, signal.SIGUSR1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(
+            pytest.param(number, marks=pytest.mark.slow)
+            for number in (signal.SIGINT, signal.SIGUSR1)
+        ),
+    ],
+)
 def test_workers_go_on_when_the_whole_process_group_is_signalled(tmp_path, number):
     script = tmp_path / "run.py"
     script.write_text(RUN)
     process = subprocess.Popen(
         [sys.executable, str(script)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"

@@ -30,28 +30,28 @@ class BatchNormStatistics:
         self.counts = _flatten(layers, ("num_batches_tracked",))
         self._kept = [tensor.clone() for tensor in (self.statistics, self.counts)]
 
-    def keep(self) -> None:
+    def snapshot(self) -> None:
         """Remember the present statistics; to be called before each step."""
         self._is_averaged = False
         for kept, tensor in zip(self._kept, (self.statistics, self.counts), strict=True):
             kept.copy_(tensor)
 
-    def restore_if(self, bad: Tensor) -> None:
+    def restore_where(self, bad: Tensor) -> None:
         """Put back what `keep` saw where the boolean scalar `bad` is true, on the device."""
         for kept, tensor in zip(self._kept, (self.statistics, self.counts), strict=True):
             if tensor.numel():  # without statistics there is no tensor on the device either
                 tensor.copy_(torch.where(bad, kept, tensor))
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Remember the statistics that further forward passes of this step must not change."""
         self._held = [tensor.clone() for tensor in (self.statistics, self.counts)]
 
-    def let_go(self) -> None:
+    def resume(self) -> None:
         """Put back what `hold` saw."""
         for held, tensor in zip(self._held, (self.statistics, self.counts), strict=True):
             tensor.copy_(held)
 
-    def follow(self, other: BatchNormStatistics, share: Tensor) -> None:
+    def ema_update(self, other: BatchNormStatistics, share: Tensor) -> None:
         """Move towards another model's statistics by `share` of the way, a scalar on the device."""
         self._is_averaged = False
         if self.statistics.numel():

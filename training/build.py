@@ -21,7 +21,7 @@ import arcshard
 from backbones.base import Backbone
 from backbones.weights import ModelMetadata
 from configs.base import Config
-from data.crop import PictureFolder
+from data.crop import ImageFolder
 from dataset import DataLoader
 from eval.classification import classify
 from eval.model import Embedder
@@ -29,25 +29,25 @@ from eval.verification import verify
 from eval.verification_sets import VerificationSet
 from training.batch_norm import BatchNormStatistics
 from training.build_backbone import make_backbone
-from training.build_data import load_pictures, load_verification_sets, make_loader
+from training.build_data import load_image_folder, load_verification_sets, make_loader
 from training.build_head import (
-    embeds_ahead,
     has_layer,
     make_head,
     make_margin,
     make_second_loss,
     make_teacher,
+    needs_full_batch,
 )
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
-from training.ema import WeightAverage
+from training.ema import ModelEma
 from training.optimizer import make_optimizer
-from training.parallelize import compile_backbone, distribute, settle_buckets
-from training.precision import TrainedBackbone, allow_tf32, choose_precision, tf32_allowed
+from training.parallelize import compile_backbone, distribute, warm_up_ddp
+from training.precision import MixedPrecisionBackbone, allow_tf32, choose_precision, tf32_allowed
 from training.schedule import Schedule
 from training.setup import SetupError, check_step_options, check_wandb, is_classification
 from training.step import TrainStep
 from utils.config import plain_values
-from utils.distributed import World
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
@@ -55,7 +55,7 @@ VERSION = f"ArcShard {arcshard.__version__}"
 
 
 @dataclass
-class Parts:
+class TrainComponents:
     """Everything the loop needs, built and on its device."""
 
     loader: DataLoader
@@ -68,12 +68,12 @@ class Parts:
     metadata: ModelMetadata
     steps_per_epoch: int
     global_batch: int
-    verification_sets: list[VerificationSet] | list[PictureFolder] = field(default_factory=list)
+    verification_sets: list[VerificationSet] | list[ImageFolder] = field(default_factory=list)
     evaluate: Callable[..., dict[str, dict[str, float]]] = verify
     best_by: str = "accuracy_flip"
     classifier: str | None = None
     """Name of the head in model.pt, where it is the network's last layer."""
-    average: WeightAverage | None = None
+    average: ModelEma | None = None
     """Of the backbone (ema_decay): verified and saved in its place."""
 
     @property
@@ -97,7 +97,7 @@ class Parts:
         return self.schedule.total_steps
 
 
-def build(cfg: Config, world: World) -> Parts:
+def build(cfg: Config, world: DistContext) -> TrainComponents:
     """All parts of the run, with every check that needs files, networks or devices.
 
     Raises:
@@ -111,7 +111,7 @@ def build(cfg: Config, world: World) -> Parts:
     if warning:
         logger.warning(warning)
     loader = make_loader(cfg, world)
-    sets = load_pictures(cfg) if is_classification(cfg) else load_verification_sets(cfg)
+    sets = load_image_folder(cfg) if is_classification(cfg) else load_verification_sets(cfg)
     if not has_layer(cfg):
         make_margin(cfg)  # refuses values outside the loss's domain before anything slow
     teacher = make_teacher(cfg, precision, world.device)
@@ -130,17 +130,20 @@ def build(cfg: Config, world: World) -> Parts:
 
     mean, std = (backbone.MEAN, backbone.STD) if is_classification(cfg) else (127.5, 127.5)
     allow_tf32(False)  # but in steps that ask for it
-    model = TrainedBackbone(
+    model = MixedPrecisionBackbone(
         backbone, precision, cfg.freeze_batch_norm, cfg.channels_last, mean, std
     )
     model.place(world.device)
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
-    average = WeightAverage(backbone, batch_norm, cfg.ema_decay) if cfg.ema_decay else None
+    average = ModelEma(backbone, batch_norm, cfg.ema_decay) if cfg.ema_decay else None
     distributed = distribute(
-        model, world.world_size, world.device,
-        static_graph=cfg.static_graph, all_reduce_dtype=cfg.all_reduce_dtype,
-    )  # fmt: skip
-    settle_buckets(distributed, cfg.input_size, world.device, batch_norm)
+        model,
+        world.world_size,
+        world.device,
+        static_graph=cfg.static_graph,
+        grad_reduce_dtype=cfg.grad_reduce_dtype,
+    )
+    warm_up_ddp(distributed, cfg.input_size, world.device, batch_norm)
     if cfg.compile:
         with tf32_allowed(precision.tf32):
             seconds = compile_backbone(
@@ -149,10 +152,15 @@ def build(cfg: Config, world: World) -> Parts:
         logger.info("compile: the first pass took %.1f s", seconds)
     head = make_head(cfg, world, num_classes, precision)
     optimizer = make_optimizer(
-        backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
-        decay_norms_and_biases=cfg.decay_norms_and_biases, layer_decay=cfg.layer_decay,
-        spread=cfg.zero and world.world_size > 1,
-    )  # fmt: skip
+        backbone,
+        cfg.optimizer,
+        lr=cfg.lr,
+        momentum=cfg.momentum,
+        weight_decay=cfg.weight_decay,
+        decay_norms_and_biases=cfg.decay_norms_and_biases,
+        layer_decay=cfg.layer_decay,
+        spread=cfg.zero_stage > 0 and world.world_size > 1,
+    )
     step = TrainStep(
         distributed,
         head,
@@ -160,7 +168,7 @@ def build(cfg: Config, world: World) -> Parts:
         batch_norm,
         clip_grad_norm=cfg.clip_grad_norm,
         scaler=_make_scaler(world.device) if precision.needs_scaler else None,
-        embed_ahead=embeds_ahead(cfg, head.margin),
+        needs_full_batch=needs_full_batch(cfg, head.margin),
         distillation=make_second_loss(cfg, teacher, head, loader.source, world),
         tf32=precision.tf32,
         average=average,
@@ -169,16 +177,14 @@ def build(cfg: Config, world: World) -> Parts:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-    parts = Parts(
+    parts = TrainComponents(
         loader=loader,
         backbone=backbone,
         head=head,
         step=step,
         schedule=_make_schedule(cfg, global_batch, steps_per_epoch),
         batch_norm=batch_norm,
-        embedder=Embedder(
-            average.model if average else backbone, mean, std, device=world.device
-        ),
+        embedder=Embedder(average.model if average else backbone, mean, std, device=world.device),
         metadata=ModelMetadata(
             network=cfg.network,
             num_features=num_classes if is_classification(cfg) else cfg.embedding_size,
@@ -194,13 +200,13 @@ def build(cfg: Config, world: World) -> Parts:
         average=average,
     )
     if isinstance(head, SplitClassifier | LayerClassifier):
-        parts.evaluate = partial(classify, places=head.target_places, width=cfg.embedding_size)
+        parts.evaluate = partial(classify, places=head.target_rank, width=cfg.embedding_size)
         parts.best_by, parts.classifier = "top1", backbone.CLASSIFIER
     _announce(cfg, world, parts, precision.name)
     return parts
 
 
-def facts_of(cfg: Config, parts: Parts) -> dict[str, Any]:
+def facts_of(cfg: Config, parts: TrainComponents) -> dict[str, Any]:
     """What a checkpoint says of its run, for training/checkpoint/resume.py to compare."""
     return {
         "config": plain_values(cfg),
@@ -229,54 +235,73 @@ def _make_schedule(cfg: Config, global_batch: int, steps_per_epoch: int) -> Sche
     return Schedule(peak, total, round(max(cfg.warmup_epoch, 0) * steps_per_epoch), cfg.lr_schedule)
 
 
-def _announce(cfg: Config, world: World, parts: Parts, precision: str) -> None:
+def _announce(cfg: Config, world: DistContext, parts: TrainComponents, precision: str) -> None:
     loader, head = parts.loader, parts.head
     logger.info(
         "%d images of %d classes in %s; %d dropped per epoch; head of %d classes, %d here%s",
-        loader.num_images, loader.num_classes, cfg.rec,
+        loader.num_images,
+        loader.num_classes,
+        cfg.rec,
         loader.images_per_epoch - parts.steps_per_epoch * parts.global_batch,
-        head.num_classes, head.num_classes_local,
+        head.num_classes,
+        head.num_classes_local,
         " (more than the labels need)" if head.num_classes > loader.num_classes else "",
-    )  # fmt: skip
+    )
     logger.info(
         "%s, %.1f M parameters, embedding %d, %s on %d x %s",
-        cfg.network, sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
-        cfg.embedding_size, precision, world.world_size, world.device.type,
-    )  # fmt: skip
+        cfg.network,
+        sum(p.numel() for p in parts.backbone.parameters()) / 1e6,
+        cfg.embedding_size,
+        precision,
+        world.world_size,
+        world.device.type,
+    )
     groups = parts.step.optimizer.param_groups
     if len(groups) > 1:
         logger.info(
-            "%d groups of parameters: weight decay %s, learning rate times %s", len(groups),
-            *(", ".join(f"{value:.3g}" for value in sorted({group[key] for group in groups}))
-              for key in ("weight_decay", "lr_factor")),
-        )  # fmt: skip
+            "%d groups of parameters: weight decay %s, learning rate times %s",
+            len(groups),
+            *(
+                ", ".join(f"{value:.3g}" for value in sorted({group[key] for group in groups}))
+                for key in ("weight_decay", "lr_factor")
+            ),
+        )
     if cfg.freeze_epoch:
         logger.info(
-            "freeze_epoch=%d: only the class centres move in the first %d steps",
-            cfg.freeze_epoch, cfg.freeze_epoch * parts.steps_per_epoch,
-        )  # fmt: skip
+            "freeze_epoch=%d: only the class centers move in the first %d steps",
+            cfg.freeze_epoch,
+            cfg.freeze_epoch * parts.steps_per_epoch,
+        )
         if cfg.init_backbone is None:
             logger.warning("freeze_epoch without init_backbone freezes random features")
     if cfg.ema_decay:
         logger.info("ema_decay=%g: the average of the weights is verified and saved", cfg.ema_decay)
     logger.info(
         "head: %s; sample rate %g%s; %s",
-        head.margin.describe(), cfg.sample_rate,
-        f"; {head.centres_per_class} centres per class" if head.centres_per_class > 1 else "",
+        head.margin.describe(),
+        cfg.sample_rate,
+        f"; {head.centers_per_class} centers per class" if head.centers_per_class > 1 else "",
         head.describe_memory(),
-    )  # fmt: skip
+    )
     if cfg.gradient_acc > 1:
         logger.info(
-            "gradient_acc=%d: %s", cfg.gradient_acc,
+            "gradient_acc=%d: %s",
+            cfg.gradient_acc,
             "this loss looks at the whole batch, so every micro-batch is embedded twice (one more "
-            "forward pass of the backbone)" if embeds_ahead(cfg, head.margin) else
-            "class centres move once all micro-batches are seen (one more matmul in the head)"
-            if head.engine is not None else "gradients of the class centres are added up",
-        )  # fmt: skip
+            "forward pass of the backbone)"
+            if needs_full_batch(cfg, head.margin)
+            else "class centers move once all micro-batches are seen (one more matmul in the head)"
+            if head.fused is not None
+            else "gradients of the class centers are added up",
+        )
     logger.info(
         "global batch %d = %d per rank x %d ranks x %d micro-steps; %d steps per epoch, %d in all",
-        parts.global_batch, cfg.batch_size, world.world_size, cfg.gradient_acc,
-        parts.steps_per_epoch, parts.total_steps,
-    )  # fmt: skip
+        parts.global_batch,
+        cfg.batch_size,
+        world.world_size,
+        cfg.gradient_acc,
+        parts.steps_per_epoch,
+        parts.total_steps,
+    )
     if world.device.type == "cpu" and world.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         logger.warning("several CPU ranks without OMP_NUM_THREADS compete for cores")

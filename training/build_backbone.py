@@ -26,7 +26,7 @@ def make_backbone(cfg: Config) -> Backbone:
             if backbone_class(cfg.network).CLASSIFIER is None:
                 able = [n for n in model_names() if backbone_class(n).CLASSIFIER is not None]
                 raise SetupError(
-                    f"network={cfg.network!r} ends in an embedding; task=\"classification\" trains "
+                    f'network={cfg.network!r} ends in an embedding; task="classification" trains '
                     f"networks that end in a classifier: {', '.join(able)}"
                 )
             options["with_fc"] = False  # the head is the fc

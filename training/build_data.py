@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from configs.base import Config
-from data.crop import PictureFolder, RandomResizedCrop
+from data.crop import ImageFolder, RandomResizedCrop
 from data.dali import dali_is_installed
-from data.sources import MissingDataError, list_class_names
+from data.datasets import MissingDataError, list_class_names
 from dataset import DataLoader, get_dataloader
 from eval.verification_sets import (
     VerificationSet,
@@ -16,12 +16,12 @@ from eval.verification_sets import (
     load_verification_set,
 )
 from training.setup import is_classification
-from utils.distributed import World
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
 
-def make_loader(cfg: Config, world: World) -> DataLoader:
+def make_loader(cfg: Config, world: DistContext) -> DataLoader:
     """Of this rank's share of the training set, prefetching to its GPU if it has one.
 
     Raises:
@@ -75,13 +75,13 @@ def _training_folder(cfg: Config) -> str | list[str]:
     train = Path(cfg.rec) / "train"
     if not train.is_dir():
         raise MissingDataError(
-            f"rec={cfg.rec!r} has no folder train/ in it: task=\"classification\" takes a folder "
+            f'rec={cfg.rec!r} has no folder train/ in it: task="classification" takes a folder '
             "with train/<class>/<picture> and val/<class>/<picture>"
         )
     return str(train)
 
 
-def load_pictures(cfg: Config) -> list[PictureFolder]:
+def load_image_folder(cfg: Config) -> list[ImageFolder]:
     """What classification is scored on: val/, its labels by the names of the training classes.
 
     Raises:
@@ -96,7 +96,7 @@ def load_pictures(cfg: Config) -> list[PictureFolder]:
             f"{val} is not a folder: classification is scored on class folders there; make it, or "
             "point val_dir at them"
         )
-    return [PictureFolder(val, cfg.input_size, list_class_names(train))]
+    return [ImageFolder(val, cfg.input_size, list_class_names(train))]
 
 
 def load_verification_sets(cfg: Config) -> list[VerificationSet]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from arcshard.head.row_optimizer import AdamWRows, RowUpdate, SGDRows
+from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
 from arcshard.head.workspace import Workspace, choose_workspace, memory_bytes_of
 from arcshard.losses import (
     AdaFace,
@@ -26,12 +26,12 @@ from arcshard.losses import (
 from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
 from configs.base import Config
-from data.sources import ImageSource
+from data.datasets import ImageDataset
 from training.classifier import Head, LayerClassifier, SplitClassifier
 from training.distillation import Distillation, Teacher, load_teacher, make_distillation
 from training.precision import Precision
 from training.setup import SetupError, is_classification
-from utils.distributed import World
+from utils.distributed import DistContext
 
 
 def make_margin(cfg: Config) -> Margin:
@@ -54,7 +54,7 @@ def make_margin(cfg: Config) -> Margin:
         "softmax": lambda: Softmax(bias=cfg.softmax_bias),
         "normface": lambda: NormFace(cfg.scale),
         "arcface": lambda: ArcFace(**m, **fixed),
-        "subcentre_arcface": lambda: ArcFace(**m, **fixed),
+        "subcenter_arcface": lambda: ArcFace(**m, **fixed),
         "cosface": lambda: CosFace(**m, **fixed),
         "sphereface": lambda: SphereFace(**m, **fixed),
         "adaface": lambda: AdaFace(
@@ -63,19 +63,17 @@ def make_margin(cfg: Config) -> Margin:
         "magface": lambda: MagFace(
             *cfg.magface_norms, *cfg.magface_margins, cfg.magface_lambda_g, cfg.scale
         ),
-        "curricularface": lambda: CurricularFace(
-            **m, alpha=cfg.curricular_alpha, scale=cfg.scale
-        ),
+        "curricularface": lambda: CurricularFace(**m, alpha=cfg.curricular_alpha, scale=cfg.scale),
         "elasticface_arc": lambda: ElasticFace("arc", **{"margin": 0.5, **m}, **elastic),
         "elasticface_cos": lambda: ElasticFace("cos", **{"margin": 0.35, **m}, **elastic),
-    }  # fmt: skip
+    }
     try:
         return makers[cfg.loss]()
     except ValueError as error:
         raise SetupError(f"loss={cfg.loss!r}: {error}") from error
 
 
-def make_head(cfg: Config, world: World, num_classes: int, precision: Precision) -> Head:
+def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Precision) -> Head:
     """The head of this rank, with its update rule.
 
     Raises:
@@ -85,36 +83,36 @@ def make_head(cfg: Config, world: World, num_classes: int, precision: Precision)
         return _make_layer(cfg, world, num_classes, precision)
     margin = make_margin(cfg)
     kind = SplitClassifier if is_classification(cfg) else PartialFC
-    centres_per_class = cfg.sub_centres or (3 if cfg.loss == "subcentre_arcface" else 1)
+    centers_per_class = cfg.sub_centers or (3 if cfg.loss == "subcenter_arcface" else 1)
     dtype = torch.bfloat16 if cfg.head_weight_dtype == "bf16" else precision.dtype
     # A margin that looks at the whole batch meets all micro-batches at once (training/step.py).
-    passes = cfg.gradient_acc if embeds_ahead(cfg, margin) else 1
+    passes = cfg.gradient_acc if needs_full_batch(cfg, margin) else 1
     try:
         return kind(
             margin,
             cfg.embedding_size,
             num_classes,
             cfg.sample_rate,
-            row_update=_make_row_update(cfg),
+            row_optimizer=_make_row_optimizer(cfg),
             update=cfg.head_update,  # type: ignore[arg-type]
             batch_size_per_rank=cfg.batch_size * passes,
-            centres_per_class=centres_per_class,
+            centers_per_class=centers_per_class,
             workspace_mib=cfg.head_workspace_mib,
             half=precision.head_matmul,
             seed=cfg.seed,
             device=world.device,
             dtype=dtype,
-            centre_device="cpu" if cfg.head_device == "cpu" else None,
+            center_device="cpu" if cfg.head_offload else None,
         )
     except ValueError as error:
         raise SetupError(str(error)) from error
     except RuntimeError as error:  # the allocator has no other way to say that it is too much
-        rows = num_classes * centres_per_class
+        rows = num_classes * centers_per_class
         size = rows * cfg.embedding_size * dtype.itemsize / world.world_size / 2**30
         raise SetupError(
-            f"the class centres of num_classes={num_classes} need {size:,.1f} GiB per rank, which "
+            f"the class centers of num_classes={num_classes} need {size:,.1f} GiB per rank, which "
             f"cannot be had: more ranks, fewer classes, a smaller embedding_size, "
-            f'head_weight_dtype="bf16" or head_device="cpu" ({error})'
+            f'head_weight_dtype="bf16" or head_offload=True ({error})'
         ) from error
 
 
@@ -128,7 +126,7 @@ def has_layer(cfg: Config) -> bool:
     return is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing > 0)
 
 
-def rank_0_alone(cfg: Config, world_size: int, num_classes: int) -> tuple[Config, int]:
+def rank0_equivalent(cfg: Config, world_size: int, num_classes: int) -> tuple[Config, int]:
     """Config and number of classes of one rank alone whose head does the work of rank 0."""
     if has_layer(cfg) and cfg.parallel_dim is None:
         return cfg, num_classes
@@ -139,22 +137,29 @@ def rank_0_alone(cfg: Config, world_size: int, num_classes: int) -> tuple[Config
     return cfg, len(class_range(num_classes, 0, world_size))
 
 
-def embeds_ahead(cfg: Config, margin: Margin) -> bool:
+def needs_full_batch(cfg: Config, margin: Margin) -> bool:
     """Whether all micro-batches are embedded before the head sees any."""
     return cfg.gradient_acc > 1 and margin.reads_batch
 
 
 def _make_layer(
-    cfg: Config, world: World, num_classes: int, precision: Precision
+    cfg: Config, world: DistContext, num_classes: int, precision: Precision
 ) -> LayerClassifier:
     try:
         return LayerClassifier(
-            cfg.embedding_size, num_classes, cfg.parallel_dim,
-            bias=cfg.softmax_bias, label_smoothing=cfg.label_smoothing,
-            row_update=_make_row_update(cfg), bias_update=_make_row_update(cfg),
-            batch_size_per_rank=cfg.batch_size, half=precision.head_matmul, seed=cfg.seed,
-            device=world.device, dtype=precision.dtype,
-        )  # fmt: skip
+            cfg.embedding_size,
+            num_classes,
+            cfg.parallel_dim,
+            bias=cfg.softmax_bias,
+            label_smoothing=cfg.label_smoothing,
+            row_optimizer=_make_row_optimizer(cfg),
+            bias_update=_make_row_optimizer(cfg),
+            batch_size_per_rank=cfg.batch_size,
+            half=precision.head_matmul,
+            seed=cfg.seed,
+            device=world.device,
+            dtype=precision.dtype,
+        )
     except RuntimeError as error:
         raise SetupError(
             f"parallel_dim={cfg.parallel_dim!r}: a last layer of {num_classes} classes cannot be "
@@ -162,7 +167,7 @@ def _make_layer(
         ) from error
 
 
-def _make_row_update(cfg: Config) -> RowUpdate:
+def _make_row_optimizer(cfg: Config) -> RowOptimizer:
     state_dtype = torch.bfloat16 if cfg.head_state_dtype == "bf16" else None
     if cfg.optimizer == "sgd":
         return SGDRows(cfg.momentum, cfg.weight_decay, state_dtype)
@@ -180,15 +185,19 @@ def make_teacher(cfg: Config, precision: Precision, device: torch.device) -> Tea
         return None
     try:
         return load_teacher(
-            cfg.teacher, cfg.distillation, precision, device,
-            input_size=cfg.input_size, embedding_size=cfg.embedding_size,
-        )  # fmt: skip
+            cfg.teacher,
+            cfg.distillation,
+            precision,
+            device,
+            input_size=cfg.input_size,
+            embedding_size=cfg.embedding_size,
+        )
     except ValueError as error:
         raise SetupError(str(error)) from error
 
 
 def make_second_loss(
-    cfg: Config, teacher: Teacher | None, head: Head, source: ImageSource, world: World
+    cfg: Config, teacher: Teacher | None, head: Head, source: ImageDataset, world: DistContext
 ) -> Distillation | None:
     """What the teacher teaches, beside the head's own loss."""
     if teacher is None:
@@ -196,9 +205,15 @@ def make_second_loss(
     assert isinstance(head, PartialFC)
     try:
         return make_distillation(
-            cfg.distillation, teacher, head, source, world, weight=cfg.distillation_weight,
-            scale=cfg.scale, temperature=cfg.distillation_temperature,
+            cfg.distillation,
+            teacher,
+            head,
+            source,
+            world,
+            weight=cfg.distillation_weight,
+            scale=cfg.scale,
+            temperature=cfg.distillation_temperature,
             workspace=workspace_of(cfg, head.device),
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise SetupError(str(error)) from error

@@ -16,12 +16,12 @@ from training.checkpoint.checkpointer import Checkpointer, find_intact, remove_a
 from training.divergence import Diverged, RollBack
 from training.signals import StopSignals
 from training.state import Progress, RunState
-from utils.distributed import World
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
 
-class Votes(NamedTuple):
+class RunFlags(NamedTuple):
     """True where this rank, or in a result any rank, says so.
 
     stop: a signal asked the run to stop. save: it is time for a checkpoint.
@@ -34,39 +34,39 @@ class Votes(NamedTuple):
     give_up: bool = False
 
 
-class Agreement:
-    """Votes of all ranks; costs one all-reduce of four bytes per step, beside the computation."""
+class Flags:
+    """Flags of all ranks; costs one all-reduce of four bytes per step, beside the computation."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: DistContext) -> None:
         # A group of its own: its operations overlap with those of the step.
         self._group = None if world.world_size == 1 else dist.new_group(backend="gloo")
         self._pending: tuple[dist.Work | None, Tensor] | None = None
 
-    def cast(self, votes: Votes) -> None:
+    def post(self, votes: RunFlags) -> None:
         """Say what this rank wants; the result is for the end of the next step."""
         assert self._pending is None, "result() comes before the next cast()"
-        ballot = torch.tensor(votes, dtype=torch.uint8)
+        message = torch.tensor(votes, dtype=torch.uint8)
         work = None
         if self._group is not None:
-            work = dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = (work, ballot)
+            work = dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, message)
 
-    def result(self) -> Votes:
+    def result(self) -> RunFlags:
         """What any rank said in the last cast; nothing before the first."""
         if self._pending is None:
-            return Votes()
-        work, ballot = self._pending
+            return RunFlags()
+        work, message = self._pending
         self._pending = None
         if work is not None:
             work.wait()
-        return Votes(*(bool(vote) for vote in ballot.tolist()))
+        return RunFlags(*(bool(vote) for vote in message.tolist()))
 
-    def now(self, wish: bool) -> bool:
+    def any_rank(self, wish: bool) -> bool:
         """Whether any rank wishes so; all ranks call it together and wait for each other."""
-        ballot = torch.tensor([wish], dtype=torch.uint8)
+        message = torch.tensor([wish], dtype=torch.uint8)
         if self._group is not None:
-            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
-        return bool(ballot)
+            dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group)
+        return bool(message)
 
 
 class Stopped(Exception):
@@ -77,7 +77,7 @@ class SavesFailed(RuntimeError):
     """Too many checkpoints in a row could not be written."""
 
 
-class Keeper:
+class CheckpointManager:
     """Saves and stops on time.
 
     Args:
@@ -90,7 +90,7 @@ class Keeper:
 
     def __init__(
         self,
-        world: World,
+        world: DistContext,
         state: RunState,
         facts: Mapping[str, Any],
         checkpointer: Checkpointer,
@@ -103,7 +103,7 @@ class Keeper:
         self.world, self.state, self.facts = world, state, dict(facts)
         self.checkpointer, self.signals = checkpointer, signals
         self.every_steps, self.every_minutes, self.is_on = every_steps, every_minutes, is_on
-        self.agreement = Agreement(world)
+        self.flags = Flags(world)
         self._last_save = time.monotonic()
 
     def after_step(
@@ -115,7 +115,7 @@ class Keeper:
             Stopped: a signal came to some rank.
             SavesFailed: max_failed_saves of them in a row.
         """
-        agreed = self.agreement.result()
+        agreed = self.flags.result()
         if agreed.stop and not is_last:
             self._stop(progress)
         if agreed.give_up:
@@ -133,8 +133,8 @@ class Keeper:
             elif due or agreed.save:
                 self._save(progress)
         if not is_last:
-            self.agreement.cast(
-                Votes(
+            self.flags.post(
+                RunFlags(
                     stop=self.is_asked_to_stop(),
                     save=self._time_is_up(),
                     busy=self.checkpointer.is_busy,
@@ -157,7 +157,7 @@ class Keeper:
         Raises:
             Stopped: a signal came to some rank; the state is saved.
         """
-        if self.agreement.now(self.is_asked_to_stop()):
+        if self.flags.any_rank(self.is_asked_to_stop()):
             self._stop(progress)
 
     def _save(self, progress: Progress, *, is_best: bool = False, wait: bool = False) -> None:
@@ -184,8 +184,12 @@ class Keeper:
         logger.error("%s", bad)
         logger.error(
             "rolling back (number %d) from step %d to %s, past the data of steps %d to %d",
-            bad.number, progress.step, found.path, bad.bad_steps.start, bad.bad_steps.stop - 1,
-        )  # fmt: skip
+            bad.number,
+            progress.step,
+            found.path,
+            bad.bad_steps.start,
+            bad.bad_steps.stop - 1,
+        )
         saved = self.state.load(found, ranks)
         vars(progress).update({**vars(saved), "position": position, "rollbacks": bad.number})
         if ranks.is_main:

@@ -6,7 +6,7 @@
     1, -1          [C / n, D]             all rows, own classes     own classes
 
 `SplitClassifier` is PartialFC without a margin and serves the last line: bounded memory, sampling,
-class centres that move in backward. `LayerClassifier` is the layers of arcshard/parallel/, logits
+class centers that move in backward. `LayerClassifier` is the layers of arcshard/parallel/, logits
 and gradients by autograd, and serves all lines, with label smoothing. Both start from the same
 weights whatever the split, keep PartialFC's gradient contract, and name their state alike: a
 checkpoint of one goes on with the other.
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from arcshard.head.batch import PAD_LABEL, BatchRules
+from arcshard.head.batch import PAD_LABEL, BatchGatherer
 from arcshard.head.cross_entropy import Spread, sharded_cross_entropy
-from arcshard.head.init import fill_initial_centres
-from arcshard.head.ranking import target_places
-from arcshard.head.row_optimizer import RowUpdate
+from arcshard.head.init import init_centers
+from arcshard.head.ranking import target_rank
+from arcshard.head.row_optimizer import RowOptimizer
 from arcshard.losses import Softmax
 from arcshard.parallel.collectives import reduce
 from arcshard.parallel.groups import resolve_group
@@ -42,16 +42,16 @@ class SplitClassifier(PartialFC):
     def forward(
         self, local_embeddings: Tensor, local_labels: Tensor, learning_rate: float | None = None
     ) -> Tensor:
-        """See PartialFC. `alikeness` stays None: features behind a ReLU all point much the same
-        way, and the cosine is not what this loss looks at."""
+        """See PartialFC. `mean_pairwise_cosine` stays None: features behind a ReLU all point much
+        the same way, and the cosine is not what this loss looks at."""
         loss = super().forward(local_embeddings, local_labels, learning_rate)
-        self.alikeness = None
+        self.mean_pairwise_cosine = None
         return loss
 
-    def target_places(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+    def target_rank(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """[b] int64: how many classes score above each row's own; all ranks call it together."""
-        rules = BatchRules(self.embedding_size, self.num_classes, None, self.rank, self.group)
-        return _places(self, rules, local_embeddings, local_labels)
+        rules = BatchGatherer(self.embedding_size, self.num_classes, None, self.rank, self.group)
+        return _rank_of_targets(self, rules, local_embeddings, local_labels)
 
 
 class LayerClassifier(nn.Module):
@@ -62,7 +62,7 @@ class LayerClassifier(nn.Module):
         dim: as `parallel_dim` above.
         bias: a bias per class.
         label_smoothing: share of the target that goes to all classes alike, in [0, 1].
-        row_update: how weight and bias move.
+        row_optimizer: how weight and bias move.
         batch_size_per_rank: the largest batch any rank brings; None: ranks agree in every step.
         half: dtype of the matmul's operands (torch.bfloat16), None for `dtype`.
         seed: of the initial weights, with the class index.
@@ -71,15 +71,16 @@ class LayerClassifier(nn.Module):
 
     Attributes:
         weight, bias: this rank's parts. class_range: the classes of its rows.
-        alikeness: None, see SplitClassifier. engine: None, as PartialFC's in autograd mode.
+        mean_pairwise_cosine: None, see SplitClassifier.
+        fused: None, as PartialFC's in autograd mode.
 
     Raises:
         ValueError: an argument outside its domain.
     """
 
-    centres_per_class = 1
-    alikeness: Tensor | None = None
-    engine = None
+    centers_per_class = 1
+    mean_pairwise_cosine: Tensor | None = None
+    fused = None
 
     def __init__(
         self,
@@ -89,8 +90,8 @@ class LayerClassifier(nn.Module):
         *,
         bias: bool = True,
         label_smoothing: float = 0.0,
-        row_update: RowUpdate,
-        bias_update: RowUpdate,
+        row_optimizer: RowOptimizer,
+        bias_update: RowOptimizer,
         batch_size_per_rank: int | None = None,
         half: torch.dtype | None = None,
         seed: int = 0,
@@ -115,7 +116,7 @@ class LayerClassifier(nn.Module):
         self.device = torch.device(device)
         self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.matmul_dtype = self.work_dtype if half is None else half
-        self._rules = BatchRules(
+        self._rules = BatchGatherer(
             embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
         )
         sizes = (num_classes, embedding_size)
@@ -126,9 +127,7 @@ class LayerClassifier(nn.Module):
 
         shape = (self.num_classes_local, len(self.features))
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=self.work_dtype))
-        fill_initial_centres(
-            self.weight, self.class_range.start, seed, self.features, embedding_size
-        )
+        init_centers(self.weight, self.class_range.start, seed, self.features, embedding_size)
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(shape[0], device=device, dtype=self.work_dtype))
@@ -136,7 +135,7 @@ class LayerClassifier(nn.Module):
             register_parallel_dim(self, "weight", self.split)
             if bias and self.dim == 1:
                 register_parallel_dim(self, "bias", self.split)
-        self.row_update, self._bias_update = row_update, bias_update
+        self.row_optimizer, self._bias_optimizer = row_optimizer, bias_update
 
     def forward(
         self, local_embeddings: Tensor, local_labels: Tensor, learning_rate: float | None = None
@@ -162,8 +161,7 @@ class LayerClassifier(nn.Module):
             return loss + torch.where(self._rules.unknown(everyone).any(), torch.nan, 0.0)
 
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Losses [B] of gathered embeddings [B, D] and labels [B]; of own ones for a whole weight.
-        """
+        """Losses [B] of gathered embeddings [B, D] and labels [B]; own ones for a whole weight."""
         return sharded_cross_entropy(
             self._logits(embeddings),
             local_columns(labels, self.class_range),
@@ -198,7 +196,7 @@ class LayerClassifier(nn.Module):
         Raises:
             RuntimeError: there is no gradient.
         """
-        for parameter, rule in self.moved_parameters():
+        for parameter, rule in self.optimized_parameters():
             gradient = parameter.grad
             if gradient is None:
                 raise RuntimeError("no gradient: call loss.backward() before head.step()")
@@ -210,59 +208,68 @@ class LayerClassifier(nn.Module):
                 rule.update_rows(parameter, gradient, None, learning_rate, bad)
             parameter.grad = None
 
-    def moved_parameters(self) -> list[tuple[nn.Parameter, RowUpdate]]:
+    def optimized_parameters(self) -> list[tuple[nn.Parameter, RowOptimizer]]:
         """Each parameter with the rule that owns its optimizer state."""
-        pairs = ((self.weight, self.row_update), (self.bias, self._bias_update))
+        pairs = ((self.weight, self.row_optimizer), (self.bias, self._bias_optimizer))
         return [(parameter, rule) for parameter, rule in pairs if parameter is not None]
 
     def get_extra_state(self) -> dict[str, Any]:
         """As PartialFC's, which draws where this does not."""
         return {
-            "samples_drawn": 0, "forwards": 0, "seed": self.seed,
-            "roundings": [rule.roundings for _, rule in self.moved_parameters()],
-        }  # fmt: skip
+            "samples_drawn": 0,
+            "forwards": 0,
+            "seed": self.seed,
+            "roundings": [rule.sr_counter for _, rule in self.optimized_parameters()],
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over `get_extra_state` of a saved head."""
         self.seed = state["seed"]
-        for (_, rule), count in zip(self.moved_parameters(), state["roundings"], strict=True):
-            rule.roundings = count
+        for (_, rule), count in zip(self.optimized_parameters(), state["roundings"], strict=True):
+            rule.sr_counter = count
 
     def describe_memory(self) -> str:
         """What the head holds on this rank, for the log."""
-        state = self.row_update.state(self.weight).values()
+        state = self.row_optimizer.state(self.weight).values()
         size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
         kind = {None: "whole", 0: "split by features", 1: "split by classes"}[self.dim]
         return f"weight {kind}, with state {size:,.0f} MiB; logits and gradients by autograd"
 
-    def target_places(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+    def target_rank(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """As SplitClassifier's; a whole weight needs no other rank."""
-        rules = BatchRules(self.embedding_size, self.num_classes, None, self.rank, self.group)
-        return _places(self, rules, local_embeddings, local_labels)
+        rules = BatchGatherer(self.embedding_size, self.num_classes, None, self.rank, self.group)
+        return _rank_of_targets(self, rules, local_embeddings, local_labels)
 
 
 Head = PartialFC | LayerClassifier
 
 
 @torch.no_grad()
-def _places(
-    head: SplitClassifier | LayerClassifier, rules: BatchRules, embeddings: Tensor, labels: Tensor
+def _rank_of_targets(
+    head: SplitClassifier | LayerClassifier,
+    rules: BatchGatherer,
+    embeddings: Tensor,
+    labels: Tensor,
 ) -> Tensor:
     """[b] places of this rank's rows among all classes."""
     embeddings, labels = embeddings.to(head.device, head.work_dtype), labels.to(head.device)
     dim = head.dim if isinstance(head, LayerClassifier) else 1
     if dim is None or head.group is None:
-        return target_places(embeddings, labels, head.weight, head.bias, 0, None)
+        return target_rank(embeddings, labels, head.weight, head.bias, 0, None)
     batch = rules.gather(embeddings, labels, head.work_dtype)
     if dim == 1:
-        places = target_places(
-            batch.embeddings, batch.labels, head.weight, head.bias, head.class_range.start,
+        places = target_rank(
+            batch.embeddings,
+            batch.labels,
+            head.weight,
+            head.bias,
+            head.class_range.start,
             head.group,
-        )  # fmt: skip
+        )
     else:
         assert isinstance(head, LayerClassifier)
         mine = batch.embeddings[:, head.features.start : head.features.stop]
-        places = target_places(mine, batch.labels, head.weight, head.bias, 0, None, head.group)
+        places = target_rank(mine, batch.labels, head.weight, head.bias, 0, None, head.group)
     first = head.rank * (len(batch.labels) // head.world_size)
     return places[first : first + len(labels)]
 
@@ -273,10 +280,10 @@ def whole_classifier(head: Head) -> dict[str, Tensor]:
     Views of the parameters where they are whole and there already.
 
     Raises:
-        ValueError: a head with several centres per class is no linear layer.
+        ValueError: a head with several centers per class is no linear layer.
     """
-    if head.centres_per_class > 1:
-        raise ValueError(f"{head.centres_per_class} centres per class are no linear layer")
+    if head.centers_per_class > 1:
+        raise ValueError(f"{head.centers_per_class} centers per class are no linear layer")
     whole: dict[str, Tensor] = {}
     for name, part in (("weight", head.weight), ("bias", head.bias)):
         if part is None:

@@ -20,20 +20,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcshard.collectives import sum_over_ranks
-from arcshard.head.distillation import Sides, TeacherCentres, sharded_divergence
+from arcshard.head.distillation import DistillationInputs, TeacherCenters, sharded_divergence
 from arcshard.head.workspace import Workspace
 from arcshard.partial_fc import PartialFC
 from backbones.weights import ModelMetadata, WeightsError, load_model
-from data.sources import ImageSource
-from training.checkpoint.checkpointer import FOLDER, CheckpointError, Ranks
+from data.datasets import ImageDataset
+from training.checkpoint.checkpointer import FOLDER, CheckpointError, RankGroup
 from training.checkpoint.class_centers import (
     match_names,
     names_of_this_run,
-    open_saved_head,
+    open_class_centers,
     rows_of,
 )
-from training.precision import Precision, TrainedBackbone
-from utils.distributed import World
+from training.precision import MixedPrecisionBackbone, Precision
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
@@ -61,7 +61,7 @@ class Teacher:
             ) from error
         self.path, self.precision = path, precision
         mean, std = self.metadata.mean, self.metadata.std
-        model = TrainedBackbone(backbone, precision, mean=mean, std=std)
+        model = MixedPrecisionBackbone(backbone, precision, mean=mean, std=std)
         model.place(device)
         self.model = model.eval().requires_grad_(False)
 
@@ -102,33 +102,47 @@ class LogitsDistillation:
 
     Args:
         teacher: images -> embeddings of any size, of length 1.
-        centres: its class centres for this rank's classes.
-        head: of the run; its centres of the step are compared with the teacher's.
+        centers: its class centers for this rank's classes.
+        head: of the run; its centers of the step are compared with the teacher's.
         weight: of the loss. scale: s of both sides. temperature: T.
         half: dtype of the operands of the large matmuls, None for full precision.
     """
 
     def __init__(
-        self, teacher: Callable[[Tensor], Tensor], centres: TeacherCentres, head: PartialFC, *,
-        weight: float, scale: float, temperature: float, budget_bytes: int,
+        self,
+        teacher: Callable[[Tensor], Tensor],
+        centers: TeacherCenters,
+        head: PartialFC,
+        *,
+        weight: float,
+        scale: float,
+        temperature: float,
+        budget_bytes: int,
         half: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self.teacher, self.centres, self.head, self.weight = teacher, centres, head, weight
+    ) -> None:
+        self.teacher, self.centers, self.head, self.weight = teacher, centers, head, weight
         self.scale, self.temperature = scale, temperature
         self.budget_bytes, self.half = budget_bytes, half
 
     def __call__(self, images: Sequence[Tensor], local_embeddings: Tensor) -> Tensor:
         """See CosineDistillation. Between the head's forward, which draws the step's classes, and
-        its backward, which may move their centres."""
+        its backward, which may move their centers."""
         taught = torch.cat([self.teacher(each) for each in images])
         unit = normalize(local_embeddings.to(self.head.work_dtype))
-        student, classes = self.head.centres_of_step()
+        student, classes = self.head.sampled_centers()
         assert self.head.batch_size_per_rank is not None
-        sides = Sides(
-            student, self.head.centres_per_class, classes, self.centres, self.scale,
-            self.temperature, self.head.batch_size_per_rank, self.head.group, self.budget_bytes,
+        sides = DistillationInputs(
+            student,
+            self.head.centers_per_class,
+            classes,
+            self.centers,
+            self.scale,
+            self.temperature,
+            self.head.batch_size_per_rank,
+            self.head.group,
+            self.budget_bytes,
             self.half,
-        )  # fmt: skip
+        )
         return sharded_divergence(unit, taught, sides)
 
 
@@ -141,9 +155,14 @@ Distillation = CosineDistillation | LogitsDistillation
 
 
 def load_teacher(
-    path: str, kind: str, precision: Precision, device: torch.device,
-    *, input_size: int, embedding_size: int,
-) -> Teacher:  # fmt: skip
+    path: str,
+    kind: str,
+    precision: Precision,
+    device: torch.device,
+    *,
+    input_size: int,
+    embedding_size: int,
+) -> Teacher:
     """The teacher at `path`, if this run can learn from it.
 
     Args:
@@ -171,9 +190,17 @@ def load_teacher(
 
 
 def make_distillation(
-    kind: str, teacher: Teacher, head: PartialFC, source: ImageSource, world: World,
-    *, weight: float, scale: float, temperature: float, workspace: Workspace,
-) -> Distillation:  # fmt: skip
+    kind: str,
+    teacher: Teacher,
+    head: PartialFC,
+    source: ImageDataset,
+    world: DistContext,
+    *,
+    weight: float,
+    scale: float,
+    temperature: float,
+    workspace: Workspace,
+) -> Distillation:
     """What the teacher teaches this run; all ranks together.
 
     Args:
@@ -182,40 +209,52 @@ def make_distillation(
         weight, scale, temperature: as in the config. workspace: of the head.
 
     Raises:
-        ValueError, CheckpointError, DataError, FileNotFoundError: class centres that do not fit.
+        ValueError, CheckpointError, DataError, FileNotFoundError: class centers that do not fit.
     """
     path, network = teacher.path, teacher.metadata.network
     if kind == "cosine":
         logger.info("teacher %s (%s): cosine, weight %g", path, network, weight)
         return CosineDistillation(teacher, head, weight)
-    centres, num_known = _centres_of(path, teacher.metadata, head, source, world)
+    centers, num_known = _centers_of(path, teacher.metadata, head, source, world)
     logger.info(
         "teacher %s (%s): logits, temperature %g, weight %g; it knows %d of the classes",
-        path, network, temperature, weight, num_known,
-    )  # fmt: skip
+        path,
+        network,
+        temperature,
+        weight,
+        num_known,
+    )
     return LogitsDistillation(
-        teacher, centres, head, weight=weight, scale=scale, temperature=temperature,
-        budget_bytes=block_budget(workspace), half=teacher.precision.head_matmul,
-    )  # fmt: skip
+        teacher,
+        centers,
+        head,
+        weight=weight,
+        scale=scale,
+        temperature=temperature,
+        budget_bytes=block_budget(workspace),
+        half=teacher.precision.head_matmul,
+    )
 
 
-def _centres_of(
-    path: str, meta: ModelMetadata, head: PartialFC, source: ImageSource, world: World
-) -> tuple[TeacherCentres, int]:
-    """The teacher's centres for this rank's classes, by name, and how many it knows in all."""
+def _centers_of(
+    path: str, meta: ModelMetadata, head: PartialFC, source: ImageDataset, world: DistContext
+) -> tuple[TeacherCenters, int]:
+    """The teacher's centers for this rank's classes, by name, and how many it knows in all."""
     run = Path(path)
     own = run / FOLDER / f"step_{meta.step or 0:08d}"  # of the weights in model.pt
     names = names_of_this_run(source, "distillation='logits'")
-    ranks = Ranks(world)
-    saved = open_saved_head(str(own if own.is_dir() else run), "teacher", ranks)
+    ranks = RankGroup(world)
+    saved = open_class_centers(str(own if own.is_dir() else run), "teacher", ranks)
     if saved.path.name != own.name:
         logger.warning(
-            "teacher=%r: its weights are of step %s, its class centres of %s",
-            path, meta.step, saved.path.name,
-        )  # fmt: skip
+            "teacher=%r: its weights are of step %s, its class centers of %s",
+            path,
+            meta.step,
+            saved.path.name,
+        )
     if saved.embedding_size != meta.num_features:
         raise CheckpointError(
-            f"teacher={path!r}: its class centres have width {saved.embedding_size}, its "
+            f"teacher={path!r}: its class centers have width {saved.embedding_size}, its "
             f"embeddings {meta.num_features}: they are not of one run"
         )
     of_class = match_names(names, saved.names, ("this run", path))
@@ -227,14 +266,16 @@ def _centres_of(
     mine = head.class_range
     there = of_class[mine.start : mine.stop]
     here = np.flatnonzero(there >= 0)
-    k = saved.centres_per_class
+    k = saved.centers_per_class
     weight = torch.zeros(
-        head.num_classes_local * k, meta.num_features,
-        dtype=head.work_dtype, device=head.weight.device,
-    )  # fmt: skip
+        head.num_classes_local * k,
+        meta.num_features,
+        dtype=head.work_dtype,
+        device=head.weight.device,
+    )
     rows_there, rows_here = rows_of(there[here], k), rows_of(here, k)
-    ranks.together(lambda: saved.copy_rows({"head/weight": weight}, rows_there, rows_here))
+    ranks.run_on_all_ranks(lambda: saved.copy_rows({"head/weight": weight}, rows_there, rows_here))
     known = torch.zeros(head.num_classes_local, dtype=torch.bool)
     known[torch.from_numpy(here)] = True
     unit = normalize(weight, out=weight).view(head.num_classes_local, k, meta.num_features)
-    return TeacherCentres(unit, known.to(weight.device)), int((of_class >= 0).sum())
+    return TeacherCenters(unit, known.to(weight.device)), int((of_class >= 0).sum())

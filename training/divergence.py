@@ -15,11 +15,11 @@ spikes      the loss of a step is above mean + SPIKE_SIGMAS deviations *and* abo
             it passed, so that one does not hide the next, and a lasting new level is accepted
             after some tens of steps. A spike is warned of, nothing else: most heal.
 collapse    the embeddings of different images of the global batch point the same way
-            (`head.batch.alikeness` above COLLAPSE_ALIKENESS), so that all images have the same
-            cosine with a class, in COLLAPSE_STEPS steps in a row after the first SETTLE_STEPS.
-            In these networks it is the bias of the last batch norm that outgrows everything
-            else; fresh ones begin at 0. It must last, because a network that ends otherwise may
-            begin near 1. It does not heal: the gradient that would part them is gone.
+            (`arcshard.head.batch.mean_pairwise_cosine` above COLLAPSE_COSINE), so that all images
+            have the same cosine with a class, in COLLAPSE_STEPS steps in a row after the first
+            SETTLE_STEPS. In these networks it is the bias of the last batch norm that outgrows
+            everything else; fresh ones begin at 0. It must last, because a network that ends
+            otherwise may begin near 1. It does not heal: the gradient that would part them is gone.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ SPIKE_SIGMAS = 6.0
 SPIKE_FACTOR = 1.5
 SPIKE_WINDOW = 200  # steps
 SETTLE_STEPS = 200
-COLLAPSE_ALIKENESS = 0.99
+COLLAPSE_COSINE = 0.99
 COLLAPSE_STEPS = 500
 READ_AT_LEAST_EVERY = 1000  # steps whose scalars may wait on the device
-
 
 
 class Diverged(RuntimeError):
@@ -60,14 +59,14 @@ class RollBack(RuntimeError):
         self.bad_steps, self.number = bad_steps, number
 
 
-class WatchReport(NamedTuple):
+class StepStats(NamedTuple):
     """Since the last report: mean loss of the good steps (NaN if there was none), bad steps,
     the longest row of bad steps, and the last step's gradient norm and loss scale.
 
     longest_ended_ago: steps since the last bad step of the longest row.
     spikes: how many; worst_spike: the highest of them (NaN without); usual_loss: the running mean.
-    alikeness: of the last step, NaN if unknown; alike_streak: steps in a row, up to the last one,
-    in which it was above COLLAPSE_ALIKENESS.
+    mean_pairwise_cosine: of the last step, NaN if unknown; alike_streak: steps in a row, up to the
+    last one, in which it was above COLLAPSE_COSINE.
     distillation: the last step's, NaN without a teacher.
     """
 
@@ -80,13 +79,13 @@ class WatchReport(NamedTuple):
     spikes: int = 0
     worst_spike: float = math.nan
     usual_loss: float = math.nan
-    alikeness: float = math.nan
+    mean_pairwise_cosine: float = math.nan
     alike_streak: int = 0
     distillation: float = math.nan
 
 
 @dataclass
-class _Tally:
+class RunningStats:
     """The running numbers, as they go into a checkpoint. All float64; counts are exact."""
 
     seen: float = 0.0
@@ -103,10 +102,12 @@ class _Tally:
     steady: float = 0.0  # steps that mean and variance have seen
     mean: float = 0.0
     variance: float = 0.0
-    alikeness: float = math.nan
+    mean_pairwise_cosine: float = math.nan
     alike_streak: float = 0.0
 
-    def add(self, loss: float, is_bad: bool, loss_scale: float, alikeness: float) -> None:
+    def add(
+        self, loss: float, is_bad: bool, loss_scale: float, mean_pairwise_cosine: float
+    ) -> None:
         """One step. Steps that only shrink the fp16 loss scale are not bad."""
         self.seen += 1
         is_bad = is_bad and not (math.isfinite(loss) and loss_scale > 1)
@@ -119,8 +120,8 @@ class _Tally:
         self.streak = self.streak + 1 if is_bad else 0
         if is_bad and self.streak >= self.longest:
             self.longest, self.longest_end = self.streak, self.seen
-        self.alikeness = alikeness
-        is_alike = alikeness > COLLAPSE_ALIKENESS and self.seen > SETTLE_STEPS
+        self.mean_pairwise_cosine = mean_pairwise_cosine
+        is_alike = mean_pairwise_cosine > COLLAPSE_COSINE and self.seen > SETTLE_STEPS
         self.alike_streak = self.alike_streak + 1 if is_alike else 0
 
     def _follow(self, loss: float) -> None:
@@ -141,13 +142,13 @@ class _Tally:
         self.mean += weight * difference
         self.variance = (1 - weight) * (self.variance + weight * difference * difference)
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """A report was made: running streaks, mean and deviation go on."""
         self.loss_sum = self.good = self.bad = self.longest = self.longest_end = 0.0
         self.spikes, self.worst_spike = 0.0, math.nan
 
 
-class Watch:
+class DivergenceMonitor:
     """Counts what went wrong; waits for the device in `report` and `state_dict` only, and once
     in READ_AT_LEAST_EVERY steps.
 
@@ -156,29 +157,31 @@ class Watch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._no_alikeness = torch.full((), math.nan, device=device)
+        self._no_cosine = torch.full((), math.nan, device=device)
         self._unread: list[tuple[StepOutcome, Tensor]] = []
         self._last: StepOutcome | None = None
         # The truth lies in this tensor, so that a checkpoint can be read straight into it.
-        self._tally = torch.tensor(astuple(_Tally()), dtype=torch.float64)
+        self._tally = torch.tensor(astuple(RunningStats()), dtype=torch.float64)
 
-    def see(self, outcome: StepOutcome, alikeness: Tensor | None = None) -> None:
+    def observe(self, outcome: StepOutcome, mean_pairwise_cosine: Tensor | None = None) -> None:
         """Take note of one step.
 
         Args:
-            alikeness: scalar on the device, of the step's embeddings (`PartialFC.alikeness`), if
+            mean_pairwise_cosine: scalar on the device, of the step's embeddings, if
                 known; the same number on every rank, or the ranks will not decide alike.
         """
-        self._unread.append((outcome, self._no_alikeness if alikeness is None else alikeness))
+        self._unread.append(
+            (outcome, self._no_cosine if mean_pairwise_cosine is None else mean_pairwise_cosine)
+        )
         self._last = outcome
         if len(self._unread) >= READ_AT_LEAST_EVERY:
             self._read()
 
-    def report(self) -> WatchReport:
+    def report(self) -> StepStats:
         """What happened since the last report (waits for the device); begins anew."""
         assert self._last is not None, "report() before the first step"
         tally, taught = self._read(), self._last.distillation
-        report = WatchReport(
+        report = StepStats(
             loss=tally.loss_sum / tally.good if tally.good else math.nan,
             bad_steps=int(tally.bad),
             longest_streak=int(tally.longest),
@@ -188,11 +191,11 @@ class Watch:
             spikes=int(tally.spikes),
             worst_spike=tally.worst_spike,
             usual_loss=tally.mean if tally.steady else math.nan,
-            alikeness=tally.alikeness,
+            mean_pairwise_cosine=tally.mean_pairwise_cosine,
             alike_streak=int(tally.alike_streak),
             distillation=math.nan if taught is None else float(taught),
         )
-        tally.begin_anew()
+        tally.reset()
         self._write(tally)
         return report
 
@@ -217,24 +220,26 @@ class Watch:
         self._unread.clear()
         self._tally.copy_(tally)
 
-    def _read(self) -> _Tally:
+    def _read(self) -> RunningStats:
         """Fold the steps that still lie on the device into the tally."""
-        tally = _Tally(*self._tally.tolist())
+        tally = RunningStats(*self._tally.tolist())
         if not self._unread:
             return tally
         outcomes, alike = zip(*self._unread, strict=True)
         columns = (
-            [one.loss for one in outcomes], [one.bad for one in outcomes],
-            [one.loss_scale for one in outcomes], list(alike),
-        )  # fmt: skip
+            [one.loss for one in outcomes],
+            [one.bad for one in outcomes],
+            [one.loss_scale for one in outcomes],
+            list(alike),
+        )
         rows = torch.stack([torch.stack(column).double() for column in columns]).T.tolist()
         self._unread.clear()
-        for loss, is_bad, loss_scale, alikeness in rows:
-            tally.add(loss, bool(is_bad), loss_scale, alikeness)
+        for loss, is_bad, loss_scale, mean_pairwise_cosine in rows:
+            tally.add(loss, bool(is_bad), loss_scale, mean_pairwise_cosine)
         self._write(tally)
         return tally
 
-    def _write(self, tally: _Tally) -> None:
+    def _write(self, tally: RunningStats) -> None:
         self._tally.copy_(torch.tensor(astuple(tally), dtype=torch.float64))
 
 
@@ -255,7 +260,7 @@ class DivergencePolicy:
     max_rollbacks: int = 3
     rollbacks: int = 0
 
-    def decide(self, report: WatchReport, step: int, learning_rate: float) -> list[str]:
+    def decide(self, report: StepStats, step: int, learning_rate: float) -> list[str]:
         """Warnings to log; none is a good sign.
 
         Args:
@@ -277,7 +282,7 @@ class DivergencePolicy:
         ]
 
     def _trouble(
-        self, report: WatchReport, step: int, learning_rate: float
+        self, report: StepStats, step: int, learning_rate: float
     ) -> tuple[str, range] | None:
         if report.longest_streak >= self.max_bad_steps:
             end = step - report.longest_ended_ago
@@ -291,11 +296,11 @@ class DivergencePolicy:
         if report.alike_streak >= COLLAPSE_STEPS:
             return (
                 f"diverged: for {report.alike_streak} steps the embeddings of different images "
-                f"have been all but the same (mean cosine {report.alikeness:.4f}, collapse from "
-                f"{COLLAPSE_ALIKENESS:g}). step {step}, learning rate {learning_rate:g}, loss "
-                f"{report.loss:g}. The network does not tell faces apart any more and will not "
-                "come back by itself. Try a lower lr, a longer warmup_epoch, or a smaller margin "
-                "to begin with"
+                f"have been all but the same (mean cosine {report.mean_pairwise_cosine:.4f}, "
+                f"collapse from {COLLAPSE_COSINE:g}). step {step}, learning rate "
+                f"{learning_rate:g}, loss {report.loss:g}. The network does not tell faces apart "
+                "any more and will not come back by itself. Try a lower lr, a longer warmup_epoch, "
+                "or a smaller margin to begin with"
             ), range(max(step - report.alike_streak, 0), step)
         return None
 

@@ -11,7 +11,7 @@ from backbones import Backbone
 from training.batch_norm import BatchNormStatistics
 
 
-class WeightAverage:
+class ModelEma:
     """Follows a backbone: average += (1 - d) (weights - average) after every step that moved it.
 
     d = min(decay, (1 + n) / (10 + n)) after n such steps, so that the first weights, which mean
@@ -52,7 +52,7 @@ class WeightAverage:
         share = (share * ~bad).to(self._pairs[0][0].dtype)
         for weight, average in self._pairs:
             average.lerp_(weight, share)
-        self.batch_norm.follow(self._source_statistics, share)
+        self.batch_norm.ema_update(self._source_statistics, share)
         self.updates += ~bad
 
     def start_over(self) -> None:

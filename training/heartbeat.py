@@ -35,7 +35,7 @@ NAMED_AT_MOST = 16  # ranks in one sentence
 JOIN_WITHIN_SECONDS = 10
 
 
-class Position(NamedTuple):
+class RankStatus(NamedTuple):
     """What a rank last published.
 
     beat: how often it has published. marks: how many marks it had reached; step and where: the
@@ -58,7 +58,7 @@ class Position(NamedTuple):
         return f"step {self.step} ({self.where})"
 
 
-class Lost(NamedTuple):
+class Stragglers(NamedTuple):
     """Ranks in trouble: left (said why), stopped (say nothing any more), behind (alive, but have
     not come as far as we have), silent (never said a word); and whom ranks that left missed."""
 
@@ -69,16 +69,16 @@ class Lost(NamedTuple):
     missed: list[str]
 
 
-Reading = dict[int, Position | None]
+Reading = dict[int, RankStatus | None]
 
 
-def who_is_lost(own_marks: int, before: Reading, after: Reading) -> Lost:
+def find_stragglers(own_marks: int, before: Reading, after: Reading) -> Stragglers:
     """Compare two readings of the other ranks' positions, SETTLE_INTERVALS apart.
 
     Args:
         own_marks: how many marks this rank has reached. All ranks make the same ones.
     """
-    lost = Lost([], [], [], [], [])
+    lost = Stragglers([], [], [], [], [])
     for rank, now in sorted(after.items()):
         earlier = before.get(rank)
         if now is None:
@@ -126,14 +126,14 @@ class Heartbeat:
         self._device = device
         self._host = socket.gethostname()
         self._beat = self._made = 0
-        self._ended = self._missed = ""  # see Position
+        self._ended = self._missed = ""  # see RankStatus
         self._reached = (0, 0, "start", time.time())  # marks, step, where, time
         self._under_way: deque[tuple[tuple[int, int, str, float], torch.cuda.Event]] = deque(
             maxlen=MARKS_UNDER_WAY
         )
         self._store: dist.Store | None = None
         self._closing = threading.Event()
-        self._lock = threading.Lock()  # the main thread looks too, in `describe_lost`
+        self._lock = threading.Lock()  # the main thread looks too, in `describe_stragglers`
         self._store_has_failed = False
         self._thread: threading.Thread | None = None
         if world_size == 1:
@@ -161,7 +161,7 @@ class Heartbeat:
         else:
             self._reached = newest
 
-    def describe_lost(self, error: BaseException) -> str:
+    def describe_stragglers(self, error: BaseException) -> str:
         """Who is to blame for an error that a collective raised here, in one sentence.
 
         Waits SETTLE_INTERVALS to see whose heartbeat goes on, and tells the ranks that fail
@@ -228,8 +228,10 @@ class Heartbeat:
             if not warned:
                 logger.warning(
                     "rank %d has been at %s for %.0f s, and no other rank is behind",
-                    self.rank, self._position().place(), time.time() - self._reached[3],
-                )  # fmt: skip
+                    self.rank,
+                    self._position().place(),
+                    time.time() - self._reached[3],
+                )
                 warned = True
             look_at = time.monotonic() + self.timeout_s
 
@@ -242,16 +244,16 @@ class Heartbeat:
             return ""
         return self._sentence(lost, after)
 
-    def _look_twice(self) -> tuple[Lost, Reading]:
+    def _look_twice(self) -> tuple[Stragglers, Reading]:
         before = self._read()
         for _ in range(SETTLE_INTERVALS):
             self._closing.wait(self._interval_s)
             self._follow_device()
             self._publish()  # others may be looking at this rank just now
         after = self._read()
-        return who_is_lost(self._reached[0], before, after), after
+        return find_stragglers(self._reached[0], before, after), after
 
-    def _sentence(self, lost: Lost, after: Reading) -> str:
+    def _sentence(self, lost: Stragglers, after: Reading) -> str:
         ours, now = self._position(), time.time()
         parts = []
         for rank in sorted([*lost.left, *lost.stopped, *lost.behind, *lost.silent]):
@@ -284,12 +286,19 @@ class Heartbeat:
             logger.error("rank %d: %s does not answer: %s", self.rank, self._device, error)
             self._under_way.clear()
 
-    def _position(self) -> Position:
+    def _position(self) -> RankStatus:
         marks, step, where, at = self._reached
-        return Position(
-            self._beat, marks, step, where, at, self._host, str(self._device),
-            self._ended, self._missed,
-        )  # fmt: skip
+        return RankStatus(
+            self._beat,
+            marks,
+            step,
+            where,
+            at,
+            self._host,
+            str(self._device),
+            self._ended,
+            self._missed,
+        )
 
     def _publish(self) -> None:
         assert self._store is not None
@@ -312,7 +321,7 @@ class Heartbeat:
             # `get` of a missing key would wait for it.
             known = self._store.check([_key(rank)])
             text = self._store.get(_key(rank)) if known else None
-            reading[rank] = None if text is None else Position(*json.loads(text))
+            reading[rank] = None if text is None else RankStatus(*json.loads(text))
         return reading
 
     def _warn_of_store(self, error: RuntimeError) -> None:
@@ -343,7 +352,7 @@ def is_collective_error(error: BaseException) -> bool:
     )
 
 
-def is_of_a_collective(error: RuntimeError) -> bool:
+def is_collective_failure(error: RuntimeError) -> bool:
     """Whether a collective raised it: gloo's errors are known by their words only."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -1,13 +1,13 @@
-"""`init_head=RUN`: class centres of an earlier run, matched by name, for a new set of classes.
+"""`init_head=RUN`: class centers of an earlier run, matched by name, for a new set of classes.
 
-    kept      both runs know the name     its K centres and their optimizer state, bit for bit
-    new       only this run does          the mean of its images' normalised embeddings, as long as
-                                          the kept centres are on average; state zero
+    kept      both runs know the name     its K centers and their optimizer state, bit for bit
+    new       only this run does          the mean of its images' normalized embeddings, as long as
+                                          the kept centers are on average; state zero
     dropped   only the earlier run did    nothing
 
-A class without images, or without a name (padding), keeps its random centre. Two sub-centres that
+A class without images, or without a name (padding), keeps its random center. Two sub-centers that
 are equal would stay equal, so the K of a new class are the mean, each turned its own way by about
-SUB_CENTRE_TILT radians.
+SUB_CENTER_TILT radians.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
 from data.prefetch import OrderedPrefetch
 from dataset import DATA_ERRORS, DataLoader
-from training.build import Parts
-from training.checkpoint.checkpointer import Ranks
+from training.build import TrainComponents
+from training.checkpoint.checkpointer import RankGroup
 from training.checkpoint.class_centers import (
-    SavedHead,
+    SavedClassCenters,
     match_names,
     names_of_this_run,
-    open_saved_head,
+    open_class_centers,
     rows_of,
 )
 from training.setup import SetupError
@@ -40,13 +40,19 @@ from training.setup import SetupError
 logger = logging.getLogger("train")
 
 IMAGES_PER_CLASS = 16  # the mean of 16 embeddings is near that of all; more cost more
-SUB_CENTRE_TILT = 0.1
+SUB_CENTER_TILT = 0.1
 CLASSES_PER_ROUND = 1024  # embedded by all ranks together, then told to the owners
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def init_head(
-    path: str, parts: Parts, ranks: Ranks, *, has_backbone: bool, batch_size: int, num_workers: int
+    path: str,
+    parts: TrainComponents,
+    ranks: RankGroup,
+    *,
+    has_backbone: bool,
+    batch_size: int,
+    num_workers: int,
 ) -> None:
     """Fill the head of a run that begins; all ranks together.
 
@@ -67,11 +73,13 @@ def init_head(
         )
     if not has_backbone:
         logger.warning(
-            "init_head=%r without init_backbone: its class centres belong to that run's backbone, "
-            "and this one starts at random; you probably want init_backbone=%r too", path, path,
-        )  # fmt: skip
+            "init_head=%r without init_backbone: its class centers belong to that run's backbone, "
+            "and this one starts at random; you probably want init_backbone=%r too",
+            path,
+            path,
+        )
     names = names_of_this_run(parts.loader.source, f"init_head={path!r}")
-    saved = open_saved_head(path, "init_head", ranks)
+    saved = open_class_centers(path, "init_head", ranks)
     _check_sizes(path, head, saved)
     of_class = match_names(names, saved.names, ("this run", path))
     is_kept = of_class >= 0
@@ -79,10 +87,10 @@ def init_head(
     if not is_kept.any():
         raise SetupError(
             f"init_head={path!r}: no class of this run is one of that run (here {_few(names)}; "
-            f"there {_few(saved.names)}), so every centre would be a new one. Give the run whose "
+            f"there {_few(saved.names)}), so every center would be a new one. Give the run whose "
             "classes these are, or take init_head out of the config"
         )
-    ranks.together(lambda: _take_over(head, saved, of_class))
+    ranks.run_on_all_ranks(lambda: _take_over(head, saved, of_class))
     new = np.flatnonzero(has_name & ~is_kept)
     kept_names = sum(map(bool, saved.names)) - int(is_kept.sum())
     logger.info(
@@ -94,28 +102,28 @@ def init_head(
         without = sum(_fill(head, classes, found, length) for classes, found in means)
         if without:
             logger.warning(
-                "init_head: %d new classes have no image and keep a random centre", without
+                "init_head: %d new classes have no image and keep a random center", without
             )
 
 
-def _check_sizes(path: str, head: PartialFC, saved: SavedHead) -> None:
-    wanted = [head.embedding_size, head.centres_per_class]
-    found = [saved.embedding_size, saved.centres_per_class]
+def _check_sizes(path: str, head: PartialFC, saved: SavedClassCenters) -> None:
+    wanted = [head.embedding_size, head.centers_per_class]
+    found = [saved.embedding_size, saved.centers_per_class]
     if found != wanted:
         raise SetupError(
-            f"init_head={path!r}: its class centres have embedding_size={found[0]}, "
-            f"sub_centres={found[1]}; this run has embedding_size={wanted[0]}, sub_centres="
+            f"init_head={path!r}: its class centers have embedding_size={found[0]}, "
+            f"sub_centers={found[1]}; this run has embedding_size={wanted[0]}, sub_centers="
             f"{wanted[1]}: set them as they were, or take init_head out of the config"
         )
 
 
-def _take_over(head: PartialFC, saved: SavedHead, of_class: np.ndarray) -> None:
+def _take_over(head: PartialFC, saved: SavedClassCenters, of_class: np.ndarray) -> None:
     """This rank's kept rows, and their state where the same rule kept one."""
     mine = head.class_range
     there = of_class[mine.start : mine.stop]  # there may be fewer names than classes
     here = np.flatnonzero(there >= 0)
-    rows_here, rows_there = (rows_of(each, head.centres_per_class) for each in (here, there[here]))
-    for parameter, rule in head.moved_parameters():
+    rows_here, rows_there = (rows_of(each, head.centers_per_class) for each in (here, there[here]))
+    for parameter, rule in head.optimized_parameters():
         name = "head/weight" if parameter is head.weight else "head/bias"
         if name not in saved.tensors:
             logger.warning("init_head: %s has no %s: it starts at zero", saved.path, name)
@@ -126,20 +134,23 @@ def _take_over(head: PartialFC, saved: SavedHead, of_class: np.ndarray) -> None:
             targets |= {f"{name}/{key}": value for key, value in state.items()}
         else:
             logger.warning(
-                "init_head: this run's optimizer keeps %s of %s, that of %s kept %s: the centres "
+                "init_head: this run's optimizer keeps %s of %s, that of %s kept %s: the centers "
                 "are taken over, their optimizer state starts at zero",
-                sorted(state), name, saved.path, sorted(saved.state_keys(name)) or "nothing",
-            )  # fmt: skip
+                sorted(state),
+                name,
+                saved.path,
+                sorted(saved.state_keys(name)) or "nothing",
+            )
         saved.copy_rows(targets, rows_there, rows_here)
 
 
-def _mean_length(head: PartialFC, is_kept: np.ndarray, ranks: Ranks) -> float:
-    """Mean norm of all kept centres."""
+def _mean_length(head: PartialFC, is_kept: np.ndarray, ranks: RankGroup) -> float:
+    """Mean norm of all kept centers."""
     mine = head.class_range
     here = np.flatnonzero(is_kept[mine.start : mine.stop])
-    total, count = 0.0, len(here) * head.centres_per_class
+    total, count = 0.0, len(here) * head.centers_per_class
     for part in np.array_split(here, -(-len(here) // 65_536) or 1):
-        rows = torch.from_numpy(rows_of(part, head.centres_per_class)).to(head.weight.device)
+        rows = torch.from_numpy(rows_of(part, head.centers_per_class)).to(head.weight.device)
         norms = torch.linalg.vector_norm(head.weight.detach()[rows].double(), dim=1)
         total += float(norms.sum())
     totals, counts = zip(*ranks.gather((total, count)), strict=True)
@@ -148,35 +159,40 @@ def _mean_length(head: PartialFC, is_kept: np.ndarray, ranks: Ranks) -> float:
 
 @torch.no_grad()
 def _fill(head: PartialFC, classes: np.ndarray, means: Tensor, length: float) -> int:
-    """Write the centres of this rank's share of new classes; how many of all have no image.
+    """Write the centers of this rank's share of new classes; how many of all have no image.
 
     Args:
-        means: [n, D] of the normalised embeddings, zero where a class has no image.
+        means: [n, D] of the normalized embeddings, zero where a class has no image.
     """
     has_image = means.abs().sum(dim=1) > 0
     mine = (classes >= head.class_range.start) & (classes < head.class_range.stop)
     chosen = has_image & torch.from_numpy(mine)
     local = classes[chosen.numpy()] - head.class_range.start
-    k, width = head.centres_per_class, head.embedding_size
+    k, width = head.centers_per_class, head.embedding_size
     rows = torch.from_numpy(rows_of(local, k)).to(head.weight.device)
-    centres = normalize(means[chosen])[:, None].expand(-1, k, -1).reshape(-1, width)
+    centers = normalize(means[chosen])[:, None].expand(-1, k, -1).reshape(-1, width)
     if k > 1:
-        apart = normalize(head.weight.detach()[rows].to("cpu", centres.dtype))
-        centres = normalize(centres + SUB_CENTRE_TILT * apart)
-    filled = (centres * length).to(head.weight.device, head.weight.dtype)
+        apart = normalize(head.weight.detach()[rows].to("cpu", centers.dtype))
+        centers = normalize(centers + SUB_CENTER_TILT * apart)
+    filled = (centers * length).to(head.weight.device, head.weight.dtype)
     head.weight.detach().index_copy_(0, rows, filled)
     return int((~has_image).sum())
 
 
 class _Means:
-    """Mean normalised embedding of each new class, a round of classes at a time, on all ranks.
+    """Mean normalized embedding of each new class, a round of classes at a time, on all ranks.
 
     New classes mostly stand at the end of a set, so that one rank would have all of them: every
     round is shared out instead.
     """
 
     def __init__(
-        self, parts: Parts, classes: np.ndarray, ranks: Ranks, batch_size: int, num_workers: int
+        self,
+        parts: TrainComponents,
+        classes: np.ndarray,
+        ranks: RankGroup,
+        batch_size: int,
+        num_workers: int,
     ) -> None:
         self.parts, self.classes, self.ranks = parts, classes, ranks
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -191,7 +207,7 @@ class _Means:
         done = 0
         for classes, share in zip(rounds, shares, strict=True):
             mine = [images[label] for label in share.tolist()]
-            yield classes, torch.cat(self.ranks.together(partial(self._embed, mine)))
+            yield classes, torch.cat(self.ranks.run_on_all_ranks(partial(self._embed, mine)))
             done += len(classes)
             if time.monotonic() - last > SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
@@ -243,10 +259,8 @@ def _images_of(classes: np.ndarray, loader: DataLoader) -> dict[int, np.ndarray]
     ends = np.searchsorted(its_label, classes, side="right")
     return {
         label: images[start : min(end, start + IMAGES_PER_CLASS)]
-        for label, start, end in zip(
-            classes.tolist(), starts.tolist(), ends.tolist(), strict=True
-        )
-    }  # fmt: skip
+        for label, start, end in zip(classes.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    }
 
 
 def _read(loader: DataLoader, index: int) -> np.ndarray | None:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from training.divergence import WatchReport
+from training.divergence import StepStats
 from utils.json_values import without_nan
 from utils.meter import Rates
 
@@ -19,7 +19,7 @@ MAX_DATA_WAIT_SHARE = 0.2
 _WARN_AGAIN_AFTER = 100  # log lines
 
 
-class Reporter:
+class MetricsLogger:
     """Writes on rank 0 and does nothing on the others.
 
     Args:
@@ -31,25 +31,33 @@ class Reporter:
 
     def __init__(self, folder: Path, is_main: bool, wandb_run: Any = None, step: int = 0) -> None:
         self._folder = folder
-        self._journal: Journal | None = None
+        self._journal: JsonlWriter | None = None
         self._board: Any = None
         self._wandb = wandb_run
         self._lines_until_wait_warning = 1  # the first line has the start of the workers in it
         if is_main:
-            self._journal = Journal(folder, step)
+            self._journal = JsonlWriter(folder, step)
             self._open_board(step)
 
     def step(
-        self, step: int, epoch: int, learning_rate: float, report: WatchReport, rates: Rates
+        self, step: int, epoch: int, learning_rate: float, report: StepStats, rates: Rates
     ) -> None:
         """One log line and one object in metrics.jsonl, for the steps since the last."""
         logger.info(
             "Speed %.2f samples/sec   Loss %.4f   LearningRate %.6f   Epoch: %d   "
             "Global Step: %d   Fp16 Grad Scale: %2.f   Required: %.1f hours   "
             "GradNorm: %.3f   DataWait: %.1f%%   Memory: %.2f GiB",
-            rates.samples_per_second, report.loss, learning_rate, epoch, step, report.loss_scale,
-            rates.hours_left, report.grad_norm, 100 * rates.data_wait_share, rates.peak_memory_gib,
-        )  # fmt: skip
+            rates.samples_per_second,
+            report.loss,
+            learning_rate,
+            epoch,
+            step,
+            report.loss_scale,
+            rates.hours_left,
+            report.grad_norm,
+            100 * rates.data_wait_share,
+            rates.peak_memory_gib,
+        )
         taught = {}
         if not math.isnan(report.distillation):
             taught = {"distillation_loss": report.distillation}
@@ -58,8 +66,9 @@ class Reporter:
             logger.warning(
                 "%d bad steps since the last line (non-finite loss or gradient; nothing moved), "
                 "at most %d in a row",
-                report.bad_steps, report.longest_streak,
-            )  # fmt: skip
+                report.bad_steps,
+                report.longest_streak,
+            )
         self._warn_of_data_wait(rates.data_wait_share)
         self._write(
             step,
@@ -96,20 +105,29 @@ class Reporter:
         for target, metrics in results.items():
             if "top1" in metrics:
                 logger.info(
-                    "[%s][%d]Top-1: %1.5f   Top-5: %1.5f", target, step,
-                    metrics["top1"], metrics["top5"],
-                )  # fmt: skip
+                    "[%s][%d]Top-1: %1.5f   Top-5: %1.5f",
+                    target,
+                    step,
+                    metrics["top1"],
+                    metrics["top5"],
+                )
                 continue
             logger.info("[%s][%d]XNorm: %f", target, step, metrics["xnorm"])
             logger.info(
                 "[%s][%d]Accuracy: %1.5f+-%1.5f",
-                target, step, metrics["accuracy"], metrics["accuracy_std"],
-            )  # fmt: skip
+                target,
+                step,
+                metrics["accuracy"],
+                metrics["accuracy_std"],
+            )
             logger.info(
                 "[%s][%d]Accuracy-Flip: %1.5f+-%1.5f   TAR@FAR=1e-3: %1.5f",
-                target, step, metrics["accuracy_flip"], metrics["accuracy_flip_std"],
+                target,
+                step,
+                metrics["accuracy_flip"],
+                metrics["accuracy_flip_std"],
                 metrics["tar_at_far_1e-3"],
-            )  # fmt: skip
+            )
         self._write(step, {"step": step, "epoch": epoch, "eval": results})
 
     def upload(self, model: Path) -> None:
@@ -121,7 +139,7 @@ class Reporter:
         """Later steps than this will be run again: their lines are set aside."""
         if self._journal is not None:
             self._journal.close()
-            self._journal = Journal(self._folder, step)
+            self._journal = JsonlWriter(self._folder, step)
             self._to_board({}, 0, is_last=True)
             self._open_board(step)
 
@@ -174,20 +192,33 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 
 
 def start_wandb(
-    *, name: str, entity: str | None, project: str | None, resume: bool, notes: str,
-    group: str | None, settings: dict[str, Any], folder: Path,
-) -> Any:  # fmt: skip
+    *,
+    name: str,
+    entity: str | None,
+    project: str | None,
+    resume: bool,
+    notes: str,
+    group: str | None,
+    settings: dict[str, Any],
+    folder: Path,
+) -> Any:
     """A wandb run. The key comes from WANDB_API_KEY or `wandb login`, never from a config."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
-        name=name, entity=entity, project=project, resume="allow" if resume else None,
-        notes=notes, group=group, config=settings, dir=str(folder),
-    )  # fmt: skip
+        name=name,
+        entity=entity,
+        project=project,
+        resume="allow" if resume else None,
+        notes=notes,
+        group=group,
+        config=settings,
+        dir=str(folder),
+    )
 
 
-class Journal:
+class JsonlWriter:
     """Appends to metrics.jsonl. What cannot be written waits in memory for the next line.
 
     Args:
@@ -216,8 +247,9 @@ class Journal:
             if len(self._waiting) == 1:
                 logger.error(
                     "%s cannot be written (%s): its lines wait in memory, training goes on",
-                    self.path, error,
-                )  # fmt: skip
+                    self.path,
+                    error,
+                )
             return False
         if len(self._waiting) > 1:
             logger.info("%s can be written again; no line is lost", self.path)

@@ -12,9 +12,16 @@ from backbones import Backbone
 
 
 def make_optimizer(
-    backbone: Backbone, name: str, *, lr: float, momentum: float, weight_decay: float,
-    decay_norms_and_biases: bool = True, layer_decay: float = 1.0, spread: bool = False,
-) -> torch.optim.Optimizer:  # fmt: skip
+    backbone: Backbone,
+    name: str,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    decay_norms_and_biases: bool = True,
+    layer_decay: float = 1.0,
+    spread: bool = False,
+) -> torch.optim.Optimizer:
     """SGD or AdamW over what is trained, fused, so that it can leave a step out on the device.
 
     Args:

@@ -27,13 +27,13 @@ def distribute(
     device: torch.device,
     *,
     static_graph: bool = False,
-    all_reduce_dtype: str = "fp32",
+    grad_reduce_dtype: str = "fp32",
 ) -> nn.Module:
     """`model` under DDP; the model itself for one rank.
 
     Args:
         static_graph: promise DDP that all steps use the same parameters in the same order.
-        all_reduce_dtype: "fp32" (that of the gradients), "bf16" or "fp16".
+        grad_reduce_dtype: "fp32" (that of the gradients), "bf16" or "fp16".
     """
     if world_size == 1:
         return model
@@ -46,12 +46,12 @@ def distribute(
     distributed = DistributedDataParallel(
         model, device_ids=devices, static_graph=static_graph, **options
     )
-    if all_reduce_dtype != "fp32":
-        distributed.register_comm_hook(None, _COMPRESSIONS[all_reduce_dtype])
+    if grad_reduce_dtype != "fp32":
+        distributed.register_comm_hook(None, _COMPRESSIONS[grad_reduce_dtype])
     return distributed
 
 
-def settle_buckets(
+def warm_up_ddp(
     model: nn.Module, input_size: int, device: torch.device, batch_norm: BatchNormStatistics
 ) -> None:
     """Let DDP choose its buckets of gradients before the first step instead of after it.
@@ -62,39 +62,46 @@ def settle_buckets(
     over two blank images per rank; nothing of them remains.
     """
     if isinstance(model, DistributedDataParallel):
-        _rehearse(model, 2, 2, input_size, device, batch_norm)  # the second pass rebuilds
+        _dummy_pass(model, 2, 2, input_size, device, batch_norm)  # the second pass rebuilds
 
 
 def compile_backbone(
-    model: nn.Module, batch_size: int, input_size: int, device: torch.device,
+    model: nn.Module,
+    batch_size: int,
+    input_size: int,
+    device: torch.device,
     batch_norm: BatchNormStatistics,
-) -> float:  # fmt: skip
+) -> float:
     """Have `model` (a module or its DDP) compiled for batches of this size; seconds it took.
 
     Under DDP the graph is cut where its buckets are, so that their sums still overlap with
     backward: settle the buckets first. A pass over blank images compiles both directions here,
-    before the class centres take their memory, and nothing of it remains.
+    before the class centers take their memory, and nothing of it remains.
     """
     start = time.perf_counter()
     model.compile(dynamic=False)
-    _rehearse(model, 1, batch_size, input_size, device, batch_norm)
+    _dummy_pass(model, 1, batch_size, input_size, device, batch_norm)
     return_freed_memory()  # the compiler leaves cycles and holes behind
     return time.perf_counter() - start
 
 
-def _rehearse(
-    model: nn.Module, passes: int, batch_size: int, input_size: int, device: torch.device,
+def _dummy_pass(
+    model: nn.Module,
+    passes: int,
+    batch_size: int,
+    input_size: int,
+    device: torch.device,
     batch_norm: BatchNormStatistics,
-) -> None:  # fmt: skip
+) -> None:
     """Forward and backward passes over blank images; weights, statistics, generators stay."""
     state = get_rng_state(device)
     model.train()  # frozen batch norms learn of it only now
-    batch_norm.keep()
+    batch_norm.snapshot()
     shape = (batch_size, 3, input_size, input_size)
     images = torch.zeros(shape, dtype=torch.uint8, device=device)
     images = images.to(memory_format=torch.channels_last)  # as the loader's
     for _ in range(passes):
         model(images).sum().backward()
     model.zero_grad(set_to_none=True)
-    batch_norm.restore_if(torch.ones((), dtype=torch.bool, device=device))
+    batch_norm.restore_where(torch.ones((), dtype=torch.bool, device=device))
     set_rng_state(device, state)

@@ -4,7 +4,7 @@ The body of the backbone runs under autocast for bf16 and fp16, or with TF32 pro
 layer and the loss stay in full fp32, weights are fp32 masters. The head's large matmuls take bf16
 operands under bf16, and under fp16 too where the GPU has bf16: softmax numerators outgrow fp16.
 Ranks tell each other embeddings and losses in fp32; the sum of the backbone's gradients has a dtype
-of its own (`all_reduce_dtype`). fp64 is for proofs.
+of its own (`grad_reduce_dtype`). fp64 is for proofs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.base import Backbone
-from data.augment import normalise
+from data.augment import normalize_images
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Precision:
         autocast: dtype of the backbone's body, or None.
         needs_scaler: gradients are scaled against underflow (fp16).
         head_matmul: dtype of the operands of the head's large matmuls, None for `dtype`. Their
-            sums, the softmax and the class centres stay in `dtype`.
+            sums, the softmax and the class centers stay in `dtype`.
         tf32: products of fp32 numbers may round their factors to 10 bits (GPUs from Ampere on),
             in the backbone's body and the head, not in the embedding layer.
     """
@@ -114,7 +114,7 @@ class _FromHereOnTF32(torch.autograd.Function):
         return gradients[0], None
 
 
-class TrainedBackbone(nn.Module):
+class MixedPrecisionBackbone(nn.Module):
     """What DDP wraps: uint8 images in, embeddings of the policy's dtype out.
 
     Args:
@@ -152,7 +152,7 @@ class TrainedBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, H, W] -> embeddings [b, D]."""
         if self.is_usual:
-            pixels = normalise(images, self.precision.dtype)
+            pixels = normalize_images(images, self.precision.dtype)
         else:
             mean, std = self.get_buffer("_mean"), self.get_buffer("_std")
             pixels = images.to(self.precision.dtype).sub_(mean).div_(std)
@@ -168,12 +168,10 @@ class TrainedBackbone(nn.Module):
         if not self.precision.tf32:
             return self.backbone.forward_embedding(features)
         features = _FromHereOnTF32.apply(features, False)
-        embeddings: Tensor = _FromHereOnTF32.apply(
-            self.backbone.forward_embedding(features), True
-        )
+        embeddings: Tensor = _FromHereOnTF32.apply(self.backbone.forward_embedding(features), True)
         return embeddings
 
-    def train(self, mode: bool = True) -> TrainedBackbone:
+    def train(self, mode: bool = True) -> MixedPrecisionBackbone:
         """As nn.Module's, except that frozen batch norms stay in eval mode."""
         super().train(mode)
         if self.freeze_batch_norm:

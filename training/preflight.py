@@ -23,7 +23,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from utils.distributed import World
+from utils.distributed import DistContext
 
 # What a rank runs: these folders, configs/base.py, and the entry points at the top.
 CODE_FOLDERS = ("arcshard", "backbones", "data", "eval", "training", "utils")
@@ -37,7 +37,7 @@ class PreflightError(ValueError):
 
 
 def preflight(
-    world: World,
+    world: DistContext,
     facts: Mapping[str, str],
     folder: Path,
     bytes_needed: int,
@@ -57,13 +57,11 @@ def preflight(
     Raises:
         PreflightError: on every rank, with the same message.
     """
-    meeting = _Meeting(world)
+    meeting = _StoreExchange(world)
     if world.is_main:  # nobody makes a new one before the facts are exchanged
         for left_over in folder.glob(f"{TOKEN}*"):
             left_over.unlink(missing_ok=True)
-    notes = meeting.exchange(
-        "facts", json.dumps([socket.gethostname(), dict(facts)]), arrival_s
-    )  # fmt: skip
+    notes = meeting.exchange("facts", json.dumps([socket.gethostname(), dict(facts)]), arrival_s)
     hosts, everyone = zip(*(json.loads(note) for note in notes), strict=True)
     meeting.refuse(_differences(everyone, hosts))
     _check_folder(meeting, folder, hosts, timeout_s)
@@ -75,10 +73,10 @@ def preflight(
         meeting.refuse_any("all-reduce", problem, hosts, 2 * timeout_s)
 
 
-class _Meeting:
+class _StoreExchange:
     """Notes that every rank posts and reads."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: DistContext) -> None:
         self.world = world
         self._store: dist.Store | None = None
         if world.world_size > 1:
@@ -106,8 +104,10 @@ class _Meeting:
                 self.refuse(
                     f"preflight ({name}): {_ranks(missing)} did not arrive within {timeout_s:g} s "
                     "of this one; is the process alive, and what does it wait for? Its own log "
-                    "has the reason" if missing else ""
-                )  # fmt: skip
+                    "has the reason"
+                    if missing
+                    else ""
+                )
             time.sleep(_POLL_SECONDS)
         return [self._store.get(key).decode() for key in keys]
 
@@ -155,7 +155,9 @@ def _differences(everyone: Sequence[Mapping[str, str]], hosts: Sequence[str]) ->
     )
 
 
-def _check_folder(meeting: _Meeting, folder: Path, hosts: Sequence[str], timeout_s: float) -> None:
+def _check_folder(
+    meeting: _StoreExchange, folder: Path, hosts: Sequence[str], timeout_s: float
+) -> None:
     """Every rank can write into `folder`, and it is the same folder on all of them."""
     own = folder / f"{TOKEN}{meeting.world.rank}-{uuid.uuid4().hex}"
     try:
@@ -205,7 +207,7 @@ def _no_room(folder: Path, bytes_needed: int) -> str:
     )
 
 
-def _all_reduce(world: World, timeout_s: float) -> str:
+def _all_reduce(world: DistContext, timeout_s: float) -> str:
     """A small sum over all ranks, on the device: what is wrong with it, "" if nothing."""
     values = torch.full((1024,), float(world.rank + 1), device=world.device)
     options = dist.AllreduceOptions()
@@ -258,9 +260,10 @@ def code_version(version: str, root: Path) -> str:
 def library_versions() -> dict[str, str]:
     """Python and the libraries whose versions change numbers or file formats."""
     versions = {
-        "python": platform.python_version(), "torch": torch.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "numpy": numpy.__version__,
-    }  # fmt: skip
+    }
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
     if torch.cuda.is_available() and dist.is_nccl_available():

@@ -24,7 +24,7 @@ WARM_UP_STEPS = 5  # caches, buckets and workers settle before anything is measu
 PHASES = {
     "data": "waiting for data",
     "forward": "backbone, forward",
-    "head": "head: logits, loss, their gradients, class centres",
+    "head": "head: logits, loss, their gradients, class centers",
     "teacher": "teacher: its embeddings, the distillation loss",
     "backward": "backbone, backward (with its all-reduce)",
     "optimizer": "clipping and the backbone's optimizer",
@@ -69,8 +69,11 @@ class StepProfile:
         if self.num_steps:
             logger.warning(
                 "profile=%d: the run ended before %d steps after the first %d were done; nothing "
-                "was written", self.num_steps, self.num_steps, WARM_UP_STEPS,
-            )  # fmt: skip
+                "was written",
+                self.num_steps,
+                self.num_steps,
+                WARM_UP_STEPS,
+            )
             if self._profile is not None:
                 self._profile.stop()
             self.num_steps = 0
@@ -157,8 +160,9 @@ def _host_costs(done: profile) -> Costs:
     collectives = sum(e.cpu_time_total for e in events if e.key.startswith(_COLLECTIVES))
     named = {
         e.key: e.self_cpu_time_total
-        for e in events if not e.key.startswith((_PREFIX, "ProfilerStep"))
-    }  # fmt: skip
+        for e in events
+        if not e.key.startswith((_PREFIX, "ProfilerStep"))
+    }
     return spent, collectives, named
 
 
@@ -173,8 +177,9 @@ def _device_costs(done: profile) -> Costs:
     on_host = [e for e in done.events() if e.device_type == DeviceType.CPU]
     ranges = sorted(
         (e.time_range.start, e.time_range.end, e.name)
-        for e in on_host if e.name.startswith(_PREFIX)
-    )  # fmt: skip
+        for e in on_host
+        if e.name.startswith(_PREFIX)
+    )
     starts = [start for start, _, _ in ranges]
     for start, end, name in ranges:
         # For data the host waits while the device has nothing to do.

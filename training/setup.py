@@ -12,14 +12,23 @@ import tempfile
 from pathlib import Path
 
 from configs.base import Config
-from utils.distributed import World
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
 RUN_FILES = (
-    "model.pt", "model_best.pt", "model.onnx", "model.onnx.data", "config.json", "metrics.jsonl",
-    "metrics_discarded.jsonl", "tensorboard", "checkpoints", "profile", "label_map.txt",
-)  # fmt: skip
+    "model.pt",
+    "model_best.pt",
+    "model.onnx",
+    "model.onnx.data",
+    "config.json",
+    "metrics.jsonl",
+    "metrics_discarded.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "profile",
+    "label_map.txt",
+)
 
 
 class SetupError(ValueError):
@@ -49,7 +58,7 @@ def check_output(output: str | Path) -> Path:
     return folder
 
 
-def set_aside_earlier_run(folder: Path) -> None:
+def archive_earlier_run(folder: Path) -> None:
     """Move what an earlier run left in the folder into previous_<k>/: nothing is overwritten,
     and files of two runs are not mixed."""
     earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
@@ -98,12 +107,12 @@ def check_wandb(cfg: Config) -> None:
         logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
 
 
-def check_step_options(cfg: Config, world: World) -> None:
+def check_step_options(cfg: Config, world: DistContext) -> None:
     """Refuse options of the step that this machine cannot serve (SetupError)."""
     on_gpu = world.device.type == "cuda"
-    if cfg.all_reduce_dtype == "bf16" and not on_gpu and world.world_size > 1:
+    if cfg.grad_reduce_dtype == "bf16" and not on_gpu and world.world_size > 1:
         raise SetupError(
-            "all_reduce_dtype=bf16 needs GPUs (NCCL): on CPUs gradients are added up in fp32 or "
+            "grad_reduce_dtype=bf16 needs GPUs (NCCL): on CPUs gradients are added up in fp32 or "
             "fp16"
         )
     compiler = os.environ.get("CXX", "g++")
@@ -115,8 +124,12 @@ def check_step_options(cfg: Config, world: World) -> None:
     if cfg.compile and on_gpu and importlib.util.find_spec("triton") is None:
         raise SetupError("compile=True needs triton: pip install triton, or leave compile out")
     # Triton builds what starts its kernels with a C compiler.
-    if cfg.compile and on_gpu and not any(
-        map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ("gcc", "clang"))
+    if (
+        cfg.compile
+        and on_gpu
+        and not any(
+            map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ("gcc", "clang"))
+        )
     ):
         raise SetupError(
             "compile=True needs a C compiler for triton, and there is no gcc or clang: install one "

@@ -4,13 +4,13 @@ Tensors are named as where they live:
 
     backbone/<name>            parameters and buffers
     optimizer/<key>/<name>     the backbone's optimizer
-    head/weight, head/bias     class centres, by rows; head/<parameter>/<key>: their optimizer's
+    head/weight, head/bias     class centers, by rows; head/<parameter>/<key>: their optimizer's
     head/margin_<name>         running values of the margin
     watch/<name>               running values of the watch
     ema/backbone/<name>, ema/updates: the average of the backbone (training/ema.py)
     ranks/<what>               one row per rank: batch-norm statistics, generators, counts
 
-Everything else is plain: see `facts`. On another number of ranks the centres and their state go to
+Everything else is plain: see `facts`. On another number of ranks the centers and their state go to
 whoever owns them now, batch-norm statistics become the mean over the ranks that were, and
 generators (dropout, masks) start anew from the seed, the step and the rank.
 
@@ -32,14 +32,14 @@ from torch import Tensor, nn
 
 from arcshard.random import hash_key
 from training.batch_norm import BatchNormStatistics
-from training.build import Parts
+from training.build import TrainComponents
 from training.checkpoint import sharded_io
-from training.checkpoint.checkpointer import Found, Ranks
-from training.checkpoint.sharded_io import State, StorageError, Stored
+from training.checkpoint.checkpointer import Checkpoint, RankGroup
+from training.checkpoint.sharded_io import State, StorageError, TensorShard
 from training.classifier import LayerClassifier
-from training.divergence import Watch
+from training.divergence import DivergenceMonitor
 from training.optimizer import is_spread, own_optimizer, own_parameters
-from utils.distributed import World
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
@@ -73,7 +73,9 @@ class RunState:
         parts: of the run. world: this rank. watch: of the loop. seed: of the run.
     """
 
-    def __init__(self, parts: Parts, world: World, watch: Watch, seed: int) -> None:
+    def __init__(
+        self, parts: TrainComponents, world: DistContext, watch: DivergenceMonitor, seed: int
+    ) -> None:
         self.parts, self.world, self.watch, self.seed = parts, world, watch, seed
 
     def tensors(self) -> State:
@@ -101,13 +103,13 @@ class RunState:
             size += mine * (self.world.world_size - 1)
         return size
 
-    def load(self, found: Found, ranks: Ranks) -> Progress:
+    def load(self, found: Checkpoint, ranks: RankGroup) -> Progress:
         """Put a checkpoint's state in place, all ranks together; each reads its own rows.
 
         Raises:
             CheckpointError: it does not hold what this run needs.
         """
-        has_average = ranks.together(lambda: self._make_room(found.path))[0]
+        has_average = ranks.run_on_all_ranks(lambda: self._make_room(found.path))[0]
         wanted = {
             name: stored
             for name, stored in {**self._on_all_ranks(), **self._by_class()}.items()
@@ -121,17 +123,19 @@ class RunState:
             by_rank.pop(RANKS + EMA_ROW, None)
         if not same_ranks:
             by_rank = {
-                name: Stored.whole(
+                name: TensorShard.whole(
                     stored.local.new_empty(saved_ranks, *stored.local.shape[1:]), False
                 )
                 for name, stored in by_rank.items()
                 if "generator" not in name
             }
-        ranks.together(
+        ranks.run_on_all_ranks(
             lambda: sharded_io.read(found.path, {**wanted, **by_rank}, ranks.group, ranks.is_alone)
         )
-        rows = {name: stored.local.squeeze(0) if same_ranks else stored.local
-                for name, stored in by_rank.items()}  # fmt: skip
+        rows = {
+            name: stored.local.squeeze(0) if same_ranks else stored.local
+            for name, stored in by_rank.items()
+        }
         if same_ranks:
             self._set_generators(rows)
         else:
@@ -145,7 +149,7 @@ class RunState:
 
     # --- the three kinds of tensors ----------------------------------------------------------
 
-    def _on_all_ranks(self) -> dict[str, Stored]:
+    def _on_all_ranks(self) -> dict[str, TensorShard]:
         """What every rank holds alike; the writing is shared out by size."""
         tensors = self._backbone()
         if not is_spread(self.parts.step.optimizer):
@@ -158,37 +162,39 @@ class RunState:
         stored, before = {}, 0
         for name, tensor in tensors.items():
             writer = before * self.world.world_size // max(total, 1)
-            stored[name] = Stored.whole(tensor.detach(), writer == self.world.rank)
+            stored[name] = TensorShard.whole(tensor.detach(), writer == self.world.rank)
             before += tensor.numel() * tensor.itemsize
         if is_spread(self.parts.step.optimizer):  # each tensor has its one owner
-            stored |= {name: Stored.whole(t, True) for name, t in self._optimizer().items()}
+            stored |= {name: TensorShard.whole(t, True) for name, t in self._optimizer().items()}
         return stored
 
-    def _by_class(self) -> dict[str, Stored]:
-        """Class centres, biases and what their update rules keep: this rank's part."""
+    def _by_class(self) -> dict[str, TensorShard]:
+        """Class centers, biases and what their update rules keep: this rank's part."""
         head = self.parts.head
         names = {id(parameter): name for name, parameter in head.named_parameters()}
         stored = {}
-        for parameter, rule in head.moved_parameters():
+        for parameter, rule in head.optimized_parameters():
             name = f"head/{names[id(parameter)]}"
             stored[name] = self._part_of_head(parameter.detach())
             for key, value in rule.state(parameter).items():
                 stored[f"{name}/{key}"] = self._part_of_head(value)
         return stored
 
-    def _part_of_head(self, tensor: Tensor) -> Stored:
-        """Of a tensor with a row per class centre: this rank's rows, its columns where features
+    def _part_of_head(self, tensor: Tensor) -> TensorShard:
+        """Of a tensor with a row per class center: this rank's rows, its columns where features
         are split, or all of it where nothing is (one rank writes that)."""
         head = self.parts.head
         if isinstance(head, LayerClassifier) and head.dim == 0 and tensor.dim() == 2:
-            return Stored(tensor, head.features.start, head.embedding_size, dim=1)
+            return TensorShard(tensor, head.features.start, head.embedding_size, dim=1)
         is_part = head.num_classes_local < head.num_classes
-        return Stored(
-            tensor, head.class_range.start * head.centres_per_class,
-            head.num_classes * head.centres_per_class, is_part or self.world.is_main,
-        )  # fmt: skip
+        return TensorShard(
+            tensor,
+            head.class_range.start * head.centers_per_class,
+            head.num_classes * head.centers_per_class,
+            is_part or self.world.is_main,
+        )
 
-    def _by_rank(self) -> dict[str, Stored]:
+    def _by_rank(self) -> dict[str, TensorShard]:
         """What every rank has of its own."""
         _, numpy_words, *numpy_place, numpy_gauss = np.random.get_state(legacy=True)
         kind, words, gauss = random.getstate()
@@ -210,7 +216,7 @@ class RunState:
             if self.parts.average is not None:
                 rows[EMA_ROW] = self.parts.average.batch_norm.statistics
         rank, world_size = self.world.rank, self.world.world_size
-        return {RANKS + n: Stored.of_rank(row, rank, world_size) for n, row in rows.items()}
+        return {RANKS + n: TensorShard.of_rank(row, rank, world_size) for n, row in rows.items()}
 
     # --- details -----------------------------------------------------------------------------
 
@@ -308,8 +314,11 @@ def _common_state(
     prefix: str, model: nn.Module, batch_norm: BatchNormStatistics
 ) -> dict[str, Tensor]:
     """A model's state dict without the statistics that every rank has of its own."""
-    own = {t.untyped_storage().data_ptr()
-           for t in (batch_norm.statistics, batch_norm.counts) if t.numel()}  # fmt: skip
+    own = {
+        t.untyped_storage().data_ptr()
+        for t in (batch_norm.statistics, batch_norm.counts)
+        if t.numel()
+    }
     return {
         prefix + name: tensor
         for name, tensor in model.state_dict().items()

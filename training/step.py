@@ -1,6 +1,6 @@
 """One optimizer step: forward, head, backward, clip, update; nothing waits for the device.
 
-Two heads do wait, once per step: class centres in host memory, and a sample smaller than the
+Two heads do wait, once per step: class centers in host memory, and a sample smaller than the
 global batch (sample_rate x classes per rank), whose size depends on the labels.
 """
 
@@ -17,7 +17,7 @@ from dataset import Batch
 from training.batch_norm import BatchNormStatistics
 from training.classifier import Head
 from training.distillation import Distillation
-from training.ema import WeightAverage
+from training.ema import ModelEma
 from training.optimizer import own_optimizer, set_learning_rate
 from training.precision import tf32_allowed
 from training.profile import phase
@@ -49,7 +49,7 @@ class TrainStep:
         batch_norm: of the backbone, to put back after a bad step.
         clip_grad_norm: largest norm of the backbone's gradient; 0 leaves it alone.
         scaler: for fp16.
-        embed_ahead: the loss needs all micro-batches of a step at once.
+        needs_full_batch: the loss needs all micro-batches of a step at once.
         tf32: allow TF32 while a step runs (and only then: verification is in full fp32).
         distillation: a second loss, from a teacher (training/distillation.py).
         average: of the backbone's weights, to follow each step.
@@ -64,14 +64,14 @@ class TrainStep:
         *,
         clip_grad_norm: float,
         scaler: torch.amp.GradScaler | None,
-        embed_ahead: bool = False,
+        needs_full_batch: bool = False,
         tf32: bool = False,
         distillation: Distillation | None = None,
-        average: WeightAverage | None = None,
+        average: ModelEma | None = None,
     ) -> None:
         self.model, self.head, self.optimizer = model, head, optimizer
         self.batch_norm, self.clip_grad_norm, self.scaler = batch_norm, clip_grad_norm, scaler
-        self.embed_ahead, self.tf32, self.average = embed_ahead, tf32, average
+        self.needs_full_batch, self.tf32, self.average = needs_full_batch, tf32, average
         self.distillation = distillation
         self._taught: Tensor | None = None  # the distillation loss of the step in progress
         self.device, self.dtype = head.device, head.work_dtype
@@ -84,7 +84,7 @@ class TrainStep:
         """Step on the mean over all micro-batches, as if they were one batch.
 
         Args:
-            is_frozen: only the class centres move; the backbone is read as at inference.
+            is_frozen: only the class centers move; the backbone is read as at inference.
         """
         if self.model.training == is_frozen:
             self.model.train(not is_frozen)
@@ -92,16 +92,16 @@ class TrainStep:
             Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
             for batch in micro_batches
         ]
-        step = self._centres_only if is_frozen else self._whole
+        step = self._centers_only if is_frozen else self._whole
         with tf32_allowed(self.tf32):
             return step(micro_batches, learning_rate)
 
     def _whole(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
         self.optimizer.zero_grad(set_to_none=True)
-        self.batch_norm.keep()
+        self.batch_norm.snapshot()
         self._taught = None
         scale = self.scaler.scale(self._one) if self.scaler else self._one
-        if self.embed_ahead:
+        if self.needs_full_batch:
             loss = self._all_at_once(micro_batches, scale)
         else:
             loss = self._one_by_one(micro_batches, scale, learning_rate)
@@ -119,7 +119,7 @@ class TrainStep:
             del mover.found_inf  # type: ignore[attr-defined]
         with phase("head"):
             self.head.step(learning_rate, bad, scale if self.scaler else None)
-        self.batch_norm.restore_if(bad)
+        self.batch_norm.restore_where(bad)
         if self.average:
             with phase("optimizer"):
                 self.average.update(bad)
@@ -127,14 +127,14 @@ class TrainStep:
             self.scaler.update()  # by what unscale_ found
         return StepOutcome(loss, grad_norm.detach(), bad, scale, self._taught)
 
-    def _centres_only(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
+    def _centers_only(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
         """Forward without a graph, and the head's own step. Nothing of the backbone has a gradient
-        that could overflow: no loss scaler, and a single batch's centres move in backward. Nor one
-        that a teacher could change: centres learn from the head's own loss alone."""
+        that could overflow: no loss scaler, and a single batch's centers move in backward. Nor one
+        that a teacher could change: centers learn from the head's own loss alone."""
         with phase("forward"), torch.no_grad():
             embeddings = [self._bare(batch.images) for batch in micro_batches]
         labels = [batch.labels for batch in micro_batches]
-        if self.embed_ahead:
+        if self.needs_full_batch:
             embeddings, labels = [torch.cat(embeddings)], [torch.cat(labels)]
         count = len(labels)
         loss = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -154,11 +154,11 @@ class TrainStep:
     def _one_by_one(
         self, micro_batches: Sequence[Batch], scale: Tensor, learning_rate: float
     ) -> Tensor:
-        """Backward of every micro-batch's share of the loss; class centres move in head.step.
+        """Backward of every micro-batch's share of the loss; class centers move in head.step.
 
-        A single batch without a loss scaler lets the head move its centres in backward: only
+        A single batch without a loss scaler lets the head move its centers in backward: only
         its own loss could veto that. (Should the backbone's gradient overflow on its way down
-        from a finite loss, the step counts as bad and the backbone stays; the centres have
+        from a finite loss, the step counts as bad and the backbone stays; the centers have
         made their step.)
         """
         count = len(micro_batches)
@@ -196,7 +196,7 @@ class TrainStep:
             for batch in micro_batches:
                 states.append(get_rng_state(self.device))
                 parts.append(self.model(batch.images))
-        self.batch_norm.hold()
+        self.batch_norm.pause()
         embeddings = torch.cat(parts).requires_grad_(True)  # [acc b, D]
         with phase("head"):
             loss = self.head(embeddings, torch.cat([batch.labels for batch in micro_batches]))
@@ -214,7 +214,7 @@ class TrainStep:
                     again = self._summed_over_ranks(self.model(batch.images))
                 with phase("backward"):
                     again.backward(gradient)
-        self.batch_norm.let_go()
+        self.batch_norm.resume()
         return loss.detach()
 
     def _objective(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from backbones.weights import save_model
 from eval.extract import OtherRankFailed
-from training.build import Parts
+from training.build import TrainComponents
 from training.state import Progress
-from utils.distributed import World
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
@@ -41,9 +41,15 @@ class Validation:
     """
 
     def __init__(
-        self, parts: Parts, world: World, folder: Path, batch_size: int, input_size: int,
-        progress: Progress, is_asked_to_stop: Callable[[], bool],
-    ) -> None:  # fmt: skip
+        self,
+        parts: TrainComponents,
+        world: DistContext,
+        folder: Path,
+        batch_size: int,
+        input_size: int,
+        progress: Progress,
+        is_asked_to_stop: Callable[[], bool],
+    ) -> None:
         self.parts, self.world, self.folder = parts, world, folder
         self.batch_size, self.input_size = batch_size, input_size
         self.progress, self.is_asked_to_stop = progress, is_asked_to_stop
@@ -94,5 +100,8 @@ class Validation:
                 raise
             logger.error(
                 "%s OF STEP %d COULD NOT BE WRITTEN (%s). Training goes on; the one before is "
-                "unharmed", self.folder / name, step, error,
-            )  # fmt: skip
+                "unharmed",
+                self.folder / name,
+                step,
+                error,
+            )

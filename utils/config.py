@@ -18,14 +18,33 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.base import Config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEVER_SAVED = ("wandb_key",)
-ALIASES = {"head_buffer_mib": "head_workspace_mib"}
-"""Old spellings of keys, which configs and command lines may still use."""
+
+
+class Alias(NamedTuple):
+    """What an old key is called now, and its old values where they changed as well."""
+
+    key: str
+    values: Mapping[Any, Any] = types.MappingProxyType({})
+
+
+ALIASES: Mapping[str, Alias] = {
+    "all_reduce_dtype": Alias("grad_reduce_dtype"),
+    "head_buffer_mib": Alias("head_workspace_mib"),
+    "head_device": Alias("head_offload", {"auto": False, "cpu": True}),
+    "sub_centres": Alias("sub_centers"),
+    "zero": Alias("zero_stage", {False: 0, True: 1}),
+}
+"""Old spellings of keys. Configs, command lines and saved configs may still have them."""
+VALUE_ALIASES: Mapping[str, Mapping[str, str]] = {
+    "loss": {"subcentre_arcface": "subcenter_arcface"},
+}
+"""Old spellings of values, by key."""
 
 
 class ConfigError(ValueError):
@@ -51,7 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     spellings: dict[str, str] = {}
     for word in overrides:
         spelled, equals, text = word.partition("=")
-        key = ALIASES.get(spelled, spelled)
+        key = ALIASES[spelled].key if spelled in ALIASES else spelled
         if spellings.setdefault(key, spelled) != spelled:
             both = f"{spellings[key]} and {spelled}"
             problems.append(f"{both}: two spellings of one key; leave one out")
@@ -61,7 +80,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             problems.append(_unknown_key(key))
         else:
             try:
-                values[key] = _parse(text, _FIELD_TYPES[key])
+                values[key] = _parse_word(spelled, text)
             except ValueError as error:
                 shown = f"{key}=***" if key in NEVER_SAVED else word
                 problems.append(f"{shown!r}: {error}")
@@ -161,10 +180,61 @@ def _read_module(file: Path) -> dict[str, Any]:
 def _standard_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """`values` without old spellings, and a problem for each key that is there in both."""
     problems = [
-        f"{old} and {new}: two spellings of one key; leave {old} out"
-        for old, new in ALIASES.items() if old in values and new in values
-    ]  # fmt: skip
-    return {ALIASES.get(key, key): value for key, value in values.items()}, problems
+        f"{old} and {alias.key}: two spellings of one key; leave {old} out"
+        for old, alias in ALIASES.items()
+        if old in values and alias.key in values
+    ]
+    found = {}
+    for key, value in values.items():
+        try:
+            new_key, new_value = standard_setting(key, value)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            found[new_key] = new_value
+    return found, problems
+
+
+def standard_setting(key: str, value: Any) -> tuple[str, Any]:
+    """Translates a key and its value from an old spelling to the present one.
+
+    Args:
+        key: Any key, an old spelling or not.
+        value: Its value.
+
+    Returns:
+        The present key and value.
+
+    Raises:
+        ValueError: The key was renamed together with its values, and this is none of the old ones.
+    """
+    if key in ALIASES:
+        alias = ALIASES[key]
+        if alias.values:
+            known = [
+                new
+                for old, new in alias.values.items()
+                if type(old) is type(value) and old == value
+            ]
+            if not known:
+                listed = ", ".join(
+                    f"{key}={old} ({alias.key}={new})" for old, new in alias.values.items()
+                )
+                raise ValueError(f"{key}={value!r}: {key} is {alias.key} now; known are {listed}")
+            value = known[0]
+        key = alias.key
+    old_values = VALUE_ALIASES.get(key, {})
+    return key, old_values.get(value, value) if isinstance(value, str) else value
+
+
+def _parse_word(key: str, text: str) -> Any:
+    """The value of a `key=text` word; the key may be an old spelling. Raises ValueError."""
+    alias = ALIASES.get(key)
+    if alias is None or not alias.values:
+        standard = key if alias is None else alias.key
+        return standard_setting(standard, _parse(text, _FIELD_TYPES[standard]))[1]
+    kinds = {type(old) for old in alias.values}
+    return standard_setting(key, _parse(text, kinds.pop()))[1]
 
 
 def _unknown_key(key: str) -> str:
@@ -179,8 +249,14 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _type_name(kind: Any) -> str:
-    names = ["None" if a is type(None) else getattr(a, "__name__", str(a)) if not
-             typing.get_args(a) else str(a) for a in _alternatives(kind)]  # fmt: skip
+    names = [
+        "None"
+        if a is type(None)
+        else getattr(a, "__name__", str(a))
+        if not typing.get_args(a)
+        else str(a)
+        for a in _alternatives(kind)
+    ]
     return " or ".join(names)
 
 

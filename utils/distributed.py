@@ -20,7 +20,7 @@ class DeviceError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """This process among all processes of the run."""
 
     rank: int
@@ -56,7 +56,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join_world(device: str = "auto", timeout_seconds: int = 1800) -> World:
+def init_distributed(device: str = "auto", timeout_seconds: int = 1800) -> DistContext:
     """Join the ranks torchrun announced in the environment; one process alone joins nothing.
 
     nccl with CUDA, gloo without.
@@ -73,10 +73,10 @@ def join_world(device: str = "auto", timeout_seconds: int = 1800) -> World:
             timeout=timedelta(seconds=timeout_seconds),
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    return World(rank, local_rank, world_size, chosen)
+    return DistContext(rank, local_rank, world_size, chosen)
 
 
-def leave_world() -> None:
+def destroy_distributed() -> None:
     """Tear the process group down, if there is one. Call it when nothing uses it any more.
 
     Gloo's threads hold the tensors of their last operations and must let them go while the
@@ -88,9 +88,7 @@ def leave_world() -> None:
         gc.collect()
 
 
-def barrier(world: World) -> None:
+def barrier(world: DistContext) -> None:
     """Wait for all ranks."""
     if world.world_size > 1:
         dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
-
-

@@ -16,9 +16,20 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = (
-    "arcshard", "backbones", "benchmarks", "configs", "data", "eval", "head", "margins", "parallel",
-    "scripts", "tests", "training", "utils",
-)  # fmt: skip
+    "arcshard",
+    "backbones",
+    "benchmarks",
+    "configs",
+    "data",
+    "eval",
+    "head",
+    "margins",
+    "parallel",
+    "scripts",
+    "tests",
+    "training",
+    "utils",
+)
 
 
 def describe_environment(repository: Path = REPOSITORY) -> dict[str, Any]:
@@ -71,7 +82,7 @@ def triton_problem() -> str | None:
 
 
 def missing_packages(*names: str) -> str:
-    """"not installed: ..." with those that cannot be imported, or ""."""
+    """ "not installed: ..." with those that cannot be imported, or ""."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else ""
 

@@ -44,9 +44,7 @@ class Worker:
     def __init__(self) -> None:
         self._child: tuple[BaseProcess, Connection] | None = None
 
-    def run(
-        self, function: Callable[..., T], *arguments: Any, seconds: float | None = None
-    ) -> T:
+    def run(self, function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
         """`function(*arguments)` of the process; both and the result must be picklable.
 
         Args:

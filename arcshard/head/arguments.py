@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from arcshard.head.row_optimizer import RowUpdate
+from arcshard.head.row_optimizer import RowOptimizer
 from arcshard.margins.base import Margin
 
 
@@ -15,14 +15,14 @@ def check_arguments(
     embedding_size: int,
     num_classes: int,
     sample_rate: float,
-    row_update: RowUpdate | None,
+    row_optimizer: RowOptimizer | None,
     update: str,
     batch_size_per_rank: int | None,
-    centres_per_class: int,
+    centers_per_class: int,
     workspace_mib: float | str,
     half: torch.dtype | None,
     dtype: torch.dtype,
-    centre_device: torch.device | str | None,
+    center_device: torch.device | str | None,
 ) -> None:
     """Raise ValueError for the first argument of PartialFC that does not fit."""
     is_fused = update == "fused"
@@ -37,15 +37,15 @@ def check_arguments(
         ),
         (update in ("fused", "autograd"), f"update={update!r}: fused or autograd"),
         (
-            not is_fused or row_update is not None,
-            "update='fused' moves the class centres itself: pass row_update=SGDRows(...) or "
+            not is_fused or row_optimizer is not None,
+            "update='fused' moves the class centers itself: pass row_optimizer=SGDRows(...) or "
             "AdamWRows(...)",
         ),
         (
             batch_size_per_rank is None or batch_size_per_rank >= 1,
             f"batch_size_per_rank={batch_size_per_rank}: at least 1, or None",
         ),
-        (centres_per_class >= 1, f"centres_per_class={centres_per_class}: at least 1"),
+        (centers_per_class >= 1, f"centers_per_class={centers_per_class}: at least 1"),
         (
             workspace_mib == "auto"
             or (isinstance(workspace_mib, (int, float)) and 0 < workspace_mib < math.inf),
@@ -57,16 +57,16 @@ def check_arguments(
         ),
         (
             dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and is_fused),
-            f"dtype={dtype}: class centres are float32 or float64, or bfloat16 with update='fused'",
+            f"dtype={dtype}: class centers are float32 or float64, or bfloat16 with update='fused'",
         ),
         (
-            centre_device is None or (is_fused and sample_rate < 1.0 and not margin.bias),
-            f"centre_device={centre_device!r}: centres away from the computing device need "
+            center_device is None or (is_fused and sample_rate < 1.0 and not margin.bias),
+            f"center_device={center_device!r}: centers away from the computing device need "
             "update='fused', sample_rate < 1 and a loss without bias",
         ),
         (
-            centre_device is None or torch.device(centre_device).type == "cpu",
-            f"centre_device={centre_device!r}: 'cpu' (host memory), or None",
+            center_device is None or torch.device(center_device).type == "cpu",
+            f"center_device={center_device!r}: 'cpu' (host memory), or None",
         ),
     ):
         if not ok:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arcshard.collectives import Group, gather_labels, gather_rows, largest
+from arcshard.collectives import Group, gather_labels, gather_rows, max_over_ranks
 
 PAD_LABEL = -(1 << 40)  # marks rows that only fill a ragged batch; no user's label
 POISON_LABEL = PAD_LABEL - 1  # sent by a rank whose batch does not fit, so that all ranks stop
@@ -33,7 +33,7 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
-class BatchRules:
+class BatchGatherer:
     """What a batch must look like, and who brings one."""
 
     embedding_size: int
@@ -50,7 +50,7 @@ class BatchRules:
         """
         if self.batch_size_per_rank is not None:
             return self.batch_size_per_rank
-        capacity = largest(rows, self.group, device)
+        capacity = max_over_ranks(rows, self.group, device)
         if capacity == 0:
             raise ValueError("the global batch is empty: at least one rank must bring a row")
         return capacity
@@ -132,7 +132,7 @@ class BatchRules:
 
 
 @torch.no_grad()
-def alikeness(unit: Tensor, is_real: Tensor) -> Tensor:
+def mean_pairwise_cosine(unit: Tensor, is_real: Tensor) -> Tensor:
     """How alike different rows of a batch are: 0 as random ones, 1 all the same.
 
     The mean cosine of two different rows, at least 0; by the norm of the sum of n unit rows it is

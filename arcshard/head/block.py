@@ -1,6 +1,6 @@
-"""The maths of one block of class centres; no loop, no collective, no state.
+"""The maths of one block of class centers; no loop, no collective, no state.
 
-Shapes: B rows of the global batch, n classes in the block, K centres per class, n K rows of D.
+Shapes: B rows of the global batch, n classes in the block, K centers per class, n K rows of D.
 The target's class is left out of all sums here: it has a logit of its own (arcshard/head/fused.py).
 
 With E_ij = exp(z_ij - m_i) slope_ij, and per-row factors r_i that turn it into the gradient of
@@ -10,7 +10,7 @@ the loss with respect to the similarity, the block gives
     dw_j = (dw^_j - <dw^_j, w^_j> w^_j) / |w_j|
 
 1 / |w_j| is multiplied into the columns of E rather than into the rows of w: for B <= 2 D that
-is less to read and write, and no normalised copy of w has to exist.
+is less to read and write, and no normalized copy of w has to exist.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from arcshard.margins.base import Context, Margin
 NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
 
-def inverse_norms(centres: Tensor) -> Tensor:
+def inverse_norms(centers: Tensor) -> Tensor:
     """1 / |w_j| of [rows, D], with normalize's floor."""
-    return torch.linalg.vector_norm(centres, dim=1).clamp_min_(NORM_FLOOR).reciprocal_()
+    return torch.linalg.vector_norm(centers, dim=1).clamp_min_(NORM_FLOOR).reciprocal_()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -55,7 +55,7 @@ def logits_are_small(margin: Margin) -> bool:
     Cosines times s <= 64: between exp(-64) = 1.6e-28 and exp(64) = 6e27, and a sum over 10^9
     classes stays below 10^37.
     """
-    return margin.normalise and not margin.bias and not margin.touches_others and margin.scale <= 64
+    return margin.normalize and not margin.bias and not margin.touches_others and margin.scale <= 64
 
 
 def exponentials(
@@ -63,7 +63,7 @@ def exponentials(
     margin: Margin,
     context: Context,
     target_column: Tensor,
-    centres_per_class: int = 1,
+    centers_per_class: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax numerators of the classes that are not the target, in the place of similarities.
 
@@ -72,17 +72,17 @@ def exponentials(
             overwritten.
         target_column: [B] int64 column (class) of the target in this block, outside [0, n)
             where it is not in it.
-        centres_per_class: K; a class counts with its best centre.
+        centers_per_class: K; a class counts with its best center.
 
     Returns:
         (E [B, n K] with the slope of `margin.others` multiplied in, 0 for the target and for
-        centres that are not their class's best; m [B], the row maxima (-inf where no class is
+        centers that are not their class's best; m [B], the row maxima (-inf where no class is
         left), or 0 where `logits_are_small`; row sums of exp(z - m) [B]).
     """
     best: Tensor | None = None
     z = similarities
-    if centres_per_class > 1:
-        z, best = similarities.view(len(similarities), -1, centres_per_class).max(dim=2)
+    if centers_per_class > 1:
+        z, best = similarities.view(len(similarities), -1, centers_per_class).max(dim=2)
     slope: Tensor | None = None
     if margin.touches_others:
         values, slope = margin.others(z, context)
@@ -104,12 +104,12 @@ def exponentials(
     if slope is not None:
         z.mul_(slope)
     if best is not None:
-        grouped = similarities.zero_().view(*z.shape, centres_per_class)
+        grouped = similarities.zero_().view(*z.shape, centers_per_class)
         grouped.scatter_(2, best[:, :, None], z[:, :, None])
     return similarities, row_max, row_sum
 
 
-def through_normalisation(gradient: Tensor, centres: Tensor, inverse_norm: Tensor) -> Tensor:
+def normalization_backward(gradient: Tensor, centers: Tensor, inverse_norm: Tensor) -> Tensor:
     """From dw^ / |w| to dw: the part along w goes, dw_j = g_j - <g_j, w_j> w_j / |w_j|^2.
 
     This is the backward of v -> g v / |v| at g = |v|, for which torch has a kernel that goes over
@@ -118,13 +118,13 @@ def through_normalisation(gradient: Tensor, centres: Tensor, inverse_norm: Tenso
 
     Args:
         gradient: [rows, D], sum_i r_i E_ij e^_i / |w_j|.
-        centres: [rows, D], w; inverse_norm: [rows].
+        centers: [rows, D], w; inverse_norm: [rows].
 
     Returns:
         [rows, D], new.
     """
     norm = inverse_norm.reciprocal()[:, None]
     projected: Tensor = torch.ops.aten._weight_norm_interface_backward(
-        gradient, centres, norm, norm, 0
+        gradient, centers, norm, norm, 0
     )[0]
     return projected

@@ -1,7 +1,7 @@
-"""The rows of a step: the class centres (and biases) that take part, read and moved in blocks.
+"""The rows of a step: the class centers (and biases) that take part, read and moved in blocks.
 
-The engine knows this protocol only. `ShardCentres` reads the shard where it lies, all of it or
-the rows of a sample; arcshard/head/offload.py keeps the shard in host memory.
+arcshard/head/fused.py knows this protocol only. `LocalCenters` reads the shard where it lies, all
+of it or the rows of a sample; arcshard/head/offload.py keeps the shard in host memory.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from arcshard.head.row_optimizer import RowUpdate
+from arcshard.head.row_optimizer import RowOptimizer
 
 
-class Centres(Protocol):
-    """Rows 0 .. num_rows - 1 of one step; K sub-centres of a class are K rows in a row."""
+class ClassCenters(Protocol):
+    """Rows 0 .. num_rows - 1 of one step; K sub-centers of a class are K rows in a row."""
 
     num_rows: int
     reads_copies: bool
@@ -55,7 +55,7 @@ class Centres(Protocol):
         """Called when all rows of the step have moved."""
 
 
-class ShardCentres:
+class LocalCenters:
     """Rows of this rank's shard, on the device the head works on.
 
     Args:
@@ -69,9 +69,9 @@ class ShardCentres:
     def __init__(
         self,
         weight: Tensor,
-        rule: RowUpdate | None,
+        rule: RowOptimizer | None,
         bias: Tensor | None = None,
-        bias_rule: RowUpdate | None = None,
+        bias_rule: RowOptimizer | None = None,
         rows: Tensor | None = None,
         state: dict[str, Tensor] | None = None,
     ) -> None:
@@ -122,9 +122,14 @@ class ShardCentres:
         assert self.rule is not None
         rows = slice(start, stop) if self.rows is None else self.rows[start:stop]
         self.rule.update_rows(
-            self.weight, gradient, rows, learning_rate, bad,
-            state=self.state, current=current if self.reads_copies else None,
-        )  # fmt: skip
+            self.weight,
+            gradient,
+            rows,
+            learning_rate,
+            bad,
+            state=self.state,
+            current=current if self.reads_copies else None,
+        )
         if self.bias is not None and self.bias_rule is not None and bias_gradient is not None:
             self.bias_rule.update_rows(self.bias, bias_gradient, rows, learning_rate, bad)
 

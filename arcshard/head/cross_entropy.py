@@ -70,9 +70,13 @@ def _row_blocks(logits: Tensor) -> Iterator[slice]:
 class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target_column: Tensor, group: Group,
-        target_factor: Tensor | None, spread: Spread | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        logits: Tensor,
+        target_column: Tensor,
+        group: Group,
+        target_factor: Tensor | None,
+        spread: Spread | None,
+    ) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         batch, width = logits.shape
         row_max = torch.full((batch,), -math.inf, dtype=dtype, device=logits.device)

@@ -1,17 +1,17 @@
 """Knowledge distillation through class probabilities, the classes sharded over the ranks.
 
-For a row with cosines c_j to the student's class centres and d_j to the teacher's, scale s and
+For a row with cosines c_j to the student's class centers and d_j to the teacher's, scale s and
 temperature T, over the classes j that take part in the step and that the teacher knows:
 
     a_j = s c_j / T,   t_j = s d_j / T,   p = softmax(t),   q = softmax(a)
     loss = T^2 sum_j p_j (log p_j - log q_j),     dloss/dc_j = s T (q_j - p_j)
 
 (Hinton et al. 2015, arXiv:1503.02531; no margin on either side.) Only the embeddings learn from it:
-the student's centres are constants here, and get their gradient from the labels.
+the student's centers are constants here, and get their gradient from the labels.
 
 Blocks of classes are visited twice in the forward pass, once for the two log-sum-exps and
 sum_j p_j (t_j - a_j), once for the gradient: 5 matmuls of B x D x C, and no B x C matrix. Backward
-only scales what is ready, so the centres may have moved by then. Per step: one all-gather of both
+only scales what is ready, so the centers may have moved by then. Per step: one all-gather of both
 embeddings, one of 5 B numbers, one reduce-scatter.
 """
 
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from arcshard.collectives import Group, all_gather_single, gather_rows, reduce_scatter_single
 from arcshard.head.block import inverse_norms, matmul
-from arcshard.head.centers import Centres
+from arcshard.head.centers import ClassCenters
 
 
 @dataclass(frozen=True)
-class TeacherCentres:
-    """The teacher's class centres for this rank's classes, frozen.
+class TeacherCenters:
+    """The teacher's class centers for this rank's classes, frozen.
 
     Attributes:
         unit: [num_classes_local, K, D] of length 1, zero where the teacher does not know the class.
@@ -44,11 +44,11 @@ class TeacherCentres:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Both sides' centres of one step, and how they are compared.
+class DistillationInputs:
+    """Both sides' centers of one step, and how they are compared.
 
     Attributes:
-        student: rows of the step; centres_per_class: K of them in a row for a class.
+        student: rows of the step; centers_per_class: K of them in a row for a class.
         classes: [S] int64 local classes of the step, None for all.
         teacher: of all local classes.
         scale: s. temperature: T.
@@ -57,10 +57,10 @@ class Sides:
         half: dtype of the operands of the large matmuls, None for full precision.
     """
 
-    student: Centres
-    centres_per_class: int
+    student: ClassCenters
+    centers_per_class: int
     classes: Tensor | None
-    teacher: TeacherCentres
+    teacher: TeacherCenters
     scale: float
     temperature: float
     capacity: int
@@ -69,7 +69,9 @@ class Sides:
     half: torch.dtype | None = None
 
 
-def sharded_divergence(local_unit: Tensor, local_teacher: Tensor, sides: Sides) -> Tensor:
+def sharded_divergence(
+    local_unit: Tensor, local_teacher: Tensor, sides: DistillationInputs
+) -> Tensor:
     """Mean of the loss above over the global batch, the same number on every rank.
 
     Args:
@@ -85,7 +87,9 @@ def sharded_divergence(local_unit: Tensor, local_teacher: Tensor, sides: Sides) 
 
 class _ShardedDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local_unit: Tensor, local_teacher: Tensor, sides: Sides) -> Tensor:
+    def forward(
+        ctx: Any, local_unit: Tensor, local_teacher: Tensor, sides: DistillationInputs
+    ) -> Tensor:
         rows, width = local_unit.shape
         both = torch.cat([local_unit, local_teacher.to(local_unit.dtype)], dim=1)
         marks = torch.zeros(rows, dtype=torch.int64, device=both.device)
@@ -103,7 +107,7 @@ class _ShardedDivergence(torch.autograd.Function):
             for block in blocks:
                 slope = (block.a - student_lse[:, None]).exp_()
                 slope -= (block.t - teacher_lse[:, None]).exp_()
-                gradient += block.through_centres(slope.mul_(factor[:, None]))
+                gradient += block.through_centers(slope.mul_(factor[:, None]))
             ctx.save_for_backward(_own_rows(gradient, sides)[:rows])
         return loss
 
@@ -126,23 +130,25 @@ class _Block:
     best: Tensor | None
     dtype: torch.dtype
 
-    def through_centres(self, slope: Tensor) -> Tensor:
+    def through_centers(self, slope: Tensor) -> Tensor:
         """[B, n] gradient to the student's cosines -> [B, D] to its embeddings."""
         if self.best is not None:
             k = len(self.rows) // slope.shape[1]
-            slope = slope.new_zeros(*slope.shape, k).scatter_(
-                2, self.best[:, :, None], slope[:, :, None]
-            ).view(len(slope), -1)  # fmt: skip
+            slope = (
+                slope.new_zeros(*slope.shape, k)
+                .scatter_(2, self.best[:, :, None], slope[:, :, None])
+                .view(len(slope), -1)
+            )
         return matmul(slope * self.inverse_norm, self.rows, self.dtype)
 
 
 class _Blocks:
     """The step's classes, a block at a time; `student` [B, D], `teacher` [B, D_t]."""
 
-    def __init__(self, sides: Sides, student: Tensor, teacher: Tensor) -> None:
+    def __init__(self, sides: DistillationInputs, student: Tensor, teacher: Tensor) -> None:
         self.sides, self.student, self.teacher = sides, student, teacher
-        self.num_classes = sides.student.num_rows // sides.centres_per_class
-        k, k_teacher = sides.centres_per_class, sides.teacher.unit.shape[1]
+        self.num_classes = sides.student.num_rows // sides.centers_per_class
+        k, k_teacher = sides.centers_per_class, sides.teacher.unit.shape[1]
         per_class = student.itemsize * (
             len(student) * (6 + 2 * k + k_teacher)
             + 3 * (k * student.shape[1] + k_teacher * teacher.shape[1])
@@ -154,7 +160,7 @@ class _Blocks:
             yield self._block(start, min(start + self.step, self.num_classes))
 
     def _block(self, start: int, stop: int) -> _Block:
-        sides, k = self.sides, self.sides.centres_per_class
+        sides, k = self.sides, self.sides.centers_per_class
         dtype = self.student.dtype
         if sides.half is not None and dtype == torch.float32:
             dtype = sides.half
@@ -174,7 +180,7 @@ class _Blocks:
         return _Block(a, t, difference, rows, inverse_norm, best, dtype)
 
     def _of_teacher(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Its centres [n, K, D_t] and what it knows [n], where the work is done."""
+        """Its centers [n, K, D_t] and what it knows [n], where the work is done."""
         teacher, device = self.sides.teacher, self.student.device
         if self.sides.classes is None:
             unit, known = teacher.unit[start:stop], teacher.known[start:stop]
@@ -224,7 +230,7 @@ def _combine(sums: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(totals[0] == 0, 0.0, divergence), lse[0], lse[1]
 
 
-def _own_rows(gradient: Tensor, sides: Sides) -> Tensor:
+def _own_rows(gradient: Tensor, sides: DistillationInputs) -> Tensor:
     """This rank's rows [capacity, D] of the sum over ranks."""
     if sides.group is None:
         return gradient

@@ -13,7 +13,7 @@ once. Where the step can still be vetoed or is not complete, it adds to dE only,
 walks the blocks a last time. Numerators are kept from the forward pass for the first blocks, as
 far as the work buffer goes (3 matmuls), and made again for the rest (4; 5 when deferred).
 
-Beyond the centres and their state this holds one work buffer, O(B D), and O(B) per kept block.
+Beyond the centers and their state this holds one work buffer, O(B D), and O(B) per kept block.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from arcshard.head.block import (
     exponentials,
     inverse_norms,
     matmul,
-    through_normalisation,
+    normalization_backward,
     without_autocast,
 )
-from arcshard.head.centers import Centres
-from arcshard.head.target import Target, TargetGradient
-from arcshard.head.workspace import BlockCost, Plan, WorkBuffer, Workspace, plan_blocks
+from arcshard.head.centers import ClassCenters
+from arcshard.head.target import PositiveLogits, PositiveLogitsGradient
+from arcshard.head.workspace import BlockCost, Plan, Workspace, WorkspaceBuffer, plan_blocks
 from arcshard.margins.base import Context, Margin
 
 
@@ -47,14 +47,14 @@ class Block(NamedTuple):
     inverse_norm: Tensor | None
 
 
-class Engine:
+class FusedMarginSoftmax:
     """Settings, the work buffer, and the passes whose update is still to come.
 
     Args:
         margin: of the loss.
         group: process group of the ranks that share the classes, None for one rank.
         workspace: budget of the work buffer.
-        centres_per_class: K.
+        centers_per_class: K.
         half: dtype of the large matmuls' operands (torch.bfloat16), None for full precision.
     """
 
@@ -64,75 +64,77 @@ class Engine:
         group: dist.ProcessGroup | None,
         workspace: Workspace,
         *,
-        centres_per_class: int = 1,
+        centers_per_class: int = 1,
         half: torch.dtype | None = None,
     ) -> None:
         self.margin, self.group, self.half = margin, group, half
         self.workspace = workspace
-        self.centres_per_class = centres_per_class
-        self.times_moved = 0  # how often centres have changed, to notice a stale pass
-        self.has_moved_since_finish = False
-        self._pending: list[Pass] = []
-        self._buffer: WorkBuffer | None = None
-        self._buffer_user: Pass | None = None
+        self.centers_per_class = centers_per_class
+        self.update_count = 0  # how often centers have changed, to notice a stale pass
+        self.has_updated_since_finish = False
+        self._pending: list[SoftmaxContext] = []
+        self._buffer: WorkspaceBuffer | None = None
+        self._buffer_user: SoftmaxContext | None = None
 
-    def plan(self, centres: Centres, batch: int, width: int, like: Tensor) -> Plan:
+    def plan(self, centers: ClassCenters, batch: int, width: int, like: Tensor) -> Plan:
         """Blocks of this step's rows.
 
         Raises:
-            BufferTooSmallError: not one class fits the budget.
+            WorkspaceTooSmallError: not one class fits the budget.
         """
-        cost = self.cost(centres, batch, width, like)
-        return plan_blocks(centres.num_rows, cost, self.workspace, self.centres_per_class)
+        cost = self.cost(centers, batch, width, like)
+        return plan_blocks(centers.num_rows, cost, self.workspace, self.centers_per_class)
 
-    def cost(self, centres: Centres, batch: int, width: int, like: Tensor) -> BlockCost:
+    def cost(self, centers: ClassCenters, batch: int, width: int, like: Tensor) -> BlockCost:
         """What a row of this step takes in the work buffer and beside it.
 
         Args:
-            centres: of the step. batch: B. width: D. like: any tensor of the working precision,
+            centers: of the step. batch: B. width: D. like: any tensor of the working precision,
                 on the device of the work.
         """
         half = self.matmul_dtype(like) != like.dtype
         batch_matrices = 1 + half  # z, and what it is rounded from or to
         batch_matrices += 3 if self.margin.touches_others else 0  # values, slope, mask
-        batch_matrices += 3 if self.centres_per_class > 1 else 0  # best values and their places
+        batch_matrices += 3 if self.centers_per_class > 1 else 0  # best values and their places
         return BlockCost(
-            batch, width, like.itemsize,
+            batch,
+            width,
+            like.itemsize,
             kept_bytes=self.matmul_dtype(like).itemsize,
             batch_matrices=batch_matrices,
-            # gradient, before and after the normalisation; operands in half precision; what
-            # reading the centres and moving them copies
-            width_matrices=2 + 2 * half + centres.reads_copies + centres.rule_matrices,
-            reads_copies=centres.reads_copies,
-        )  # fmt: skip
+            # gradient, before and after the normalization; operands in half precision; what
+            # reading the centers and moving them copies
+            width_matrices=2 + 2 * half + centers.reads_copies + centers.rule_matrices,
+            reads_copies=centers.reads_copies,
+        )
 
     def forward(
         self,
         unit: Tensor,
         norms: Tensor | None,
-        target: Target,
+        target: PositiveLogits,
         context: Context,
-        centres: Centres,
+        centers: ClassCenters,
         row_weight: Tensor,
         learning_rate: float | None,
         veto: Tensor,
-    ) -> tuple[Tensor, Pass]:
+    ) -> tuple[Tensor, SoftmaxContext]:
         """Mean loss over the rows of the global batch, and the pass that knows its gradient.
 
         Args:
             unit: [B, D] embeddings of the global batch, divided by their norms where the margin
-                normalises. norms: [B], or None. Both constants.
+                normalizes. norms: [B], or None. Both constants.
             row_weight: [B] share of each row in the loss: 1 / rows, 0 for filling rows.
-            learning_rate: the centres move in `Pass.backward`; None: in `finish`.
+            learning_rate: the centers move in `SoftmaxContext.backward`; None: in `finish`.
             veto: boolean scalar; where true the loss is NaN and nothing moves.
         """
-        one = Pass(self, unit, norms, target, context, centres, row_weight, learning_rate)
+        one = SoftmaxContext(self, unit, norms, target, context, centers, row_weight, learning_rate)
         return one.forward(veto), one
 
     def finish(
         self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
     ) -> None:
-        """Move the centres by the gradient of all passes that wait for it.
+        """Move the centers by the gradient of all passes that wait for it.
 
         Args:
             bad: boolean scalar; where true nothing moves.
@@ -140,7 +142,7 @@ class Engine:
         """
         passes, self._pending = self._pending, []
         if not passes:
-            self.has_moved_since_finish = False
+            self.has_updated_since_finish = False
             return
         largest = max(passes, key=lambda one: len(one.unit))
         for one in passes:
@@ -151,8 +153,8 @@ class Engine:
         if len(passes) > 1:
             for one in passes:  # the buffer will be laid out, and scratched, for the largest
                 one.forget_kept()
-        self.lend_buffer(largest)
-        update = Update(self, passes, learning_rate, bad)
+        self.acquire_buffer(largest)
+        update = CenterUpdate(self, passes, learning_rate, bad)
         for start, stop in largest.plan.blocks():
             rows = largest.read(start, stop)
             for one in passes:
@@ -160,29 +162,31 @@ class Engine:
             update.apply(start, stop, rows)
         update.finish()
         self.release_buffer()
-        self.has_moved_since_finish = False
+        self.has_updated_since_finish = False
 
     @property
     def has_pending(self) -> bool:
         """Some pass's gradient waits for `finish`."""
         return bool(self._pending)
 
-    def wait_for_update(self, one: Pass) -> None:
-        """`finish` will move the centres by this pass's gradient."""
+    def wait_for_update(self, one: SoftmaxContext) -> None:
+        """`finish` will move the centers by this pass's gradient."""
         self._pending.append(one)
 
     @property
-    def buffer(self) -> WorkBuffer:
+    def buffer(self) -> WorkspaceBuffer:
         """The work buffer, as laid out for the pass that has it."""
         assert self._buffer is not None
         return self._buffer
 
-    def lend_buffer(self, one: Pass) -> None:
+    def acquire_buffer(self, one: SoftmaxContext) -> None:
         """Lay the buffer out for a pass; another one's kept numerators are lost."""
         if self._buffer_user is one:
             return
         if self._buffer is None:
-            self._buffer = WorkBuffer(one.unit.device, one.unit.dtype, self.matmul_dtype(one.unit))
+            self._buffer = WorkspaceBuffer(
+                one.unit.device, one.unit.dtype, self.matmul_dtype(one.unit)
+            )
         if self._buffer_user is not None:
             self._buffer_user.forget_kept()
         one.forget_kept()
@@ -190,7 +194,7 @@ class Engine:
         self._buffer_user = one
 
     def release_buffer(self) -> None:
-        """The step's passes are done: let go of them and of the centres they hold."""
+        """The step's passes are done: let go of them and of the centers they hold."""
         if self._buffer_user is not None:
             self._buffer_user.forget_kept()
             self._buffer_user = None
@@ -200,27 +204,30 @@ class Engine:
         return self.half if self.half is not None and like.dtype == torch.float32 else like.dtype
 
 
-class Pass:
-    """One forward pass over the classes, and its gradient. Arguments as `Engine.forward`'s."""
+class SoftmaxContext:
+    """One forward pass over the classes, and its gradient.
+
+    The arguments are those of `FusedMarginSoftmax.forward`.
+    """
 
     def __init__(
         self,
-        engine: Engine,
+        fused: FusedMarginSoftmax,
         unit: Tensor,
         norms: Tensor | None,
-        target: Target,
+        target: PositiveLogits,
         context: Context,
-        centres: Centres,
+        centers: ClassCenters,
         row_weight: Tensor,
         learning_rate: float | None,
     ) -> None:
-        self.engine, self.margin, self.context = engine, engine.margin, context
-        self.unit, self.norms, self.target, self.centres = unit, norms, target, centres
+        self.fused, self.margin, self.context = fused, fused.margin, context
+        self.unit, self.norms, self.target, self.centers = unit, norms, target, centers
         self.row_weight, self.learning_rate = row_weight, learning_rate
-        self.plan = engine.plan(centres, unit.shape[0], unit.shape[1], unit)
+        self.plan = fused.plan(centers, unit.shape[0], unit.shape[1], unit)
         self.kept: dict[tuple[int, int], Block] = {}
         self.copies: dict[tuple[int, int], Tensor] = {}
-        self.times_moved = engine.times_moved
+        self.update_count = fused.update_count
         self.upstream: Tensor | None = None  # gradient of the loss, once backward has seen it
 
     def forget_kept(self) -> None:
@@ -231,11 +238,11 @@ class Pass:
     def forward(self, veto: Tensor) -> Tensor:
         """Mean loss over the global batch; non-finite makes a bad step."""
         margin, target = self.margin, self.target
-        self.engine.lend_buffer(self)
+        self.fused.acquire_buffer(self)
         peak, total = self._log_sum_exp_here()
         phi, slope = margin.target(target.similarity, self.context)
         z_target = torch.where(target.here, margin.scale * phi, 0.0)
-        lse, z_target = combine_softmax(peak, total, z_target, self.engine.group)
+        lse, z_target = combine_softmax(peak, total, z_target, self.fused.group)
         excess = lse - z_target  # [B]
         row_loss = torch.logaddexp(torch.zeros_like(excess), excess)
         if self.norms is not None and (penalty := margin.penalty(self.norms)) is not None:
@@ -251,34 +258,34 @@ class Pass:
         return loss
 
     def backward(self, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of this rank's part: (dE [B, D], dnorm [B] or None). May move the centres.
+        """Gradients of this rank's part: (dE [B, D], dnorm [B] or None). May move the centers.
 
         Args:
             upstream: scalar gradient of the loss.
 
         Raises:
-            RuntimeError: the second time, or after the centres have moved.
+            RuntimeError: the second time, or after the centers have moved.
         """
         if self.upstream is not None:
             raise RuntimeError(
                 "a second backward of the same loss: the head adds up and moves its class "
-                "centres in backward; call forward again"
+                "centers in backward; call forward again"
             )
-        if self.times_moved != self.engine.times_moved:
+        if self.update_count != self.fused.update_count:
             raise RuntimeError(
-                "the class centres have moved between this forward and its backward: for several "
+                "the class centers have moved between this forward and its backward: for several "
                 "losses per step leave learning_rate out of forward and call head.step(...) after"
             )
         self.upstream = upstream
-        self.engine.lend_buffer(self)
+        self.fused.acquire_buffer(self)
         update = None
         if self.learning_rate is not None:
             bad = self.bad | ~torch.isfinite(upstream)
-            update = Update(self.engine, [self], self.learning_rate, bad)
+            update = CenterUpdate(self.fused, [self], self.learning_rate, bad)
         else:
-            self.engine.wait_for_update(self)
+            self.fused.wait_for_update(self)
 
-        gradient = self.target_coefficient()[:, None] * self.target.unit_centre  # [B, D]
+        gradient = self.target_coefficient()[:, None] * self.target.unit_center  # [B, D]
         for start, stop in self.plan.blocks():
             rows = self.read(start, stop)  # [rows, D]
             block = self.block(start, stop, rows)
@@ -289,17 +296,17 @@ class Pass:
                 update.apply(start, stop, rows)
         if update is not None:
             update.finish()
-            self.engine.release_buffer()
+            self.fused.release_buffer()
         return gradient, self._norm_gradient()
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Centres of a block, [rows, D]; copies that fit the buffer are made once."""
-        if not self.centres.reads_copies:
-            return self.centres.read(start, stop)
+        """Centers of a block, [rows, D]; copies that fit the buffer are made once."""
+        if not self.centers.reads_copies:
+            return self.centers.read(start, stop)
         copy = self.copies.get((start, stop))
         if copy is None:
-            place = self.engine.buffer.copied_centres(start, stop)
-            copy = self.centres.read(start, stop, place)
+            place = self.fused.buffer.copied_centers(start, stop)
+            copy = self.centers.read(start, stop, place)
             if place is not None:
                 self.copies[start, stop] = copy
         return copy
@@ -354,20 +361,18 @@ class Pass:
         self, start: int, stop: int, rows: Tensor, keep: bool = False
     ) -> tuple[Block, Tensor]:
         """Numerators of a block, and their row sums [B] before the division by |w|."""
-        engine, margin, k = self.engine, self.margin, self.engine.centres_per_class
-        store = engine.buffer.kept_numerators(start, stop) if keep else None
+        fused, margin, k = self.fused, self.margin, self.fused.centers_per_class
+        store = fused.buffer.kept_numerators(start, stop) if keep else None
         into = store if store is not None and store.dtype == self.unit.dtype else None
-        scratch = engine.buffer.batch_matrix(len(self.unit), stop - start)
-        z = matmul(
-            self.unit, rows.t(), self._matmul_dtype, out=scratch if into is None else into
-        )
-        inverse_norm = inverse_norms(rows) if margin.normalise else None
+        scratch = fused.buffer.batch_matrix(len(self.unit), stop - start)
+        z = matmul(self.unit, rows.t(), self._matmul_dtype, out=scratch if into is None else into)
+        inverse_norm = inverse_norms(rows) if margin.normalize else None
         factor = 1.0 if margin.touches_others else margin.scale
         if inverse_norm is not None:
             z.mul_(inverse_norm * factor)
         elif factor != 1.0:
             z.mul_(factor)
-        bias = self.centres.read_bias(start, stop)
+        bias = self.centers.read_bias(start, stop)
         if bias is not None:
             z.add_(bias, alpha=factor)
         numerators, row_max, row_sum = exponentials(
@@ -378,28 +383,32 @@ class Pass:
         if store is not None:
             numerators = store.copy_(numerators) if into is None else numerators
             if inverse_norm is not None:
-                inverse_norm = engine.buffer.kept_inverse_norms(start, stop).copy_(inverse_norm)
+                inverse_norm = fused.buffer.kept_inverse_norms(start, stop).copy_(inverse_norm)
         return Block(numerators, row_max, inverse_norm), row_sum
 
     @property
     def _matmul_dtype(self) -> torch.dtype:
-        return self.engine.matmul_dtype(self.unit)
+        return self.fused.matmul_dtype(self.unit)
 
 
-class EngineLoss(torch.autograd.Function):
-    """The engine as a node of autograd: unit embeddings and norms in, the mean loss out.
+class FusedMarginSoftmaxFunction(torch.autograd.Function):
+    """FusedMarginSoftmax as a node of autograd: unit embeddings and norms in, the mean loss out.
 
     `weight` makes the loss differentiable where no embedding asks for a gradient (a frozen
-    backbone); it gets none here, because the engine moves the centres itself.
+    backbone); it gets none here, because backward updates the centers itself.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Tensor, norms: Tensor | None, weight: Tensor, engine: Engine,
+        ctx: Any,
+        unit: Tensor,
+        norms: Tensor | None,
+        weight: Tensor,
+        fused: FusedMarginSoftmax,
         arguments: tuple[Any, ...],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         norms = None if norms is None else norms.detach()
-        loss, ctx.one = engine.forward(unit.detach(), norms, *arguments)
+        loss, ctx.one = fused.forward(unit.detach(), norms, *arguments)
         return loss
 
     @staticmethod
@@ -409,19 +418,23 @@ class EngineLoss(torch.autograd.Function):
         return gradient, norm_gradient, None, None, None
 
 
-class Update:
-    """dw of one block after another: summed over passes, through the normalisation, to the rule."""
+class CenterUpdate:
+    """dw of one block after another: summed over passes, through the normalization, to the rule."""
 
     def __init__(
-        self, engine: Engine, passes: list[Pass], learning_rate: float, bad: Tensor | None
+        self,
+        fused: FusedMarginSoftmax,
+        passes: list[SoftmaxContext],
+        learning_rate: float,
+        bad: Tensor | None,
     ) -> None:
-        self.engine, self.learning_rate, self.bad = engine, learning_rate, bad
-        engine.times_moved += 1
-        engine.has_moved_since_finish = True
-        self.centres = passes[0].centres
+        self.fused, self.learning_rate, self.bad = fused, learning_rate, bad
+        fused.update_count += 1
+        fused.has_updated_since_finish = True
+        self.centers = passes[0].centers
         self.targets = {
-            one: TargetGradient(
-                one.target, one.target_coefficient(), one.unit, self.centres.num_rows
+            one: PositiveLogitsGradient(
+                one.target, one.target_coefficient(), one.unit, self.centers.num_rows
             )
             for one in passes
         }
@@ -429,17 +442,19 @@ class Update:
         self._bias_gradient: Tensor | None = None
         self._inverse_norm: Tensor | None = None
 
-    def add(self, one: Pass, block: Block, rows: Tensor) -> None:
+    def add(self, one: SoftmaxContext, block: Block, rows: Tensor) -> None:
         """Add a pass's gradient of the block to those of the passes before it."""
         factor = one.row_factor(block)  # [B]
         scaled = factor[:, None] * one.unit  # [B, D]
         is_first = self._gradient is None
         part = matmul(
-            block.numerators.t(), scaled, self.engine.matmul_dtype(one.unit),
-            out=self.engine.buffer.width_matrix(len(rows)) if is_first else None,
+            block.numerators.t(),
+            scaled,
+            self.fused.matmul_dtype(one.unit),
+            out=self.fused.buffer.width_matrix(len(rows)) if is_first else None,
         )  # [rows, D]
         self._gradient = part if self._gradient is None else self._gradient.add_(part)
-        if self.centres.read_bias(0, 0) is not None:
+        if self.centers.read_bias(0, 0) is not None:
             bias = block.numerators.to(factor.dtype).t() @ factor  # [rows]
             if block.inverse_norm is not None:
                 bias = bias / block.inverse_norm
@@ -456,11 +471,11 @@ class Update:
         for target in self.targets.values():
             target.add_to(start, gradient, bias_gradient)
         if self._inverse_norm is not None:
-            gradient = through_normalisation(gradient, rows, self._inverse_norm)
-        self.centres.update(
+            gradient = normalization_backward(gradient, rows, self._inverse_norm)
+        self.centers.update(
             start, stop, rows, gradient, bias_gradient, self.learning_rate, self.bad
         )
 
     def finish(self) -> None:
         """All blocks have moved."""
-        self.centres.flush()
+        self.centers.flush()

@@ -1,6 +1,6 @@
-"""Initial class centres: a function of (seed, class index) only.
+"""Initial class centers: a function of (seed, class index) only.
 
-The same run on 1 or 8 ranks starts with the same centres. Centres are drawn in blocks of
+The same run on 1 or 8 ranks starts with the same centers. Centers are drawn in blocks of
 fixed size, one generator per block, always on the CPU, so neither the sharding nor the
 device changes a number.
 """
@@ -16,10 +16,10 @@ CLASSES_PER_BLOCK = 256
 STANDARD_DEVIATION = 0.01  # as the published head; only the direction matters to the loss
 
 
-def fill_initial_centres(
+def init_centers(
     weight: Tensor, first_class: int, seed: int, columns: range | None = None, width: int = 0
 ) -> None:
-    """Write initial centres of classes first_class, first_class + 1, ... into `weight`.
+    """Write initial centers of classes first_class, first_class + 1, ... into `weight`.
 
     Args:
         weight: [num_classes_local, D], any floating dtype and device; written in place. On the

@@ -1,13 +1,13 @@
-"""Class centres in host memory: the size of the set is bounded by RAM, not by the accelerator.
+"""Class centers in host memory: the size of the set is bounded by RAM, not by the accelerator.
 
-Centres and optimizer state stay on the host; a step's sampled rows are brought to the device,
+Centers and optimizer state stay on the host; a step's sampled rows are brought to the device,
 used and moved there as if they were a small shard, and put back. While the backbone works, a
 thread already gathers the rows the next step will most likely want: its random negatives are
 known ahead, only the batch's own classes are not. The thread starts after the rows of the last
 step are back, so it never reads a row that is about to change.
 
 Costs: bringing rows over and putting them back wait for the device; of the transfers only the
-gathering on the host is hidden. The device holds two copies of a sample's centres and state for a
+gathering on the host is hidden. The device holds two copies of a sample's centers and state for a
 moment, one otherwise; the host as many again, page-locked.
 """
 
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arcshard.head.centers import ShardCentres
-from arcshard.head.row_optimizer import RowUpdate
+from arcshard.head.centers import LocalCenters
+from arcshard.head.row_optimizer import RowOptimizer
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Ahead:
     versions: dict[str, int]
 
 
-class HostCentres:
+class CenterOffload:
     """The shard in host memory, lent to the device a sample at a time.
 
     Args:
@@ -47,23 +47,23 @@ class HostCentres:
     def __init__(
         self,
         weight: Tensor,
-        rule: RowUpdate,
+        rule: RowOptimizer,
         device: torch.device,
         next_rows: Callable[[], Callable[[], Tensor]],
     ) -> None:
         self.weight, self.rule, self.device = weight, rule, device
         self._next_rows = next_rows
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="centres")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="centers")
         self._ahead: Future[_Ahead] | None = None
-        self._lent: LentCentres | None = None
+        self._lent: OffloadedCenters | None = None
         self.rows_ahead = self.rows_fetched = 0  # how many rows were there already, how many not
 
-    def of_step(self, rows: Tensor) -> LentCentres:
+    def of_step(self, rows: Tensor) -> OffloadedCenters:
         """The rows of a step, on the device; the same object for the same sample."""
         if self._lent is None or self._lent.sample is not rows:
             on_host = rows.cpu()  # waits for the device
             parts = self._bring(on_host)
-            self._lent = LentCentres(self, rows, on_host, parts)
+            self._lent = OffloadedCenters(self, rows, on_host, parts)
         return self._lent
 
     def put_back(self, rows: Tensor, parts: dict[str, Tensor]) -> None:
@@ -124,7 +124,7 @@ class HostCentres:
         return brought
 
 
-class LentCentres(ShardCentres):
+class OffloadedCenters(LocalCenters):
     """A sample's rows on the device: a small shard, returned to the host when it has moved.
 
     Args:
@@ -134,7 +134,7 @@ class LentCentres(ShardCentres):
     """
 
     def __init__(
-        self, host: HostCentres, sample: Tensor, on_host: Tensor, parts: dict[str, Tensor]
+        self, host: CenterOffload, sample: Tensor, on_host: Tensor, parts: dict[str, Tensor]
     ) -> None:
         state = {name: part for name, part in parts.items() if name != "weight"}
         super().__init__(parts["weight"], host.rule, state=state)

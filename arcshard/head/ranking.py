@@ -16,14 +16,14 @@ BLOCK_ELEMENTS = 2**21  # logits at a time: 8 MiB in fp32
 NOWHERE = 2**62  # the place of a row without a number: below every class
 
 
-def logit_places(logits: Tensor, labels: Tensor) -> Tensor:
+def logit_rank(logits: Tensor, labels: Tensor) -> Tensor:
     """[B] int64: classes above the row's own, in whole logits [B, C]; labels [B] in [0, C)."""
     target = logits.gather(1, labels[:, None])
     return torch.where(target.isnan()[:, 0], NOWHERE, _above(logits, target, labels, 0))
 
 
 @torch.no_grad()
-def target_places(
+def target_rank(
     embeddings: Tensor,
     labels: Tensor,
     weight: Tensor,

@@ -1,4 +1,4 @@
-"""The readable path, which the engine is tested against: a matrix of logits, and autograd."""
+"""The reference path, which fused.py is tested against: a matrix of logits, and autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from arcshard.head.cross_entropy import sharded_cross_entropy
 from arcshard.margins.base import Context, Margin
 
 
-def readable_loss(
+def reference_loss(
     margin: Margin,
     unit: Tensor,
     norms: Tensor | None,
@@ -19,7 +19,7 @@ def readable_loss(
     context: Context,
     weight: Tensor,
     bias: Tensor | None,
-    centres_per_class: int,
+    centers_per_class: int,
     row_weight: Tensor,
     group: Group,
     half: torch.dtype | None = None,
@@ -27,20 +27,20 @@ def readable_loss(
     """Mean loss over the global batch; weight and bias get gradients of their own.
 
     Args:
-        unit: [B, D], divided by its norm where the margin normalises; norms: [B] or None.
+        unit: [B, D], divided by its norm where the margin normalizes; norms: [B] or None.
         column: [B] int64 place of each row's class among `weight`'s classes, -1 elsewhere.
-        weight: [S K, D] centres of this rank that take part; bias: [S K] or None.
+        weight: [S K, D] centers of this rank that take part; bias: [S K] or None.
         row_weight: [B] share of each row in the loss.
         half: dtype of the product's operands and result, as autocast has it; None for fp32.
     """
-    centres = normalize(weight) if margin.normalise else weight
+    centers = normalize(weight) if margin.normalize else weight
     if half is not None and unit.dtype == torch.float32:
-        similarities = linear(unit.to(half), centres.to(half)).float()  # [B, S K]
+        similarities = linear(unit.to(half), centers.to(half)).float()  # [B, S K]
         similarities = similarities if bias is None else similarities + bias
     else:
-        similarities = linear(unit, centres, bias)
-    if centres_per_class > 1 and similarities.shape[1]:
-        grouped = similarities.view(len(unit), -1, centres_per_class)
+        similarities = linear(unit, centers, bias)
+    if centers_per_class > 1 and similarities.shape[1]:
+        grouped = similarities.view(len(unit), -1, centers_per_class)
         similarities = grouped.max(dim=2).values
     logits = margin.logits(similarities, column, context, norms)  # [B, S]
     losses = sharded_cross_entropy(logits, column, group)  # [B]

@@ -1,11 +1,11 @@
-"""Update rules for class centres: one torch.optim per row, stepped when the row is sampled.
+"""Update rules for class centers: one torch.optim per row, stepped when the row is sampled.
 
 A rule owns the optimizer state of this rank's shard. `update_rows` moves the given rows and
 their state and touches nothing else, which is what a sampled head needs: torch.optim on the
 whole weight would also move the rows that were not sampled, through weight decay, momentum
 and Adam's averages.
 
-Centres or state kept in bf16 are moved in fp32 and rounded stochastically (up or down with
+Centers or state kept in bf16 are moved in fp32 and rounded stochastically (up or down with
 probabilities that make the mean exact): small steps are not lost, as rounding to nearest would.
 """
 
@@ -24,8 +24,8 @@ from arcshard.random import hash_key
 Rows = slice | Tensor
 
 
-class RowUpdate(ABC):
-    """A rule and its state for one shard of class centres.
+class RowOptimizer(ABC):
+    """A rule and its state for one shard of class centers.
 
     Attributes:
         matrices_for_veto: copies `move` makes where it may not look at `bad` (accelerators).
@@ -41,7 +41,7 @@ class RowUpdate(ABC):
             raise ValueError(f"state_dtype={state_dtype}: torch.bfloat16, or None (the weight's)")
         self.state_dtype = state_dtype
         self._state: dict[str, Tensor] = {}
-        self.roundings = 0  # draws so far of the stochastic rounding; part of the saved state
+        self.sr_counter = 0  # draws so far of the stochastic rounding; part of the saved state
 
     @abstractmethod
     def create_state(self, weight: Tensor) -> dict[str, Tensor]:
@@ -135,8 +135,8 @@ class RowUpdate(ABC):
         generator = None  # the meta device, where nothing is drawn, has none
         if not values.is_meta:
             generator = torch.Generator(values.device)
-            generator.manual_seed(hash_key(0x5B, self.roundings))
-        self.roundings += 1
+            generator.manual_seed(hash_key(0x5B, self.sr_counter))
+        self.sr_counter += 1
         noise = torch.randint(
             0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
         )
@@ -161,7 +161,7 @@ def _in_working_precision(rows: Tensor) -> Tensor:
     return rows.float() if rows.dtype == torch.bfloat16 else rows
 
 
-class SGDRows(RowUpdate):
+class SGDRows(RowOptimizer):
     """SGD with momentum and coupled weight decay: torch.optim.SGD's formulas, row by row."""
 
     def __init__(
@@ -189,14 +189,21 @@ class SGDRows(RowUpdate):
     ) -> None:
         """v = mu v + g + wd w;  w = w - lr v: torch's fused kernel, one pass over the rows."""
         sgd(
-            [weight], [gradient], [state.get("momentum_buffer")],
-            fused=True, found_inf=None if bad is None else bad.to(torch.float32),
-            lr=learning_rate, momentum=self.momentum, weight_decay=self.weight_decay,
-            dampening=0.0, nesterov=False, maximize=False,
-        )  # fmt: skip
+            [weight],
+            [gradient],
+            [state.get("momentum_buffer")],
+            fused=True,
+            found_inf=None if bad is None else bad.to(torch.float32),
+            lr=learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
 
 
-class AdamWRows(RowUpdate):
+class AdamWRows(RowOptimizer):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with a step count per row."""
 
     matrices_for_veto = 4

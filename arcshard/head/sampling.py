@@ -56,9 +56,14 @@ def sample_size(num_classes_local: int, sample_rate: float) -> int:
 
 
 def draw_sample(
-    local_labels: Tensor, num_classes_local: int, sample_rate: float, *, seed: int, rank: int,
+    local_labels: Tensor,
+    num_classes_local: int,
+    sample_rate: float,
+    *,
+    seed: int,
+    rank: int,
     step: int,
-) -> ClassSample:  # fmt: skip
+) -> ClassSample:
     """All positives plus random negatives, S = max(#positives, round(r x C_local)) classes.
 
     Args:

@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from arcshard.head.block import inverse_norms
-from arcshard.head.centers import Centres
+from arcshard.head.centers import ClassCenters
 
 
 @dataclass
-class Target:
+class PositiveLogits:
     """What this rank knows of the rows' own classes; [B] each unless noted.
 
     Attributes:
         column: int64 place of the class among this rank's classes of the step, -1 elsewhere.
-        row: int64 row of its best centre, 0 where the class lives elsewhere.
-        similarity: with that centre, 0 elsewhere.
-        unit_centre: [B, D] that centre, divided by its norm if the margin normalises.
-        inverse_norm: of that centre (1 if it does not).
+        row: int64 row of its best center, 0 where the class lives elsewhere.
+        similarity: with that center, 0 elsewhere.
+        unit_center: [B, D] that center, divided by its norm if the margin normalizes.
+        inverse_norm: of that center (1 if it does not).
     """
 
     column: Tensor
     row: Tensor
     similarity: Tensor
-    unit_centre: Tensor
+    unit_center: Tensor
     inverse_norm: Tensor
 
     @property
@@ -35,39 +35,41 @@ class Target:
         return self.column >= 0
 
 
-def find_targets(
-    unit_embeddings: Tensor, column: Tensor, centres: Centres, normalise: bool, k: int
-) -> Target:
-    """Each row's own centre, the best of its k, and the similarity with it.
+def find_positive_logits(
+    unit_embeddings: Tensor, column: Tensor, centers: ClassCenters, normalize: bool, k: int
+) -> PositiveLogits:
+    """Each row's own center, the best of its k, and the similarity with it.
 
     Args:
         unit_embeddings: [B, D], constants.
         column: [B] int64, -1 where another rank has the class.
     """
     batch, width = unit_embeddings.shape
-    if centres.num_rows == 0:
+    if centers.num_rows == 0:
         zeros = unit_embeddings.new_zeros(batch)
-        return Target(column, column.clamp_min(0), zeros, torch.zeros_like(unit_embeddings), zeros)
+        return PositiveLogits(
+            column, column.clamp_min(0), zeros, torch.zeros_like(unit_embeddings), zeros
+        )
     rows = column.clamp_min(0)[:, None] * k + torch.arange(k, device=column.device)  # [B, k]
-    own = centres.read_rows(rows.view(-1))  # [B k, D]
-    inverse = inverse_norms(own) if normalise else own.new_ones(batch * k)
+    own = centers.read_rows(rows.view(-1))  # [B k, D]
+    inverse = inverse_norms(own) if normalize else own.new_ones(batch * k)
     own = (own * inverse[:, None]).view(batch, k, width)
     similarity = torch.einsum("bd,bkd->bk", unit_embeddings, own)
-    bias = centres.read_bias_rows(rows.view(-1))
+    bias = centers.read_bias_rows(rows.view(-1))
     if bias is not None:
         similarity = similarity + bias.view(batch, k)
     similarity, best = similarity.max(dim=1, keepdim=True)
-    return Target(
+    return PositiveLogits(
         column=column,
         row=rows.gather(1, best).squeeze(1),
         similarity=torch.where(column >= 0, similarity.squeeze(1), 0.0),
-        unit_centre=own.gather(1, best[:, :, None].expand(-1, 1, width)).squeeze(1),
+        unit_center=own.gather(1, best[:, :, None].expand(-1, 1, width)).squeeze(1),
         inverse_norm=inverse.view(batch, k).gather(1, best).squeeze(1),
     )
 
 
-class TargetGradient:
-    """The target's part of the centres' gradient, one entry per class, ready to be scattered.
+class PositiveLogitsGradient:
+    """The target's part of the centers' gradient, one entry per class, ready to be scattered.
 
     Rows of one class are added up first, in a fixed order: what is scattered into the blocks
     has no duplicates, so an accelerator gives the same sums each time.
@@ -80,7 +82,7 @@ class TargetGradient:
     """
 
     def __init__(
-        self, target: Target, coefficient: Tensor, unit_embeddings: Tensor, num_rows: int
+        self, target: PositiveLogits, coefficient: Tensor, unit_embeddings: Tensor, num_rows: int
     ) -> None:
         row = torch.where(target.here, target.row, num_rows)  # those elsewhere sort to the end
         row, order = torch.sort(row, stable=True)

@@ -28,7 +28,7 @@ AUTO_MIB = 256
 ALIGNED = 8
 
 
-class BufferTooSmallError(ValueError):
+class WorkspaceTooSmallError(ValueError):
     """Not even one class fits the workspace."""
 
 
@@ -74,7 +74,7 @@ def memory_bytes_of(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What the rows of a block take beside the centres and their state, in elements.
+    """What the rows of a block take beside the centers and their state, in elements.
 
     Attributes:
         batch: B, rows of the global batch.
@@ -82,7 +82,7 @@ class BlockCost:
         element_bytes: of the working precision; kept_bytes: of a kept numerator.
         batch_matrices: matrices [B, rows] a block in work needs at once.
         width_matrices: matrices [rows, D] it needs at once.
-        reads_copies: reading centres copies them, so copies are worth keeping.
+        reads_copies: reading centers copies them, so copies are worth keeping.
     """
 
     batch: int
@@ -114,7 +114,7 @@ class BlockCost:
 @dataclass(frozen=True)
 class Plan:
     """How `num_rows` rows are cut into blocks, of how many the numerators are kept, and of how
-    many the copied centres (sampled rows) stay as well."""
+    many the copied centers (sampled rows) stay as well."""
 
     num_rows: int
     rows_per_block: int
@@ -128,22 +128,22 @@ class Plan:
 
 
 def plan_blocks(
-    num_rows: int, cost: BlockCost, workspace: Workspace, centres_per_class: int = 1
+    num_rows: int, cost: BlockCost, workspace: Workspace, centers_per_class: int = 1
 ) -> Plan:
     """Blocks of whole classes whose work and kept numerators together fit the workspace.
 
     Raises:
-        BufferTooSmallError: not one class of `centres_per_class` rows fits.
+        WorkspaceTooSmallError: not one class of `centers_per_class` rows fits.
     """
-    per_class = cost.work_bytes_per_row * centres_per_class
+    per_class = cost.work_bytes_per_row * centers_per_class
     budget_bytes = workspace.budget_bytes
     if per_class > budget_bytes:
-        raise BufferTooSmallError(
+        raise WorkspaceTooSmallError(
             f"a workspace of {budget_bytes / 2**20:.3g} MiB does not hold one class: a global "
             f"batch of {cost.batch} and embeddings of {cost.width} need {per_class / 2**20:.3g} "
             f"MiB; head_workspace_mib must be at least {math.ceil(per_class / 2**20)}"
         )
-    num_classes = max(1, num_rows // centres_per_class)
+    num_classes = max(1, num_rows // centers_per_class)
     classes = min(max(1, workspace.work_bytes // per_class), num_classes)
     if ALIGNED <= classes < num_classes:
         classes -= classes % ALIGNED
@@ -152,7 +152,7 @@ def plan_blocks(
     classes = -(-num_classes // num_blocks)
     if num_blocks > 1 and classes >= ALIGNED:
         classes += -classes % ALIGNED
-    rows = classes * centres_per_class
+    rows = classes * centers_per_class
     left = budget_bytes - rows * cost.work_bytes_per_row
     kept = _whole_blocks(left // cost.kept_bytes_per_row, rows, num_rows)
     copied = 0
@@ -166,16 +166,14 @@ def _whole_blocks(rows: int, rows_per_block: int, num_rows: int) -> int:
     return num_rows if rows >= num_rows else rows // rows_per_block * rows_per_block
 
 
-class WorkBuffer:
+class WorkspaceBuffer:
     """Scratch for the block in work and room for kept numerators: one allocation, kept for good.
 
     Args:
         device, dtype: of the working precision; kept_dtype: of kept numerators.
     """
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, kept_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, kept_dtype: torch.dtype) -> None:
         self.device, self.dtype, self.kept_dtype = device, dtype, kept_dtype
         # Products of half-precision operands come in tensors of their own.
         self._is_half = kept_dtype != dtype
@@ -218,7 +216,7 @@ class WorkBuffer:
         """[stop - start]."""
         return self._cut(self._norms_at + start * self.dtype.itemsize, stop - start, self.dtype)
 
-    def copied_centres(self, start: int, stop: int) -> Tensor | None:
+    def copied_centers(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, D] for copies that stay; None past `copied_rows` of the plan."""
         if stop > self._copied_rows:
             return None

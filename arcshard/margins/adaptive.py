@@ -27,7 +27,7 @@ class AdaFace(Margin):
     """Image quality, read from the embedding's norm, decides the kind of margin.
 
     Kim et al. 2022, arXiv:2204.00964, eqs. 9-12: with n the norm (clipped to [0.001, 100])
-    standardised by running batch statistics, times h, clipped to [-1, 1]:
+    standardized by running batch statistics, times h, clipped to [-1, 1]:
     phi = cos(theta - m n) - (m + m n), the angle kept in [eps, pi - eps]. The norm is a constant
     to the gradient. The statistics are those of the global batch.
 
@@ -59,7 +59,7 @@ class AdaFace(Margin):
         m = f"{self.margin:g}"
         return (
             f"AdaFace: s = {self.scale:g}, target cos(theta - {m} n) - ({m} + {m} n), "
-            f"n = {self.h:g} x standardised norm in [-1, 1], t_alpha {self.t_alpha:g}"
+            f"n = {self.h:g} x standardized norm in [-1, 1], t_alpha {self.t_alpha:g}"
         )
 
     def initial_state(self) -> dict[str, float]:
@@ -135,7 +135,7 @@ class MagFace(Margin):
             ),
             (0 <= self.lambda_g < math.inf, f"lambda_g={self.lambda_g!r}: at least 0"),
             (0 < self.scale < math.inf, f"scale={self.scale!r}: above 0"),
-        )  # fmt: skip
+        )
 
     def describe(self) -> str:
         """The formula in force, for the log."""

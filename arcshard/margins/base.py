@@ -1,7 +1,7 @@
 """What a margin is to the head: a rule for the target's similarity, and one for the others'.
 
 The loss over C classes (design section 4), for similarities c_ij of embedding i and class j
-(cosines, or plain products where a loss does not normalise):
+(cosines, or plain products where a loss does not normalize):
 
     z_ij = s f(c_ij) for j != y_i,   z_iy = s phi(c_iy),   loss = mean_i (logsumexp_j z_ij - z_iy)
 
@@ -47,7 +47,7 @@ class Margin(ABC):
 
     Attributes:
         scale: s.
-        normalise: embeddings and class centres are divided by their norms.
+        normalize: embeddings and class centers are divided by their norms.
         bias: every class has a bias added to its similarity.
         reads_norms: `begin` needs the embeddings' norms.
         reads_all_targets: `begin` needs every row's target similarity (one more collective).
@@ -56,7 +56,7 @@ class Margin(ABC):
     """
 
     scale: float
-    normalise: bool = True
+    normalize: bool = True
     bias: bool = False
     reads_norms: ClassVar[bool] = False
     reads_batch: ClassVar[bool] = False

@@ -26,17 +26,17 @@ FilterMode = Literal["remove", "legacy"]
 class Softmax(Margin):
     """No margin: z_ij = s (<e_i, w_j> + b_j), the classifier every margin is measured against.
 
-    With normalise=True it is NormFace: s times the cosine (Wang et al. 2017, arXiv:1704.06369,
+    With normalize=True it is NormFace: s times the cosine (Wang et al. 2017, arXiv:1704.06369,
     with a fixed s).
 
     Args:
         scale: s, above 0; 1 is the plain softmax.
-        normalise: divide embeddings and class centres by their norms.
+        normalize: divide embeddings and class centers by their norms.
         bias: learn b_j.
     """
 
     scale: float = 1.0
-    normalise: bool = False
+    normalize: bool = False
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Softmax(Margin):
 
     def describe(self) -> str:
         """The formula in force, for the log."""
-        similarity = "cos(theta)" if self.normalise else "<e, w>"
+        similarity = "cos(theta)" if self.normalize else "<e, w>"
         bias = " + b" if self.bias else ""
         return f"s = {self.scale:g}, softmax of {similarity}{bias}, no margin"
 

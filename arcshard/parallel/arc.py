@@ -1,9 +1,9 @@
-"""ArcFace and its family on split class centres: cosines of one layer, margin in the loss.
+"""ArcFace and its family on split class centers: cosines of one layer, margin in the loss.
 
 PartialFC is the column-parallel head for training: bounded memory, sampling, row updates. These
 two are its readable form as layers of any model, equal to it in loss and gradients, and do one
 thing it does not: split the embedding instead of the classes (dim=0). Every rank then has all
-classes with D / n numbers each, and the norm of a centre is the sum of its ranks' squares: one
+classes with D / n numbers each, and the norm of a center is the sum of its ranks' squares: one
 all-reduce of C numbers beside that of the logits.
 """
 
@@ -26,7 +26,7 @@ NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
 
 class ParallelArcLinear(ParallelLinear):
-    """Cosines of embeddings [B, D] with class centres [C, D]; no bias.
+    """Cosines of embeddings [B, D] with class centers [C, D]; no bias.
 
     Args:
         embedding_size: D. num_classes: C.
@@ -46,9 +46,14 @@ class ParallelArcLinear(ParallelLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            embedding_size, num_classes, False, dim,
-            process_group=process_group, device=device, dtype=dtype,
-        )  # fmt: skip
+            embedding_size,
+            num_classes,
+            False,
+            dim,
+            process_group=process_group,
+            device=device,
+            dtype=dtype,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D] -> cosines [B, C], for dim=1 this rank's classes only."""
@@ -83,7 +88,7 @@ class ParallelArcLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if margin.reads_norms or margin.reads_batch or not margin.normalise or margin.bias:
+        if margin.reads_norms or margin.reads_batch or not margin.normalize or margin.bias:
             raise ValueError(
                 f"{type(margin).__name__} needs more than cosines (norms, the batch or a bias): "
                 "PartialFC serves it; here ArcFace, CosFace, SphereFace or NormFace"

@@ -144,9 +144,13 @@ class _Reduce(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tensor: Tensor, dim: int, group: dist.ProcessGroup, sizes: list[int],
+        ctx: Any,
+        tensor: Tensor,
+        dim: int,
+        group: dist.ProcessGroup,
+        sizes: list[int],
         factor: int,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         rank = dist.get_rank(group)
         ctx.place, ctx.factor = (dim, sum(sizes[:rank]), sizes[rank]), factor
         return join_parts(tensor, dim, group, sizes)

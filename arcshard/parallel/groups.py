@@ -35,8 +35,8 @@ class Groups:
 def init_process_group(group_size: int | None = None, device_type: str = "cpu") -> Groups:
     """Divide the ranks into model groups of `group_size` consecutive ranks.
 
-    torch.distributed must have been initialised first (utils.distributed.join_world does), unless
-    there is one process only. Every rank calls this, in the same order.
+    torch.distributed must have been initialized first (`init_process_group` of torch.distributed),
+    unless there is one process only. Every rank calls this, in the same order.
 
     Args:
         group_size: ranks that share a layer; None for all.

@@ -198,9 +198,15 @@ def _converted(
     weight, bias = layer.weight, layer.bias
     with torch.random.fork_rng(devices=[]):  # initial values are drawn in vain
         new = ParallelLinear(
-            layer.in_features, layer.out_features, bias is not None, dim,
-            gather_output=gather_output, process_group=group, device="meta", dtype=weight.dtype,
-        )  # fmt: skip
+            layer.in_features,
+            layer.out_features,
+            bias is not None,
+            dim,
+            gather_output=gather_output,
+            process_group=group,
+            device="meta",
+            dtype=weight.dtype,
+        )
     split = new.split
 
     def part(whole: Tensor, is_split: bool) -> nn.Parameter:

@@ -98,10 +98,12 @@ class ParallelCrossEntropyLoss(nn.Module):
         if self.label_smoothing:
             spread = Spread(self.label_smoothing / num_classes, local_weight, total)
         rows = sharded_cross_entropy(
-            logits, local_columns(labels.masked_fill(is_ignored, -1), mine),
+            logits,
+            local_columns(labels.masked_fill(is_ignored, -1), mine),
             None if split is None else split.several,
-            (1.0 - self.label_smoothing) * row_weight, spread,
-        )  # fmt: skip
+            (1.0 - self.label_smoothing) * row_weight,
+            spread,
+        )
         rows = rows.masked_fill(is_ignored, 0.0).masked_fill(unknown, torch.nan)
         if self.reduction == "none":
             return rows

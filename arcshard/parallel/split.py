@@ -3,7 +3,7 @@
 Parts follow arcshard/shard.py: rank k of n owns size // n consecutive entries of one dimension and
 the first size % n ranks one more. DTensor's Shard cuts otherwise (10 over 4 ranks: 3, 3, 3, 1 there
 and 3, 3, 2, 2 here), hence shards are plain tensors that know their `Split`; so they carry
-PartialFC's class centres row for row, no two ranks differ by more than one entry, and DDP,
+PartialFC's class centers row for row, no two ranks differ by more than one entry, and DDP,
 ZeroRedundancyOptimizer and every torch.optim take them as they are. Where both cuts agree,
 `as_dtensor` is the same storage as a DTensor; `Split.placement` names it always.
 """

@@ -26,7 +26,7 @@ def fit_image(encoded: bytes, where: str, size: int, quality: int | None) -> Fit
     """The image as a JPEG of size x size pixels.
 
     A JPEG of the right size is kept byte for byte unless a quality is asked for. Other sizes are
-    cropped to the centred square and resized. Every image is decoded once, so that a damaged one
+    cropped to the centerd square and resized. Every image is decoded once, so that a damaged one
     is found now. Raises ImageError.
     """
     image = decode_image(encoded, where)
@@ -37,7 +37,7 @@ def fit_image(encoded: bytes, where: str, size: int, quality: int | None) -> Fit
 
 
 def fit_pixels(image: np.ndarray, size: int) -> np.ndarray:
-    """The centred square of uint8 [H, W, 3], resized to [size, size, 3]."""
+    """The centerd square of uint8 [H, W, 3], resized to [size, size, 3]."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
@@ -49,7 +49,7 @@ def fit_pixels(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def encode_jpeg(image: np.ndarray, quality: int = DEFAULT_QUALITY) -> bytes:
-    """RGB uint8 [H, W, 3] as JPEG, colours at full resolution."""
+    """RGB uint8 [H, W, 3] as JPEG, colors at full resolution."""
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
     )

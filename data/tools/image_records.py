@@ -1,6 +1,6 @@
 """A record set as the tools see it: payloads, classes and images, whatever the size of the images.
 
-Training reads through data/sources.py, which decodes and insists on one size; tools that copy,
+Training reads through data/datasets.py, which decodes and insists on one size; tools that copy,
 shuffle, relabel or judge a set want the records themselves.
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.datasets import MissingDataError, check_label
 from data.decode import image_size
 from data.index import (
     Property,
@@ -31,7 +32,6 @@ from data.recordio import (
     unpack_header,
     unpack_record,
 )
-from data.sources import MissingDataError, check_label
 from data.tools.record_writer import IM2REC, INSIGHTFACE
 
 _CHUNK = 1 << 16  # records whose classes are read at once
@@ -128,12 +128,10 @@ def has_header_record(index: RecordIndex, reader: RecordReader) -> bool:
     return is_header_record(header, len(payload))
 
 
-def relabelled(payload: bytes, class_id: int) -> bytes:
+def relabeled(payload: bytes, class_id: int) -> bytes:
     """The payload with another class; ids, further labels and the image stay."""
     header, image = unpack_record(payload)
     wide = class_of(header) > MAX_EXACT_LABEL  # then id2 is its exact copy
     record_id2 = 0 if wide else header.id2
     label = class_id if header.flag == 0 else [class_id, *header.labels[1:].tolist()]
     return pack_record(bytes(image), label, header.id, record_id2)
-
-

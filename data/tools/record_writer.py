@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data.datasets import DataError
 from data.recordio import RecordError, frame_record, pack_range, pack_record
-from data.sources import DataError
 from data.tools.manifest import ManifestLines, entry_of, read_manifest
 from utils.files import write_atomically
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.class_names import read_label_map
+from data.datasets import DataError, MissingDataError, check_label
 from data.decode import ImageError, decode_image, image_size
 from data.index import is_header_record, read_property
 from data.recordio import (
@@ -18,7 +19,6 @@ from data.recordio import (
     class_of,
     unpack_record,
 )
-from data.sources import DataError, MissingDataError, check_label
 from data.tools.image_records import rec_path
 from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.tools.report import Report
@@ -101,8 +101,10 @@ def rebuild(data: Path, out: Path | None) -> tuple[int, list[Damage]]:
         raise MissingDataError(f"{path} does not exist; give a folder with train.rec, or a .rec")
     target = out or path.with_suffix(".idx")
     if target.exists():
-        raise DataError(f"{target} exists, and nothing is changed in place: move it away, or give "
-                        "another file with --out")  # fmt: skip
+        raise DataError(
+            f"{target} exists, and nothing is changed in place: move it away, or give "
+            "another file with --out"
+        )
     reader = RecordReader(path)
     with tqdm(total=reader.size, desc="scanning", unit="B", unit_scale=True) as bar:
         index, damages = rebuild_index(reader, bar.update)

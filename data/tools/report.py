@@ -10,9 +10,22 @@ from utils.files import list_some
 
 PROBLEM, NOTE = "problem", "note"
 CHECKS = (
-    "index", "records", "header", "identities", "labels", "images", "sizes", "channels", "gaps",
-    "singletons", "duplicates", "conflicts", "overlap", "property", "manifest",
-)  # fmt: skip
+    "index",
+    "records",
+    "header",
+    "identities",
+    "labels",
+    "images",
+    "sizes",
+    "channels",
+    "gaps",
+    "singletons",
+    "duplicates",
+    "conflicts",
+    "overlap",
+    "property",
+    "manifest",
+)
 _KEPT = 1000  # examples kept of a finding; the rest is counted
 
 

@@ -12,12 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data.class_names import read_label_map
+from data.datasets import DataError, MissingDataError, check_label
 from data.decode import ImageError, decode_image
 from data.index import RecordIndex, is_header_record, read_index, read_property
 from data.order import shuffled_indices
 from data.prefetch import OrderedPrefetch
 from data.recordio import RecordError, RecordReader, class_of, range_of, unpack_record
-from data.sources import DataError, MissingDataError, check_label
 from data.tools.image_records import rec_path
 from data.tools.manifest import manifest_path, verify_records
 from data.tools.record_writer import IM2REC, INSIGHTFACE
@@ -295,34 +295,34 @@ def _check_images(
             try:
                 pixels = decode_image(encoded, where)
                 height, width, _ = pixels.shape
-                found.append((position, (height, width), _is_grey(pixels), ""))
+                found.append((position, (height, width), _is_gray(pixels), ""))
             except ImageError as error:
                 found.append((position, None, False, str(error)))
         return found
 
     sizes: dict[tuple[int, int], list[int]] = {}
-    num_grey = 0
+    num_gray = 0
     chunks = range(-(-count // _CHUNK))
     running = OrderedPrefetch(look, chunks, num_threads if len(chunks) > 1 else 0)
     try:
         with tqdm(total=count, desc="images", unit=" images") as bar:
             for results in running:
-                for position, size, grey, error in results:
+                for position, size, gray, error in results:
                     if size is None:
                         report.add("images", "cannot be decoded", error)
                     else:
                         sizes.setdefault(size, []).append(position)
-                        num_grey += grey
+                        num_gray += gray
                 bar.update(len(results))
     finally:
         running.close()
     report.facts["images_decoded"] = count if count < total else f"all {count}"
-    if num_grey:
-        report.add("channels", f"{num_grey} of {count} images are grey", note=True)
+    if num_gray:
+        report.add("channels", f"{num_gray} of {count} images are gray", note=True)
     return sizes
 
 
-def _is_grey(pixels: np.ndarray) -> bool:
+def _is_gray(pixels: np.ndarray) -> bool:
     return bool(
         (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1:2] == pixels[..., 2:]).all()
     )
@@ -412,8 +412,11 @@ def _check_overlap(reader: RecordReader, images: Images, other: Others, report: 
         for position in found.tolist():
             label = int(images.classes[position])
             person = f" ({names[label]})" if names and 0 <= label < len(names) else ""
-            report.add("overlap", f"an image of {other.name} is in the set, so its person is too",
-                       f"{_name(images, position)}, class {label}{person}")  # fmt: skip
+            report.add(
+                "overlap",
+                f"an image of {other.name} is in the set, so its person is too",
+                f"{_name(images, position)}, class {label}{person}",
+            )
     if other.people and names is None:
         report.add(
             "overlap", f"{other.name}: people cannot be compared without label_map.txt", note=True
@@ -433,8 +436,11 @@ def _verify(reader: RecordReader, index: RecordIndex, report: Report, num_thread
                 reader, index, path, num_threads=num_threads, progress=bar.update
             ):
                 count += 1
-                report.add("manifest", "a record is not what was packed",
-                           f"key {mismatch.key}: {mismatch.what}")  # fmt: skip
+                report.add(
+                    "manifest",
+                    "a record is not what was packed",
+                    f"key {mismatch.key}: {mismatch.what}",
+                )
     except RecordError as error:
         report.add("manifest", str(error))
         return

@@ -1,7 +1,7 @@
 """The state of a run of arcface_torch: every rank's checkpoint_gpu_<rank>.pt, read as it is.
 
-Each of these files has that rank's backbone, its part of the class centres, and one optimizer's
-state for both, by numbers: the backbone's parameters in their order, then the centres.
+Each of these files has that rank's backbone, its part of the class centers, and one optimizer's
+state for both, by numbers: the backbone's parameters in their order, then the centers.
 
 Older versions left rank_<rank>_softmax_weight.pt (and _mom.pt) beside a backbone.pth instead.
 """
@@ -21,51 +21,51 @@ from arcshard.shard import class_range
 from backbones.weights import WeightsError, read_plain_file, read_state_dict
 
 _CHECKPOINT = re.compile(r"checkpoint_gpu_(\d+)\.pt")
-_CENTRES = re.compile(r"rank_(\d+)_softmax_weight\.pt")
+_CENTERS = re.compile(r"rank_(\d+)_softmax_weight\.pt")
 _BACKBONES = ("backbone.pth", "model.pt")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _NOT_BY_ELEMENT = ("step",)  # a count per parameter, not an average of its shape
 
 
 @dataclass(frozen=True)
-class PublishedRun:
+class ArcfaceTorchRun:
     """Where a run of arcface_torch stood.
 
     world_size: ranks it had. epoch: epochs finished, None if its files do not say.
     backbone: [rank] -> state dict; one entry where the ranks' own statistics were not kept.
-    centres: [rank] -> [C_local, D] fp32, in the order of the ranks.
+    centers: [rank] -> [C_local, D] fp32, in the order of the ranks.
     backbone_state: parameter's name -> {optimizer's key: tensor}; of rank 0, all are alike.
-    centre_state: [rank] -> {optimizer's key: tensor}; empty where it does not fit the centres
+    center_state: [rank] -> {optimizer's key: tensor}; empty where it does not fit the centers
         (a sampled head keeps its last sample's only).
     """
 
     world_size: int
     epoch: int | None
     backbone: Sequence[Mapping[str, Tensor]]
-    centres: list[Tensor]
+    centers: list[Tensor]
     backbone_state: dict[str, dict[str, Tensor]]
-    centre_state: list[dict[str, Tensor]]
+    center_state: list[dict[str, Tensor]]
 
     @property
     def num_classes(self) -> int:
         """Classes over all ranks."""
-        return sum(len(part) for part in self.centres)
+        return sum(len(part) for part in self.centers)
 
 
-def read_run(folder: Path) -> PublishedRun:
+def read_run(folder: Path) -> ArcfaceTorchRun:
     """All ranks' files of a run's folder. Tensors stay on the disk where the files allow that.
 
     Raises:
         WeightsError: files are missing, damaged, hostile, or do not belong together.
     """
     files = _by_rank(folder, _CHECKPOINT)
-    run = _from_checkpoints(files) if files else _from_centres(folder)
-    classes, width = run.num_classes, run.centres[0].shape[1]
-    for rank, part in enumerate(run.centres):
+    run = _from_checkpoints(files) if files else _from_centers(folder)
+    classes, width = run.num_classes, run.centers[0].shape[1]
+    for rank, part in enumerate(run.centers):
         share = len(class_range(classes, rank, run.world_size))
         if part.shape != (share, width):
             raise WeightsError(
-                f"{folder}: rank {rank} of {run.world_size} holds centres of shape "
+                f"{folder}: rank {rank} of {run.world_size} holds centers of shape "
                 f"{list(part.shape)}, but of {classes} classes in all it would hold "
                 f"{[share, width]}: is a rank's file missing, or of another run?"
             )
@@ -81,13 +81,13 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     if missing:
         raise WeightsError(
             f"{folder} has {len(found)} files like {found[max(found)].name}, but none of ranks "
-            f"{missing[:8]}: every rank's class centres are needed. Copy them from all machines"
+            f"{missing[:8]}: every rank's class centers are needed. Copy them from all machines"
         )
     return [found[rank] for rank in sorted(found)]
 
 
-def _from_checkpoints(files: list[Path]) -> PublishedRun:
-    backbones, centres, centre_state, epochs = [], [], [], set()
+def _from_checkpoints(files: list[Path]) -> ArcfaceTorchRun:
+    backbones, centers, center_state, epochs = [], [], [], set()
     backbone_state: dict[str, dict[str, Tensor]] = {}
     for path in files:
         content = read_plain_file(path, mmap=True)
@@ -96,8 +96,8 @@ def _from_checkpoints(files: list[Path]) -> PublishedRun:
         weight = _matrix(head.get("weight"), f"{path}: state_dict_softmax_fc/weight")
         by_name, of_head = _optimizer_state(content, backbone, weight, path)
         backbones.append({key: _tensor(value, f"{path}: {key}") for key, value in backbone.items()})
-        centres.append(weight)
-        centre_state.append(of_head)
+        centers.append(weight)
+        center_state.append(of_head)
         backbone_state = backbone_state or by_name
         epochs.add(content.get("epoch"))
     if len(epochs) != 1 or not isinstance(next(iter(epochs)), int):
@@ -105,43 +105,45 @@ def _from_checkpoints(files: list[Path]) -> PublishedRun:
             f"the files {files[0].name} ... of {files[0].parent} are of epochs "
             f"{sorted(map(str, epochs))}: they were not written at the same moment"
         )
-    if len({frozenset(state) for state in centre_state}) > 1:
-        centre_state = [{} for _ in files]
-    return PublishedRun(
-        len(files), next(iter(epochs)), backbones, centres, backbone_state, centre_state
+    if len({frozenset(state) for state in center_state}) > 1:
+        center_state = [{} for _ in files]
+    return ArcfaceTorchRun(
+        len(files), next(iter(epochs)), backbones, centers, backbone_state, center_state
     )
 
 
-def _from_centres(folder: Path) -> PublishedRun:
-    files = _by_rank(folder, _CENTRES)
+def _from_centers(folder: Path) -> ArcfaceTorchRun:
+    files = _by_rank(folder, _CENTERS)
     backbone = next((folder / name for name in _BACKBONES if (folder / name).exists()), None)
     if not files:
         hint = (
-            f"; {backbone.name} alone has no class centres: start a new run with "
-            f"init_backbone={backbone}" if backbone else ""
-        )  # fmt: skip
+            f"; {backbone.name} alone has no class centers: start a new run with "
+            f"init_backbone={backbone}"
+            if backbone
+            else ""
+        )
         raise WeightsError(f"{folder} has no checkpoint_gpu_<rank>.pt{hint}")
     if backbone is None:
-        raise WeightsError(f"{folder} has class centres but neither of {', '.join(_BACKBONES)}")
-    centres, state = [], []
+        raise WeightsError(f"{folder} has class centers but neither of {', '.join(_BACKBONES)}")
+    centers, state = [], []
     for path in files:
-        centres.append(_matrix(read_plain_file(path, mmap=False), str(path)))
+        centers.append(_matrix(read_plain_file(path, mmap=False), str(path)))
         momentum = path.with_name(path.name.replace("weight.pt", "weight_mom.pt"))
         kept = {}
         if momentum.exists():
             kept["momentum_buffer"] = _matrix(read_plain_file(momentum), str(momentum))
-            if kept["momentum_buffer"].shape != centres[-1].shape:
+            if kept["momentum_buffer"].shape != centers[-1].shape:
                 raise WeightsError(f"{momentum} does not have the shape of {path}")
         state.append(kept)
     if len({frozenset(kept) for kept in state}) > 1:
-        raise WeightsError(f"{folder} has the centres' momentum of some ranks only")
-    return PublishedRun(len(files), None, [read_state_dict(backbone)[0]], centres, {}, state)
+        raise WeightsError(f"{folder} has the centers' momentum of some ranks only")
+    return ArcfaceTorchRun(len(files), None, [read_state_dict(backbone)[0]], centers, {}, state)
 
 
 def _optimizer_state(
-    content: Mapping[str, Any], backbone: Mapping[str, Tensor], centres: Tensor, path: Path
+    content: Mapping[str, Any], backbone: Mapping[str, Tensor], centers: Tensor, path: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Of the backbone by names, and of the centres; what was never stepped has none."""
+    """Of the backbone by names, and of the centers; what was never stepped has none."""
     saved = _part(content, "state_optimizer", path)
     try:
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -165,8 +167,8 @@ def _optimizer_state(
                 )
         if kept:
             by_name[name] = kept
-    of_head = _averages(states.get(numbers[-1], {}), f"{path}: optimizer of the centres")
-    fits = all(v.shape == centres.shape for k, v in of_head.items() if k not in _NOT_BY_ELEMENT)
+    of_head = _averages(states.get(numbers[-1], {}), f"{path}: optimizer of the centers")
+    fits = all(v.shape == centers.shape for k, v in of_head.items() if k not in _NOT_BY_ELEMENT)
     return by_name, of_head if fits else {}
 
 
@@ -197,6 +199,6 @@ def _matrix(value: Any, where: str) -> Tensor:
     matrix = _tensor(value, where)
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise WeightsError(
-            f"{where} is {matrix.dtype} of shape {list(matrix.shape)}, not class centres [C, D]"
+            f"{where} is {matrix.dtype} of shape {list(matrix.shape)}, not class centers [C, D]"
         )
     return matrix.float()

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.checkpoint import sharded_io
-from training.checkpoint.sharded_io import FileDigest, State, StorageError, Stored
-from utils.distributed import World
+from training.checkpoint.sharded_io import FileDigest, State, StorageError, TensorShard
+from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
@@ -93,7 +93,7 @@ class Manifest:
         return manifest
 
 
-class Found(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint that passed its checks."""
 
     path: Path
@@ -106,14 +106,14 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def named(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if step_of(p) >= 0 and p.is_dir()), key=step_of)
 
 
-def sweep(folder: Path) -> None:
+def remove_incomplete(folder: Path) -> None:
     """Remove what a process that was killed left unfinished."""
     for path in folder.glob("*") if folder.is_dir() else ():
         if path.name.endswith((_SAVING, _DELETING)) or path.name.endswith(".tmp"):
@@ -123,29 +123,29 @@ def sweep(folder: Path) -> None:
 
 def remove_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, as after a rollback."""
-    for path in named(folder):
+    for path in list_checkpoints(folder):
         if step_of(path) > step:
             _remove(path)
-    last = [path for path in named(folder) if step_of(path) <= step]
+    last = [path for path in list_checkpoints(folder) if step_of(path) <= step]
     write_whole(folder / LATEST, f"{last[-1].name}\n")
 
 
-def damage(found: Found, rank: int = 0, world_size: int = 1) -> str | None:
+def find_corruption(found: Checkpoint, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with this rank's share of the files, None if nothing is."""
     for name in sorted(found.manifest.files)[rank::world_size]:
-        problem = sharded_io.differs(found.path / name, found.manifest.files[name])
+        problem = sharded_io.verify_file(found.path / name, found.manifest.files[name])
         if problem:
             return problem
     return None
 
 
-class Ranks:
+class RankGroup:
     """What the ranks tell each other about checkpoints, over a group of their own.
 
     A background thread uses it, so nothing else may.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: DistContext) -> None:
         self.rank, self.world_size = world.rank, world.world_size
         self.is_main, self.is_alone = world.is_main, world.world_size == 1
         # Gloo on GPUs too: what is said here lies in host memory.
@@ -159,7 +159,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, action: Callable[[], Any], only_main: bool = False) -> list[Any]:
+    def run_on_all_ranks(self, action: Callable[[], Any], only_main: bool = False) -> list[Any]:
         """Do something on every rank (or the first); what fails on one fails on all.
 
         Raises:
@@ -180,7 +180,7 @@ class Ranks:
         return [result for _, result in answers]
 
 
-def find_intact(folder: Path, ranks: Ranks, at_most: int | None = None) -> Found | None:
+def find_intact(folder: Path, ranks: RankGroup, at_most: int | None = None) -> Checkpoint | None:
     """The newest checkpoint whose files are what was written, the same one on every rank.
 
     Those that are damaged are named in the log and set aside. Every rank reads its share.
@@ -191,9 +191,10 @@ def find_intact(folder: Path, ranks: Ranks, at_most: int | None = None) -> Found
     refused: set[Path] = set()
     while True:
         candidates = [
-            path for path in named(folder)
+            path
+            for path in list_checkpoints(folder)
             if path not in refused and (at_most is None or step_of(path) <= at_most)
-        ]  # fmt: skip
+        ]
         path = ranks.gather(candidates[-1] if candidates else None)[0]
         if path is None:
             return None
@@ -203,26 +204,26 @@ def find_intact(folder: Path, ranks: Ranks, at_most: int | None = None) -> Found
             refused.add(path)
             logger.error("%s. Using the one before.", error)
             if ranks.is_main:
-                _set_aside(path)
+                _archive(path)
         ranks.gather(None)  # the next listing comes after the renaming
 
 
-def check_intact(path: Path, ranks: Ranks) -> Found:
+def check_intact(path: Path, ranks: RankGroup) -> Checkpoint:
     """A given checkpoint, if its files are what was written.
 
     Raises:
         CheckpointError: what is wrong, on every rank.
     """
 
-    def check() -> Found:
-        found = Found(path, Manifest.read(path))
-        problem = damage(found, ranks.rank, ranks.world_size)
+    def check() -> Checkpoint:
+        found = Checkpoint(path, Manifest.read(path))
+        problem = find_corruption(found, ranks.rank, ranks.world_size)
         if problem:
             raise StorageError(problem)
         return found
 
     try:
-        return Found(*ranks.together(check)[ranks.rank])
+        return Checkpoint(*ranks.run_on_all_ranks(check)[ranks.rank])
     except CheckpointError as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
@@ -241,7 +242,7 @@ class Checkpointer:
         max_failed: failed saves in a row after which `gave_up` is true.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int, max_failed: int) -> None:
+    def __init__(self, folder: Path, ranks: RankGroup, keep: int, max_failed: int) -> None:
         self.folder, self.ranks, self.keep, self.max_failed = folder, ranks, keep, max_failed
         self.failed_in_a_row = 0
         self.last_error = ""
@@ -259,9 +260,14 @@ class Checkpointer:
         return self.failed_in_a_row >= self.max_failed
 
     def save(
-        self, step: int, state: State, facts: dict[str, Any], *,
-        is_best: bool = False, wait: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        step: int,
+        state: State,
+        facts: dict[str, Any],
+        *,
+        is_best: bool = False,
+        wait: bool = False,
+    ) -> None:
         """Write a checkpoint; all ranks call it at the same step.
 
         A failure is logged and counted, never raised: the run goes on, the checkpoint before
@@ -287,7 +293,7 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
-    def _stage(self, state: State) -> dict[str, Stored]:
+    def _stage(self, state: State) -> dict[str, TensorShard]:
         """Copies in host memory of what this rank writes."""
         staged = {}
         for name, stored in state.items():
@@ -314,13 +320,13 @@ class Checkpointer:
         target = self.folder / f"step_{step:08d}"
         aside = self.folder / (target.name + _SAVING)
         try:
-            self.ranks.together(lambda: _make_empty(aside), only_main=True)
-            digests = self.ranks.together(
+            self.ranks.run_on_all_ranks(lambda: _make_empty(aside), only_main=True)
+            digests = self.ranks.run_on_all_ranks(
                 lambda: sharded_io.write(aside, state, self.ranks.group, self.ranks.is_alone)
             )
             files = {name: digest for each in digests for name, digest in each.items()}
             manifest = Manifest(step, json.loads(json.dumps(facts)), files)  # as it reads back
-            self.ranks.together(
+            self.ranks.run_on_all_ranks(
                 lambda: self._publish(aside, target, manifest, is_best), only_main=True
             )
         except Exception as error:
@@ -331,8 +337,11 @@ class Checkpointer:
                 logger.error(
                     "THE CHECKPOINT OF STEP %d COULD NOT BE WRITTEN (%d in a row, "
                     "max_failed_saves=%d): %s. Training goes on; those before are unharmed.",
-                    step, self.failed_in_a_row, self.max_failed, error,
-                )  # fmt: skip
+                    step,
+                    self.failed_in_a_row,
+                    self.max_failed,
+                    error,
+                )
         else:
             self.failed_in_a_row = 0
             seconds = time.perf_counter() - start
@@ -351,19 +360,19 @@ class Checkpointer:
         write_whole(self.folder / LATEST, target.name + "\n")
         if is_best:
             write_whole(self.folder / BEST, target.name + "\n")
-        for path in self.superfluous():
+        for path in self.expired():
             doomed = path.with_name(path.name + _DELETING)
             path.rename(doomed)
             _remove(doomed)
         _remove(target.with_name(target.name + _DELETING))
 
-    def superfluous(self) -> list[Path]:
+    def expired(self) -> list[Path]:
         """Checkpoints that are neither among the newest `keep` nor the best."""
-        best = pointed_to(self.folder, BEST)
-        return [path for path in named(self.folder)[: -self.keep] if path != best]
+        best = resolve_pointer(self.folder, BEST)
+        return [path for path in list_checkpoints(self.folder)[: -self.keep] if path != best]
 
 
-def pointed_to(folder: Path, pointer: str) -> Path | None:
+def resolve_pointer(folder: Path, pointer: str) -> Path | None:
     """The checkpoint that `latest` or `best` names, if it is there."""
     with contextlib.suppress(OSError):
         path = folder / (folder / pointer).read_text(errors="replace").strip()
@@ -407,7 +416,7 @@ def _remove(path: Path) -> None:
         logger.warning("%s could not be removed (%s)", path, error)
 
 
-def _set_aside(path: Path) -> None:
+def _archive(path: Path) -> None:
     numbers: Iterator[int] = iter(range(1, 10_000))
     target = path.with_name(path.name + _DAMAGED)
     while target.exists():

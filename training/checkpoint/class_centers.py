@@ -1,4 +1,4 @@
-"""The class centres of another run: by the names of its classes, read from its checkpoint.
+"""The class centers of another run: by the names of its classes, read from its checkpoint.
 
 A class's number means nothing outside its run, so classes are matched by name. A run keeps its
 names in label_map.txt; of a run that has none, its training set is asked, if it is still the same.
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from data.class_names import LABEL_MAP, class_names, label_map_text, read_label_map
+from data.datasets import DataError, ImageDataset
 from data.fingerprint import join_samples
-from data.sources import DataError, ImageSource
-from dataset import open_sources
+from dataset import open_datasets
 from training.checkpoint import sharded_io
-from training.checkpoint.checkpointer import CheckpointError, Found, Ranks, write_whole
+from training.checkpoint.checkpointer import Checkpoint, CheckpointError, RankGroup, write_whole
 from training.checkpoint.resume import find_at
-from training.checkpoint.sharded_io import StorageError, Stored
+from training.checkpoint.sharded_io import StorageError, TensorShard
 
 logger = logging.getLogger("train")
 
@@ -32,7 +32,7 @@ BLOCK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class SavedHead:
+class SavedClassCenters:
     """The head of a checkpoint.
 
     Attributes:
@@ -49,7 +49,7 @@ class SavedHead:
     config: Mapping[str, Any]
 
     @property
-    def centres_per_class(self) -> int:
+    def centers_per_class(self) -> int:
         """K."""
         return self.tensors["head/weight"][0][0] // self.num_classes
 
@@ -101,7 +101,9 @@ class SavedHead:
             read = {}
             for name in targets:
                 shape, dtype = self.tensors[name]
-                read[name] = Stored(torch.empty(high - low, *shape[1:], dtype=dtype), low, shape[0])
+                read[name] = TensorShard(
+                    torch.empty(high - low, *shape[1:], dtype=dtype), low, shape[0]
+                )
             sharded_io.read(self.path, read, None, is_alone=True)
             picked = torch.from_numpy(there[begin:end] - low)
             into = torch.from_numpy(here[begin:end])
@@ -110,7 +112,7 @@ class SavedHead:
                 target.index_copy_(0, into.to(target.device), rows)
 
 
-def open_saved_head(path: str, key: str, ranks: Ranks) -> SavedHead:
+def open_class_centers(path: str, key: str, ranks: RankGroup) -> SavedClassCenters:
     """The head of a run's newest intact checkpoint, or of a given checkpoint; all ranks together.
 
     Args:
@@ -125,14 +127,14 @@ def open_saved_head(path: str, key: str, ranks: Ranks) -> SavedHead:
     if found is None:
         raise CheckpointError(
             f"{key}={path!r}: no usable checkpoint there. Give the folder of a run with "
-            "checkpoints/ in it, or one step_... folder; model.pt alone has no class centres"
+            "checkpoints/ in it, or one step_... folder; model.pt alone has no class centers"
         )
     num_classes = int(found.manifest.facts["data"]["num_classes"])
     tensors = {n: t for n, t in sharded_io.describe(found.path).items() if n.startswith("head/")}
     shape, _ = tensors.get("head/weight", (torch.Size(), None))
     if len(shape) != 2 or num_classes < 1 or shape[0] % num_classes:
         raise CheckpointError(
-            f"{key}={path!r}: {found.path} holds class centres {list(shape)} for {num_classes} "
+            f"{key}={path!r}: {found.path} holds class centers {list(shape)} for {num_classes} "
             "classes, which does not fit"
         )
     names = _names(found, f"{key}={path!r}")
@@ -141,7 +143,9 @@ def open_saved_head(path: str, key: str, ranks: Ranks) -> SavedHead:
             f"{key}={path!r}: {found.path} has {num_classes} classes, and its label map names "
             f"{len(names)}: it belongs to another run"
         )
-    return SavedHead(found.path, names, num_classes, tensors, found.manifest.facts["config"])
+    return SavedClassCenters(
+        found.path, names, num_classes, tensors, found.manifest.facts["config"]
+    )
 
 
 def match_names(here: Sequence[str], there: Sequence[str], whose: tuple[str, str]) -> np.ndarray:
@@ -165,12 +169,12 @@ def match_names(here: Sequence[str], there: Sequence[str], whose: tuple[str, str
     return np.array([place.get(name, -1) for name in here], np.int64)
 
 
-def rows_of(classes: np.ndarray, centres_per_class: int) -> np.ndarray:
-    """Rows of a weight that hold these classes' centres, K a class: int64 [n K]."""
-    return (classes[:, None] * centres_per_class + np.arange(centres_per_class)).reshape(-1)
+def rows_of(classes: np.ndarray, centers_per_class: int) -> np.ndarray:
+    """Rows of a weight that hold these classes' centers, K a class: int64 [n K]."""
+    return (classes[:, None] * centers_per_class + np.arange(centers_per_class)).reshape(-1)
 
 
-def names_of_this_run(source: ImageSource, key: str) -> list[str]:
+def names_of_this_run(source: ImageDataset, key: str) -> list[str]:
     """The class names of a training set.
 
     Raises:
@@ -185,7 +189,7 @@ def names_of_this_run(source: ImageSource, key: str) -> list[str]:
     return names
 
 
-def remember_class_names(source: ImageSource, folder: Path) -> None:
+def remember_class_names(source: ImageDataset, folder: Path) -> None:
     """Write label_map.txt into a run's folder, where its set has names that can be written."""
     try:
         names = class_names(source)
@@ -197,7 +201,7 @@ def remember_class_names(source: ImageSource, folder: Path) -> None:
         write_whole(folder / LABEL_MAP, text)
 
 
-def _names(found: Found, said: str) -> list[str]:
+def _names(found: Checkpoint, said: str) -> list[str]:
     """Of the run's label map, or of its training set."""
     run = found.path.parent.parent
     names = read_label_map(run)
@@ -210,8 +214,9 @@ def _names(found: Found, said: str) -> list[str]:
         if join_samples(source.samples()) != found.manifest.facts["data set"]:
             why = f"and its training set, {rec}, has changed since"
         elif (names := class_names(source)) is not None:
-            logger.info("%s has no %s: the names of its classes are those of %s", run, LABEL_MAP,
-                        rec)  # fmt: skip
+            logger.info(
+                "%s has no %s: the names of its classes are those of %s", run, LABEL_MAP, rec
+            )
             return names
     except (DataError, OSError) as error:
         why = f"and its training set cannot be asked ({error})"
@@ -221,7 +226,7 @@ def _names(found: Found, said: str) -> list[str]:
     )
 
 
-def _open_set(config: Mapping[str, Any]) -> ImageSource:
+def _open_set(config: Mapping[str, Any]) -> ImageDataset:
     """The training set of a run, as it was opened then."""
     rec, exclude = config["rec"], config.get("exclude")
     roots = rec if isinstance(rec, list) else [rec]
@@ -232,4 +237,4 @@ def _open_set(config: Mapping[str, Any]) -> ImageSource:
         None if config[key] == "auto" else int(config[key]) for key in ("num_classes", "num_image")
     )
     exclusions = [None if path == "-" else path for path in lists]
-    return open_sources(roots, config["input_size"], num_classes, num_images, exclusions)
+    return open_datasets(roots, config["input_size"], num_classes, num_images, exclusions)

@@ -13,35 +13,92 @@ from typing import Any
 from training.checkpoint.checkpointer import (
     FOLDER,
     MANIFEST,
+    Checkpoint,
     CheckpointError,
-    Found,
-    Ranks,
+    RankGroup,
     check_intact,
     find_intact,
-    named,
+    list_checkpoints,
 )
+from utils.config import standard_setting
 
 logger = logging.getLogger("train")
 
 # Keys of the config by what a change of them means for a run that goes on.
-FREE = frozenset({
-    "num_workers", "worker_type", "dali", "head_update", "head_workspace_mib", "head_device",
-    "gradient_checkpointing", "batch_size", "gradient_acc", "global_batch_size", "max_steps",
-    "max_bad_steps", "device", "val_targets", "val_dir", "val_batch_size", "output", "resume",
-    "save_all_states", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
-    "max_failed_saves", "on_divergence", "max_rollbacks", "collective_timeout_s", "frequent",
-    "profile", "verbose", "notes", "using_wandb", "wandb_key", "wandb_entity", "wandb_project",
-    "wandb_resume", "wandb_log_all", "suffix_run_name", "save_artifacts", "init_backbone",
-    "rec", "num_image", "num_classes", "fp16", "zero", "parallel_dim",
-    "compile", "channels_last", "static_graph", "init_head",
-    "head_buffer_mib",  # head_workspace_mib in checkpoints written before it was called so
-})  # fmt: skip
+FREE = frozenset(
+    {
+        "num_workers",
+        "worker_type",
+        "dali",
+        "head_update",
+        "head_workspace_mib",
+        "head_offload",
+        "gradient_checkpointing",
+        "batch_size",
+        "gradient_acc",
+        "global_batch_size",
+        "max_steps",
+        "max_bad_steps",
+        "device",
+        "val_targets",
+        "val_dir",
+        "val_batch_size",
+        "output",
+        "resume",
+        "save_all_states",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "max_failed_saves",
+        "on_divergence",
+        "max_rollbacks",
+        "collective_timeout_s",
+        "frequent",
+        "profile",
+        "verbose",
+        "notes",
+        "using_wandb",
+        "wandb_key",
+        "wandb_entity",
+        "wandb_project",
+        "wandb_resume",
+        "wandb_log_all",
+        "suffix_run_name",
+        "save_artifacts",
+        "init_backbone",
+        "rec",
+        "num_image",
+        "num_classes",
+        "fp16",
+        "zero_stage",
+        "parallel_dim",
+        "compile",
+        "channels_last",
+        "static_graph",
+        "init_head",
+    }
+)
 """Leave the result as it is (what they stand for is compared by itself)."""
-FIXED = frozenset({
-    "task", "network", "embedding_size", "input_size", "loss", "sub_centres", "softmax_bias",
-    "optimizer", "seed", "samples_per_class", "shuffle_block", "rec_weights", "head_weight_dtype",
-    "head_state_dtype", "freeze_batch_norm", "mask_ratio",
-})  # fmt: skip
+FIXED = frozenset(
+    {
+        "task",
+        "network",
+        "embedding_size",
+        "input_size",
+        "loss",
+        "sub_centers",
+        "softmax_bias",
+        "optimizer",
+        "seed",
+        "samples_per_class",
+        "shuffle_block",
+        "rec_weights",
+        "head_weight_dtype",
+        "head_state_dtype",
+        "freeze_batch_norm",
+        "mask_ratio",
+    }
+)
 """The state or the data order would not fit. All others may change, and are announced."""
 
 
@@ -51,7 +108,7 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def find(resume: bool | str, output: Path, ranks: Ranks) -> Found | None:
+def find(resume: bool | str, output: Path, ranks: RankGroup) -> Checkpoint | None:
     """The checkpoint to go on from; None: start anew.
 
     Args:
@@ -80,7 +137,7 @@ def find(resume: bool | str, output: Path, ranks: Ranks) -> Found | None:
     return found
 
 
-def find_at(path: Path, ranks: Ranks) -> Found | None:
+def find_at(path: Path, ranks: RankGroup) -> Checkpoint | None:
     """The checkpoint that a path means: itself, or the newest intact one of a run or of a folder
     of checkpoints; None if there is none.
 
@@ -90,7 +147,7 @@ def find_at(path: Path, ranks: Ranks) -> Found | None:
     if (path / MANIFEST).exists():
         return check_intact(path, ranks)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    return find_intact(folder, ranks) if named(folder) else None
+    return find_intact(folder, ranks) if list_checkpoints(folder) else None
 
 
 def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -105,7 +162,9 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         CheckpointError: every difference that would make another run of it.
     """
     problems = []
-    before, after = saved["config"], now["config"]
+    # A checkpoint may be older than the present spelling of a key.
+    before = dict(standard_setting(key, value) for key, value in saved["config"].items())
+    after = now["config"]
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if old == new or key in FREE:
@@ -128,7 +187,9 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if saved["data set"] != now["data set"]:
         logger.warning(
             "the data set has as many images and classes as that of the checkpoint, but it is "
-            "another one: %s, was %s", now["data set"], saved["data set"],
-        )  # fmt: skip
+            "another one: %s, was %s",
+            now["data set"],
+            saved["data set"],
+        )
     if problems:
         raise CheckpointError("this is not the run of the checkpoint: " + "; ".join(problems))

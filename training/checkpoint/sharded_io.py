@@ -1,10 +1,10 @@
 """How the state of a run lies on disk: torch.distributed.checkpoint with explicit rows.
 
-A state is `{name: Stored}`. Every rank says which rows (or columns) of each tensor it holds, and
-the planners below tell torch.distributed.checkpoint so, in pieces of at most PIECE_BYTES: a shard
-of many gigabytes is written and read with one piece in memory beside it. Reading asks for what
-this rank wants, whoever wrote it, so that a state saved on n ranks loads on any other number. (The
-shards of arcshard/shard.py are not DTensor's: 10 rows on 3 ranks are 4, 3, 3 here.)
+A state is `{name: TensorShard}`. Every rank says which rows (or columns) of each tensor it holds,
+and the planners below tell torch.distributed.checkpoint so, in pieces of at most PIECE_BYTES: a
+shard of many gigabytes is written and read with one piece in memory beside it. Reading asks for
+what this rank wants, whoever wrote it, so that a state saved on n ranks loads on any other number.
+(The shards of arcshard/shard.py are not DTensor's: 10 rows on 3 ranks are 4, 3, 3 here.)
 
 Every file's size and SHA-256 are taken while it is written. Nothing but tensors is stored here,
 and the metadata file, which is a pickle, is read by an unpickler that admits its own classes only.
@@ -56,7 +56,7 @@ class StorageError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorShard:
     """Rows of one named tensor that this rank holds; or, with dim=1, its columns.
 
     local: [rows, ...], or a scalar, which every rank holds whole.
@@ -72,12 +72,12 @@ class Stored:
     dim: int = 0
 
     @classmethod
-    def whole(cls, tensor: Tensor, is_written: bool) -> Stored:
+    def whole(cls, tensor: Tensor, is_written: bool) -> TensorShard:
         """A tensor that every rank holds."""
         return cls(tensor, 0, tensor.shape[0] if tensor.dim() else 1, is_written)
 
     @classmethod
-    def of_rank(cls, tensor: Tensor, rank: int, world_size: int) -> Stored:
+    def of_rank(cls, tensor: Tensor, rank: int, world_size: int) -> TensorShard:
         """A tensor of which every rank has its own: row `rank` of `[world_size, ...]`."""
         return cls(tensor.unsqueeze(0), rank, world_size)
 
@@ -118,7 +118,7 @@ class Stored:
         return self.local.narrow(0, offsets[0] - self.offsets[0], sizes[0])
 
 
-State = Mapping[str, Stored]
+State = Mapping[str, TensorShard]
 
 
 class FileDigest(NamedTuple):
@@ -143,11 +143,14 @@ def write(
     writer.fs = files = _HashedFiles()
     with _plain_errors(files):
         dcp.save(
-            dict(state), storage_writer=writer, planner=_SavePlanner(), process_group=group,
+            dict(state),
+            storage_writer=writer,
+            planner=_SavePlanner(),
+            process_group=group,
             no_dist=is_alone,
-        )  # fmt: skip
+        )
     for name, digest in files.digests.items():
-        problem = differs(folder / name, digest)
+        problem = verify_file(folder / name, digest)
         if problem:
             raise StorageError(f"what was written does not read back: {problem}")
     return files.digests
@@ -163,9 +166,12 @@ def read(folder: Path, state: State, group: dist.ProcessGroup | None, is_alone: 
     reader = _Reader(folder)
     with _plain_errors(reader):
         dcp.load(
-            dict(state), storage_reader=reader, planner=_LoadPlanner(),
-            process_group=group, no_dist=is_alone,
-        )  # fmt: skip
+            dict(state),
+            storage_reader=reader,
+            planner=_LoadPlanner(),
+            process_group=group,
+            no_dist=is_alone,
+        )
 
 
 @contextmanager
@@ -197,7 +203,7 @@ def describe(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def differs(path: Path, digest: FileDigest) -> str | None:
+def verify_file(path: Path, digest: FileDigest) -> str | None:
     """How a file differs from what it must be, as a sentence that names it; None if it is so."""
     try:
         size = path.stat().st_size
@@ -240,7 +246,7 @@ class _SavePlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         assert write_item.tensor_data is not None
         piece = write_item.tensor_data.chunk
-        stored: Stored = self.state_dict[write_item.index.fqn]
+        stored: TensorShard = self.state_dict[write_item.index.fqn]
         return stored.piece(piece.offsets, piece.sizes)
 
 
@@ -319,14 +325,27 @@ class _Reader(dcp.FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset({
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "StorageMeta",
-        "ChunkStorageMetadata", "_StorageInfo", "_MEM_FORMAT_ENCODING",
-    })  # fmt: skip
-    _OTHERS = frozenset({
-        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
-        ("pathlib", "Path"), ("pathlib._local", "PosixPath"),
-    })  # fmt: skip
+    _NAMES = frozenset(
+        {
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "ChunkStorageMetadata",
+            "_StorageInfo",
+            "_MEM_FORMAT_ENCODING",
+        }
+    )
+    _OTHERS = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "Path"),
+            ("pathlib._local", "PosixPath"),
+        }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

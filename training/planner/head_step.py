@@ -86,14 +86,14 @@ def count_head_step(
 
     def of_blocks(first: int, others: int) -> PartialFC | None:
         """A head with so many blocks of either kind, if there is one."""
-        classes = math.floor((first + others) * rows / head.centres_per_class / head.sample_rate)
+        classes = math.floor((first + others) * rows / head.centers_per_class / head.sample_rate)
         part = make(classes)
-        assert part.engine is not None
+        assert part.fused is not None
         kept, copied = (first + others, first) if has_copies else (first, 0)
         work = rows * cost.work_bytes_per_row
         budget = work + kept * rows * cost.kept_bytes_per_row
         budget += copied * rows * cost.width * cost.element_bytes
-        part.engine.workspace = Workspace(budget, work)
+        part.fused.workspace = Workspace(budget, work)
         found, _ = part.planned_blocks()
         has = [len(found.blocks()), found.rows_per_block]
         has += [math.ceil(n / rows) for n in (found.kept_rows, found.copied_rows)]
@@ -111,21 +111,19 @@ def count_head_step(
     return HeadOperations(base, further)
 
 
-def trace_head_step(
-    head: PartialFC, passes: int = 1, is_deferred: bool = False
-) -> list[Operation]:
+def trace_head_step(head: PartialFC, passes: int = 1, is_deferred: bool = False) -> list[Operation]:
     """The operations of one optimizer step of `head`, the gathering of the batch included.
 
     Args:
-        head: of one rank, on the meta device, with a `batch_size_per_rank` and a `row_update`.
+        head: of one rank, on the meta device, with a `batch_size_per_rank` and a `row_optimizer`.
         passes: micro-batches of the step.
         is_deferred: the centers move in `head.step` rather than in backward; several passes and a
             loss scaler make it so.
     """
     batch = head.batch_size_per_rank
     assert batch is not None
-    assert head.row_update is not None
-    head.row_update.state(head.weight)  # made once, in the first step
+    assert head.row_optimizer is not None
+    head.row_optimizer.state(head.weight)  # made once, in the first step
     learning_rate = None if is_deferred or passes > 1 else 0.1
     embeddings = torch.empty(
         batch, head.embedding_size, dtype=head.work_dtype, device="meta", requires_grad=True

@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from arcshard.head.distillation import TeacherCentres
+from arcshard.head.distillation import TeacherCenters
 from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
 from configs.base import Config
 from dataset import Batch, DataLoader
 from training.build import build
 from training.build_head import (
-    embeds_ahead,
     make_head,
     make_teacher,
-    rank_0_alone,
+    needs_full_batch,
+    rank0_equivalent,
     workspace_of,
 )
 from training.classifier import Head
 from training.distillation import LogitsDistillation, block_budget
 from training.precision import Precision, choose_precision
-from utils.distributed import World
+from utils.distributed import DistContext
 from utils.memory import keep_freed_memory
 
 WARM_UP_STEPS = 3  # kernels are chosen, memory is claimed
@@ -54,18 +54,27 @@ def time_step(
     local = len(class_range(num_classes, 0, world_size))
     taught = cfg
     cfg = dataclasses.replace(
-        cfg, rec="synthetic", num_classes=local, init_backbone=None, teacher=None, val_targets=[],
-        num_image=cfg.batch_size * cfg.gradient_acc * 1000, exclude=None, rec_weights=None,
-        samples_per_class=0, shuffle_block=0, using_wandb=False,
-    )  # fmt: skip
-    world = World(0, 0, 1, device)
+        cfg,
+        rec="synthetic",
+        num_classes=local,
+        init_backbone=None,
+        teacher=None,
+        val_targets=[],
+        num_image=cfg.batch_size * cfg.gradient_acc * 1000,
+        exclude=None,
+        rec_weights=None,
+        samples_per_class=0,
+        shuffle_block=0,
+        using_wandb=False,
+    )
+    world = DistContext(0, 0, 1, device)
     precision, _ = choose_precision(cfg.precision, cfg.fp16, device)
     whole, own = _time_parts(cfg, world, precision, seconds)
     rest = max(whole - own, 0.0)
     teacher = make_teacher(taught, precision, device)
     if world_size == 1 and teacher is None:
         return rest, own, 0.0
-    alone, local = rank_0_alone(cfg, world_size, num_classes)
+    alone, local = rank0_equivalent(cfg, world_size, num_classes)
     head = make_head(alone, world, local, precision)
     own = _time_head(head, alone, device, precision, 0.15 * seconds)
     if teacher is None:
@@ -91,14 +100,18 @@ def _second_loss(
     known = torch.ones(head.num_classes_local, dtype=torch.bool, device=head.device)
     return LogitsDistillation(
         lambda images: torch.randn(len(images), width, **options) / width**0.5,
-        TeacherCentres(unit, known), head, weight=1.0, scale=cfg.scale,
+        TeacherCenters(unit, known),
+        head,
+        weight=1.0,
+        scale=cfg.scale,
         temperature=cfg.distillation_temperature,
-        budget_bytes=block_budget(workspace_of(cfg, head.device)), half=precision.head_matmul,
-    )  # fmt: skip
+        budget_bytes=block_budget(workspace_of(cfg, head.device)),
+        half=precision.head_matmul,
+    )
 
 
 def _time_parts(
-    cfg: Config, world: World, precision: Precision, seconds: float
+    cfg: Config, world: DistContext, precision: Precision, seconds: float
 ) -> tuple[float, float]:
     """Seconds of (a whole step, its head alone); nothing of the parts stays."""
     parts = build(cfg, world)
@@ -110,11 +123,15 @@ def _time_parts(
 
 
 def _time_head(
-    head: Head, cfg: Config, device: torch.device, precision: Precision, seconds: float,
+    head: Head,
+    cfg: Config,
+    device: torch.device,
+    precision: Precision,
+    seconds: float,
     second: LogitsDistillation | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Of all micro-steps of a step, with a second loss if there is one."""
-    calls = 1 if embeds_ahead(cfg, head.margin) else cfg.gradient_acc
+    calls = 1 if needs_full_batch(cfg, head.margin) else cfg.gradient_acc
     is_deferred = cfg.gradient_acc > 1 or precision.needs_scaler
     batch = cfg.batch_size
     if isinstance(head, PartialFC):

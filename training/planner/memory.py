@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from arcshard.head.centers import ShardCentres
-from arcshard.head.reference import readable_loss
+from arcshard.head.centers import LocalCenters
+from arcshard.head.reference import reference_loss
 from arcshard.head.sampling import sample_size
 from arcshard.head.workspace import Workspace, choose_workspace
 from arcshard.losses import BatchFacts
@@ -27,18 +27,18 @@ from arcshard.partial_fc import PartialFC
 from configs.base import Config
 from training.batch_norm import BatchNormStatistics
 from training.build_backbone import make_backbone
-from training.build_head import embeds_ahead, make_head, make_teacher, rank_0_alone
+from training.build_head import make_head, make_teacher, needs_full_batch, rank0_equivalent
 from training.classifier import Head, LayerClassifier
 from training.distillation import block_budget
 from training.optimizer import make_optimizer
 from training.planner.head_step import HeadOperations, count_head_step, trace_head_step
-from training.planner.trace import Ledger, Operation, Trace, as_fake, make_fake, trace_step
-from training.precision import Precision, TrainedBackbone
-from utils.distributed import World
+from training.planner.trace import MemoryTracker, Operation, Trace, as_fake, make_fake, trace_step
+from training.precision import MixedPrecisionBackbone, Precision
+from utils.distributed import DistContext
 
 # Matrices [B, D] of the global batch that the head holds at once at most: gathered as bytes, the
-# embeddings of them, divided by their norms, their targets' centres, the gradient, one block's part
-# of it, and the targets' share of the centres' gradient with what it is sorted from.
+# embeddings of them, divided by their norms, their targets' centers, the gradient, one block's part
+# of it, and the targets' share of the centers' gradient with what it is sorted from.
 # tests/test_plan.py compares with a head that runs.
 HEAD_BATCH_MATRICES = 9
 
@@ -52,7 +52,7 @@ OVERHEAD = {"cpu": 0.38, "cuda": 0.05}
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes on one rank at the moment when most are in use.
 
     Attributes:
@@ -62,13 +62,13 @@ class Footprint:
             DDP's buckets or several micro-steps keep them.
         optimizer: state of the network's optimizer.
         activations: what backward needs, and what operations make on the way.
-        centres: class centres and biases. centre_state: their optimizer's state.
+        centers: class centers and biases. center_state: their optimizer's state.
         head: the workspace, or the logits and gradients of head_update="autograd".
         global_batch: embeddings of the global batch and their gradients in the head.
-        teacher: its weights and class centres, and what its work needs at the moment of the peak.
+        teacher: its weights and class centers, and what its work needs at the moment of the peak.
         images: batches that wait for the step.
         overhead: holes and workspaces, see OVERHEAD.
-        on_host: centres, their state and copies in host memory (head_device="cpu"); not in `total`
+        on_host: centers, their state and copies in host memory (head_offload=True); not in `total`
             where the training runs on a GPU.
         peak_is_in: "head" or "teacher", between forward and backward, or "backward".
     """
@@ -77,8 +77,8 @@ class Footprint:
     gradients: int
     optimizer: int
     activations: int
-    centres: int
-    centre_state: int
+    centers: int
+    center_state: int
     head: int
     global_batch: int
     teacher: int
@@ -102,7 +102,7 @@ class Footprint:
 class HeadWork:
     """What the head's step works on, on one rank.
 
-    rows: class centres that take part, S K. batch: rows of the global batch of one pass. width: D.
+    rows: class centers that take part, S K. batch: rows of the global batch of one pass. width: D.
     state_bytes_per_row: of their optimizer. matmul_dtype: of operands.
     trace: one pass of a head by autograd. operations: counts all passes of a fused head and their
         update, when they are asked for. One of the two is None.
@@ -125,9 +125,9 @@ class HeadWork:
 class TeacherWork:
     """What a teacher holds and does on one rank.
 
-    kept_bytes: weights and class centres. peak_bytes: most that comes and goes, of its forward
+    kept_bytes: weights and class centers. peak_bytes: most that comes and goes, of its forward
         pass or of the block of classes in work. forward: of a micro-batch.
-    width: D_t of its class centres, one for each class; 0 where it teaches cosines.
+    width: D_t of its class centers, one for each class; 0 where it teaches cosines.
     """
 
     kept_bytes: int
@@ -137,14 +137,14 @@ class TeacherWork:
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """Memory and work of one rank: footprint, and what the step computes.
 
     parameters: of the network. trainable_bytes: of those that have gradients;
         all_reduced_bytes: of what ranks tell each other of these.
     """
 
-    footprint: Footprint
+    footprint: MemoryEstimate
     backbone: Trace
     head: HeadWork
     teacher: TeacherWork | None
@@ -154,10 +154,14 @@ class Needs:
     classes_per_rank: int
 
 
-def find_needs(
-    cfg: Config, world_size: int, num_classes: int, precision: Precision, device_type: str,
+def estimate_requirements(
+    cfg: Config,
+    world_size: int,
+    num_classes: int,
+    precision: Precision,
+    device_type: str,
     memory_bytes: int | None = None,
-) -> Needs:  # fmt: skip
+) -> Requirements:
     """Of rank 0, which has the most classes.
 
     Args:
@@ -178,20 +182,20 @@ def find_needs(
     teacher = _teacher_needs(cfg, world_size, num_classes, precision, workspace)
     with torch.device("meta"):
         backbone = make_backbone(cfg)
-        model = TrainedBackbone(
+        model = MixedPrecisionBackbone(
             backbone, precision, cfg.freeze_batch_norm, cfg.channels_last
         )
     model.place()
     model.train()
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
-    alone, local = rank_0_alone(cfg, world_size, num_classes)
-    alone = dataclasses.replace(alone, head_device="auto")
+    alone, local = rank0_equivalent(cfg, world_size, num_classes)
+    alone = dataclasses.replace(alone, head_offload=False)
 
     def make(classes: int) -> Head:
-        head = make_head(alone, World(0, 0, 1, torch.device("meta")), classes, precision)
-        if head.engine is not None:
-            head.engine.workspace = workspace
+        head = make_head(alone, DistContext(0, 0, 1, torch.device("meta")), classes, precision)
+        if head.fused is not None:
+            head.fused.workspace = workspace
         return head
 
     def make_fused(classes: int) -> PartialFC:
@@ -208,21 +212,25 @@ def find_needs(
     with mode:
         parameters = list(model.parameters())
         optimizer = make_optimizer(
-            backbone, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum,
-            weight_decay=cfg.weight_decay, decay_norms_and_biases=cfg.decay_norms_and_biases,
+            backbone,
+            cfg.optimizer,
+            lr=cfg.lr,
+            momentum=cfg.momentum,
+            weight_decay=cfg.weight_decay,
+            decay_norms_and_biases=cfg.decay_norms_and_biases,
             layer_decay=cfg.layer_decay,
-        )  # fmt: skip
-        optimizer_bytes = _optimizer_bytes(optimizer) // (world_size if cfg.zero else 1)
+        )
+        optimizer_bytes = _optimizer_bytes(optimizer) // (world_size if cfg.zero_stage else 1)
         images = torch.empty(
             cfg.batch_size, 3, cfg.input_size, cfg.input_size, dtype=torch.uint8
         ).to(memory_format=torch.channels_last)
         trace = trace_step(lambda: model(images), parameters, [images, *model.buffers()])
     if isinstance(head, LayerClassifier):
-        centres, state, work, buffer = _layer_needs(head, alone.batch_size, cfg, world_size)
+        centers, state, work, buffer = _layer_needs(head, alone.batch_size, cfg, world_size)
     else:
-        centres, state, work, buffer = _head_needs(head, world_size, device_type)
-        if head.engine is not None:
-            passes = 1 if embeds_ahead(cfg, head.margin) else cfg.gradient_acc
+        centers, state, work, buffer = _head_needs(head, world_size, device_type)
+        if head.fused is not None:
+            passes = 1 if needs_full_batch(cfg, head.margin) else cfg.gradient_acc
             trace_step_of = partial(
                 trace_head_step, passes=passes, is_deferred=precision.needs_scaler
             )
@@ -255,10 +263,10 @@ def find_needs(
         activations = trace.peak_bytes - gradients
     on_host = 0
     rows_here = 1.0
-    if cfg.head_device == "cpu":
+    if cfg.head_offload:
         share = min(1.0, work.rows / max(head.weight.shape[0], 1))
-        staged = round((centres + state) * share)
-        on_host = centres + state + staged
+        staged = round((centers + state) * share)
+        on_host = centers + state + staged
         rows_here = 2 * share  # what was gathered ahead, and what the step takes of it
         if device_type == "cpu":
             rows_here += 1
@@ -267,13 +275,13 @@ def find_needs(
     taught = 0
     if teacher is not None:
         taught = teacher.kept_bytes + (teacher.peak_bytes if peak_is_in == "teacher" else 0)
-    footprint = Footprint(
+    footprint = MemoryEstimate(
         weights=_bytes(parameters) + _bytes(model.buffers()) + kept + average,
         gradients=gradients,
         optimizer=optimizer_bytes,
         activations=activations,
-        centres=round(centres * rows_here),
-        centre_state=round(state * rows_here),
+        centers=round(centers * rows_here),
+        center_state=round(state * rows_here),
         head=buffer + (logits if is_in_head else gradient),
         global_batch=batch_bytes if peak_is_in == "head" else 0,
         teacher=taught,
@@ -286,7 +294,7 @@ def find_needs(
     if teacher is not None and peak_is_in == "teacher":
         comes_and_goes += teacher.peak_bytes
     overhead = round(OVERHEAD[device_type] * comes_and_goes)
-    return Needs(
+    return Requirements(
         footprint=dataclasses.replace(footprint, overhead=overhead),
         backbone=trace,
         head=work,
@@ -294,8 +302,9 @@ def find_needs(
         parameters=sum(p.numel() for p in parameters),
         trainable_bytes=_bytes(p for p in parameters if p.requires_grad),
         all_reduced_bytes=sum(
-            p.numel() * (p.itemsize if cfg.all_reduce_dtype == "fp32" else 2)
-            for p in parameters if p.requires_grad
+            p.numel() * (p.itemsize if cfg.grad_reduce_dtype == "fp32" else 2)
+            for p in parameters
+            if p.requires_grad
         ),
         classes_per_rank=head.num_classes,
     )
@@ -316,12 +325,12 @@ def _teacher_needs(
         images = torch.empty(
             cfg.batch_size, 3, cfg.input_size, cfg.input_size, dtype=torch.uint8
         ).to(memory_format=torch.channels_last)
-        with Ledger([*existing, images]) as ledger:
+        with MemoryTracker([*existing, images]) as ledger:
             teacher(images)
     kept, peak, width = _bytes(existing), ledger.peak, 0
     if cfg.distillation == "logits":
         width = teacher.metadata.num_features
-        _, local = rank_0_alone(cfg, world_size, num_classes)
+        _, local = rank0_equivalent(cfg, world_size, num_classes)
         kept += local * (width * precision.dtype.itemsize + 1)  # and whether it is known
         peak = max(peak, block_budget(workspace))
     return TeacherWork(kept, peak, ledger.operations, width)
@@ -346,20 +355,20 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _head_needs(
     head: PartialFC, world_size: int, device_type: str
 ) -> tuple[int, int, HeadWork, int]:
-    """Bytes of the centres and of their state, the head's work, and bytes of its workspace."""
+    """Bytes of the centers and of their state, the head's work, and bytes of its workspace."""
     mode, device = FakeTensorMode(), torch.device(device_type)
     weight = as_fake(head.weight, mode, device)
     bias = None if head.bias is None else as_fake(head.bias, mode, device)
     with mode:
-        rule = head.row_update
+        rule = head.row_optimizer
         assert rule is not None
         state = rule.state(weight)
-        state_bytes, centres = _bytes(state.values()), _bytes([weight])
+        state_bytes, centers = _bytes(state.values()), _bytes([weight])
         if bias is not None:
-            centres += _bytes([bias])
+            centers += _bytes([bias])
             state_bytes += _bytes(rule.create_state(bias).values())
 
-        k, local = head.centres_per_class, head.num_classes
+        k, local = head.centers_per_class, head.num_classes
         batch = head.batch_size_per_rank
         assert batch is not None  # training.build_head always names it
         rows = None
@@ -370,19 +379,23 @@ def _head_needs(
             rows = torch.empty(num_rows, dtype=torch.int64, device=device)
         like = torch.empty(0, dtype=head.work_dtype, device=device)
         buffer, plan, matmul_dtype = 0, None, head.work_dtype
-        if head.engine is not None:
-            shard = ShardCentres(weight, rule, bias, None, rows, state=state)
-            plan = head.engine.plan(shard, batch, head.embedding_size, like)
-            cost = head.engine.cost(shard, batch, head.embedding_size, like)
+        if head.fused is not None:
+            shard = LocalCenters(weight, rule, bias, None, rows, state=state)
+            plan = head.fused.plan(shard, batch, head.embedding_size, like)
+            cost = head.fused.cost(shard, batch, head.embedding_size, like)
             buffer = cost.total_bytes(plan)
-            matmul_dtype = head.engine.matmul_dtype(like)
+            matmul_dtype = head.fused.matmul_dtype(like)
     trace = None if plan is not None else _trace_autograd_head(head, num_rows, batch)
     work = HeadWork(
-        rows=num_rows, batch=batch, width=head.embedding_size,
-        state_bytes_per_row=state_bytes / max(local * k, 1), matmul_dtype=matmul_dtype, trace=trace,
+        rows=num_rows,
+        batch=batch,
+        width=head.embedding_size,
+        state_bytes_per_row=state_bytes / max(local * k, 1),
+        matmul_dtype=matmul_dtype,
+        trace=trace,
         gathered_width=head.embedding_size,
-    )  # fmt: skip
-    return centres, state_bytes, work, buffer
+    )
+    return centers, state_bytes, work, buffer
 
 
 def _layer_needs(
@@ -392,7 +405,7 @@ def _layer_needs(
     mode = FakeTensorMode()
     make_fake(head, mode)
     with mode:
-        pairs = head.moved_parameters()
+        pairs = head.optimized_parameters()
         parameters = [parameter for parameter, _ in pairs]
         state = _bytes(v for parameter, rule in pairs for v in rule.state(parameter).values())
         embeddings = torch.empty(
@@ -408,11 +421,15 @@ def _layer_needs(
     elif cfg.parallel_dim == 0:
         summed = cfg.gradient_acc * batch * head.num_classes * head.work_dtype.itemsize  # logits
     work = HeadWork(
-        rows=head.num_classes, batch=batch, width=head.embedding_size,
-        state_bytes_per_row=state / head.num_classes, matmul_dtype=head.matmul_dtype, trace=trace,
+        rows=head.num_classes,
+        batch=batch,
+        width=head.embedding_size,
+        state_bytes_per_row=state / head.num_classes,
+        matmul_dtype=head.matmul_dtype,
+        trace=trace,
         gathered_width=0 if cfg.parallel_dim is None else cfg.embedding_size,
         summed_bytes=summed if world_size > 1 else 0,
-    )  # fmt: skip
+    )
     return _bytes(parameters), state, work, 0
 
 
@@ -438,14 +455,24 @@ def _trace_autograd_head(head: PartialFC, num_rows: int, batch: int) -> Trace:
             with torch.no_grad():
                 facts = BatchFacts(norms, targets, row_weight > 0, 0)
                 context, _ = head.margin.begin(facts, state)
-            unit = nn.functional.normalize(embeddings) if head.margin.normalise else embeddings
-            of_step = (weight, bias) if rows is None else (
-                weight[rows], None if bias is None else bias[rows]
-            )  # fmt: skip
-            return readable_loss(
-                head.margin, unit, norms, column, context, *of_step, head.centres_per_class,
-                row_weight, None, head.matmul_half,
-            )  # fmt: skip
+            unit = nn.functional.normalize(embeddings) if head.margin.normalize else embeddings
+            of_step = (
+                (weight, bias)
+                if rows is None
+                else (weight[rows], None if bias is None else bias[rows])
+            )
+            return reference_loss(
+                head.margin,
+                unit,
+                norms,
+                column,
+                context,
+                *of_step,
+                head.centers_per_class,
+                row_weight,
+                None,
+                head.matmul_half,
+            )
 
         parameters = [weight] if bias is None else [weight, bias]
         return trace_step(forward, parameters, [embeddings, column, row_weight, *state.values()])

@@ -11,9 +11,9 @@ import torch
 
 from configs.base import Config
 from training.build_data import make_loader
-from training.build_head import embeds_ahead, has_layer, make_margin
+from training.build_head import has_layer, make_margin, needs_full_batch
 from training.planner.measure import time_step
-from training.planner.memory import Needs, find_needs
+from training.planner.memory import Requirements, estimate_requirements
 from training.planner.roofline import (
     GPUS,
     Links,
@@ -26,7 +26,7 @@ from training.planner.roofline import (
 )
 from training.precision import Precision, choose_precision, named_policy
 from training.setup import SetupError, share_global_batch
-from utils.distributed import World
+from utils.distributed import DistContext
 
 # What a process holds beside its tensors: Python, libraries, the context of CUDA.
 PROCESS_GIB = {"cpu": 0.3, "cuda": 0.8}
@@ -43,7 +43,7 @@ class Plan:
     frozen_steps: of total_steps, in which the backbone is only read; frozen_seconds: of one.
     """
 
-    needs: Needs
+    needs: Requirements
     time: StepTime
     room: int
     samples_per_second: float
@@ -89,21 +89,19 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     if precision.tf32:
         machine = dataclasses.replace(machine, single=machine.tf32)
     memory_bytes = int(machine.memory_gib * 2**30)
-    needs = find_needs(cfg, world_size, setting.num_classes, precision, kind, memory_bytes)
-    embeds_twice = embeds_ahead(cfg, make_margin(cfg))
+    needs = estimate_requirements(
+        cfg, world_size, setting.num_classes, precision, kind, memory_bytes
+    )
+    embeds_twice = needs_full_batch(cfg, make_margin(cfg))
     if setting.measured_seconds:
         rest, head, teacher = time_step(
             cfg, world_size, setting.num_classes, torch.device(kind), setting.measured_seconds
         )
         passes = 1 if embeds_twice else cfg.gradient_acc
-        collectives = collective_seconds(
-            needs, machine, setting.links, world_size, rest, passes
-        )
+        collectives = collective_seconds(needs, machine, setting.links, world_size, rest, passes)
         time = StepTime(rest, head, teacher, 0.0, collectives)
     else:
-        time = estimate(
-            needs, machine, setting.links, world_size, cfg.gradient_acc, embeds_twice
-        )
+        time = estimate(needs, machine, setting.links, world_size, cfg.gradient_acc, embeds_twice)
     global_batch = cfg.batch_size * world_size * cfg.gradient_acc
     steps_per_epoch = setting.num_images // global_batch
     if steps_per_epoch == 0:
@@ -117,9 +115,15 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     total = total if cfg.max_steps is None else min(total, cfg.max_steps)
     frozen = time.head + time.backbone * forward_share(needs.backbone, machine)
     return Plan(
-        needs, time, int(room * 2**30), global_batch / time.total, steps_per_epoch,
-        total, min(total, cfg.freeze_epoch * steps_per_epoch), frozen,
-    )  # fmt: skip
+        needs,
+        time,
+        int(room * 2**30),
+        global_batch / time.total,
+        steps_per_epoch,
+        total,
+        min(total, cfg.freeze_epoch * steps_per_epoch),
+        frozen,
+    )
 
 
 def device_type(machine: Machine) -> str:
@@ -159,8 +163,8 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
     else:
         if cfg.head_weight_dtype == "fp32":
             found.append(with_(head_weight_dtype="bf16", head_state_dtype="bf16"))
-        if cfg.head_device == "auto":
-            found.append(with_(head_device="cpu", sample_rate=min(cfg.sample_rate, 0.1)))
+        if not cfg.head_offload:
+            found.append(with_(head_offload=True, sample_rate=min(cfg.sample_rate, 0.1)))
         if isinstance(cfg.head_workspace_mib, str) or cfg.head_workspace_mib > 64:
             found.append(with_(head_workspace_mib=64))
     if not cfg.gradient_checkpointing:
@@ -168,9 +172,7 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
     if cfg.global_batch_size is not None:
         found.append(with_(batch_size=max(1, cfg.batch_size // 2)))
     elif cfg.batch_size % 2 == 0 and cfg.batch_size > 2:
-        found.append(
-            with_(batch_size=cfg.batch_size // 2, gradient_acc=2 * cfg.gradient_acc)
-        )
+        found.append(with_(batch_size=cfg.batch_size // 2, gradient_acc=2 * cfg.gradient_acc))
     found.append((f"--world-size {2 * world_size}", cfg, 2 * world_size))
     return found
 
@@ -211,7 +213,7 @@ def sizes(cfg: Config) -> tuple[int, int]:
     """Classes and images of the run; "auto" is looked up in the set. Raises DataError."""
     classes, images = cfg.num_classes, cfg.num_image
     if classes == "auto" or images == "auto":
-        loader = make_loader(cfg, World(0, 0, 1, torch.device("cpu")))
+        loader = make_loader(cfg, DistContext(0, 0, 1, torch.device("cpu")))
         classes = loader.num_classes if classes == "auto" else classes
         images = loader.num_images if images == "auto" else images
     return int(classes), int(images)

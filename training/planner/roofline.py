@@ -19,7 +19,7 @@ from training.planner.head_step import HeadOperations
 from training.planner.trace import Operation, Trace
 
 if TYPE_CHECKING:  # it imports all of the trainer, which counting on a bare machine does not need
-    from training.planner.memory import HeadWork, Needs
+    from training.planner.memory import HeadWork, Requirements
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,64 @@ class Machine:
 GPUS = {
     machine.name: machine
     for machine in (
-        Machine("h200", 140.4, 4800, 989.4, 494.7, 66.9, True, 450,
-                "NVIDIA H200 datasheet, SXM, NVLink 4"),
-        Machine("h100", 79.6, 3350, 989.4, 494.7, 66.9, True, 450,
-                "NVIDIA H100 datasheet, SXM5 80 GB, NVLink 4"),
-        Machine("a100", 80.0, 2039, 312, 156, 19.5, True, 300,
-                "NVIDIA A100 datasheet, SXM4 80 GB, NVLink 3"),
-        Machine("v100", 31.7, 900, 125, 0, 15.7, False, 150,
-                "NVIDIA V100 datasheet, SXM2 32 GB, NVLink 2"),
-        Machine("rtx4090", 24.0, 1008, 165.2, 82.6, 82.6, True, 32,
-                "NVIDIA Ada whitepaper, 16 bits with fp32 sums, PCIe 4 x16"),
-        Machine("l40s", 45.0, 864, 362.1, 183, 91.6, True, 32,
-                "NVIDIA L40S datasheet, PCIe 4 x16"),
+        Machine(
+            "h200",
+            140.4,
+            4800,
+            989.4,
+            494.7,
+            66.9,
+            True,
+            450,
+            "NVIDIA H200 datasheet, SXM, NVLink 4",
+        ),
+        Machine(
+            "h100",
+            79.6,
+            3350,
+            989.4,
+            494.7,
+            66.9,
+            True,
+            450,
+            "NVIDIA H100 datasheet, SXM5 80 GB, NVLink 4",
+        ),
+        Machine(
+            "a100",
+            80.0,
+            2039,
+            312,
+            156,
+            19.5,
+            True,
+            300,
+            "NVIDIA A100 datasheet, SXM4 80 GB, NVLink 3",
+        ),
+        Machine(
+            "v100",
+            31.7,
+            900,
+            125,
+            0,
+            15.7,
+            False,
+            150,
+            "NVIDIA V100 datasheet, SXM2 32 GB, NVLink 2",
+        ),
+        Machine(
+            "rtx4090",
+            24.0,
+            1008,
+            165.2,
+            82.6,
+            82.6,
+            True,
+            32,
+            "NVIDIA Ada whitepaper, 16 bits with fp32 sums, PCIe 4 x16",
+        ),
+        Machine("l40s", 45.0, 864, 362.1, 183, 91.6, True, 32, "NVIDIA L40S datasheet, PCIe 4 x16"),
     )
-}  # fmt: skip
+}
 
 # Assumptions, by kind of device: what kernels reach of the peaks above. For GPUs set so that the
 # throughputs published for V100s are met (docs/speed.md has how far); for newer ones nobody has
@@ -115,21 +159,25 @@ class Links:
 
 
 def estimate(
-    needs: Needs, machine: Machine, links: Links, world_size: int, gradient_acc: int,
-    embeds_ahead: bool,
-) -> StepTime:  # fmt: skip
+    needs: Requirements,
+    machine: Machine,
+    links: Links,
+    world_size: int,
+    gradient_acc: int,
+    needs_full_batch: bool,
+) -> StepTime:
     """Time of a step from the peaks.
 
     Args:
         gradient_acc: micro-steps per step.
-        embeds_ahead: every micro-batch goes forward twice (losses that look at the whole batch).
+        needs_full_batch: the loss looks at the whole batch: every micro-batch goes forward twice.
     """
     trace = needs.backbone
     backbone = gradient_acc * (
-        operations_seconds(trace.forward, machine) * (1 + embeds_ahead)
+        operations_seconds(trace.forward, machine) * (1 + needs_full_batch)
         + operations_seconds(trace.backward, machine)
     )
-    passes = 1 if embeds_ahead else gradient_acc
+    passes = 1 if needs_full_batch else gradient_acc
     head = head_seconds(needs.head, machine, passes)
     teacher = 0.0
     if needs.teacher is not None:
@@ -163,7 +211,7 @@ def forward_share(trace: Trace, machine: Machine) -> float:
 
 
 def head_seconds(head: HeadWork, machine: Machine, passes: int) -> float:
-    """All passes of a step: forward, backward, and the update of the class centres."""
+    """All passes of a step: forward, backward, and the update of the class centers."""
     if head.trace is not None:
         seconds = operations_seconds([*head.trace.forward, *head.trace.backward], machine)
         row_bytes = 5 * 4 * head.width + 2 * head.state_bytes_per_row
@@ -198,7 +246,12 @@ def teaching_seconds(head: HeadWork, width: int, machine: Machine) -> float:
 
 
 def collective_seconds(
-    needs: Needs, machine: Machine, links: Links, world_size: int, backbone: float, passes: int
+    needs: Requirements,
+    machine: Machine,
+    links: Links,
+    world_size: int,
+    backbone: float,
+    passes: int,
 ) -> float:
     """The head's all-gather, reduce-scatter and sums, and what backward does not hide of the
     gradients' all-reduce; all by rings."""
@@ -223,8 +276,17 @@ def this_cpu() -> Machine:
     single = 2 * size**3 / _seconds(lambda: torch.mm(left, right, out=product)) / 1e12
     source, copy = torch.zeros(2**26, dtype=torch.uint8), torch.zeros(2**26, dtype=torch.uint8)
     rate = 2 * source.numel() / _seconds(lambda: copy.copy_(source)) / 1e9
-    return Machine("cpu", available_memory_gib(), rate, single, single, single, True, rate / 2,
-                   f"measured here, {torch.get_num_threads()} threads")  # fmt: skip
+    return Machine(
+        "cpu",
+        available_memory_gib(),
+        rate,
+        single,
+        single,
+        single,
+        True,
+        rate / 2,
+        f"measured here, {torch.get_num_threads()} threads",
+    )
 
 
 def available_memory_gib() -> float:

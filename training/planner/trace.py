@@ -1,9 +1,9 @@
 """What a step would allocate and compute, found without doing either.
 
 PyTorch's fake tensors run the real code, autograd's formulas, autocast and recomputation included,
-on tensors that have a shape, a stride and a dtype but no memory. `Ledger` watches every operation:
-when a storage comes into being and when the last tensor lets go of it, and what each operation
-reads, writes and multiplies.
+on tensors that have a shape, a stride and a dtype but no memory. `MemoryTracker` watches every
+operation: when a storage comes into being and when the last tensor lets go of it, and what each
+operation reads, writes and multiplies.
 
 The operations are those of a CPU. What an operation uses inside, such as the workspace of a
 convolution, is not seen.
@@ -31,25 +31,55 @@ CPU = torch.device("cpu")
 # The CPU's attention has no formula of its own; its arguments begin as those of the others do.
 _SAME_FLOPS = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        aten._scaled_dot_product_flash_attention_backward,
-}  # fmt: skip
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        aten._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 _WITHOUT_META_KERNEL = (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr)
-_NO_KERNEL = frozenset({
-    "_local_scalar_dense", "_unsafe_view", "as_strided_", "detach_", "is_same_size", "item",
-    "promote_types", "resize_", "result_type", "set_", "squeeze_", "t_", "transpose_", "unsqueeze_",
-})  # fmt: skip
+_NO_KERNEL = frozenset(
+    {
+        "_local_scalar_dense",
+        "_unsafe_view",
+        "as_strided_",
+        "detach_",
+        "is_same_size",
+        "item",
+        "promote_types",
+        "resize_",
+        "result_type",
+        "set_",
+        "squeeze_",
+        "t_",
+        "transpose_",
+        "unsqueeze_",
+    }
+)
 # Operations that touch some places of their first operand, not all of it.
 _PICKS = frozenset({"embedding", "gather", "index", "index_select", "take"})
-_PUTS = frozenset({
-    "index_add_", "index_copy_", "index_put_", "index_fill_", "scatter_", "scatter_add_",
-})  # fmt: skip
+_PUTS = frozenset(
+    {
+        "index_add_",
+        "index_copy_",
+        "index_put_",
+        "index_fill_",
+        "scatter_",
+        "scatter_add_",
+    }
+)
 _OVERWRITES = frozenset({"copy_", "fill_", "normal_", "random_", "uniform_", "zero_"})
-_TAKES_SHAPE = frozenset({
-    "full_like", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "zeros_like",
-})  # fmt: skip
+_TAKES_SHAPE = frozenset(
+    {
+        "full_like",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "rand_like",
+        "zeros_like",
+    }
+)
 
 
 class Operation(NamedTuple):
@@ -134,7 +164,7 @@ class OperationLog(TorchDispatchMode):
             self.operations.append(Operation(name, flops, moved, dtype, named))
 
 
-class Ledger(OperationLog):
+class MemoryTracker(OperationLog):
     """Follows storages and operations while it is on.
 
     Args:
@@ -201,10 +231,13 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The operands that it changes. Fused optimizers may change gradients too, but do so only
     where they take out a loss scale, which nothing here asks of them."""
     given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
-    return _tensors([
-        given.get(one.name) for one in func._schema.arguments
-        if one.alias_info is not None and one.alias_info.is_write and one.name != "grads"
-    ])  # fmt: skip
+    return _tensors(
+        [
+            given.get(one.name)
+            for one in func._schema.arguments
+            if one.alias_info is not None and one.alias_info.is_write and one.name != "grads"
+        ]
+    )
 
 
 def _named_bytes(name: str, read: list[Tensor], made: list[Tensor]) -> int:
@@ -236,7 +269,7 @@ def trace_step(
         existing: tensors that do not count, beside the parameters.
     """
     parameters = list(parameters)
-    ledger = Ledger([*parameters, *existing])
+    ledger = MemoryTracker([*parameters, *existing])
     trace = Trace()
     hooks = [
         parameter.register_post_accumulate_grad_hook(
@@ -275,7 +308,7 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Turn a module on the meta device into one of fake tensors on the CPU, in place.
 
     Not while `mode` is on. A network is built on the meta device and not under the mode, because
-    some initialisations ask for values.
+    some initializations ask for values.
     """
     for part in module.modules():
         for name, parameter in part._parameters.items():

@@ -48,7 +48,7 @@ class MissingDataError(DataError, FileNotFoundError):
     """A file or folder of a data set is not there."""
 
 
-class ImageSource(ABC):
+class ImageDataset(ABC):
     """Numbered images with labels: what the loaders need. Threads share one: it only reads."""
 
     num_classes: int
@@ -98,7 +98,7 @@ class ImageSource(ABC):
         """The images begin..end-1 are wanted soon; a source on a slow disk may fetch them."""
 
 
-class RecordSource(ImageSource):
+class RecordDataset(ImageDataset):
     """Images of `train.rec` with `train.idx` and, where there is one, `property`.
 
     root: the folder that holds them, or the path of a `.rec` file with its `.idx` beside it.
@@ -172,7 +172,7 @@ class RecordSource(ImageSource):
         return self.index.offsets
 
     def labels(self) -> np.ndarray:
-        """See ImageSource. Read from every record's header once, then kept in a cache."""
+        """See ImageDataset. Read from every record's header once, then kept in a cache."""
         if len(self) < _KEEP_LABELS_FROM:
             return self._read_labels()
         stamp = {"of": "labels", **stamp_of(self.path_rec, self.path_idx)}
@@ -189,9 +189,7 @@ class RecordSource(ImageSource):
     def _read_labels(self) -> np.ndarray:
         labels = np.empty(len(self), np.int64)
         hidden = True if len(self) < _PROGRESS_FROM else None  # None: shown on a terminal
-        with tqdm(
-            total=len(self), desc="reading labels", unit=" records", disable=hidden
-        ) as bar:  # fmt: skip
+        with tqdm(total=len(self), desc="reading labels", unit=" records", disable=hidden) as bar:
             for begin in range(0, len(self), _LABELS_AT_ONCE):
                 offsets = self.index.offsets[begin : begin + _LABELS_AT_ONCE]
                 found, sure = self.reader.read_classes(offsets)
@@ -210,7 +208,7 @@ class RecordSource(ImageSource):
         return len(self.index)
 
     def samples(self) -> list[Sample]:
-        """See ImageSource: beginning and end of each file."""
+        """See ImageDataset: beginning and end of each file."""
         files = (self.path_rec, self.path_idx, self.path_rec.with_name("property"))
         return [sample_file(path) for path in files if path.is_file()]
 
@@ -219,14 +217,14 @@ class RecordSource(ImageSource):
         return self.reader.where(int(self.index.offsets[index]), self.index.key(index))
 
     def find(self, name: str) -> int:
-        """See ImageSource: a record is called by its key."""
+        """See ImageDataset: a record is called by its key."""
         index = self.index.find(int(name)) if name.isdigit() else None
         if index is None:
             raise DataError(f"image {name!r}: no image has this key in {self.path_idx}")
         return index
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """See ImageSource. Raises RecordError, DataError."""
+        """See ImageDataset. Raises RecordError, DataError."""
         offset, end = self.index.place(index)
         key = self.index.key(index)
         payload = self.reader.read_at(offset, key, end)
@@ -240,20 +238,20 @@ class RecordSource(ImageSource):
         return encoded, self._label(header, index, self.num_classes)
 
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """See ImageSource. Raises RecordError, ImageError, DataError."""
+        """See ImageDataset. Raises RecordError, ImageError, DataError."""
         encoded, label = self.read_encoded(index)
         _decode(encoded, out, self, index)
         return label
 
     def will_need(self, begin: int, end: int) -> None:
-        """See ImageSource: the kernel reads these records ahead, in one go."""
+        """See ImageDataset: the kernel reads these records ahead, in one go."""
         self.reader.will_need(*self.index.span(begin, end))
 
     def _label(self, header: RecordHeader, index: int, num_classes: int | None) -> int:
         return check_label(class_of(header), num_classes, lambda: self.describe(index))
 
 
-class FolderSource(ImageSource):
+class FolderDataset(ImageDataset):
     """Images of `root/<class>/<image>`: the class folders in sorted order get the labels 0, 1, ...
 
     Hidden files are passed over; what else is no image is counted in a warning.
@@ -279,7 +277,7 @@ class FolderSource(ImageSource):
         return len(self.files)
 
     def samples(self) -> list[Sample]:
-        """See ImageSource: all names of classes and files, and how many belong together."""
+        """See ImageDataset: all names of classes and files, and how many belong together."""
         names = "\n".join((*self.class_names, *self.files)).encode(errors="surrogateescape")
         return [sample_bytes("class folders", names + self._labels.tobytes())]
 
@@ -292,11 +290,11 @@ class FolderSource(ImageSource):
         return self.root / self.class_names[self._labels[index]] / self.files[index]
 
     def labels(self) -> np.ndarray:
-        """See ImageSource."""
+        """See ImageDataset."""
         return self._labels
 
     def find(self, name: str) -> int:
-        """See ImageSource: an image is called <class folder>/<file>."""
+        """See ImageDataset: an image is called <class folder>/<file>."""
         folder, _, file = name.partition("/")
         label = self.find_class(folder)
         begin, end = np.searchsorted(self._labels, (label, label + 1))
@@ -306,24 +304,24 @@ class FolderSource(ImageSource):
         return at
 
     def find_class(self, name: str) -> int:
-        """See ImageSource: a class is called by its folder."""
+        """See ImageDataset: a class is called by its folder."""
         at = bisect.bisect_left(self.class_names, name)
         if at == len(self.class_names) or self.class_names[at] != name:
             raise DataError(f"class {name!r}: there is no such folder in {self.root}")
         return at
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """See ImageSource. Raises ImageError."""
+        """See ImageDataset. Raises ImageError."""
         return read_image_file(self.path(index)), int(self._labels[index])
 
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """See ImageSource. Raises ImageError, DataError."""
+        """See ImageDataset. Raises ImageError, DataError."""
         encoded, label = self.read_encoded(index)
         _decode(encoded, out, self, index)
         return label
 
 
-class SyntheticSource(ImageSource):
+class SyntheticDataset(ImageDataset):
     """Images made of noise, for benchmarks and smoke runs: image and label depend on index only.
 
     Half of each image is its class's own pattern, so that a network can learn it.
@@ -333,9 +331,9 @@ class SyntheticSource(ImageSource):
         self.num_classes, self.num_images, self.input_size = num_classes, num_images, input_size
         self._pixels = input_size * input_size * 3
         # One block of noise; every image is a mixture of two places in it.
-        self._places = 1 << 18
+        self._num_places = 1 << 18
         rng = np.random.default_rng(0)
-        self._noise = rng.integers(0, 256, self._places + self._pixels, dtype=np.uint8)
+        self._noise = rng.integers(0, 256, self._num_places + self._pixels, dtype=np.uint8)
 
     def __len__(self) -> int:
         return self.num_images
@@ -345,12 +343,12 @@ class SyntheticSource(ImageSource):
         return f"synthetic image {index}"
 
     def labels(self) -> np.ndarray:
-        """See ImageSource."""
+        """See ImageDataset."""
         draws = hash_indices(np.arange(self.num_images), _OF_IMAGE)
         return (draws % np.uint64(self.num_classes)).astype(np.int64)
 
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """See ImageSource."""
+        """See ImageDataset."""
         draws = hash_indices(np.array([index]), _OF_IMAGE)
         label = int(draws[0] % np.uint64(self.num_classes))
         of_class = hash_indices(np.array([label]), _OF_CLASS)
@@ -359,8 +357,12 @@ class SyntheticSource(ImageSource):
         out[...] = ((image >> 1) + (pattern >> 1)).reshape(out.shape)
         return label
 
+    def samples(self) -> list[Sample]:
+        """See ImageDataset. Checkpoints hold the class's first name."""
+        return [sample_bytes("SyntheticSource", f"{len(self)} {self.num_classes}".encode())]
+
     def _slice(self, place: int) -> np.ndarray:
-        place %= self._places
+        place %= self._num_places
         return self._noise[place : place + self._pixels]
 
 
@@ -468,7 +470,7 @@ def check_num_classes(wanted: int, needed: int, where: str) -> None:
         )
 
 
-def _decode(encoded: bytes | memoryview, out: np.ndarray, source: ImageSource, index: int) -> None:
+def _decode(encoded: bytes | memoryview, out: np.ndarray, source: ImageDataset, index: int) -> None:
     try:
         decode_into(encoded, out, "")
     except ImageError:
