@@ -182,7 +182,8 @@ def train(
 
 def micro_batches(loader: DataLoader, count: int, meter: SpeedMeter) -> Iterator[list[Batch]]:
     """The epoch's batches in groups of `count`, one group per optimizer step; a group that
-    stays incomplete at the end is dropped. Time spent waiting goes to the meter."""
+    stays incomplete at the end is dropped. Time spent waiting goes to the meter.
+    """
     batches = iter(loader)
     while True:
         start = time.perf_counter()

@@ -323,7 +323,8 @@ class PartialFC(nn.Module):
 
     def sampled_centers(self) -> tuple[ClassCenters, Tensor | None]:
         """The rows that take part in the step in progress, as constants, and the classes of this
-        rank they belong to ([S] int64; None: all). From `forward` until `backward` moves them."""
+        rank they belong to ([S] int64; None: all). From `forward` until `backward` moves them.
+        """
         return self._centers(), None if self._sample is None else self._sample.classes
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -432,7 +433,8 @@ class PartialFC(nn.Module):
 
     def _next_rows(self) -> Callable[[], Tensor]:
         """How to find the rows the next step will probably want: its negatives, were there no
-        positives. The draw is named now, the finding may come later and in another thread."""
+        positives. The draw is named now, the finding may come later and in another thread.
+        """
         draw = self._samples_drawn
 
         def find() -> Tensor:
@@ -455,7 +457,7 @@ class PartialFC(nn.Module):
         return LocalCenters(self.weight, self.row_optimizer, self.bias, self._bias_optimizer, rows)
 
     def _rows_of_sample(self) -> tuple[Tensor, Tensor | None]:
-        """weight and bias of the classes that take part, for autograd."""
+        """Weight and bias of the classes that take part, for autograd."""
         rows = self._sampled_rows()
         if rows is None:
             return self.weight, self.bias

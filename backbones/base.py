@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [N, in_channels, input_size, input_size] -> the features of the body."""
+        """Images [N, in_channels, input_size, input_size] -> the features of the body."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_features")
 
     def forward_embedding(self, features: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say the order of its layers")
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [N, in_channels, input_size, input_size] -> embeddings [N, num_features]."""
+        """Images [N, in_channels, input_size, input_size] -> embeddings [N, num_features]."""
         return self.forward_embedding(self.forward_features(images))
 
     def _check_images(self, images: Tensor) -> None:

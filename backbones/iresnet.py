@@ -109,7 +109,7 @@ class IResNet(Backbone):
         return [("conv1", "bn1", "prelu"), *stages, ("bn2", "fc", "features")]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [N, C, S, S] -> [N, 8 * width, ceil(S / 16), ceil(S / 16)]."""
+        """Images [N, C, S, S] -> [N, 8 * width, ceil(S / 16), ceil(S / 16)]."""
         self._check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -30,7 +30,8 @@ _KINDS = {
 
 class Macs(NamedTuple):
     """Multiply-accumulates of one forward pass over one image, by kind of layer; and `elements`,
-    what the published numbers count besides."""
+    what the published numbers count besides.
+    """
 
     convolution: int = 0
     linear: int = 0

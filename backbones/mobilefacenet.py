@@ -155,7 +155,7 @@ class MobileFaceNet(Backbone):
         return [*parts, ("conv_sep", "features")]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [N, C, S, S] -> [N, 128 * scale, ceil(S / 16), ceil(S / 16)]."""
+        """Images [N, C, S, S] -> [N, 128 * scale, ceil(S / 16), ceil(S / 16)]."""
         self._check_images(images)
         x = images
         for part in self.layers:

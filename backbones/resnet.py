@@ -153,7 +153,7 @@ class ResNet(Backbone):
         return [("conv1", "bn1"), *stages, ("fc",)]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [N, C, S, S] -> [N, 8 width expansion, S / 32, S / 32], rounded up."""
+        """Images [N, C, S, S] -> [N, 8 width expansion, S / 32, S / 32], rounded up."""
         self._check_images(images)
         x = self.maxpool(relu(self.bn1(self.conv1(images))))
         for stage in range(1, 5):

@@ -214,7 +214,7 @@ class VisionTransformer(Backbone):
         return [("patch_embed", "pos_embed"), *blocks, ("norm", "mask_token", "feature")]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [N, C, S, S] -> all tokens, flattened: [N, patches * embed_dim]."""
+        """Images [N, C, S, S] -> all tokens, flattened: [N, patches * embed_dim]."""
         self._check_images(images)
         tokens = self.patch_embed(images) + self.pos_embed
         order = None

@@ -151,7 +151,8 @@ def save_model(
 
 def _serialize(state: OrderedDict[str, Tensor], file: BinaryIO) -> None:
     """torch.save, whose errors say why the disk refused: torch's writer turns an OSError into a
-    RuntimeError about positions."""
+    RuntimeError about positions.
+    """
     try:
         torch.save(state, file)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Does an option cost accuracy? The same run with and without it, from several seeds.
+r"""Does an option cost accuracy? The same run with and without it, from several seeds.
 
     python -m benchmarks.bench_accuracy configs/demo rec=demo_data num_epoch=1 max_steps=26 \\
         --ranks 2 --variant precision=bf16

@@ -113,7 +113,8 @@ def make_index(folder: Path, images: int) -> Path:
 
 class PillowSet(torch.utils.data.Dataset):
     """The published way without MXNet: a dict of keys, one file handle per worker, Pillow, float
-    tensors."""
+    tensors.
+    """
 
     def __init__(self, root: Path) -> None:
         self.path = root / "train.rec"
@@ -183,7 +184,8 @@ def decode_only(files: list[bytes], cores: int, cached: bool) -> list[tuple[None
 
 def measure_loader(loader: str, root: Path, cores: int, connection: Any) -> None:
     """Serve in a process: each "go" is answered by images per second, images per second of CPU
-    time, and MiB of the loader."""
+    time, and MiB of the loader.
+    """
     os.sched_setaffinity(0, range(cores))
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

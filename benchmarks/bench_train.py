@@ -103,7 +103,8 @@ def rows(device: str, which: str, more: Keys) -> list[Row]:
 
 def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]:
     """The second table: ours against ours with one key changed; few classes, so that the backbone
-    is most of the step, but for the head's own option."""
+    is most of the step, but for the head's own option.
+    """
     few, many, batch = (2_000, 2_000, 8) if quick else (2_000, 100_000, 64)
     keys = {**OURS[device], **more}
     ours = Side("ours", keys)
@@ -137,7 +138,8 @@ def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]
 
 class Bench:
     """Compares rows on one device. steps: per log interval. records: a folder, or None for
-    generated input."""
+    generated input.
+    """
 
     def __init__(self, device: str, steps: int, repeats: int, records: Path | None) -> None:
         self.device, self.steps, self.repeats, self.records = device, steps, repeats, records
@@ -212,7 +214,8 @@ class Bench:
 
     def matmul_peak(self, precision: str) -> float:
         """FLOP/s, measured once per precision in a process of its own (whose memory a run that is
-        started from here would otherwise count as its own peak)."""
+        started from here would otherwise count as its own peak).
+        """
         if precision not in self.peaks:
             self.peaks[precision] = in_a_process(measure_matmul, self.device, precision)
         return self.peaks[precision]

@@ -194,7 +194,8 @@ def count(
 
 def predict(peaks: Peaks, counted: HeadOperations) -> dict[str, float]:
     """Milliseconds of the host, which starts the kernels, and of the device, which runs them; the
-    step takes the longer of the two."""
+    step takes the longer of the two.
+    """
     host = launch_seconds(counted)
     device = counted.total(
         lambda operations: sum(

@@ -125,7 +125,8 @@ def start_ranks(
     words: Sequence[str], world_size: int, log: Any, threads: int | None
 ) -> list[subprocess.Popen[bytes]]:
     """A Python process per rank with these words, in the repository's folder. A run without
-    threads and with one rank has the environment as it is."""
+    threads and with one rank has the environment as it is.
+    """
     shared = dict(os.environ)
     if threads is not None:
         shared |= {

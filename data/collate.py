@@ -22,7 +22,8 @@ ON_BAD_RECORD = ("error", "skip")
 
 class LoadedBatch(NamedTuple):
     """images: uint8 [b, H, W, 3], RGB; labels: int64 [b]; skipped: why each bad image was
-    replaced."""
+    replaced.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -133,7 +134,8 @@ class BatchLoader:
 
     def fetch_ahead(self, epoch: int, step: int, first: bool = False) -> None:
         """At the start, and whenever a batch enters a new window of a block-wise order: let the
-        source fetch what the next window needs."""
+        source fetch what the next window needs.
+        """
         window = self.order.window_size
         if not window:
             return

@@ -154,7 +154,8 @@ class DaliPool:
 
     def _read(self, epoch: int, step: int) -> _Encoded:
         """The encoded images of a batch; what cannot be read, or was cut off, or has another size,
-        is found now."""
+        is found now.
+        """
         make = self._make
         make.fetch_ahead(epoch, step)
         indices = make.indices(epoch, step)
@@ -176,7 +177,8 @@ class DaliPool:
 
     def _check(self, encoded: bytes | memoryview, index: int) -> None:
         """Refuse what DALI would take all the same: other sizes, and a JPEG that was cut off, of
-        which it makes up the rest."""
+        which it makes up the rest.
+        """
         where, wanted = self._make.source.describe(index), self._make.source.input_size
         height, width = image_size(memoryview(encoded), where)
         if (height, width) != (wanted, wanted):
@@ -317,7 +319,8 @@ def _replace_bad(batch: _Encoded) -> None:
 
 def _outside(boxes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """What lies around each box (top, left, height, width), int32 [b, 4], as four boxes: their
-    corners and sizes (y, x), float32 [b, 8] each."""
+    corners and sizes (y, x), float32 [b, 8] each.
+    """
     top, left, height, width = boxes.T
     zero, whole = np.zeros_like(top), np.full_like(top, size)
     at = np.stack([zero, zero, top + height, zero, zero, zero, zero, left + width], axis=1)

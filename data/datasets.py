@@ -65,7 +65,8 @@ class ImageDataset(ABC):
     @abstractmethod
     def read_into(self, index: int, out: np.ndarray) -> int:
         """Decode image `index` as RGB into `out`, uint8 [input_size, input_size, 3]; its label in
-        [0, num_classes)."""
+        [0, num_classes).
+        """
 
     @abstractmethod
     def labels(self) -> np.ndarray:
@@ -428,7 +429,8 @@ def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """By its name, unless it is a folder, a pipe, ... What cannot be looked at stays an image: to
-    read it is the error that says why."""
+    read it is the error that says why.
+    """
     if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
         return False
     try:

@@ -151,7 +151,8 @@ def _is_cmyk(data: memoryview) -> bool:
 
 def _rgb_of_cmyk(inks: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 4] as JPEGs have them, 255 for no ink (Adobe's habit), to RGB without a
-    color profile: what is left of the light after its own ink and black."""
+    color profile: what is left of the light after its own ink and black.
+    """
     black = inks[:, :, 3:].astype(np.uint16)
     return ((inks[:, :, :3] * black + 127) // 255).astype(np.uint8)
 

@@ -26,7 +26,8 @@ def sample_bytes(name: str, content: bytes) -> Sample:
 
 def sample_file(path: Path) -> Sample:
     """Name, bytes, hash of the first and last MiB: tells two data sets apart without reading
-    them, and says the same of two copies on two machines, as a time of change would not."""
+    them, and says the same of two copies on two machines, as a time of change would not.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -120,7 +120,8 @@ class ImageIndex:
 
     def place(self, image: int) -> tuple[int, int | None]:
         """Byte offset of the record of image `image`, and where the index starts the next record
-        (None where the records are not in the order of their keys). Raises RecordError."""
+        (None where the records are not in the order of their keys). Raises RecordError.
+        """
         offset = int(self._offsets[image])
         if not self._increasing:
             return offset, None
@@ -135,7 +136,8 @@ class ImageIndex:
 
 def open_index(path_idx: str | os.PathLike[str], reader: RecordReader) -> ImageIndex:
     """Which records of `reader` are images, by the index at `path_idx`, from a cache where there
-    is one. Raises RecordError."""
+    is one. Raises RecordError.
+    """
     path = Path(path_idx)
     try:
         if path.stat().st_size < CACHE_FROM_BYTES:
@@ -166,7 +168,8 @@ def _index_images(path: Path, reader: RecordReader) -> Built:
 
 def _check_end(path: Path, index: RecordIndex, reader: RecordReader) -> None:
     """A file that was cut off is found when it is opened, by its last record; any other damage of
-    that record is an error, or skipped, when it is read. Raises TruncatedError."""
+    that record is an error, or skipped, when it is read. Raises TruncatedError.
+    """
     last = int(index.offsets.argmax())
     offset, key = int(index.offsets[last]), int(index.keys[last])
     try:
@@ -363,7 +366,8 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
 
 def _check_boundary(index: RecordIndex, reader: RecordReader, num_keys: int) -> None:
     """Where images end and identities begin has to be where the header record says: a damaged
-    count must not make the set silently smaller. Raises RecordError."""
+    count must not make the set silently smaller. Raises RecordError.
+    """
     for key, is_image in ((num_keys - 1, True), (num_keys, False)):
         lines = np.flatnonzero(index.keys == key)
         if key and len(lines) and _is_header_record_at(index, reader, int(lines[0])) is is_image:
@@ -385,7 +389,8 @@ def _is_header_record_at(index: RecordIndex, reader: RecordReader, line: int) ->
 
 def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:
     """The first key that is no image. `stated` comes from a float32: beyond 2**24 it may be off by
-    one or two (Glint360K has 17,091,657 images), so the records around it decide."""
+    one or two (Glint360K has 17,091,657 images), so the records around it decide.
+    """
     near = np.flatnonzero((np.abs(index.keys - stated) <= 4) & (index.keys > 0))
     for line in near[np.argsort(index.keys[near])]:
         key, offset = int(index.keys[line]), int(index.offsets[line])

@@ -311,7 +311,8 @@ class RecordReader:
 
     def _read_usual(self, offset: int, limit: int) -> bytes | None:
         """The payload of a sound record in one part within one window, by the rules of `_read`,
-        which sorts out everything else (None). Nine tenths of the reader's own time are saved."""
+        which sorts out everything else (None). Nine tenths of the reader's own time are saved.
+        """
         room = limit - offset
         if offset < 0 or offset % 4 or room < PART_HEADER.size:
             return None
@@ -469,7 +470,8 @@ class RecordWriter:
 
     def rewrite_first(self, payload: bytes) -> None:
         """Replace the record at byte 0 by one of the same framed size (a header record whose
-        counts are known only at the end)."""
+        counts are known only at the end).
+        """
         framed = frame_record(payload)
         if len(framed) != self._first_size:
             raise RecordError(

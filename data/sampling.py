@@ -34,7 +34,8 @@ class Sampler(ABC):
 
     def window(self, position: int, epoch: int) -> list[tuple[int, int]]:
         """The ranges of images (begin, end) from which the positions of one window come, the one
-        that `position` is in."""
+        that `position` is in.
+        """
         return []
 
 

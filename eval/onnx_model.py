@@ -145,7 +145,7 @@ class OnnxEmbedder:
 def open_session(
     path: Path, device: torch.device | str = "cpu", threads: int | None = None
 ) -> onnxruntime.InferenceSession:
-    """onnxruntime's session of a file. Raises OnnxModelError."""
+    """Onnxruntime's session of a file. Raises OnnxModelError."""
     if not path.is_file():
         raise OnnxModelError(f"{path}: no such file; give the path of an .onnx")
     device = torch.device(device)

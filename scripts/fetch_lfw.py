@@ -45,7 +45,8 @@ _IMAGE_FOLDERS = ("lfw_funneled", "lfw-deepfunneled", "lfw", "train", "lfw_home/
 
 def center_crop(encoded: bytes, where: str) -> bytes:
     """The middle 112 x 112 pixels as a JPEG; an image of that size stays byte for byte, a smaller
-    one is enlarged. Raises ImageError."""
+    one is enlarged. Raises ImageError.
+    """
     image = decode_image(encoded, where)
     height, width = image.shape[:2]
     if (height, width) == (SIZE, SIZE) and encoded[:2] == b"\xff\xd8":
@@ -163,7 +164,8 @@ def _write_pairs(
 
 def download(folder: Path) -> Path:
     """LFW (funnelled) and its pairs by scikit-learn's downloader, which checks their hashes and
-    keeps them in `folder`; returns where they are. Raises DataError without scikit-learn."""
+    keeps them in `folder`; returns where they are. Raises DataError without scikit-learn.
+    """
     try:
         from sklearn.datasets import fetch_lfw_people
     except ImportError as error:

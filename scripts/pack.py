@@ -48,7 +48,8 @@ _LABEL_COLUMNS = ("label", "class", "identity", "id", "name")
 
 class Listing(NamedTuple):
     """What to pack, in order. labels: int64 [n], the class of each; vectors: the labels of each
-    where there are several; keys: int64 [n] where the list gives them; class_names by label."""
+    where there are several; keys: int64 [n] where the list gives them; class_names by label.
+    """
 
     paths: list[str]
     labels: np.ndarray
@@ -239,7 +240,8 @@ def _read_lst(path: Path, include: Sequence[str]) -> Listing:
 
 def _read_csv(path: Path, include: Sequence[str]) -> Listing:
     """Columns path and label, in this order or as the first line names them. Labels are class
-    numbers, or, where one of them is not a whole number, names: numbered in sorted order."""
+    numbers, or, where one of them is not a whole number, names: numbered in sorted order.
+    """
     names: list[str] = []
     texts: list[str] = []
     path_column, label_column = 0, 1

@@ -119,7 +119,8 @@ def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
 
 def describe_head(needs: Requirements, machine: Machine) -> dict[str, Any] | None:
     """Kernel launches and gigabytes of a step of the fused head, all its passes; None for others.
-    On a GPU also the seconds that the host takes to start them, and the device to run them."""
+    On a GPU also the seconds that the host takes to start them, and the device to run them.
+    """
     if needs.head.operations is None:
         return None
     counted = needs.head.operations()

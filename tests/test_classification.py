@@ -431,7 +431,7 @@ def test_boxes_differ_by_epoch_seed_and_image_and_cover_the_areas():
 
 @pytest.mark.parametrize(("height", "width"), [(40, 30), (33, 97), (20, 20), (120, 35)])
 def test_pictures_are_resized_as_pillow_does(height, width):
-    """torchvision resizes by Pillow, and published weights were trained on that."""
+    """Torchvision resizes by Pillow, and published weights were trained on that."""
     image = pytest.importorskip("PIL.Image")
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = np.asarray(image.fromarray(picture).resize((27, 31), image.Resampling.BILINEAR))

@@ -83,12 +83,12 @@ def test_the_hash_is_of_names_and_contents_of_the_code(tmp_path: Path) -> None:
     assert int(first, 16) >= 0
     (two / "work_dirs").mkdir()
     (two / "work_dirs" / "config.py").write_text("not ours")
-    (two / "head" / "notes.txt").write_text("not code")
+    (two / "arcshard" / "notes.txt").write_text("not code")
     assert source_sha256(two) == first
-    (two / "head" / "engine.py").write_text("# other\n")
+    (two / "arcshard" / "head" / "fused.py").write_text("# other\n")
     assert source_sha256(two) != first
     three = make_code(tmp_path / "three")
-    (three / "head" / "engine.py").rename(three / "head" / "motor.py")
+    (three / "arcshard" / "head" / "fused.py").rename(three / "arcshard" / "head" / "motor.py")
     assert source_sha256(three) != first
 
 

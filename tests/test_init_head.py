@@ -1,5 +1,6 @@
 """init_head: kept identities keep their centers and state bit for bit, new ones start at the mean
-embedding of their images, whatever the order of the classes and the number of ranks."""
+embedding of their images, whatever the order of the classes and the number of ranks.
+"""
 
 from __future__ import annotations
 

@@ -209,7 +209,8 @@ def mutations(size: int, rng: np.random.Generator, count: int) -> Iterator[tuple
 @pytest.mark.slow
 def test_20000_mutated_files_are_named_exactly(intact: Path, tmp_path: Path) -> None:
     """Any bit of records or index: whatever changed is named by verify or refused by the index
-    reader, and nothing else is named."""
+    reader, and nothing else is named.
+    """
     before = payloads_of(intact / "train.rec")
     contents = {name: (intact / name).read_bytes() for name in ("train.rec", "train.idx")}
     (tmp_path / "train.manifest").write_bytes((intact / "train.manifest").read_bytes())

@@ -588,7 +588,7 @@ def test_as_many_changes_together_as_are_needed_where_one_is_not_enough(monkeypa
             needs=SimpleNamespace(footprint=SimpleNamespace(total=total)), fits=total <= limit
         )
 
-    monkeypatch.setattr(plan, "make_plan", sized)
+    monkeypatch.setattr("training.planner.plan.make_plan", sized)
     cfg = small(head_workspace_mib=256)
     setting = plan.Setting(GPUS["v100"], 1, Links(), 300, 4096)
     limit = 60

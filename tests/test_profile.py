@@ -128,7 +128,8 @@ def event(
 
 def test_on_a_gpu_kernels_count_for_the_phase_that_asked_for_them() -> None:
     """Also those of backward, which autograd starts in a thread of its own; the ranges that the
-    profiler shows on the device count for nothing, and a collective once."""
+    profiler shows on the device count for nothing, and a collective once.
+    """
     seen = [
         event("arcshard/data", 0, 1000),
         event("arcshard/forward", 1000, 1400),

@@ -271,7 +271,7 @@ def test_a_damaged_file_is_refused(run: Path, damage: bytes | None):
 
 
 def assert_in_our_words(error: WeightsError) -> None:
-    """torch's own text advises to load the file without its protection."""
+    """Torch's own text advises to load the file without its protection."""
     for words in ("weights_only", "PyTorch", "torch.load", "trust", "\n"):
         assert words not in str(error)
 

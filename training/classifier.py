@@ -43,7 +43,8 @@ class SplitClassifier(PartialFC):
         self, local_embeddings: Tensor, local_labels: Tensor, learning_rate: float | None = None
     ) -> Tensor:
         """See PartialFC. `mean_pairwise_cosine` stays None: features behind a ReLU all point much
-        the same way, and the cosine is not what this loss looks at."""
+        the same way, and the cosine is not what this loss looks at.
+        """
         loss = super().forward(local_embeddings, local_labels, learning_rate)
         self.mean_pairwise_cosine = None
         return loss
@@ -275,7 +276,7 @@ def _rank_of_targets(
 
 
 def whole_classifier(head: Head) -> dict[str, Tensor]:
-    """weight [C, D] and bias [C] in host memory on the first rank, {} elsewhere; all ranks call it.
+    """Weight [C, D] and bias [C] in host memory on the first rank, {} elsewhere; all ranks call it.
 
     Views of the parameters where they are whole and there already.
 

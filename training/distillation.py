@@ -126,7 +126,8 @@ class LogitsDistillation:
 
     def __call__(self, images: Sequence[Tensor], local_embeddings: Tensor) -> Tensor:
         """See CosineDistillation. Between the head's forward, which draws the step's classes, and
-        its backward, which may move their centers."""
+        its backward, which may move their centers.
+        """
         taught = torch.cat([self.teacher(each) for each in images])
         unit = normalize(local_embeddings.to(self.head.work_dtype))
         student, classes = self.head.sampled_centers()

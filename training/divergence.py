@@ -201,7 +201,8 @@ class DivergenceMonitor:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running numbers themselves, [len(fields)] float64 in host memory, for a checkpoint
-        to copy or to fill."""
+        to copy or to fill.
+        """
         self._read()
         return {"tally": self._tally}
 

@@ -60,7 +60,8 @@ class RankStatus(NamedTuple):
 
 class Stragglers(NamedTuple):
     """Ranks in trouble: left (said why), stopped (say nothing any more), behind (alive, but have
-    not come as far as we have), silent (never said a word); and whom ranks that left missed."""
+    not come as far as we have), silent (never said a word); and whom ranks that left missed.
+    """
 
     left: list[int]
     stopped: list[int]

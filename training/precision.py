@@ -82,7 +82,8 @@ def named_policy(name: str | None, has_bf16: bool) -> Precision:
 def allow_tf32(allowed: bool) -> None:
     """Whether products of fp32 tensors on GPUs may be TF32; PyTorch itself allows it for
     convolutions from the start. (These are the older names of the switches: torch 2.13's compiler
-    reads them, and refuses to after the newer ones were used.)"""
+    reads them, and refuses to after the newer ones were used.)
+    """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 

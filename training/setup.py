@@ -60,7 +60,8 @@ def check_output(output: str | Path) -> Path:
 
 def archive_earlier_run(folder: Path) -> None:
     """Move what an earlier run left in the folder into previous_<k>/: nothing is overwritten,
-    and files of two runs are not mixed."""
+    and files of two runs are not mixed.
+    """
     earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if not earlier:
         return

@@ -19,7 +19,8 @@ EXIT_AT_ONCE = 130
 
 class StopSignals:
     """While entered, the first SIGTERM, SIGINT or SIGUSR1 sets `received`; a second SIGINT ends
-    the process at once with exit code 130. Only in the main thread."""
+    the process at once with exit code 130. Only in the main thread.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

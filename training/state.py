@@ -182,7 +182,8 @@ class RunState:
 
     def _part_of_head(self, tensor: Tensor) -> TensorShard:
         """Of a tensor with a row per class center: this rank's rows, its columns where features
-        are split, or all of it where nothing is (one rank writes that)."""
+        are split, or all of it where nothing is (one rank writes that).
+        """
         head = self.parts.head
         if isinstance(head, LayerClassifier) and head.dim == 0 and tensor.dim() == 2:
             return TensorShard(tensor, head.features.start, head.embedding_size, dim=1)

@@ -130,7 +130,8 @@ class TrainStep:
     def _centers_only(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
         """Forward without a graph, and the head's own step. Nothing of the backbone has a gradient
         that could overflow: no loss scaler, and a single batch's centers move in backward. Nor one
-        that a teacher could change: centers learn from the head's own loss alone."""
+        that a teacher could change: centers learn from the head's own loss alone.
+        """
         with phase("forward"), torch.no_grad():
             embeddings = [self._bare(batch.images) for batch in micro_batches]
         labels = [batch.labels for batch in micro_batches]
@@ -221,7 +222,8 @@ class TrainStep:
         self, loss: Tensor, batches: Sequence[Batch], embeddings: Tensor, count: int = 1
     ) -> tuple[Tensor, Tensor]:
         """(what is differentiated, the head's loss) of one of `count` shares of the step. Where
-        the teacher's loss is not finite neither is the head's, so that nothing moves."""
+        the teacher's loss is not finite neither is the head's, so that nothing moves.
+        """
         loss = loss / count
         if self.distillation is None:
             return loss, loss
@@ -233,7 +235,8 @@ class TrainStep:
 
     def _summed_over_ranks(self, embeddings: Tensor) -> Tensor:
         """The loss is the mean over the global batch already: gradients must be added over
-        ranks, but DDP averages them."""
+        ranks, but DDP averages them.
+        """
         if self.head.world_size == 1:
             return embeddings
         scaled: Tensor = _TimesInBackward.apply(embeddings, self.head.world_size)

@@ -124,7 +124,8 @@ def find_config_file(path: str | Path) -> Path:
 
 def save_config(config: Config, path: str | Path, **resolved: object) -> None:
     """Write the resolved config as JSON; secrets are left out. `resolved` adds what the run
-    found out itself (world size, number of classes, ...)."""
+    found out itself (world size, number of classes, ...).
+    """
     values = {**plain_values(config), "resolved": resolved}
     Path(path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 

@@ -35,7 +35,8 @@ def list_some(problems: Sequence[str], limit: int = _LISTED) -> str:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write one of many files so that it appears whole; its folder is made. Not flushed to the
-    disk one by one: the staging folder they lie in is renamed when all are there."""
+    disk one by one: the staging folder they lie in is renamed when all are there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     aside.write_bytes(content)

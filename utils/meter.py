@@ -11,7 +11,8 @@ import torch
 
 class Rates(NamedTuple):
     """samples_per_second over all ranks, data_wait_share in [0, 1], hours_left,
-    peak_memory_gib: of this rank's GPU allocator (reserved), or of the process on a CPU."""
+    peak_memory_gib: of this rank's GPU allocator (reserved), or of the process on a CPU.
+    """
 
     samples_per_second: float
     data_wait_share: float

@@ -37,7 +37,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """left @ right with operands in `dtype`; the result in fp32 (fp64 for fp64) at least.
+    """Left @ right with operands in `dtype`; the result in fp32 (fp64 for fp64) at least.
 
     Half-precision products add up in fp32; a GPU hands over those sums, a CPU rounds them once.
     """

@@ -120,7 +120,8 @@ class _ShardedDivergence(torch.autograd.Function):
 @dataclass
 class _Block:
     """Some classes of the step: a, t [B, n], -inf where the teacher does not know the class, their
-    difference t - a, and what the student's gradient goes through."""
+    difference t - a, and what the student's gradient goes through.
+    """
 
     a: Tensor
     t: Tensor
@@ -192,7 +193,8 @@ class _Blocks:
 
 def _sums_here(blocks: _Blocks) -> Tensor:
     """[5, B] over this rank's classes: peak of t, sum of exp(t - peak), the same of a, and
-    sum of exp(t - peak) (t - a)."""
+    sum of exp(t - peak) (t - a).
+    """
     sums = blocks.student.new_zeros(5, len(blocks.student))
     sums[0], sums[2] = -math.inf, -math.inf
     for block in blocks:
@@ -210,7 +212,8 @@ def _sums_here(blocks: _Blocks) -> Tensor:
 
 def _combine(sums: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Over all ranks, [B] each: the divergence of p from q, log-sum-exp of t and of a (0 where
-    there is no class)."""
+    there is no class).
+    """
     parts = sums[None]
     if group is not None:
         parts = sums.new_empty(group.size() * 5, sums.shape[1])

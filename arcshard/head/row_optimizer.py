@@ -187,7 +187,7 @@ class SGDRows(RowOptimizer):
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """v = mu v + g + wd w;  w = w - lr v: torch's fused kernel, one pass over the rows."""
+        """V = mu v + g + wd w;  w = w - lr v: torch's fused kernel, one pass over the rows."""
         sgd(
             [weight],
             [gradient],

@@ -114,7 +114,8 @@ class BlockCost:
 @dataclass(frozen=True)
 class Plan:
     """How `num_rows` rows are cut into blocks, of how many the numerators are kept, and of how
-    many the copied centers (sampled rows) stay as well."""
+    many the copied centers (sampled rows) stay as well.
+    """
 
     num_rows: int
     rows_per_block: int

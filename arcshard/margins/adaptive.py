@@ -85,7 +85,7 @@ class AdaFace(Margin):
         return {"quality": quality.clamp(-1.0, 1.0)}, after
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """phi and dphi/dcos; the slope is 0 where the angle is clipped."""
+        """Phi and dphi/dcos; the slope is 0 where the angle is clipped."""
         assert context is not None, "AdaFace needs the context of its batch"
         cosine = at_least_fp32(similarity)
         shift = -self.margin * context["quality"].to(cosine.dtype)
@@ -156,7 +156,7 @@ class MagFace(Margin):
         return {"margin": margin, "slope": slope * self._unclipped(norms)}, state
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """phi and dphi/dcos."""
+        """Phi and dphi/dcos."""
         assert context is not None, "MagFace needs the context of its batch"
         cosine = at_least_fp32(similarity)
         phi, slope, _ = cosine_with_linear_tail(cosine, context["margin"].to(cosine.dtype))
@@ -239,7 +239,7 @@ class CurricularFace(Margin):
         return {"threshold": torch.cos(torch.acos(cosine) + self.margin), "t": t}, {"t": t}
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """phi and dphi/dcos."""
+        """Phi and dphi/dcos."""
         phi, slope, _ = cosine_with_linear_tail(at_least_fp32(similarity), self.margin)
         return phi.to(similarity.dtype), slope.to(similarity.dtype)
 
@@ -315,7 +315,7 @@ class ElasticFace(Margin):
         return {"margin": margins}, state
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """phi and dphi/dcos."""
+        """Phi and dphi/dcos."""
         assert context is not None, "ElasticFace needs the context of its batch"
         cosine = at_least_fp32(similarity)
         margin = context["margin"].to(cosine.dtype)

@@ -87,7 +87,7 @@ class Margin(ABC):
 
     @abstractmethod
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """phi and dphi/dsimilarity of target similarities.
+        """Phi and dphi/dsimilarity of target similarities.
 
         Args:
             similarity: [B] floating; taken as constants (no graph is built). Cosines a rounding
@@ -103,7 +103,7 @@ class Margin(ABC):
         return None
 
     def others(self, similarities: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """f and df/dsimilarity of classes that are not the target.
+        """F and df/dsimilarity of classes that are not the target.
 
         Args:
             similarities: [B, n]; may be overwritten.
@@ -172,12 +172,12 @@ def at_least_fp32(cosine: Tensor) -> Tensor:
 
 
 def angle_for_slope(cosine: Tensor) -> Tensor:
-    """theta of the cosine clamped to +-(1 - 1e-6), for use inside derivatives only."""
+    """Theta of the cosine clamped to +-(1 - 1e-6), for use inside derivatives only."""
     return torch.acos(cosine.clamp(-1.0 + DERIVATIVE_CLAMP, 1.0 - DERIVATIVE_CLAMP))
 
 
 def monotone_cosine(angle: Tensor) -> tuple[Tensor, Tensor]:
-    """cos continued monotonously past pi: (value, slope with respect to the angle).
+    """Cos continued monotonously past pi: (value, slope with respect to the angle).
 
     With k = floor(angle / pi): (-1)^k cos(angle) - 2k (Liu et al. 2017, arXiv:1704.08063, eq. 7).
     """

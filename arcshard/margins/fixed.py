@@ -126,7 +126,7 @@ class CombinedMargin(Margin):
         return text
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """phi and dphi/dcos of target cosines of any shape."""
+        """Phi and dphi/dcos of target cosines of any shape."""
         cosine = at_least_fp32(similarity)
         if self.m1 == 1.0 and self.m2 == 0.0:
             phi, slope = cosine - self.m3, torch.ones_like(cosine)

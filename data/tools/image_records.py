@@ -90,7 +90,8 @@ class ImageRecords:
 
     def stated(self) -> Property:
         """What the `property` file states; without one no classes, and the size of the first
-        image. Raises RecordError, ImageError."""
+        image. Raises RecordError, ImageError.
+        """
         path = self.path_rec.with_name("property")
         if path.is_file():
             return read_property(path)

@@ -225,7 +225,8 @@ class RecordSetWriter:
 
     def _publish(self) -> None:
         """Rename into place. A kill between two steps never leaves old facts beside new records:
-        the index goes first and comes last, and without it nothing opens the set."""
+        the index goes first and comes last, and without it nothing opens the set.
+        """
         names = [*_RECORDS, "property", "label_map.txt"]
         names.sort(key=lambda name: name == "train.idx")
         if (self._staging / "train.rec").exists():  # else a run before this one got that far
@@ -305,7 +306,8 @@ class _ClassRuns:
 
     def ranges(self, num_classes: int, end: int) -> list[tuple[int, int]]:
         """(first key, last key + 1) of every class; nothing where they are mixed, or where most
-        labels have no image (one label of 2**30 would make as many records)."""
+        labels have no image (one label of 2**30 would make as many records).
+        """
         if not self._in_order or num_classes > 2 * len(self._labels) + _MANY:
             return []
         ranges: list[tuple[int, int]] = []

@@ -43,7 +43,8 @@ class Images(NamedTuple):
 
 class Described(NamedTuple):
     """The records that only describe others, in the order of the file: their keys (int64 [m], -1
-    where the index does not list them) and the two numbers they state (float64 [m])."""
+    where the index does not list them) and the two numbers they state (float64 [m]).
+    """
 
     keys: np.ndarray
     first: np.ndarray

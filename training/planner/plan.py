@@ -1,5 +1,6 @@
 """A plan: memory and time of one configuration on one kind of machine, and what would make it
-fit."""
+fit.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +180,8 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
 
 def what_would_fit(cfg: Config, setting: Setting) -> list[tuple[str, Plan]]:
     """Each change that saves a percent or more, planned anew, the most saving one first; then, if
-    none is enough, as many of them together as are needed."""
+    none is enough, as many of them together as are needed.
+    """
     setting = dataclasses.replace(setting, measured_seconds=0.0)
     now = make_plan(cfg, setting).needs.footprint.total
     found = []

@@ -129,7 +129,8 @@ PASSES_OF_TEACHING = 45
 class StepTime:
     """Seconds of one optimizer step on one rank: of the network (forward, backward, all
     micro-steps), the head, the teacher and its loss, the network's optimizer, and of the
-    collectives what nothing hides."""
+    collectives what nothing hides.
+    """
 
     backbone: float
     head: float
@@ -236,7 +237,8 @@ def device_seconds(counted: HeadOperations, machine: Machine) -> float:
 def teaching_seconds(head: HeadWork, width: int, machine: Machine) -> float:
     """One pass over the class probabilities of both sides (arcshard/head/distillation.py); `width`
     as
-    TeacherWork has it."""
+    TeacherWork has it.
+    """
     if not width:
         return 0.0
     columns = 3 * head.width + 2 * width  # both sides twice, and the gradient
@@ -254,7 +256,8 @@ def collective_seconds(
     passes: int,
 ) -> float:
     """The head's all-gather, reduce-scatter and sums, and what backward does not hide of the
-    gradients' all-reduce; all by rings."""
+    gradients' all-reduce; all by rings.
+    """
     if world_size == 1:
         return 0.0
     rate = links.bytes_per_second(machine, world_size)
@@ -269,7 +272,8 @@ def collective_seconds(
 
 def this_cpu() -> Machine:
     """This machine's CPU: a product of matrices and a copy, timed for about a second, and the
-    memory that is available now."""
+    memory that is available now.
+    """
     size = 1024
     left, right = torch.randn(size, size), torch.randn(size, size)
     product = torch.empty(size, size)

@@ -229,7 +229,8 @@ def _is_work(func: Any) -> bool:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The operands that it changes. Fused optimizers may change gradients too, but do so only
-    where they take out a loss scale, which nothing here asks of them."""
+    where they take out a loss scale, which nothing here asks of them.
+    """
     given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
     return _tensors(
         [
@@ -242,7 +243,8 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 def _named_bytes(name: str, read: list[Tensor], made: list[Tensor]) -> int:
     """Of the tensors an operation is given and returns, each whole, but for operations that pick
-    some places of their first operand, or only take its shape."""
+    some places of their first operand, or only take its shape.
+    """
     if name in _PICKS:
         return sum(map(_size, read[1:])) + 2 * sum(map(_size, made))
     if name in _PUTS:  # indices and values are read; the places of the values, read and written
