@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from arcshard.collectives import gather_labels, sum_over_ranks
+from arcshard.deprecation import renamed_arguments
 from arcshard.head.arguments import check_arguments
 from arcshard.head.batch import PAD_LABEL, BatchGatherer, mean_pairwise_cosine
 from arcshard.head.block import without_autocast
@@ -90,6 +91,11 @@ class PartialFC(nn.Module):
         ValueError: an argument outside its domain; a workspace too small for one class.
     """
 
+    @renamed_arguments(
+        row_update="row_optimizer",
+        centres_per_class="centers_per_class",
+        centre_device="center_device",
+    )
     def __init__(
         self,
         margin: Margin,

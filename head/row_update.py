@@ -2,4 +2,6 @@
 
 from utils.moved import moved
 
-__getattr__ = moved(__name__, "arcshard.head.row_optimizer")
+NEW_NAMES = {name: name for name in ("SGDRows", "AdamWRows")} | {"RowUpdate": "RowOptimizer"}
+
+__getattr__ = moved(__name__, "arcshard.head.row_optimizer", NEW_NAMES)
