@@ -38,8 +38,9 @@ SHOWN = {
 @pytest.mark.parametrize("shown", SHOWN, ids=".".join)
 def test_an_import_shown_before_works_and_warns_of_the_new_path(shown: tuple[str, str]) -> None:
     (module, name), (new_module, new_name) = shown, SHOWN[shown]
-    with pytest.warns(DeprecationWarning) as caught:
-        exec(f"from {module} import {name}", found := {})
+    found: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning, match=new_name) as caught:
+        exec(f"from {module} import {name}", found)
     assert found[name] is getattr(importlib.import_module(new_module), new_name)
     message = str(caught[0].message)
     assert f"from {new_module} import {new_name}" in message
@@ -58,7 +59,7 @@ def test_arguments_of_partial_fc_that_were_shown_before_work_and_warn() -> None:
     assert isinstance(head.row_optimizer, SGDRows)
     assert caught[0].filename == __file__
     old = {"centres_per_class": 2, "centre_device": "cpu"}
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="centers_per_class now|center_device now"):
         head = PartialFC(ArcFace(), 4, 9, 0.5, row_optimizer=SGDRows(), **old)  # type: ignore[arg-type]
     assert head.centers_per_class == 2
     with pytest.raises(TypeError, match="one argument: leave row_update out"):
