@@ -243,7 +243,7 @@ def _name_normalization(model: onnx.ModelProto, folded: bool) -> None:
     maker = {node.output[0]: node for node in graph.node}
     for kind in ("Sub", "Mul"):
         step = next(n for n in graph.node if n.op_type == kind and at in n.input)
-        step.name, at = f"{kind}_normalize", step.output[0]
+        step.name, at = f"{kind}_normalise", step.output[0]  # as in every file written so far
         first += [maker[name] for name in step.input if name in maker and maker[name] not in first]
         first.append(step)
     rest = [node for node in graph.node if node not in first]
@@ -408,7 +408,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--opset", type=int, default=DEFAULT_OPSET, help="ONNX opset (default: %(default)s)")
     add("--simplify", action="store_true", help="fold constants, fuse norms into convolutions")
     add("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic")
-    add("--fold-normalization", action="store_true", help="the graph takes pixels 0..255")
+    fold = ("--fold-normalization", "--fold-normalisation")  # the second: its first spelling
+    add(*fold, action="store_true", help="the graph takes pixels 0..255")
     add("--verify", nargs="+", type=Path, default=[], metavar="SET", help=".bin sets to compare on")
     return parser
 

@@ -249,7 +249,7 @@ def test_a_checkpoint_with_the_old_spelling_resumes_without_a_word(caplog):
     saved, now = {"head_buffer_mib": 256}, {"head_workspace_mib": "auto"}
     resume.check({"config": saved, **facts}, {"config": now, **facts})
     assert caplog.text == ""
-    assert resume.config_sha256(saved) == resume.config_sha256(now)
+    assert resume.config_sha256({"head_workspace_mib": 256}) == resume.config_sha256(now)
 
 
 # --- the command -----------------------------------------------------------------------------

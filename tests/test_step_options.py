@@ -42,8 +42,8 @@ def parts_of(folder: Path, **changes: Any) -> building.TrainComponents:
 # --- waiting for the device ------------------------------------------------------------------
 
 WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
-FREE = ("if bool(bad):", "torch.searchsorted(self.rows", "for vote in ballot.tolist()")
-"""Lines that ask where asking is free: behind a branch for CPUs, or of the votes, which never leave
+FREE = ("if bool(bad):", "torch.searchsorted(self.rows", "for flag in message.tolist()")
+"""Lines that ask where asking is free: behind a branch for CPUs, or of the flags, which never leave
 the host. (`make gpu-check` has CUDA's own alarm for all others.)"""
 
 

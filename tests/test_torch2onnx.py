@@ -340,6 +340,11 @@ def test_fp16_is_half_the_size_takes_and_gives_floats_and_says_what_it_cost(
     assert (cosines / np.linalg.norm(expected, axis=1) > 0.9999).all()
 
 
+def test_the_first_spelling_of_the_option_to_fold_still_works() -> None:
+    for option in ("--fold-normalization", "--fold-normalisation"):
+        assert torch2onnx._parser().parse_args(["model.pt", option]).fold_normalization
+
+
 def test_folded_normalization_is_the_same_network_on_pixels(
     run: Path, tiny: Backbone, verification_bin: Path, capsys: pytest.CaptureFixture[str]
 ):

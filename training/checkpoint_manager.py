@@ -42,10 +42,10 @@ class Flags:
         self._group = None if world.world_size == 1 else dist.new_group(backend="gloo")
         self._pending: tuple[dist.Work | None, Tensor] | None = None
 
-    def post(self, votes: RunFlags) -> None:
+    def post(self, flags: RunFlags) -> None:
         """Say what this rank wants; the result is for the end of the next step."""
         assert self._pending is None, "result() comes before the next cast()"
-        message = torch.tensor(votes, dtype=torch.uint8)
+        message = torch.tensor(flags, dtype=torch.uint8)
         work = None
         if self._group is not None:
             work = dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -59,7 +59,7 @@ class Flags:
         self._pending = None
         if work is not None:
             work.wait()
-        return RunFlags(*(bool(vote) for vote in message.tolist()))
+        return RunFlags(*(bool(flag) for flag in message.tolist()))
 
     def any_rank(self, wish: bool) -> bool:
         """Whether any rank wishes so; all ranks call it together and wait for each other."""
