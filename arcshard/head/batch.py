@@ -81,9 +81,10 @@ class BatchGatherer:
             dtype: Dtype of the gathered embeddings.
 
         Raises:
-            ValueError: The shape, dtype or size of a rank's batch does not fit, or a label is
-                outside the classes. On CPUs every rank raises. On CUDA only the rank whose shape,
-                dtype or size does not fit raises, and labels do not raise.
+            ValueError: The shape, dtype or size of a rank's batch does not fit, a label is outside
+                the classes, or the global batch is empty. On CPUs every rank raises. On CUDA the
+                labels are not looked at, and only the rank whose own shape, dtype or size does not
+                fit raises.
         """
         problem = self._problem(embeddings, labels)
         device = embeddings.device
