@@ -109,7 +109,7 @@ class BlockCost:
         return self.batch * self.kept_bytes + self.element_bytes
 
     def total_bytes(self, plan: Plan) -> int:
-        """What a step by `plan` takes at most: the block in work and all that is kept."""
+        """Returns the most that a step by `plan` takes: the block being computed and kept data."""
         work = plan.rows_per_block * self.work_bytes_per_row
         kept = plan.kept_rows * self.kept_bytes_per_row
         return work + kept + plan.copied_rows * self.width * self.element_bytes
