@@ -217,7 +217,7 @@ class PartialFC(nn.Module):
                 only the rank with a wrong shape or dtype raises (torchrun then ends the others),
                 and a label outside the range makes the loss NaN.
             RuntimeError: r < 1, and a gradient of an earlier forward still waits for `step`,
-                without `prepare`.
+                without `prepare`; or a label is not among those given to `prepare`.
         """
         with without_autocast(local_embeddings.device):
             batch = self._rules.gather(

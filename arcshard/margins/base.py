@@ -78,7 +78,7 @@ class Margin(ABC):
         """Describes the formula in force, for the log."""
 
     def initial_state(self) -> dict[str, float]:
-        """Running values the margin carries from step to step (saved with the head)."""
+        """Returns the running values that the margin keeps between steps, saved with the head."""
         return {}
 
     def begin(
@@ -187,7 +187,7 @@ def refuse(*checks: tuple[bool, str]) -> None:
 
 
 def at_least_fp32(cosine: Tensor) -> Tensor:
-    """Cosines as constants in [-1, 1]; 1 - 1e-6 is 1 in half precision, hence fp32 at least."""
+    """Returns cosines as constants in [-1, 1], in fp32 at least, as fp16 rounds 1 - 1e-6 to 1."""
     dtype = torch.promote_types(cosine.dtype, torch.float32)
     return cosine.detach().to(dtype).clamp(-1.0, 1.0)
 
