@@ -119,7 +119,7 @@ def _follow_group(parameter: nn.Parameter, group: dist.ProcessGroup) -> None:
     count = dist.get_world_size(group)
 
     def average(one: torch.Tensor) -> None:
-        # The gradient of earlier micro-batches is equal on all ranks already; so is its mean.
+        # Gradients of earlier micro-batches are equal on all ranks: averaging keeps them.
         if one.grad is not None:
             dist.all_reduce(one.grad, group=group)
             one.grad.div_(count)
