@@ -94,9 +94,10 @@ def c_compiler() -> str | None:
 
 
 def source_sha256(repository: Path = REPOSITORY) -> str:
-    """Returns the first 12 hex digits of a SHA-256 over names and contents of the *.py files.
+    """Returns the first 12 hex digits of a SHA-256 over names and contents of the code's files.
 
-    It is the same for a commit and for a copy of its files without .git.
+    The files are the *.py files of the repository's folder and of CODE_FOLDERS. The hash is the
+    same for a commit and for a copy of its files without .git.
     """
     files = [*repository.glob("*.py")]
     for folder in CODE_FOLDERS:
