@@ -333,7 +333,7 @@ class Config:
     """Number of consecutive steps with a non-finite loss, which update nothing, after which the run
     stops with exit code 3. Checked at log steps."""
 
-    # --- numbers and machines ---------------------------------------------------------------
+    # --- precision and devices --------------------------------------------------------------
     precision: str | None = None
     """"fp32" (full, no TF32), "tf32", "bf16", "fp16" (with a loss scaler) or "fp64" (for proofs).
     None: what `fp16` asks for, else bf16 on GPUs that support it and fp32 elsewhere."""
@@ -367,7 +367,7 @@ class Config:
     seed: int = 2048
     """Seed of initial weights, class sampling, image order and augmentation."""
 
-    # --- verification while training --------------------------------------------------------
+    # --- verification during training -------------------------------------------------------
     val_targets: list[str] = field(default_factory=list)
     """Verification sets (names of .bin files in val_dir) scored during training and at the end. A
     missing one is an error before training starts."""

@@ -81,7 +81,7 @@ def target_rank(
 
 
 def _above(logits: Tensor, target: Tensor, labels: Tensor, first_class: int) -> Tensor:
-    """Counts [B] of these logits [B, S] that stand above targets [B, 1]; NaN stands above."""
+    """Counts [B] of these logits [B, S] that score above targets [B, 1]; NaN scores above."""
     classes = torch.arange(first_class, first_class + logits.shape[1], device=logits.device)
     own = labels[:, None]
     is_above = ~(logits <= target) | ((logits == target) & (classes < own))

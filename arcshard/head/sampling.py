@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arcshard.random import hash_key
 
-ROUNDS = 8  # of the Feistel network; 4 suffice in theory, small domains need a few more
+ROUNDS = 8  # rounds of the Feistel network; 4 suffice in theory, small domains need a few more
 
 
 @dataclass

@@ -183,9 +183,9 @@ def _whole_blocks(rows: int, rows_per_block: int, num_rows: int) -> int:
 
 
 class WorkspaceBuffer:
-    """Scratch for the block being computed and room for kept numerators, in one allocation.
+    """Scratch for the block being computed and space for kept numerators, in one allocation.
 
-    The allocation grows when a plan needs more, and is never freed.
+    The allocation grows when a plan needs more, and lasts as long as the buffer.
 
     Args:
         device: Device of the buffer.
@@ -233,17 +233,17 @@ class WorkspaceBuffer:
         return self._cut(start, rows * self._width, self.dtype).view(rows, self._width)
 
     def kept_numerators(self, start: int, stop: int) -> Tensor:
-        """Returns room [B, stop - start] for numerators of rows below the plan's `kept_rows`."""
+        """Returns space [B, stop - start] for numerators of rows below the plan's `kept_rows`."""
         at = self._kept_at + start * self._batch * self.kept_dtype.itemsize
         shape = (self._batch, stop - start)
         return self._cut(at, shape[0] * shape[1], self.kept_dtype).view(shape)
 
     def kept_inverse_norms(self, start: int, stop: int) -> Tensor:
-        """Returns room [stop - start] for 1 / |w| of rows below the plan's `kept_rows`."""
+        """Returns space [stop - start] for 1 / |w| of rows below the plan's `kept_rows`."""
         return self._cut(self._norms_at + start * self.dtype.itemsize, stop - start, self.dtype)
 
     def copied_centers(self, start: int, stop: int) -> Tensor | None:
-        """Returns room [stop - start, D] for kept copies, None past the plan's `copied_rows`."""
+        """Returns space [stop - start, D] for kept copies, None past the plan's `copied_rows`."""
         if stop > self._copied_rows:
             return None
         at = self._copies_at + start * self._width * self.dtype.itemsize

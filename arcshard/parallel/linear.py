@@ -200,7 +200,7 @@ def convert_parallel_linear(
     if type(model) is nn.Linear:
         return convert(model, "")
     for prefix, parent in list(model.named_modules()):
-        for name, child in list(parent._modules.items()):  # named_children skips second names
+        for name, child in list(parent._modules.items()):  # named_children names a module only once
             if type(child) is nn.Linear:
                 setattr(parent, name, convert(child, f"{prefix}.{name}".lstrip(".")))
     return model
@@ -210,7 +210,7 @@ def _converted(
     layer: nn.Linear, dim: ParallelDim, gather_output: bool, group: dist.ProcessGroup | None
 ) -> ParallelLinear:
     weight, bias = layer.weight, layer.bias
-    with torch.random.fork_rng(devices=[]):  # the draws of unused initial values leave no trace
+    with torch.random.fork_rng(devices=[]):  # the layer's constructor draws from the default RNG
         new = ParallelLinear(
             layer.in_features,
             layer.out_features,
