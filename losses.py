@@ -1,4 +1,4 @@
-"""Losses by name: what happens to the cosine of an embedding with its class center.
+"""Losses by name: what each does to the cosine of an embedding with its class center.
 
 The functions and classes are in arcshard/losses.py, the formulas in arcshard/margins/.
 """

@@ -1,7 +1,7 @@
-"""What the ranks of a head tell each other: one all-gather, one small one, one reduce-scatter.
+"""Collectives of the head: an all-gather, a small all-gather and a reduce-scatter per step.
 
-Each is an autograd function or a plain function of a process group; with no group (one rank)
-it is the identity.
+Each is an autograd function or a plain function of a process group. With no group (one rank) it is
+the identity.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ Group = dist.ProcessGroup | None
 def gather_rows(
     local_embeddings: Tensor, local_labels: Tensor, pad_label: int, capacity: int, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """The global batch: every rank's rows, in rank order, each rank padded to `capacity`.
+    """Gathers the rows of every rank in rank order, each rank padded to `capacity` rows.
 
-    One all-gather of bytes moves embeddings and labels together. The gradient of the global
-    embeddings comes back by one reduce-scatter (sum over ranks).
+    One all-gather of bytes transports embeddings and labels together. In backward one
+    reduce-scatter (sum over ranks) returns the gradient of the global embeddings.
 
     Args:
         local_embeddings: [b, D], b <= capacity.
         local_labels: [b] int64.
-        pad_label: label of padding rows, whose embeddings are zero.
-        capacity: rows per rank, the same on all ranks.
+        pad_label: Label of padding rows, whose embeddings are zero.
+        capacity: Rows per rank, the same on all ranks.
+        group: Process group, None for one rank.
 
     Returns:
-        embeddings [world x capacity, D], labels [world x capacity].
+        (embeddings [world x capacity, D], labels [world x capacity]).
     """
     missing = capacity - local_embeddings.shape[0]
     if missing:
@@ -76,7 +77,17 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_labels(local_labels: Tensor, pad_label: int, capacity: int, group: Group) -> Tensor:
-    """The global batch's labels alone, [world x capacity]; used where a sample is drawn ahead."""
+    """Gathers the labels of the global batch alone, for a sample that is drawn ahead.
+
+    Args:
+        local_labels: [b] int64, b <= capacity.
+        pad_label: Label of padding rows.
+        capacity: Rows per rank, the same on all ranks.
+        group: Process group, None for one rank.
+
+    Returns:
+        [world x capacity] int64.
+    """
     missing = capacity - local_labels.shape[0]
     if missing:
         local_labels = torch.nn.functional.pad(local_labels, (0, missing), value=pad_label)
@@ -88,7 +99,7 @@ def gather_labels(local_labels: Tensor, pad_label: int, capacity: int, group: Gr
 
 
 def max_over_ranks(value: int, group: Group, device: torch.device) -> int:
-    """The largest of a whole number over the ranks (waits for the device)."""
+    """Returns the largest of a whole number over the ranks; this waits for the device."""
     if group is None:
         return value
     shared = torch.tensor(value, dtype=torch.int64, device=device)
@@ -97,7 +108,7 @@ def max_over_ranks(value: int, group: Group, device: torch.device) -> int:
 
 
 def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
-    """The sum of a small tensor over the ranks."""
+    """Returns the sum of a small tensor over the ranks."""
     if group is not None:
         values = values.clone()
         dist.all_reduce(values, group=group)
@@ -107,14 +118,15 @@ def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
 def combine_softmax(
     row_max: Tensor, row_sum: Tensor, target: Tensor, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the classes of all ranks, and the target logits.
+    """Combines the log-sum-exp over the classes of all ranks, and the target logits.
 
-    One all-gather of 3 B numbers per rank.
+    It is one all-gather of 3 B numbers per rank.
 
     Args:
         row_max: [B] largest logit among this rank's classes, -inf where it has none.
         row_sum: [B] sum of exp(logit - row_max) over them, 0 where it has none.
-        target: [B] target logit from its owner, 0 from the other ranks.
+        target: [B] target logit on the rank that has the target, 0 on the other ranks.
+        group: Process group, None for one rank.
 
     Returns:
         (log-sum-exp [B], target logit [B]).
@@ -132,17 +144,17 @@ def combine_softmax(
 
 
 def all_gather_single(output: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Every rank's `local`, concatenated along the first dimension, into `output`."""
+    """Concatenates every rank's `local` along the first dimension into `output`."""
     _GATHER(output, local, group=group)
 
 
 def reduce_scatter_single(
     output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup
 ) -> None:
-    """The sum over ranks of `whole`, of which rank k keeps the k-th equal part in `output`."""
+    """Sums `whole` over the ranks, of which rank k receives the k-th equal part in `output`."""
     _REDUCE_SCATTER(output, whole, group=group)
 
 
-# PyTorch 2.13 renamed these two; older versions know the first names only.
+# PyTorch 2.13 renamed these two; older versions have the old names only.
 _GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

@@ -1,4 +1,4 @@
-"""Losses by name: what happens to the similarity of an embedding with its class centers.
+"""Losses by name: what each does to the similarity of an embedding with its class centers.
 
 Every loss is a `Margin` (arcshard/margins/base.py): pure functions of cosines, norms and the batch,
 which know nothing of ranks. One fused path (arcshard/head/fused.py) serves them all, and it is
@@ -35,20 +35,20 @@ __all__ = [
 
 
 def ArcFace(margin: float = 0.5, scale: float = 64.0, **options: object) -> CombinedMargin:
-    """Additive angular margin: cos(theta + margin). Deng et al. 2019, arXiv:1801.07698."""
+    """Makes the additive angular margin cos(theta + margin). Deng et al. 2019, arXiv:1801.07698."""
     return CombinedMargin(1.0, margin, 0.0, scale, **options)  # type: ignore[arg-type]
 
 
 def CosFace(margin: float = 0.4, scale: float = 64.0, **options: object) -> CombinedMargin:
-    """Additive cosine margin: cos(theta) - margin. Wang et al. 2018, arXiv:1801.09414."""
+    """Makes the additive cosine margin cos(theta) - margin. Wang et al. 2018, arXiv:1801.09414."""
     return CombinedMargin(1.0, 0.0, margin, scale, **options)  # type: ignore[arg-type]
 
 
 def SphereFace(margin: float = 1.7, scale: float = 64.0, **options: object) -> CombinedMargin:
-    """Multiplicative angular margin: cos(margin theta). Liu et al. 2017, arXiv:1704.08063."""
+    """Makes the multiplicative margin cos(margin theta). Liu et al. 2017, arXiv:1704.08063."""
     return CombinedMargin(margin, 0.0, 0.0, scale, **options)  # type: ignore[arg-type]
 
 
 def NormFace(scale: float = 64.0) -> Softmax:
-    """Scaled cosines without a margin. Wang et al. 2017, arXiv:1704.06369."""
+    """Makes the softmax of scaled cosines without a margin. Wang et al. 2017, arXiv:1704.06369."""
     return Softmax(scale=scale, normalize=True)

@@ -1,20 +1,20 @@
-"""PartialFC: the classifier of millions of identities, its class centers sharded over ranks.
+"""PartialFC: a classifier of millions of identities, its class centers sharded over ranks.
 
     embedding e_i, label y_i, class center w_j:   cos_ij = <e_i/|e_i|, w_j/|w_j|>
     z_ij = s cos_ij,  z_iy = s margin(cos_iy),    loss = mean_i (logsumexp_j z_ij - z_iy)
 
-Per step: gather the global batch, draw this rank's classes, let the margin fix what it needs,
-and combine the softmax over ranks. Two paths share all this and differ in the middle:
+Each step gathers the global batch, draws this rank's classes, computes what the margin needs of the
+batch, and combines the softmax over ranks. Two paths share all this and differ in the middle:
 
-    update="fused"     arcshard/head/fused.py: blocks of classes; neither a B x C matrix nor a
-                       C x D gradient; class centers move in backward or in `step`
-    update="autograd"  the readable one (arcshard/head/reference.py): an ordinary `weight.grad`
+    update="fused"     arcshard/head/fused.py: blocks of classes, without a B x C matrix or a
+                       C x D gradient; class centers are updated in backward or in `step`
+    update="autograd"  the reference path (arcshard/head/reference.py): an ordinary `weight.grad`
 
 The gradient contract: the loss is the mean over the global batch on every rank, and
 `local_embeddings.grad` is the gradient of that mean, without a factor of the world size.
 
-An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al. 2021,
-"Partial FC" (arXiv:2010.05222).
+An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al. 2021, "Partial FC"
+(arXiv:2010.05222).
 """
 
 from __future__ import annotations
@@ -53,42 +53,44 @@ class PartialFC(nn.Module):
     """Margin softmax over sharded class centers, all of them or a sample per step.
 
     Args:
-        margin: the loss (losses.py).
+        margin: The loss (losses.py).
         embedding_size: D.
         num_classes: C over all ranks; more than the labels need is allowed.
-        sample_rate: share r of each rank's classes per step, in [0, 1]; the batch's own
-            classes are always in, 0 means those only.
-        row_optimizer: rule for the class centers (arcshard/head/row_optimizer.py).
-        update: "fused" moves them by `row_optimizer` without ever holding their gradient;
-            "autograd" leaves an ordinary `weight.grad`, for `step` or for a torch.optim of yours
-            (refused for r < 1: it would move rows that were not sampled). None: "fused" if there
-            is a `row_optimizer`.
-        batch_size_per_rank: the largest batch any rank will bring. Smaller ones are padded,
-            larger ones refused. None: ranks agree on it in every step, which costs one tiny
-            collective and, on CUDA, a wait for the device.
+        sample_rate: Share r of each rank's classes per step, in [0, 1]. The batch's own classes are
+            always included; 0 means only those.
+        row_optimizer: Optimizer of the class centers (arcshard/head/row_optimizer.py).
+        update: "fused" updates the centers by `row_optimizer` without holding their whole gradient.
+            "autograd" leaves an ordinary `weight.grad`, for `step` or for a torch.optim of your own
+            (refused for r < 1, because it would update rows that were not sampled). None is "fused"
+            if there is a `row_optimizer`, else "autograd".
+        batch_size_per_rank: The largest batch of any rank. Smaller batches are padded, larger ones
+            refused. With None the ranks agree on it in every step, which costs one tiny collective
+            and, on CUDA, a wait for the device.
         centers_per_class: K sub-centers; a class counts with its best one (Deng et al. 2020).
-        workspace_mib: memory of the fused path, in MiB: all it holds beside the centers, their
-            state and O(B D). "auto": an eighth of a GPU's memory, at most what it needs to keep
-            all softmax numerators; 256 MiB on a CPU.
-        half: torch.bfloat16 runs the large matmuls in it, the fused path's with sums in fp32.
-        seed: of initial centers (with the class index), sampling (with the rank) and draws.
-        process_group: the ranks that share the classes; None means the default group, or no
-            group at all when torch.distributed is not initialized.
-        device: where the head computes. dtype: of the class centers, float32 or float64, or
-            bfloat16 (moved in fp32 and rounded stochastically; fused only).
-        center_device: where centers and their state live, if not on `device`; "cpu" keeps them
-            in host memory and brings the sampled rows over (r < 1, fused).
+        workspace_mib: Memory of the fused path in MiB, beside the centers, their state and O(B D).
+            "auto" is an eighth of a GPU's memory, or less where all softmax numerators are kept
+            with less, and 256 MiB on a CPU.
+        half: torch.bfloat16 as the dtype of the large matmuls, which the fused path sums in fp32.
+            None for full precision.
+        seed: Seed of initial centers (with the class index), sampling (with the rank) and draws.
+        process_group: Ranks that share the classes. None is the default group, or no group when
+            torch.distributed is not initialized.
+        device: Device where the head computes.
+        dtype: Dtype of the class centers: float32, float64, or bfloat16 (updated in fp32 and
+            rounded stochastically; fused only).
+        center_device: Device of the centers and their state, if it is not `device`. "cpu" keeps
+            them in host memory and copies the sampled rows to the device (r < 1, fused).
 
     Attributes:
         weight: [num_classes_local * K, D] parameter, this rank's class centers, class-major.
-        bias: [num_classes_local * K] parameter or None, as the margin has it.
-        class_range: `range` of the global classes they belong to.
-        work_dtype: what it computes in: float32, or float64 with float64 centers.
-        mean_pairwise_cosine: scalar in [0, 1] of the last global batch, 1 if all its embeddings
-            point the same way; None before the first.
+        bias: [num_classes_local * K] parameter, or None for a margin without bias.
+        class_range: `range` of the global classes of this rank.
+        work_dtype: Dtype of the computation: float32, or float64 with float64 centers.
+        mean_pairwise_cosine: Scalar in [0, 1] of the last global batch, 1 if all its embeddings
+            have the same direction; None before the first batch.
 
     Raises:
-        ValueError: an argument outside its domain; a workspace too small for one class.
+        ValueError: An argument is outside its domain, or the workspace is too small for one class.
     """
 
     @renamed_arguments(
@@ -163,7 +165,7 @@ class PartialFC(nn.Module):
         for name, value in margin.initial_state().items():
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
-        self._margin_before: dict[str, Tensor] = {}  # at the start of the step
+        self._margin_before: dict[str, Tensor] = {}  # the margin's state at the start of the step
 
         self.matmul_half = half
         self.fused: FusedMarginSoftmax | None = None
@@ -187,14 +189,14 @@ class PartialFC(nn.Module):
             if center_device is not None and row_optimizer is not None
             else None
         )
-        self._rows = torch.empty(0, dtype=torch.int64)  # of the shard that hold the sample
-        self._sample: ClassSample | None = None  # of the optimizer step in progress
+        self._rows = torch.empty(0, dtype=torch.int64)  # rows of the shard that hold the sample
+        self._sample: ClassSample | None = None  # sample of the optimizer step in progress
         self._sample_is_prepared = False
         self.mean_pairwise_cosine: Tensor | None = None
         self._samples_drawn = 0
         self._forwards = 0
         if self.fused is not None and batch_size_per_rank is not None:
-            self.planned_blocks()  # or say that it can't
+            self.planned_blocks()  # raises if the workspace does not hold one class
 
     def forward(
         self,
@@ -202,24 +204,26 @@ class PartialFC(nn.Module):
         local_labels: Tensor,
         learning_rate: float | None = None,
     ) -> Tensor:
-        """Mean loss over the global batch; the same number on every rank.
+        """Computes the mean loss over the global batch, the same number on every rank.
 
         Args:
-            local_embeddings: [b, D] floating; b may differ between ranks and be 0 on some.
+            local_embeddings: [b, D] floating embeddings; b may differ between ranks and be 0 on
+                some.
             local_labels: [b] integers in [0, num_classes).
-            learning_rate: fused only; with it the class centers move in backward, which spares a
-                pass over them. For steps that nothing can veto any more and that have this one
-                loss. Without it they move in `step`.
+            learning_rate: With it the fused path updates the class centers in backward, which saves
+                a pass over them; the reference path ignores it. It is for steps that have this one
+                loss and that can no longer be skipped. With None the centers are updated in `step`.
 
         Returns:
-            Scalar. Non-finite if an embedding is: no class center moves then.
+            Scalar. It is non-finite if an embedding is; then no class center is updated.
 
         Raises:
-            ValueError: shapes, dtypes or labels that do not fit. On CPUs every rank raises, also
-                for another rank's batch. On CUDA, where looking would wait for the device, the
-                rank with a wrong shape or dtype raises alone (torchrun then ends the others) and
-                a label outside the range makes the loss NaN.
-            RuntimeError: r < 1 and a second forward before `step`, without `prepare`.
+            ValueError: Shapes, dtypes or labels do not fit. On CPUs every rank raises, also for the
+                batch of another rank. On CUDA, where checking labels would wait for the device,
+                only the rank with a wrong shape or dtype raises (torchrun then ends the others),
+                and a label outside the range makes the loss NaN.
+            RuntimeError: r < 1, and a gradient of an earlier forward still waits for `step`,
+                without `prepare`; or a label is not among those given to `prepare`.
         """
         with without_autocast(local_embeddings.device):
             batch = self._rules.gather(
@@ -262,11 +266,14 @@ class PartialFC(nn.Module):
             return loss + torch.where(batch.has_unknown, torch.nan, 0.0)
 
     def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
-        """Draw the classes of one optimizer step ahead, from all its micro-batches' labels.
+        """Draws the classes of one optimizer step ahead, from the labels of all its micro-batches.
 
-        Under gradient accumulation every micro-batch of a step must see the same sample, with
-        the positives of all of them in it. Without accumulation this is not needed: `forward`
-        draws from its own batch. Costs one all-gather of labels; nothing at r = 1.
+        Under gradient accumulation every micro-batch of a step must see the same sample, with the
+        positives of all of them in it. Without accumulation this is not needed: `forward` draws
+        from its own batch. It costs one all-gather of labels, and nothing at r = 1.
+
+        Args:
+            local_label_batches: [b] integer labels of each micro-batch of this rank.
         """
         if self.sample_rate >= 1.0:
             return
@@ -284,15 +291,16 @@ class PartialFC(nn.Module):
     def step(
         self, learning_rate: float, bad: Tensor | None = None, gradient_scale: Tensor | None = None
     ) -> None:
-        """Move the class centers of this step, unless backward did, and forget its sample.
+        """Updates the class centers, unless backward did, and forgets the sample of the step.
 
         Args:
-            learning_rate: of this step, the backbone's.
-            bad: boolean scalar on the device; where true no row and no state moves.
-            gradient_scale: what a loss scaler multiplied the loss with; taken out here.
+            learning_rate: Learning rate of this step, the same as the backbone's.
+            bad: Boolean scalar on the device. Where it is True, no row and no state is updated.
+            gradient_scale: Factor by which a loss scaler multiplied the loss; the gradient is
+                divided by it.
 
         Raises:
-            RuntimeError: no row optimizer was given, or there is no gradient.
+            RuntimeError: There is no row optimizer, or no gradient.
         """
         if self.row_optimizer is None:
             raise RuntimeError(
@@ -314,7 +322,7 @@ class PartialFC(nn.Module):
         self._sample, self._sample_is_prepared = None, False
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What sampling and draws need to go on as if they had not been interrupted."""
+        """Returns what sampling and draws need to continue as if they had not been interrupted."""
         return {
             "samples_drawn": self._samples_drawn,
             "forwards": self._forwards,
@@ -323,30 +331,35 @@ class PartialFC(nn.Module):
         }
 
     def optimized_parameters(self) -> list[tuple[nn.Parameter, RowOptimizer]]:
-        """Each parameter that moves by rows, with the rule that owns its optimizer state."""
+        """Returns each parameter that is updated by rows, with its row optimizer."""
         pairs = ((self.weight, self.row_optimizer), (self.bias, self._bias_optimizer))
         return [(p, rule) for p, rule in pairs if p is not None and rule is not None]
 
     def sampled_centers(self) -> tuple[ClassCenters, Tensor | None]:
-        """The rows that take part in the step in progress, as constants, and the classes of this
-        rank they belong to ([S] int64; None: all). From `forward` until `backward` moves them.
+        """Returns the rows that take part in the step in progress, and the classes they belong to.
+
+        They are valid from `forward` until `backward` or `step` updates them.
+
+        Returns:
+            (the rows as constants, [S] int64 local classes or None for all).
         """
         return self._centers(), None if self._sample is None else self._sample.classes
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over `get_extra_state` of a saved head."""
+        """Takes over the `get_extra_state` of a saved head."""
         self._samples_drawn, self.seed = state["samples_drawn"], state["seed"]
         self._forwards = state["forwards"]
         for (_, rule), count in zip(self.optimized_parameters(), state["roundings"], strict=True):
             rule.sr_counter = count
 
     def planned_blocks(self) -> tuple[Plan, BlockCost]:
-        """Blocks of a step on this rank, and what a row of them takes. Fused only, with a
-        `batch_size_per_rank`. A sample smaller than the batch counts as large as the batch's own
-        classes can make it.
+        """Plans the blocks of a step on this rank, and computes what a row of them takes.
+
+        It is for the fused path with a `batch_size_per_rank`. A sample smaller than the batch
+        counts as large as the batch's own classes can make it.
 
         Raises:
-            WorkspaceTooSmallError: not one class fits the workspace.
+            WorkspaceTooSmallError: Not one class fits the workspace.
         """
         assert self.fused is not None
         assert self.batch_size_per_rank is not None
@@ -357,7 +370,7 @@ class PartialFC(nn.Module):
         if self.sample_rate < 1.0:
             size = sample_size(self.num_classes_local, self.sample_rate)
             size = max(size, min(batch, self.num_classes_local)) * self.centers_per_class
-            if self._host is not None:  # a sample's rows come over as a shard of their own
+            if self._host is not None:  # a sample's rows are a small shard on the device
                 weight = self.weight[:size]
             else:
                 rows = torch.empty(size, dtype=torch.int64, device="meta")
@@ -369,7 +382,7 @@ class PartialFC(nn.Module):
         return self.fused.plan(*step), self.fused.cost(*step)
 
     def describe_memory(self) -> str:
-        """What the head holds on this rank, for the log."""
+        """Describes, for the log, what memory the head holds on this rank."""
         state = [] if self.row_optimizer is None else self.row_optimizer.state(self.weight).values()
         size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
         if self.fused is None:
@@ -386,7 +399,7 @@ class PartialFC(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """For print(head)."""
+        """Returns the text in the parentheses of print(head)."""
         return (
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes} "
             f"(here {self.class_range.start}..{self.class_range.stop - 1}), "
@@ -396,7 +409,7 @@ class PartialFC(nn.Module):
     # --- details ----------------------------------------------------------------------------
 
     def _begin_sample(self, local_labels: Tensor) -> Tensor:
-        """Draw this step's classes if need be; each row's place among them, -1 elsewhere."""
+        """Draws this step's classes if needed; returns each row's column, -1 on other ranks."""
         if self.sample_rate >= 1.0:
             return local_labels
         if not self._sample_is_prepared:
@@ -427,19 +440,20 @@ class PartialFC(nn.Module):
         self._samples_drawn += 1
 
     def _rows_of(self, classes: Tensor) -> Tensor:
-        """Rows of the shard that hold these classes' centers, K a class."""
+        """Returns the rows of the shard that hold these classes' centers, K per class."""
         k = self.centers_per_class
         if k == 1:
             return classes
         return (classes[:, None] * k + torch.arange(k, device=classes.device)).view(-1)
 
     def _sampled_rows(self) -> Tensor | None:
-        """Rows of the shard that take part in this step, None for all."""
+        """Returns the rows of the shard that take part in this step, None for all."""
         return None if self._sample is None else self._rows
 
     def _next_rows(self) -> Callable[[], Tensor]:
-        """How to find the rows the next step will probably want: its negatives, were there no
-        positives. The draw is named now, the finding may come later and in another thread.
+        """Returns a function that finds the rows the next step will probably need: its negatives.
+
+        The number of the draw is fixed now. The function may be called later and in another thread.
         """
         draw = self._samples_drawn
 
@@ -463,7 +477,7 @@ class PartialFC(nn.Module):
         return LocalCenters(self.weight, self.row_optimizer, self.bias, self._bias_optimizer, rows)
 
     def _rows_of_sample(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the classes that take part, for autograd."""
+        """Returns weight and bias of the classes that take part, for autograd."""
         rows = self._sampled_rows()
         if rows is None:
             return self.weight, self.bias
@@ -472,7 +486,7 @@ class PartialFC(nn.Module):
     def _begin_margin(
         self, norms: Tensor | None, target: PositiveLogits, is_real: Tensor
     ) -> dict[str, Tensor]:
-        """The margin's view of this batch; moves its running values while training."""
+        """Returns the margin's context of this batch; in training it updates the running values."""
         targets = None
         if self.margin.reads_all_targets:
             targets = sum_over_ranks(target.similarity, self.group)
@@ -505,6 +519,6 @@ class PartialFC(nn.Module):
             parameter.grad = None
 
     def _localize(self, labels: Tensor) -> Tensor:
-        """Global labels in this rank's numbering, -1 where the class lives elsewhere."""
+        """Returns global labels in this rank's numbering, -1 where another rank owns the class."""
         here = (labels >= self.class_range.start) & (labels < self.class_range.stop)
         return torch.where(here, labels - self.class_range.start, -1)

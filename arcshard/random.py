@@ -9,7 +9,7 @@ _MASK = (1 << 62) - 1
 
 
 def hash_key(*numbers: int) -> int:
-    """One 62-bit key from several whole numbers (splitmix64 steps; Steele et al. 2014)."""
+    """Hashes several whole numbers into one 62-bit key (splitmix64 steps; Steele et al. 2014)."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9
@@ -20,7 +20,7 @@ def hash_key(*numbers: int) -> int:
 
 
 def get_rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The states of the generators that dropout and masks draw from: the CPU's and the GPU's."""
+    """Returns the RNG states that dropout and masks use: the CPU's, and on CUDA the device's."""
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), on_device
 

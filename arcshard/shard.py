@@ -1,18 +1,18 @@
-"""Whose class is where: pure functions of (number of classes, rank, world size).
+"""The classes of each rank, as pure functions of (number of classes, rank, world size).
 
-Every rank owns C // n consecutive classes and the first C % n ranks own one more, as the
-published code does. (DTensor's Shard(0) splits otherwise: 10 rows on 3 ranks are 4, 4, 2
-there and 4, 3, 3 here.)
+Every rank owns C // n consecutive classes and the first C % n ranks own one more, as in the
+published code. (DTensor's Shard(0) splits differently: 10 rows on 3 ranks are 4, 4, 2 there and 4,
+3, 3 here.)
 """
 
 from __future__ import annotations
 
 
 def class_range(num_classes: int, rank: int, world_size: int) -> range:
-    """The classes `rank` owns, possibly none.
+    """Returns the classes that `rank` owns, possibly none.
 
     Raises:
-        ValueError: a rank outside the world, or fewer than one class.
+        ValueError: The rank is outside the world, or there is less than one class.
     """
     if num_classes < 1 or world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
@@ -25,7 +25,11 @@ def class_range(num_classes: int, rank: int, world_size: int) -> range:
 
 
 def owner(class_index: int, num_classes: int, world_size: int) -> int:
-    """The rank that owns a class (the inverse of `class_range`)."""
+    """Returns the rank that owns a class (the inverse of `class_range`).
+
+    Raises:
+        ValueError: The class is outside [0, num_classes).
+    """
     if not 0 <= class_index < num_classes:
         raise ValueError(f"class {class_index} is outside [0, {num_classes})")
     share, rest = divmod(num_classes, world_size)

@@ -1,11 +1,11 @@
-"""The schema of a run: every key, its type, default, meaning, unit and scope.
+"""The schema of a run: every key with its type, default, meaning, unit and scope.
 
 A run (`configs/<name>.py`, or a file of your own) states only how it differs from this.
-`utils/config.py` reads the run and the command line on top of these defaults and calls
+`utils/config.py` applies the run and the command line to these defaults and calls
 `Config.problems()`, which reports everything that is wrong at once.
 
-The keys of InsightFace's arcface_torch keep their names. Where an old behavior was a bug,
-the key does what its name says.
+The keys of InsightFace's arcface_torch keep their names. Where an old behavior was a bug, the key
+does what its name says.
 """
 
 from __future__ import annotations
@@ -46,66 +46,71 @@ LR_SCHEDULES = ("polynomial", "cosine", "constant")
 
 @dataclass
 class Config:
-    """All settings of one training run. Units and scope are in each field's words."""
+    """All settings of one training run.
+
+    The string below each field gives its meaning, unit and scope; `--help` prints it.
+    """
 
     task: str = "recognition"
-    """"recognition": a margin loss, verification. "classification": plain softmax over the classes
-    of a folder with train/ and val/, top-1 and top-5 (docs/classification.md)."""
+    """"recognition": a margin loss, with verification. "classification": plain softmax over the
+    classes of a folder with train/ and val/, with top-1 and top-5 accuracy
+    (docs/classification.md)."""
 
     # --- data -------------------------------------------------------------------------------
     rec: str | list[str] | None = None
-    """Training set: a folder with train.rec and train.idx, a folder with one folder of images
-    per identity, or "synthetic" for generated input. A list joins several: the classes of each
+    """Training set: a folder with train.rec and train.idx, a folder with one folder of images per
+    identity, or "synthetic" for generated input. A list joins several sets: the classes of each set
     come after those of the one before. Required."""
 
     rec_weights: list[float] | None = None
-    """Share of each set of `rec` in an epoch's images, as relative numbers. None: by size."""
+    """Share of each set of `rec` in an epoch's images, as relative numbers. None: shares by
+    size."""
 
     exclude: str | list[str] | None = None
-    """Text file of images and classes to leave out (docs/data.md); with several sets one for
+    """Text file of images and classes to leave out (docs/data.md). With several sets, one file for
     each, "-" for none."""
 
     num_classes: int | str = "auto"
-    """Number of identities C, over all ranks; "auto" reads it from `property` or the records.
-    More than the labels need is allowed (padding); fewer is an error."""
+    """Number of identities C, over all ranks; "auto" reads it from `property` or the records. More
+    than the labels need is allowed (padding); fewer is an error."""
 
     num_image: int | str = "auto"
-    """Number of training images; "auto" counts them. A number is checked against the set
-    and only announced when it differs; with rec="synthetic" it is the size of the set."""
+    """Number of training images; "auto" counts them. A number that differs from the set is only
+    reported in the log; with rec="synthetic" it is the size of the set."""
 
     samples_per_class: int = 0
-    """Class-balanced sampling: every identity equally often, this many of its images at a time
-    in a batch; batch_size is a multiple of it. 0: every image once per epoch."""
+    """Class-balanced sampling: every identity is drawn equally often, with this many of its images
+    at a time in a batch; batch_size must be a multiple of it. 0: every image once per epoch."""
 
     shuffle_block: int = 0
-    """Images per block of a block-wise shuffle, for spinning or network disks; 0: a random order
-    of the whole set."""
+    """Images per block of a block-wise shuffle, for spinning or network disks. 0: a random order of
+    the whole set."""
 
     augment: list[str] = field(default_factory=list)
-    """Augmentation besides flips: names (crop, resize, low_res, blur, hsv, gray, photometric,
+    """Augmentations besides flips: names (crop, resize, low_res, blur, hsv, gray, photometric,
     erase), each also with a probability ("erase=0.3"), or the sets "dali_aug" and "adaface"."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Classification: least and largest share of a picture's area in the random crop it is trained
-    on, in (0, 1]; its width / height lies in 3/4 to 4/3."""
+    """Classification: smallest and largest share of an image's area in the random crop used for
+    training, in (0, 1]; the crop's width / height lies in 3/4 to 4/3."""
 
     on_bad_record: str = "error"
-    """"error" stops at an image that cannot be read and names it; "skip" counts, logs and
+    """"error" stops at an image that cannot be read and names it; "skip" counts it, logs it and
     replaces it by another of its batch."""
 
     num_workers: int = 2
-    """Decoding threads per rank (of DALI, with dali=True); 0 decodes in the training thread."""
+    """Decoding threads per rank (DALI's, with dali=True); 0 decodes in the training thread."""
 
     worker_type: str = "threads"
     """"threads" or "processes": what num_workers counts, without DALI."""
 
     dali: bool = False
-    """Decode and augment with NVIDIA DALI, on the GPU where there is one: same order, same draws.
-    Where DALI is not installed our own reader is used, with a warning."""
+    """Decode and augment with NVIDIA DALI, on the GPU if there is one, with the same order and the
+    same draws. Where DALI is not installed, ArcShard's own reader is used, with a warning."""
 
     dali_aug: bool = False
-    """The augmentation of the published DALI pipeline, together with dali=True; without dali it
-    has no effect, as there: augment=[dali_aug] is the same set for either loader."""
+    """The augmentation of the published DALI pipeline, together with dali=True. Without dali it has
+    no effect, as in the published code; augment=[dali_aug] is the same set for either loader."""
 
     # --- model ------------------------------------------------------------------------------
     network: str = "r50"
@@ -121,19 +126,19 @@ class Config:
     """Probability of dropout before the embedding layer (IResNet), in [0, 1)."""
 
     drop_path_rate: float | None = None
-    """ViT: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
-    None: as published under the network's name."""
+    """ViT: stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first
+    block. None: the value published under the network's name."""
 
     mask_ratio: float | None = None
-    """ViT: share of patches that a training image goes without, in [0, 1); at inference it has all
-    of them. None: as published under the network's name."""
+    """ViT: share of patches that are removed from a training image, in [0, 1); at inference none
+    are removed. None: the value published under the network's name."""
 
     gradient_checkpointing: bool = False
     """Recompute the backbone's stages in the backward pass: less memory, about a third slower."""
 
     init_backbone: str | None = None
-    """Weights to start the backbone from: a model.pt, a run folder or an arcface_torch file.
-    What matched is reported; nothing matching is an error."""
+    """Weights to start the backbone from: a model.pt, a run folder or an arcface_torch file. The
+    log reports what matched; nothing matching is an error."""
 
     init_head: str | None = None
     """Class centers to start from: a run folder or one of its checkpoints. Identities that both
@@ -141,61 +146,65 @@ class Config:
     of their images (docs/fine_tuning.md)."""
 
     freeze_epoch: int = 0
-    """Epochs at the start in which only the class centers move: the backbone stays as it is, its
-    batch-norm statistics too, and works as at inference (no dropout, no masking)."""
+    """Number of epochs at the start in which only the class centers are updated. The backbone and
+    its batch-norm statistics stay as they are, and it works as at inference (no dropout, no
+    masking)."""
 
     freeze_batch_norm: bool = False
-    """Batch norm uses its running statistics and leaves them alone (fine-tuning, proofs)."""
+    """Batch norm uses its running statistics and does not update them (for fine-tuning and
+    proofs)."""
 
     teacher: str | None = None
-    """Knowledge distillation: the run folder or model.pt of a frozen teacher; for
-    distillation="logits" its run folder, with checkpoints (docs/distillation.md)."""
+    """Knowledge distillation: the run folder or model.pt of a frozen teacher. distillation="logits"
+    needs its run folder, with checkpoints (docs/distillation.md)."""
 
     distillation: str = "cosine"
-    """"cosine": 1 - cosine of the student's and the teacher's embedding; "logits": T^2 times the
-    divergence of the student's class probabilities from the teacher's, no margin in either."""
+    """"cosine": 1 - cosine of the student's and the teacher's embedding. "logits": T^2 times the
+    divergence of the student's class probabilities from the teacher's, without a margin in
+    either."""
 
     distillation_weight: float = 1.0
     """Factor on the distillation loss, which is added to the head's; above 0. The log and
-    metrics.jsonl show both losses by themselves, without it."""
+    metrics.jsonl show both losses separately, without this factor."""
 
     distillation_temperature: float = 4.0
-    """distillation="logits": both sides' logits are divided by this T."""
+    """distillation="logits": the temperature T, by which the logits of both sides are divided."""
 
     # --- head -------------------------------------------------------------------------------
     loss: str = "combined"
-    """"combined" (margin_list says which), or by name: "softmax", "normface", "arcface", "cosface",
-    "sphereface", "adaface", "magface", "curricularface", "elasticface_arc", "elasticface_cos",
-    "subcenter_arcface". The log prints the formula in force."""
+    """"combined" (configured by margin_list), or by name: "softmax", "normface", "arcface",
+    "cosface", "sphereface", "adaface", "magface", "curricularface", "elasticface_arc",
+    "elasticface_cos", "subcenter_arcface". The log prints the formula in force."""
 
     margin_list: tuple[float, float, float] = (1.0, 0.5, 0.0)
     """loss="combined": (m1, m2, m3) of cos(m1 theta + m2) - m3; m1 multiplies, m2 is in radians,
     m3 in units of cosine. ArcFace (1, m, 0), CosFace (1, 0, m), SphereFace (m, 0, 0)."""
 
     margin: float | None = None
-    """The margin m of a loss by name, in its own unit; None: the paper's. Not for combined,
-    softmax, normface and magface."""
+    """The margin m of a loss by name, in the unit of that loss; None: the paper's value. Not for
+    combined, softmax, normface and magface."""
 
     scale: float = 64.0
-    """Factor s on the cosines before the softmax; loss="softmax" has 1 instead."""
+    """Factor s on the cosines before the softmax; loss="softmax" uses 1 instead."""
 
     margin_gradient: str = "exact"
-    """"exact": the derivative of the margin; "straight_through": 1 instead, which is what the
-    published ArcFace weights were trained with. For combined, arcface, cosface, sphereface."""
+    """"exact": the derivative of the margin. "straight_through": 1 instead, with which the
+    published ArcFace weights were trained. For combined, arcface, cosface and sphereface."""
 
     softmax_bias: bool = True
-    """loss="softmax": learn a bias per class."""
+    """loss="softmax": whether a bias per class is learned."""
 
     parallel_dim: int | None = 1
-    """Classification: what of the last layer is spread over the ranks: 1 or -1 its classes, 0 its
-    input features, None nothing (every rank holds all of it). Recognition: 1."""
+    """Classification: how the last layer is split over the ranks: 1 or -1 by classes, 0 by input
+    features, None not at all (every rank holds all of it). Recognition: 1."""
 
     label_smoothing: float = 0.0
-    """Classification: share of the target that goes to all classes alike, in [0, 1). Above 0 the
+    """Classification: share of the target that is spread over all classes, in [0, 1). Above 0 the
     last layer's logits and gradients are whole tensors on each rank (docs/classification.md)."""
 
     adaface_h: float = 0.333
-    """loss="adaface": the clip of the standardized norms, h."""
+    """loss="adaface": the factor h on the standardized norms, which are clipped to [-1, 1] after
+    it."""
 
     adaface_t_alpha: float = 0.01
     """loss="adaface": weight of a global batch in the running statistics of the norms."""
@@ -204,53 +213,54 @@ class Config:
     """loss="magface": lower and upper bound of the embeddings' norm, (l_a, u_a)."""
 
     magface_margins: tuple[float, float] = (0.45, 0.8)
-    """loss="magface": margins at those bounds, radians."""
+    """loss="magface": margins at those bounds, (l_margin, u_margin), in radians."""
 
     magface_lambda_g: float = 20.0
-    """loss="magface": weight of the regulariser."""
+    """loss="magface": weight of the regularizer."""
 
     curricular_alpha: float = 0.01
     """loss="curricularface": weight of a global batch in the running target cosine t."""
 
     elastic_std: float = 0.0125
-    """loss="elasticface_*": standard deviation of the margins drawn."""
+    """loss="elasticface_*": standard deviation of the drawn margins."""
 
     elastic_plus: bool = False
-    """loss="elasticface_*": ElasticFace+, larger draws for harder samples."""
+    """loss="elasticface_*": ElasticFace+, which gives harder samples larger margins."""
 
     sub_centers: int | None = None
-    """Centers per class, K; a class counts with its best one. None: 3 for subcenter_arcface,
-    else 1. Works with every loss."""
+    """Centers per class, K; a class counts with its best one. None: 3 for subcenter_arcface, else
+    1. Works with every loss."""
 
     sample_rate: float = 1.0
     """Share of each rank's class centers used per step, in [0, 1]; the batch's own classes are
-    always in. 0 means the batch's classes only."""
+    always included. 0: only the batch's classes."""
 
     interclass_filtering_threshold: float = 0.0
     """Other classes whose cosine exceeds this are taken for label noise; 0 switches it off."""
 
     interclass_filtering_mode: str = "remove"
-    """"remove" takes filtered classes out of the softmax; "legacy" sets their cosine to 0, as
-    the published code did."""
+    """"remove" removes filtered classes from the softmax; "legacy" sets their cosine to 0, as the
+    published code did."""
 
     head_update: str = "fused"
-    """"fused": blocks of classes, no B x C matrix and no C x D gradient; "autograd": the readable
-    path with an ordinary gradient, slower and larger."""
+    """"fused": blocks of classes, without a B x C matrix or a C x D gradient. "autograd": the
+    reference path with an ordinary gradient, slower and larger."""
 
     head_workspace_mib: int | str = "auto"
     """Memory of the fused head per rank, in MiB, beside class centers, their state and O(global
-    batch). More keeps more from forward to backward, and is faster. "auto": an eighth of a GPU's
-    memory, or less where all softmax numerators are kept with less; 256 MiB on a CPU."""
+    batch). More memory keeps more from forward to backward, which is faster. "auto": an eighth of a
+    GPU's memory, or less where all softmax numerators are kept with less; 256 MiB on a CPU."""
 
     head_offload: bool = False
-    """Keep class centers and their optimizer state in host memory and bring the sampled ones over
-    in each step (needs sample_rate < 1). False: they are where the training runs."""
+    """Keep class centers and their optimizer state in host memory and copy the sampled ones to the
+    device in each step (needs sample_rate < 1). False: they are on the training device."""
 
     head_weight_dtype: str = "fp32"
-    """"fp32", or "bf16": class centers in half the memory, rounded stochastically."""
+    """"fp32", or "bf16": class centers in half the memory, with stochastic rounding."""
 
     head_state_dtype: str = "fp32"
-    """"fp32", or "bf16": momentum or Adam's averages of the class centers, the same way."""
+    """"fp32", or "bf16": momentum or Adam's averages of the class centers in half the memory, with
+    stochastic rounding."""
 
     # --- optimization -----------------------------------------------------------------------
     batch_size: int = 128
@@ -258,7 +268,8 @@ class Config:
 
     global_batch_size: int | None = None
     """Images per optimizer step over all ranks. If set, it stays the same on any number of ranks:
-    each takes its share, in as many micro-steps as batch_size, now the most at a time, needs."""
+    each rank takes its share in as many micro-steps as it needs, with at most batch_size images at
+    a time."""
 
     gradient_acc: int = 1
     """Micro-steps per optimizer step; one step equals the step on the whole global batch."""
@@ -291,129 +302,131 @@ class Config:
     """Weight decay of backbone and head: coupled for sgd, decoupled for adamw."""
 
     decay_norms_and_biases: bool = True
-    """Whether weight_decay also shrinks the backbone's norms, biases and other vectors (as the
-    published runs have it)."""
+    """Whether weight_decay also applies to the backbone's norms, biases and other vectors, as in
+    the published runs."""
 
     layer_decay: float = 1.0
     """Learning rate of each stage or block of the backbone relative to the one after it, in (0, 1];
-    the embedding layer has lr. 1: the same everywhere."""
+    the embedding layer has lr. 1: the same learning rate everywhere."""
 
     ema_decay: float = 0.0
-    """Exponential moving average of the backbone: share of the old average kept per optimizer
-    step, in [0, 1), less in the first ones: min(ema_decay, (1 + n) / (10 + n)). It is what is
-    verified and saved (model.pt, model_best.pt); training goes on beside it. Recognition only.
-    0: off."""
+    """Exponential moving average of the backbone: share of the old average kept per optimizer step,
+    in [0, 1). It is less in the first steps: min(ema_decay, (1 + n) / (10 + n)) after n steps. The
+    average is what is verified and saved (model.pt, model_best.pt); training continues with the
+    weights themselves. Recognition only. 0: off."""
 
     zero_stage: int = 0
     """1: shard the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer). Checkpoints
     and results are the same; each step broadcasts the parameters. 0: every rank holds all of it."""
 
     clip_grad_norm: float = 5.0
-    """The backbone's gradient norm is clipped to this; 0 switches clipping off."""
+    """Largest norm of the backbone's gradient, which is clipped to it; 0 switches clipping off."""
 
     on_divergence: str = "stop"
-    """"stop", or "rollback": go back to the last good checkpoint and leave the data that led to
-    the divergence out."""
+    """"stop", or "rollback": return to the last good checkpoint and leave out the data that led to
+    the divergence."""
 
     max_rollbacks: int = 3
-    """on_divergence="rollback": so often at most, then the run stops."""
+    """on_divergence="rollback": largest number of rollbacks, after which the run stops."""
 
     max_bad_steps: int = 20
-    """Steps in a row with a non-finite loss (nothing moves in them) after which the run stops
-    with exit code 3. Checked at log steps."""
+    """Number of consecutive steps with a non-finite loss, which update nothing, after which the run
+    stops with exit code 3. Checked at log steps."""
 
-    # --- numbers and machines ---------------------------------------------------------------
+    # --- precision and devices --------------------------------------------------------------
     precision: str | None = None
     """"fp32" (full, no TF32), "tf32", "bf16", "fp16" (with a loss scaler) or "fp64" (for proofs).
-    None: what `fp16` asks for, else bf16 on GPUs that have it and fp32 elsewhere."""
+    None: what `fp16` asks for, else bf16 on GPUs that support it and fp32 elsewhere."""
 
     fp16: bool = False
-    """arcface_torch's switch: fp16 with a loss scaler on CUDA. On a CPU, where half precision
-    is often slower, fp32 with one warning. An explicit `precision` wins."""
+    """arcface_torch's switch: fp16 with a loss scaler on CUDA. On a CPU, where half precision is
+    often slower, fp32 with one warning. An explicit `precision` takes precedence."""
 
     channels_last: bool = True
-    """Images and convolutions in channels_last memory format; same numbers up to rounding."""
+    """Images and convolutions in channels_last memory format; the results are the same up to
+    rounding."""
 
     compile: bool = False
-    """torch.compile of the backbone's training step, for its fixed shapes. The start takes
-    minutes longer; the log says how long. Needs a C++ compiler on CPUs."""
+    """torch.compile of the backbone's training step, for its fixed shapes. The start takes minutes
+    longer; the log says how long. Needs a C++ compiler on CPUs."""
 
     static_graph: bool = False
     """Tell DistributedDataParallel that every step uses the same parameters in the same order."""
 
     grad_reduce_dtype: str = "fp32"
-    """Numbers in which ranks add up the backbone's gradients: "fp32", or "bf16" and "fp16" with
-    half the traffic. arcface_torch always used fp16."""
+    """Dtype in which ranks sum the backbone's gradients: "fp32", or "bf16" and "fp16" with half the
+    traffic. arcface_torch always used fp16."""
 
     device: str = "auto"
     """"auto" (CUDA if there is one), "cuda" or "cpu"."""
 
     collective_timeout_s: float = 600.0
-    """Seconds without progress after which ranks that lag behind are named and the run ends with
-    exit code 5."""
+    """Seconds without progress after which the run ends with exit code 5 and names the ranks that
+    lag behind."""
 
     seed: int = 2048
     """Seed of initial weights, class sampling, image order and augmentation."""
 
-    # --- verification while training --------------------------------------------------------
+    # --- verification during training -------------------------------------------------------
     val_targets: list[str] = field(default_factory=list)
-    """Verification sets (names of .bin files in val_dir) scored while training and at the end.
-    A missing one is an error before training starts."""
+    """Verification sets (names of .bin files in val_dir) scored during training and at the end. A
+    missing one is an error before training starts."""
 
     val_dir: str | None = None
     """Folder of the .bin files. None: the training set's folder."""
 
     val_batch_size: int = 64
-    """Images per rank embedded at a time in verification."""
+    """Images per rank that are embedded at a time in verification."""
 
     # --- the run ----------------------------------------------------------------------------
     output: str | None = None
     """Folder of the run's files. None: work_dirs/<config name>."""
 
     resume: bool | str = False
-    """Go on from a checkpoint: "auto" (or True) takes the newest intact one in `output`, if there
-    is any; a path takes that one. False starts anew, except where torchrun has restarted the ranks
-    of this run: they go on as with "auto"; "never" starts anew even then. What may change in
-    between: docs/checkpoints.md."""
+    """Resume from a checkpoint: "auto" (or True) takes the newest intact one in `output`, if there
+    is one; a path takes that one. False starts from the beginning, except where torchrun has
+    restarted the ranks of this run: they resume as with "auto". "never" starts from the beginning
+    even then. docs/checkpoints.md says which settings may change in between."""
 
     checkpoint_every: int = 0
-    """Optimizer steps between two checkpoints; 0: not by steps. The ends of epochs, a new best
+    """Optimizer steps between two checkpoints; 0: none by steps. The ends of epochs, a new best
     accuracy and the end of the run are saved in any case."""
 
     checkpoint_minutes: float = 15.0
-    """Minutes between two checkpoints; 0: not by time."""
+    """Minutes between two checkpoints; 0: none by time."""
 
     keep_checkpoints: int = 3
-    """Checkpoints kept, the newest; the best is kept besides. 0: none are written, except when a
-    signal stops the run."""
+    """Number of newest checkpoints that are kept; the best one is kept as well. 0: none are
+    written, except when a signal stops the run."""
 
     max_failed_saves: int = 3
-    """Checkpoints in a row that could not be written after which the run stops, with exit code 6;
-    up to then it goes on."""
+    """Number of consecutive checkpoints that could not be written after which the run stops with
+    exit code 6; before that it continues."""
 
     save_all_states: bool = False
-    """arcface_torch's switch for whole checkpoints. They are on anyway; keep_checkpoints=0
+    """arcface_torch's switch for complete checkpoints. They are always on; keep_checkpoints=0
     switches them off."""
 
     frequent: int = 10
     """Optimizer steps between two log lines."""
 
     verbose: int = 2000
-    """Optimizer steps between two verifications; 0: none while training (the last one stays)."""
+    """Optimizer steps between two verifications; 0: none during training, only the one at the
+    end."""
 
     profile: int = 0
-    """Steps to profile, after the first five: a trace and a page of where their time goes, in
-    profile/ of the output; 0: none."""
+    """Number of steps to profile, after the first five. A trace and a page on where their time goes
+    are written to profile/ of the output. 0: none."""
 
     notes: str = ""
-    """Free text, kept in config.json."""
+    """Free text, saved in config.json."""
 
     # --- Weights & Biases (optional) --------------------------------------------------------
     using_wandb: bool = False
     """Log to Weights & Biases as well; the key comes from the environment (WANDB_API_KEY)."""
 
     wandb_key: str | None = None
-    """Ignored: a key in a file ends up in logs. Set WANDB_API_KEY or run `wandb login`."""
+    """Ignored, because a key in a file ends up in logs. Set WANDB_API_KEY or run `wandb login`."""
 
     wandb_entity: str | None = None
     """Entity (team or user) of the run."""
@@ -425,19 +438,19 @@ class Config:
     """Let wandb continue the run of the same id."""
 
     wandb_log_all: bool = True
-    """Every rank logs, in one group; otherwise rank 0 only."""
+    """True: every rank logs, in one group. False: rank 0 only."""
 
     suffix_run_name: str | None = None
-    """Text put behind the run's name."""
+    """Text appended to the run's name."""
 
     save_artifacts: bool = False
     """Upload model.pt as an artifact at the end."""
 
     def problems(self) -> list[str]:
-        """Everything wrong with the values and their combination, one sentence each.
+        """Returns everything wrong with the values and their combination, one sentence each.
 
-        Types are checked before, in utils/config.py. What needs files, networks or devices
-        (does the set exist, is there a GPU) is checked by training/build.py.
+        Types are checked before, in utils/config.py. What needs files, networks or devices (whether
+        the set exists, whether there is a GPU) is checked by training/build.py.
         """
         found: list[str] = []
 
@@ -634,7 +647,7 @@ class Config:
         return found
 
     def _problems_of_the_task(self) -> list[str]:
-        """What task="classification" needs, or what only it has."""
+        """Returns what task="classification" needs, or what only that task has."""
         sentences: list[tuple[bool, str]]
         if self.task != "classification":
             sentences = [
@@ -704,10 +717,10 @@ class Config:
         return [sentence for ok, sentence in sentences if not ok]
 
     def unused(self) -> list[str]:
-        """Keys that were set but mean nothing for this loss or without a teacher, one sentence
-        each, for a warning.
+        """Returns a sentence, for a warning, on each key that is set but has no effect.
 
-        They may come from a published config whose loss was exchanged on the command line.
+        A key has no effect with another loss or without a teacher. Such keys may come from a
+        published config whose loss was changed on the command line.
         """
         angular = ("combined", "arcface", "cosface", "sphereface", "subcenter_arcface")
         belongs_to = {

@@ -1,0 +1,1 @@
+"""Helpers of the trainer: config, process groups, log, files and measurements."""

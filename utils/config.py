@@ -1,6 +1,6 @@
-"""From a config file and `key=value` words to one checked `Config`.
+"""Reads a config file and `key=value` words into one checked `Config`.
 
-Order: the schema's defaults (configs/base.py), then the module's `config`, then the command
+The schema's defaults (configs/base.py) come first, then the module's `config`, then the command
 line. All problems are collected and raised together in one ConfigError.
 """
 
@@ -27,7 +27,12 @@ NEVER_SAVED = ("wandb_key",)
 
 
 class Alias(NamedTuple):
-    """What an old key is called now, and its old values where they changed as well."""
+    """The present name of an old key.
+
+    Attributes:
+        key: The present key.
+        values: Present values by old ones, where they changed as well.
+    """
 
     key: str
     values: Mapping[Any, Any] = types.MappingProxyType({})
@@ -40,11 +45,11 @@ ALIASES: Mapping[str, Alias] = {
     "sub_centres": Alias("sub_centers"),
     "zero": Alias("zero_stage", {False: 0, True: 1}),
 }
-"""Old spellings of keys. Configs, command lines and saved configs may still have them."""
+"""Present keys by their old spellings, which configs, command lines and saved configs may have."""
 VALUE_ALIASES: Mapping[str, Mapping[str, str]] = {
     "loss": {"subcentre_arcface": "subcenter_arcface"},
 }
-"""Old spellings of values, by key."""
+"""Present values by their old spellings, by key."""
 
 
 class ConfigError(ValueError):
@@ -52,15 +57,16 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the config module at `path` and the `key=value` words after it.
+    """Reads the config module at `path` and the `key=value` words after it.
 
     Args:
-        path: a Python file that defines `config` (EasyDict or any mapping), with or without
-            `.py`; relative to the current folder, else to this repository.
-        overrides: words such as `lr=0.02`, `val_targets=[lfw]`, `margin_list=(1.0,0.5,0.0)`.
+        path: A Python file that defines `config` (EasyDict or any mapping), with or without `.py`;
+            relative to the current folder, else to this repository.
+        overrides: Words such as `lr=0.02`, `val_targets=[lfw]`, `margin_list=(1.0,0.5,0.0)`.
 
     Raises:
-        ConfigError: with all problems at once.
+        ConfigError: There is no such file, it cannot be run, or it has problems, which the message
+            lists.
     """
     file = find_config_file(path)
     values, problems = _standard_names(_read_module(file))
@@ -106,7 +112,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def find_config_file(path: str | Path) -> Path:
-    """The config file a user means by `path`: as given or with .py, from here or the repository."""
+    """Finds the config file that a user means by `path`.
+
+    Args:
+        path: Path with or without `.py`, relative to the current folder, else to this repository.
+
+    Raises:
+        ConfigError: There is no such file. The message suggests similar names.
+    """
     given = Path(path)
     if not given.name:
         raise ConfigError(f"{str(path)!r} is no config file: name one, such as configs/ms1mv3_r50")
@@ -123,22 +136,26 @@ def find_config_file(path: str | Path) -> Path:
 
 
 def save_config(config: Config, path: str | Path, **resolved: object) -> None:
-    """Write the resolved config as JSON; secrets are left out. `resolved` adds what the run
-    found out itself (world size, number of classes, ...).
+    """Writes the resolved config as JSON, without secrets.
+
+    Args:
+        config: The config.
+        path: The file.
+        resolved: What the run found out itself (world size, number of classes, ...).
     """
     values = {**plain_values(config), "resolved": resolved}
     Path(path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def plain_values(config: Config) -> dict[str, object]:
-    """Every key as JSON knows values, without secrets."""
+    """Returns the value of every key as JSON represents it, without secrets."""
     told = {k: v for k, v in dataclasses.asdict(config).items() if k not in NEVER_SAVED}
     values: dict[str, object] = json.loads(json.dumps(told))
     return values
 
 
 def describe_fields() -> str:
-    """Every key with its default and docstring, as text for --help and the docs."""
+    """Returns every key with its default and docstring, as text for --help."""
     source = (REPOSITORY / "configs" / "base.py").read_text()
     body = next(
         node.body
@@ -179,7 +196,7 @@ def _read_module(file: Path) -> dict[str, Any]:
 
 
 def _standard_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`values` without old spellings, and a problem for each key that is there in both."""
+    """Translates old spellings, and returns a problem for each key that is there in both."""
     problems = [
         f"{old} and {alias.key}: two spellings of one key; leave {old} out"
         for old, alias in ALIASES.items()
@@ -229,7 +246,11 @@ def standard_setting(key: str, value: Any) -> tuple[str, Any]:
 
 
 def _parse_word(key: str, text: str) -> Any:
-    """The value of a `key=text` word; the key may be an old spelling. Raises ValueError."""
+    """Parses the value of a `key=text` word, whose key may be an old spelling.
+
+    Raises:
+        ValueError: The text is no value of the field's type.
+    """
     alias = ALIASES.get(key)
     if alias is None or not alias.values:
         standard = key if alias is None else alias.key
@@ -262,7 +283,11 @@ def _type_name(kind: Any) -> str:
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """`value` as the field's type; a list serves as a tuple, a whole number as a float."""
+    """Converts `value` to the field's type; tuples may be lists, and numbers int or float.
+
+    Raises:
+        TypeError: The value is of another type.
+    """
     for alternative in _alternatives(kind):
         origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
         if alternative is type(None) and value is None:
@@ -284,7 +309,11 @@ def _coerce(value: Any, kind: Any) -> Any:
 
 
 def _parse(text: str, kind: Any) -> Any:
-    """A command-line word as the field's type. Quotes around names inside lists are optional."""
+    """Parses a command-line word as the field's type; names inside lists need no quotes.
+
+    Raises:
+        ValueError: The text is no value of the type.
+    """
     alternatives = _alternatives(kind)
     if text in ("None", "none", "null") and type(None) in alternatives:
         return None
@@ -302,7 +331,7 @@ def _parse(text: str, kind: Any) -> Any:
                 return alternative(text)
             except ValueError:
                 if alternative is int and re.fullmatch(r"[+-]?\d+(\.0*)?e\+?\d+", text.lower()):
-                    return float(text)  # 1e5 for a whole number
+                    return float(text)  # 1e5 is accepted as a whole number
                 continue
     if str in alternatives:
         return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text

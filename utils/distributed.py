@@ -1,7 +1,6 @@
-"""Who am I among the ranks: one small value, made once by train_v2.py and passed on.
+"""This process among the ranks of a run: made once by train_v2.py and passed on.
 
-Also the few collectives the rest of the code shares. With one process nothing here touches
-torch.distributed: a single rank needs no process group.
+With one process nothing here touches torch.distributed: a single rank needs no process group.
 """
 
 from __future__ import annotations
@@ -16,12 +15,19 @@ import torch.distributed as dist
 
 
 class DeviceError(RuntimeError):
-    """The device asked for is not there."""
+    """The device that was asked for does not exist."""
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among all processes of the run."""
+    """This process among all processes of the run.
+
+    Attributes:
+        rank: Rank among all processes.
+        local_rank: Rank among the processes of this host.
+        world_size: Number of all processes.
+        device: Device of this process.
+    """
 
     rank: int
     local_rank: int
@@ -30,15 +36,19 @@ class DistContext:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes files and log lines."""
+        """True on rank 0, which writes files and log lines."""
         return self.rank == 0
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device for `wanted` ("auto", "cuda" or "cpu") on this host.
+    """Chooses the device for `wanted` on this host.
+
+    Args:
+        wanted: "auto" (CUDA if there is a GPU), "cuda" or "cpu".
+        local_rank: Rank among the processes of this host.
 
     Raises:
-        DeviceError: CUDA is asked for and there is none, or fewer GPUs than ranks here.
+        DeviceError: CUDA is needed, and this host has no GPU or fewer GPUs than ranks.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and count == 0):
@@ -57,9 +67,16 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def init_distributed(device: str = "auto", timeout_seconds: int = 1800) -> DistContext:
-    """Join the ranks torchrun announced in the environment; one process alone joins nothing.
+    """Joins the ranks that torchrun announced in the environment; one process alone joins nothing.
 
-    nccl with CUDA, gloo without.
+    The backend is nccl with CUDA and gloo without.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        timeout_seconds: Timeout of the collectives.
+
+    Raises:
+        DeviceError: As in `choose_device`.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -77,11 +94,12 @@ def init_distributed(device: str = "auto", timeout_seconds: int = 1800) -> DistC
 
 
 def destroy_distributed() -> None:
-    """Tear the process group down, if there is one. Call it when nothing uses it any more.
+    """Destroys the process group, if there is one; call it when nothing uses it any more.
 
-    Gloo's threads hold the tensors of their last operations and must let them go while the
-    interpreter still runs: one that comes too late aborts the process (seen in one of ten runs
-    that left this to the interpreter's end). Collecting what refers to the group ends them.
+    Gloo's threads hold the tensors of their last operations and must release them while the
+    interpreter still runs: a thread that does so too late aborts the process (seen in one of ten
+    runs that left this to the interpreter's end). Collecting what refers to the group ends the
+    threads.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -89,6 +107,6 @@ def destroy_distributed() -> None:
 
 
 def barrier(world: DistContext) -> None:
-    """Wait for all ranks."""
+    """Waits for all ranks."""
     if world.world_size > 1:
         dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)

@@ -33,7 +33,7 @@ CODE_FOLDERS = (
 
 
 def describe_environment(repository: Path = REPOSITORY) -> dict[str, Any]:
-    """Facts for a report; None stands for what is absent or does not answer."""
+    """Returns facts for a report; None stands for what is absent or does not answer."""
     import torch
 
     compiler = c_compiler()
@@ -67,7 +67,7 @@ def describe_environment(repository: Path = REPOSITORY) -> dict[str, Any]:
 
 
 def compiler_problem() -> str | None:
-    """Why Triton cannot build what starts its kernels ("no C compiler", "no Python.h"), or None."""
+    """Says why Triton cannot build its launchers ("no C compiler" or "no Python.h"), else None."""
     compiler = c_compiler()
     if compiler is None:
         return "no C compiler"
@@ -75,28 +75,29 @@ def compiler_problem() -> str | None:
 
 
 def triton_problem() -> str | None:
-    """Why nothing can be compiled by Triton here, or None."""
+    """Says why Triton cannot compile anything here, or returns None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return compiler_problem()
 
 
 def missing_packages(*names: str) -> str:
-    """ "not installed: ..." with those that cannot be imported, or ""."""
+    """Returns "not installed: ..." with the packages that cannot be imported, or "" if all can."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 def c_compiler() -> str | None:
-    """The compiler that Triton takes: CC's, else gcc, else clang."""
+    """Returns the compiler that Triton uses: CC's if CC is set, else gcc, else clang, else None."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def source_sha256(repository: Path = REPOSITORY) -> str:
-    """The first 12 hex digits of a SHA-256 over names and contents of the code's *.py files.
+    """Returns the first 12 hex digits of a SHA-256 over names and contents of the code's files.
 
-    It is the same for a commit and for a copy of its files without .git.
+    The files are the *.py files of the repository's folder and of CODE_FOLDERS. The hash is the
+    same for a commit and for a copy of its files without .git.
     """
     files = [*repository.glob("*.py")]
     for folder in CODE_FOLDERS:
@@ -109,7 +110,7 @@ def source_sha256(repository: Path = REPOSITORY) -> str:
 
 
 def _finds_python_headers(compiler: str) -> bool:
-    """Whether the compiler finds Python.h where Triton lets it look."""
+    """Returns whether the compiler finds Python.h in the folder that Triton passes to it."""
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     include = sysconfig.get_path("include", scheme)
     words = [compiler, "-E", "-x", "c", "-include", "Python.h", f"-I{include}", os.devnull]
@@ -117,7 +118,7 @@ def _finds_python_headers(compiler: str) -> bool:
 
 
 def _git_commit(repository: Path) -> str | None:
-    if not (repository / ".git").exists():  # It may lie inside another repository.
+    if not (repository / ".git").exists():  # A parent folder may be another repository.
         return None
     words = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return _output(["git", "-C", str(repository), *words])
@@ -126,12 +127,12 @@ def _git_commit(repository: Path) -> str | None:
 def _version(module: str) -> str | None:
     try:
         return str(importlib.import_module(module).__version__)
-    except (ImportError, AttributeError):  # a folder of that name is no package
+    except (ImportError, AttributeError):  # a mere folder of that name has no __version__
         return None
 
 
 def _output(words: Sequence[str]) -> str | None:
-    """What a command prints; None if it is absent, fails or takes more than 10 seconds."""
+    """Returns what a command prints; None if it is absent, fails or takes more than 10 seconds."""
     try:
         result = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Values as JSON can say them."""
+"""Values that JSON can represent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def without_nan(value: Any) -> Any:
-    """`value` with null for NaN and the infinities, which JSON does not have."""
+    """Returns `value` with null for NaN and the infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

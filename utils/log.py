@@ -1,4 +1,4 @@
-"""Log lines: to the terminal and to training.log, on rank 0 only."""
+"""Log lines: rank 0 writes to the terminal and to training.log, other ranks write only errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ FORMAT = "Training: %(asctime)s-%(message)s"  # as arcface_torch writes them; sc
 
 
 def init_logging(is_main: bool, folder: str | Path | None = None) -> None:
-    """Send log records of all our modules to stderr and, if given, to `folder`/training.log.
+    """Sends log records of all modules to stderr and, on rank 0, to `folder`/training.log.
 
-    Ranks other than 0 only speak up with warnings of their own errors.
+    Args:
+        is_main: Whether this is rank 0. Other ranks log records of level ERROR and above only.
+        folder: Folder of training.log; None for no file.
     """
-    # One process needs no process group; torch's checkpoints remark on it at every save.
+    # One process needs no process group; torch's checkpoints warn about that at every save.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     root = logging.getLogger()
     for handler in list(root.handlers):

@@ -1,4 +1,4 @@
-"""Rates of the run between two log lines."""
+"""Speed and memory of the run between two log lines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import torch
 
 
 class Rates(NamedTuple):
-    """samples_per_second over all ranks, data_wait_share in [0, 1], hours_left,
-    peak_memory_gib: of this rank's GPU allocator (reserved), or of the process on a CPU.
+    """What a log line says of an interval.
+
+    Attributes:
+        samples_per_second: Samples per second over all ranks.
+        data_wait_share: Share of the time spent waiting for data, in [0, 1].
+        hours_left: Hours to the end of the run, from the mean step time so far.
+        peak_memory_gib: GiB reserved by this rank's GPU allocator, or resident of the process on a
+            CPU; the largest so far.
     """
 
     samples_per_second: float
@@ -21,11 +27,11 @@ class Rates(NamedTuple):
 
 
 class SpeedMeter:
-    """Speed since the last reading; pauses (verification, saving) do not count.
+    """Measures speed since the last reading; pauses (verification, saving) do not count.
 
     Args:
-        samples_per_step: global batch.
-        total_steps: of the run.
+        samples_per_step: Global batch size.
+        total_steps: Number of steps of the run.
     """
 
     def __init__(self, samples_per_step: int, total_steps: int) -> None:
@@ -34,15 +40,15 @@ class SpeedMeter:
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Begin an interval at `step` now (after a pause, or at the start)."""
+        """Begins an interval at `step` now (after a pause, or at the start)."""
         self._step, self._wait, self._start = step, 0.0, time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """Add time spent waiting for data."""
+        """Adds time spent waiting for data."""
         self._wait += seconds
 
     def read(self, step: int, device: torch.device) -> Rates:
-        """Rates of the interval that ends at `step`, and begin the next."""
+        """Returns the rates of the interval that ends at `step`, and begins the next one."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         steps = step - self._step
         self._training_seconds += seconds
@@ -59,7 +65,7 @@ class SpeedMeter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: reserved on the GPU, resident of the process on a CPU."""
+    """Returns the largest memory so far in GiB: reserved on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

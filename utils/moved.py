@@ -1,4 +1,4 @@
-"""Old names of modules and functions that work for one release, with a warning."""
+"""Old names of modules and functions, which still work for one release with a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A child process that runs functions one after another: Python and torch start only once."""
+"""A child process that runs functions one after another, so that Python and torch start once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_SECONDS_TO_END = 10  # A process that was told to end, or was killed, gets this long.
-_SECONDS_TO_LOOK = 0.2  # A wait looks this often whether the process still lives.
+_SECONDS_TO_END = 10  # Limit for a process to end after it was told to or was killed.
+_SECONDS_TO_LOOK = 0.2  # Interval at which a wait checks that the process is alive.
 
 
 class WorkerDied(RuntimeError):
@@ -35,26 +35,30 @@ class ChildTraceback(Exception):
 
 
 class Worker:
-    """A spawned process, which starts at the first `run`, and again at the next after it died.
+    """A spawned process, which starts at the first `run`, and again at the next one after it died.
 
     The process leads a process group, and what its functions have started ends with it. It ends
-    itself if this process is killed. Its stdout and stderr are those of this process.
+    itself when the parent process ends. Its stdout and stderr are those of the parent.
     """
 
     def __init__(self) -> None:
         self._child: tuple[BaseProcess, Connection] | None = None
 
     def run(self, function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
-        """`function(*arguments)` of the process; both and the result must be picklable.
+        """Runs `function(*arguments)` in the process and returns its result.
 
         Args:
-            seconds: a limit, in which the process also starts if it does not run yet.
+            function: The function; picklable, as is its result.
+            *arguments: Its arguments; picklable.
+            seconds: Time limit, which includes the start of the process if it does not run yet;
+                None for no limit.
 
         Raises:
-            WorkerDied: the process died.
+            WorkerDied: The process died.
             TimeoutError: `seconds` have passed, and the process was killed.
-            TypeError: the function, an argument or the result cannot be pickled.
-            BaseException: what `function` raised, from a ChildTraceback; the process goes on.
+            TypeError: The function, an argument or the result cannot be pickled.
+            BaseException: The exception that `function` raised, with a ChildTraceback as its cause.
+                The process keeps running.
         """
         deadline = math.inf if seconds is None else time.monotonic() + seconds
         message = _pickle((function, arguments), f"{_name(function)} or an argument of it")
@@ -73,7 +77,7 @@ class Worker:
             if not reply:
                 process.join(_SECONDS_TO_END)
                 raise WorkerDied(f"{_name(function)}: {_ending(process.exitcode)}")
-        except BaseException:  # A reply that still comes would be taken for the next one's.
+        except BaseException:  # A late reply would be taken for that of the next call.
             self._kill()
             raise
         try:
@@ -86,7 +90,7 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """End the process, if there is one, and wait for it; a later `run` starts another."""
+        """Ends the process, if there is one, and waits for it; a later `run` starts another."""
         if self._child is None:
             return
         process, connection = self._child
@@ -104,28 +108,28 @@ class Worker:
     def _start(self) -> tuple[BaseProcess, Connection]:
         context = multiprocessing.get_context("spawn")
         connection, its_connection = context.Pipe()
-        # Python ends a daemon at its own exit, where it would wait for another process.
+        # At exit Python ends a daemon, whereas it would wait for any other process.
         process = context.Process(target=_serve, args=(its_connection,), daemon=True)
         process.start()
         its_connection.close()
         return process, connection
 
     def _kill(self) -> None:
-        """End the process at once, with what its functions have started."""
+        """Ends the process at once, with what its functions have started."""
         if self._child is None:
             return
         process, connection = self._child
         self._child = None
         process.kill()
         assert process.pid is not None
-        with contextlib.suppress(OSError):  # There is no such group, or nothing left in it.
+        with contextlib.suppress(OSError):  # There is no such group, or it is empty.
             os.killpg(process.pid, signal.SIGKILL)
         process.join(_SECONDS_TO_END)
         connection.close()
 
 
 def _serve(connection: Connection) -> None:
-    """What the process does until it is sent an empty message."""
+    """Serves calls in the process until an empty message arrives or the parent ends."""
     os.setpgid(0, 0)
     multiprocessing.current_process().daemon = False  # A daemon may have no child processes.
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -138,17 +142,17 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os.killpg(0, signal.SIGKILL)  # This process's group: itself and what its functions started.
+    os.killpg(0, signal.SIGKILL)  # Kills this process and what its functions started.
 
 
 def _answer(message: bytes) -> bytes:
-    """The result and None, or an exception and its traceback; pickled."""
+    """Returns the pickled result and None, or the exception and its traceback."""
     try:
         function, arguments = pickle.loads(message)
         result = function(*arguments)
         sys.stdout.flush()
         return _pickle((result, None), f"the result of {_name(function)}")
-    except BaseException as error:  # No variable keeps it: its traceback holds the tensors.
+    except BaseException as error:  # Not kept in a variable: its traceback holds the tensors.
         return pickle.dumps((_picklable(error), traceback.format_exc()))
 
 

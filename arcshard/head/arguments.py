@@ -1,4 +1,4 @@
-"""What PartialFC may be asked for; each refusal says what came and what is allowed."""
+"""Checks of PartialFC's arguments; each error states the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def check_arguments(
     dtype: torch.dtype,
     center_device: torch.device | str | None,
 ) -> None:
-    """Raise ValueError for the first argument of PartialFC that does not fit."""
+    """Checks the arguments of PartialFC, which have the same names there.
+
+    Raises:
+        ValueError: An argument does not fit. The message names the first one.
+    """
     is_fused = update == "fused"
     for ok, sentence in (
         (

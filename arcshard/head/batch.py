@@ -1,7 +1,8 @@
-"""The global batch of a head: gathered, checked, and the same verdict on every rank.
+"""The global batch of a head: gathered from all ranks and checked.
 
-A rank whose own batch does not fit still takes part in the collective, with a mark instead of
-its rows: every rank stops, none waits for ever.
+A rank whose own batch does not fit still takes part in the collective. It sends one row with
+POISON_LABEL instead of its rows, so that no rank waits for ever: on CPUs all ranks raise, on CUDA
+the loss of the other ranks is NaN.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from torch import Tensor
 
 from arcshard.collectives import Group, gather_labels, gather_rows, max_over_ranks
 
-PAD_LABEL = -(1 << 40)  # marks rows that only fill a ragged batch; no user's label
-POISON_LABEL = PAD_LABEL - 1  # sent by a rank whose batch does not fit, so that all ranks stop
+PAD_LABEL = -(1 << 40)  # marks padding rows of a ragged batch; no user has this label
+POISON_LABEL = PAD_LABEL - 1  # sent by a rank whose batch does not fit
 
 
 @dataclass
 class GlobalBatch:
-    """Rows of all ranks in rank order, each rank padded to the same number.
+    """Rows of all ranks in rank order, each rank padded to the same number of rows.
 
     Attributes:
-        embeddings: [B, D]; labels: [B] int64; is_real: [B] boolean, False for filling rows;
-        has_unknown: boolean scalar, some label is outside the classes (CUDA only: a CPU raises).
+        embeddings: [B, D] embeddings, zero in padding rows.
+        labels: [B] int64 labels, PAD_LABEL in padding rows.
+        is_real: [B] boolean, False for padding rows.
+        has_unknown: Boolean scalar, True if a label is outside the classes. This occurs on CUDA
+            only; on a CPU such a label raises.
     """
 
     embeddings: Tensor
@@ -34,7 +38,16 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class BatchGatherer:
-    """What a batch must look like, and who brings one."""
+    """Gathers the global batch and checks what each rank brings.
+
+    Attributes:
+        embedding_size: D.
+        num_classes: C over all ranks; labels must be in [0, C).
+        batch_size_per_rank: Largest number of rows of a rank. With None the ranks agree on it in
+            every step.
+        rank: This rank in the group.
+        group: Process group of the ranks, None for one rank.
+    """
 
     embedding_size: int
     num_classes: int
@@ -43,10 +56,14 @@ class BatchGatherer:
     group: Group
 
     def capacity(self, rows: int, device: torch.device) -> int:
-        """Rows per rank in the gathered batch.
+        """Returns the number of rows per rank in the gathered batch.
+
+        Args:
+            rows: Number of rows that this rank brings.
+            device: Device of the collective that finds the maximum over the ranks.
 
         Raises:
-            ValueError: no rank brings a row.
+            ValueError: No rank brings a row, and there is no `batch_size_per_rank`.
         """
         if self.batch_size_per_rank is not None:
             return self.batch_size_per_rank
@@ -56,10 +73,18 @@ class BatchGatherer:
         return capacity
 
     def gather(self, embeddings: Tensor, labels: Tensor, dtype: torch.dtype) -> GlobalBatch:
-        """The global batch in `dtype`.
+        """Gathers the global batch in `dtype`.
+
+        Args:
+            embeddings: [b, D] floating embeddings of this rank.
+            labels: [b] integer labels of this rank.
+            dtype: Dtype of the gathered embeddings.
 
         Raises:
-            ValueError: on every rank, if any rank's batch does not fit (labels on CPUs only).
+            ValueError: The shape, dtype or size of a rank's batch does not fit, a label is outside
+                the classes, or the global batch is empty. On CPUs every rank raises. On CUDA the
+                labels are not looked at, and only the rank whose own shape, dtype or size does not
+                fit raises.
         """
         problem = self._problem(embeddings, labels)
         device = embeddings.device
@@ -78,9 +103,17 @@ class BatchGatherer:
         return GlobalBatch(everyone, labels, labels != PAD_LABEL, unknown.any())
 
     def gather_labels(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The global batch's labels alone, [B] int64, PAD_LABEL where a rank brings fewer rows.
+        """Gathers the labels of the global batch, for a head that needs no other rank's embeddings.
 
-        For a head that needs no other rank's embeddings; errors as `gather`'s.
+        Args:
+            embeddings: [b, D] floating embeddings of this rank, which are only checked.
+            labels: [b] integer labels of this rank.
+
+        Returns:
+            [B] int64 labels, PAD_LABEL where a rank brings fewer rows.
+
+        Raises:
+            ValueError: As in `gather`.
         """
         problem = self._problem(embeddings, labels)
         device = embeddings.device
@@ -95,11 +128,11 @@ class BatchGatherer:
         return everyone
 
     def unknown(self, labels: Tensor) -> Tensor:
-        """[B] boolean: labels of rows that name no class."""
+        """Returns [B] boolean, True for labels of rows that name no class."""
         return (labels != PAD_LABEL) & ((labels < 0) | (labels >= self.num_classes))
 
     def _problem(self, embeddings: Tensor, labels: Tensor) -> str:
-        """What does not fit about this rank's batch, or an empty string."""
+        """Says what does not fit about this rank's batch, or returns an empty string."""
         limit = self.batch_size_per_rank
         if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_size:
             given, wanted = f"embeddings {list(embeddings.shape)}", f"[b, {self.embedding_size}]"
@@ -133,20 +166,22 @@ class BatchGatherer:
 
 @torch.no_grad()
 def mean_pairwise_cosine(unit: Tensor, is_real: Tensor) -> Tensor:
-    """How alike different rows of a batch are: 0 as random ones, 1 all the same.
+    """Computes how alike the rows of a batch are: about 0 for random rows, 1 for equal ones.
 
-    The mean cosine of two different rows, at least 0; by the norm of the sum of n unit rows it is
-    (|sum|^2 - n) / (n (n - 1)). Fewer than two rows are not alike. O(B D), no collective, no wait
-    for the device: of the gathered batch every rank works out the same number.
+    The result is the mean cosine over pairs of different rows, clamped to [0, 1]. It follows from
+    the norm of the sum of n unit rows as (|sum|^2 - n) / (n (n - 1)). It costs O(B D), no
+    collective and no wait for the device: every rank computes the same number from the gathered
+    batch.
 
     Args:
-        unit: [B, D] rows of length 1. is_real: [B] boolean, False for filling rows.
+        unit: [B, D] rows of length 1.
+        is_real: [B] boolean, False for padding rows.
 
     Returns:
-        Scalar in [0, 1]; NaN if a row is not finite.
+        Scalar in [0, 1], 0 for fewer than two rows, NaN if a row is not finite.
     """
     real = is_real.to(unit.dtype)
     count = real.sum()
     squared = (real @ unit.detach()).square().sum()
     mean = ((squared - count) / (count * (count - 1)).clamp_min(1)).clamp(0, 1)
-    return mean * (count > 1)  # a single row's length is 1 but for its rounding
+    return mean * (count > 1)  # the length of a single row is 1 only up to rounding

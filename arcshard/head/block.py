@@ -1,16 +1,16 @@
-"""The maths of one block of class centers; no loop, no collective, no state.
+"""The maths of one block of class centers, without a loop, a collective or a state.
 
-Shapes: B rows of the global batch, n classes in the block, K centers per class, n K rows of D.
-The target's class is left out of all sums here: it has a logit of its own (arcshard/head/fused.py).
+Shapes: B rows of the global batch, n classes in the block, K centers per class, n K rows of D. All
+sums here leave the target class out: it has a logit of its own (arcshard/head/fused.py).
 
-With E_ij = exp(z_ij - m_i) slope_ij, and per-row factors r_i that turn it into the gradient of
-the loss with respect to the similarity, the block gives
+With E_ij = exp(z_ij - m_i) slope_ij, and per-row factors r_i that turn it into the gradient of the
+loss with respect to the similarity, the block gives
 
     dE_i += r_i sum_j E_ij w^_j        dw^_j = sum_i r_i E_ij e^_i       w^ = w / |w|
     dw_j = (dw^_j - <dw^_j, w^_j> w^_j) / |w_j|
 
-1 / |w_j| is multiplied into the columns of E rather than into the rows of w: for B <= 2 D that
-is less to read and write, and no normalized copy of w has to exist.
+1 / |w_j| is multiplied into the columns of E rather than into the rows of w: for B <= 2 D fewer
+bytes are read and written, and no normalized copy of w has to exist.
 """
 
 from __future__ import annotations
@@ -27,19 +27,31 @@ NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
 
 def inverse_norms(centers: Tensor) -> Tensor:
-    """1 / |w_j| of [rows, D], with normalize's floor."""
+    """Returns 1 / |w_j| of centers [rows, D], with the floor of torch's normalize."""
     return torch.linalg.vector_norm(centers, dim=1).clamp_min_(NORM_FLOOR).reciprocal_()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off. The meta device, where a step's operations are counted, has none."""
+    """Returns a context in which autocast is off.
+
+    The meta device, where a step's operations are counted, has no autocast.
+    """
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Left @ right with operands in `dtype`; the result in fp32 (fp64 for fp64) at least.
+    """Multiplies `left` by `right` with operands in `dtype`.
 
-    Half-precision products add up in fp32; a GPU hands over those sums, a CPU rounds them once.
+    Half-precision products are summed in fp32. A GPU returns those sums; a CPU rounds them once.
+
+    Args:
+        left: [n, k] matrix.
+        right: [k, m] matrix.
+        dtype: Dtype of the operands.
+        out: [n, m] result matrix, used for fp32 and fp64 operands only.
+
+    Returns:
+        [n, m] in fp32, or in fp64 for fp64 operands.
     """
     if dtype in (torch.float32, torch.float64):
         return torch.mm(left, right, out=out)
@@ -50,10 +62,10 @@ def matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None =
 
 
 def logits_are_small(margin: Margin) -> bool:
-    """exp(z) of all other classes lies well inside fp32's range, so no maximum has to go.
+    """Says whether exp(z) of all other classes is safe in fp32 without subtracting a maximum.
 
-    Cosines times s <= 64: between exp(-64) = 1.6e-28 and exp(64) = 6e27, and a sum over 10^9
-    classes stays below 10^37.
+    It is for cosines times s <= 64: exp(z) lies between exp(-64) = 1.6e-28 and exp(64) = 6e27, and
+    a sum over 10^9 classes stays below 10^37.
     """
     return margin.normalize and not margin.bias and not margin.touches_others and margin.scale <= 64
 
@@ -65,19 +77,21 @@ def exponentials(
     target_column: Tensor,
     centers_per_class: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax numerators of the classes that are not the target, in the place of similarities.
+    """Computes the softmax numerators of the classes that are not the target, in place.
 
     Args:
-        similarities: [B, n K], already times s unless the margin touches the other classes;
-            overwritten.
-        target_column: [B] int64 column (class) of the target in this block, outside [0, n)
-            where it is not in it.
+        similarities: [B, n K] similarities, multiplied by s unless the margin touches the other
+            classes; overwritten.
+        margin: The loss.
+        context: What `margin.begin` returned for this batch.
+        target_column: [B] int64 column (class) of the target in this block; a number outside [0, n)
+            where the target is in another block.
         centers_per_class: K; a class counts with its best center.
 
     Returns:
-        (E [B, n K] with the slope of `margin.others` multiplied in, 0 for the target and for
-        centers that are not their class's best; m [B], the row maxima (-inf where no class is
-        left), or 0 where `logits_are_small`; row sums of exp(z - m) [B]).
+        (E [B, n K] multiplied by the slope of `margin.others`, 0 for the target and for centers
+        that are not the best of their class; m [B], the row maxima (-inf where no class is left),
+        or 0 where `logits_are_small`; row sums of exp(z - m) [B]).
     """
     best: Tensor | None = None
     z = similarities
@@ -110,18 +124,19 @@ def exponentials(
 
 
 def normalization_backward(gradient: Tensor, centers: Tensor, inverse_norm: Tensor) -> Tensor:
-    """From dw^ / |w| to dw: the part along w goes, dw_j = g_j - <g_j, w_j> w_j / |w_j|^2.
+    """Computes dw from dw^ / |w|: dw_j = g_j - <g_j, w_j> w_j / |w_j|^2.
 
-    This is the backward of v -> g v / |v| at g = |v|, for which torch has a kernel that goes over
-    the rows once (it serves torch.nn.utils.parametrizations.weight_norm). Made of dot products,
-    a product and a difference it took three times as long on a CPU.
+    This is the backward of v -> g v / |v| at g = |v|, for which torch has a kernel that visits the
+    rows once (it serves torch.nn.utils.parametrizations.weight_norm). Computed by dot products, a
+    product and a difference it took three times as long on a CPU.
 
     Args:
-        gradient: [rows, D], sum_i r_i E_ij e^_i / |w_j|.
-        centers: [rows, D], w; inverse_norm: [rows].
+        gradient: [rows, D], g_j = sum_i r_i E_ij e^_i / |w_j|.
+        centers: [rows, D], w.
+        inverse_norm: [rows], 1 / |w_j|.
 
     Returns:
-        [rows, D], new.
+        [rows, D], a new tensor.
     """
     norm = inverse_norm.reciprocal()[:, None]
     projected: Tensor = torch.ops.aten._weight_norm_interface_backward(

@@ -1,7 +1,7 @@
-"""The rows of a step: the class centers (and biases) that take part, read and moved in blocks.
+"""The class centers (and biases) that take part in a step, read and updated in blocks of rows.
 
-arcshard/head/fused.py knows this protocol only. `LocalCenters` reads the shard where it lies, all
-of it or the rows of a sample; arcshard/head/offload.py keeps the shard in host memory.
+arcshard/head/fused.py knows this protocol only. `LocalCenters` reads the shard in place, all of it
+or the rows of a sample; arcshard/head/offload.py keeps the shard in host memory.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from arcshard.head.row_optimizer import RowOptimizer
 
 
 class ClassCenters(Protocol):
-    """Rows 0 .. num_rows - 1 of one step; K sub-centers of a class are K rows in a row."""
+    """Rows 0 .. num_rows - 1 of one step; the K sub-centers of a class are K consecutive rows."""
 
     num_rows: int
     reads_copies: bool
-    """`read` gives a copy (sampled rows, half precision) rather than a view of the shard."""
+    """Whether `read` returns a copy (sampled rows, half precision) rather than a view of the
+    shard."""
     rule_matrices: int
-    """Matrices [rows, D] that moving a block makes on the way."""
+    """Number of temporary matrices [rows, D] that the update of a block needs."""
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """[stop - start, D] in working precision; `out` is used for it where it is a copy."""
+        """Returns rows [stop - start, D] in working precision; a copy is written into `out`."""
 
     def read_rows(self, rows: Tensor) -> Tensor:
-        """[n, D] of any rows, as constants."""
+        """Returns any rows [n, D] as constants."""
 
     def read_bias(self, start: int, stop: int) -> Tensor | None:
-        """[stop - start], None where there is no bias."""
+        """Returns the biases [stop - start], or None without a bias."""
 
     def read_bias_rows(self, rows: Tensor) -> Tensor | None:
-        """[n] of any rows, None where there is no bias."""
+        """Returns the biases [n] of any rows, or None without a bias."""
 
     def update(
         self,
@@ -45,25 +46,32 @@ class ClassCenters(Protocol):
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """One step of the rule for these rows.
+        """Applies one step of the row optimizer to rows start .. stop - 1.
 
         Args:
-            current: the rows as `read` gave them; overwritten, as the gradients may be.
+            start: First row.
+            stop: Row after the last one.
+            current: [stop - start, D] the rows as `read` returned them; overwritten.
+            gradient: [stop - start, D]; may be overwritten.
+            bias_gradient: [stop - start], or None without a bias.
+            learning_rate: Learning rate of this step.
+            bad: Boolean scalar on the device. Where it is True, nothing is updated.
         """
 
     def flush(self) -> None:
-        """Called when all rows of the step have moved."""
+        """Completes the step; called when all its rows are updated."""
 
 
 class LocalCenters:
-    """Rows of this rank's shard, on the device the head works on.
+    """Rows of this rank's shard, on the device where the head computes.
 
     Args:
-        weight: [num_rows_local, D].
-        rule: moves it, and owns its state.
-        bias: [num_rows_local] or None; bias_rule: its rule.
+        weight: [num_rows_local, D] class centers.
+        rule: Row optimizer that updates `weight` and owns its state.
+        bias: [num_rows_local], or None.
+        bias_rule: Row optimizer of `bias`.
         rows: [S] int64 distinct rows that take part, None for all.
-        state: the rule's state for `weight`; None: what the rule owns.
+        state: Optimizer state of `weight`; None for the state that `rule` owns.
     """
 
     def __init__(
@@ -84,7 +92,7 @@ class LocalCenters:
             self.rule_matrices = rule.matrices_per_block(weight, rows is not None, state)
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """[stop - start, D]: a view of the shard, or copies of the sampled rows."""
+        """Returns [stop - start, D]: a view of the shard, or copies of sampled or bf16 rows."""
         weight = self.weight.detach()
         if weight.dtype == torch.bfloat16:
             block = weight[start:stop] if self.rows is None else weight[self.rows[start:stop]]
@@ -94,18 +102,18 @@ class LocalCenters:
         return torch.index_select(weight, 0, self.rows[start:stop], out=out)
 
     def read_rows(self, rows: Tensor) -> Tensor:
-        """[n, D] of any rows."""
+        """Returns any rows [n, D] in working precision."""
         return _working(self._pick(self.weight, rows))
 
     def read_bias(self, start: int, stop: int) -> Tensor | None:
-        """[stop - start] or None."""
+        """Returns the biases [stop - start], or None."""
         if self.bias is None:
             return None
         bias = self.bias.detach()
         return bias[start:stop] if self.rows is None else bias[self.rows[start:stop]]
 
     def read_bias_rows(self, rows: Tensor) -> Tensor | None:
-        """[n] or None."""
+        """Returns the biases [n] of any rows, or None."""
         return None if self.bias is None else self._pick(self.bias, rows)
 
     def update(
@@ -118,7 +126,7 @@ class LocalCenters:
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """Move these rows and their state, nothing else."""
+        """Updates these rows and their state, and no other row."""
         assert self.rule is not None
         rows = slice(start, stop) if self.rows is None else self.rows[start:stop]
         self.rule.update_rows(
@@ -134,7 +142,7 @@ class LocalCenters:
             self.bias_rule.update_rows(self.bias, bias_gradient, rows, learning_rate, bad)
 
     def flush(self) -> None:
-        """Nothing: rows move where they lie."""
+        """Does nothing, because rows are updated in place."""
 
     def _pick(self, values: Tensor, rows: Tensor) -> Tensor:
         rows = rows if self.rows is None else self.rows[rows]

@@ -1,15 +1,15 @@
-"""Softmax cross-entropy over classes that are spread over the ranks.
+"""Softmax cross-entropy over classes that are sharded over the ranks.
 
-Per row i with target y, and over all C classes
+The loss of row i with target y over all C classes is
 
     loss_i = a_i (lse_i - z_iy) + b (W lse_i - sum_j w_j z_ij)
 
 where a_i weights the target and b spreads a share over all classes (label smoothing), with class
-weights w_j and W = sum_j w_j. Plain cross-entropy is a = 1, b = 0. The gradient is this rank's
-own business once lse is known: dloss_i/dz_ij = p_ij (a_i + b W) - a_i [j = y] - b w_j.
+weights w_j and W = sum_j w_j. Plain cross-entropy is a = 1, b = 0. Once lse is known, each rank
+computes its gradient alone: dloss_i/dz_ij = p_ij (a_i + b W) - a_i [j = y] - b w_j.
 
 Rows are visited in blocks. Beyond the logits themselves, which are kept and never overwritten,
-forward holds one block, and backward the gradient it has to return and one block.
+forward holds one block; backward holds the gradient that it returns and one block.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ from torch import Tensor
 
 from arcshard.collectives import Group, combine_softmax, sum_over_ranks
 
-BLOCK_ELEMENTS = 2**21  # 8 MiB in fp32: far above the cost of a call, far below B x C / n
+# 8 MiB in fp32: large enough to hide the cost of a call, and far below B x C / n.
+BLOCK_ELEMENTS = 2**21
 
 
 class Spread(NamedTuple):
-    """The share of the loss that goes to all classes alike: b, this rank's w [S] (None: ones), W.
+    """The share of the loss that is spread over all classes.
 
     Label smoothing e over C classes is b = e / C.
+
+    Attributes:
+        share: b.
+        weight: [S] weights w_j of this rank's classes, None for ones.
+        total: W, the sum of w_j over the classes of all ranks.
     """
 
     share: float
@@ -44,15 +50,17 @@ def sharded_cross_entropy(
     target_factor: Tensor | None = None,
     spread: Spread | None = None,
 ) -> Tensor:
-    """Cross-entropy per row; every rank of the group has the same rows and its own columns.
+    """Computes the cross-entropy of each row over the columns of all ranks.
 
-    One all-gather of 3 B numbers per rank; with `spread` one all-reduce of B more.
+    Every rank of the group has the same rows and its own columns. The cost is one all-gather of 3 B
+    numbers per rank, and with `spread` one all-reduce of B more.
 
     Args:
         logits: [B, S] this rank's logits, -inf for classes that do not count; S may be 0.
         target_column: [B] int64 column of the target, -1 where another rank has it.
+        group: Process group of the ranks that share the classes, None for one rank.
         target_factor: [B] a, the same on every rank; None for ones.
-        spread: label smoothing, None for none.
+        spread: Label smoothing, None for none.
 
     Returns:
         [B] in fp32 at least, the same on every rank. Its gradient with respect to `logits`, in

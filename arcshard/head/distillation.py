@@ -1,18 +1,18 @@
-"""Knowledge distillation through class probabilities, the classes sharded over the ranks.
+"""Knowledge distillation through class probabilities, with the classes sharded over the ranks.
 
-For a row with cosines c_j to the student's class centers and d_j to the teacher's, scale s and
+A row has cosines c_j to the student's class centers and d_j to the teacher's. With scale s and
 temperature T, over the classes j that take part in the step and that the teacher knows:
 
     a_j = s c_j / T,   t_j = s d_j / T,   p = softmax(t),   q = softmax(a)
     loss = T^2 sum_j p_j (log p_j - log q_j),     dloss/dc_j = s T (q_j - p_j)
 
-(Hinton et al. 2015, arXiv:1503.02531; no margin on either side.) Only the embeddings learn from it:
-the student's centers are constants here, and get their gradient from the labels.
+(Hinton et al. 2015, arXiv:1503.02531; without a margin on either side.) Only the embeddings get a
+gradient from this loss: the student's centers are constants here, and get theirs from the labels.
 
-Blocks of classes are visited twice in the forward pass, once for the two log-sum-exps and
-sum_j p_j (t_j - a_j), once for the gradient: 5 matmuls of B x D x C, and no B x C matrix. Backward
-only scales what is ready, so the centers may have moved by then. Per step: one all-gather of both
-embeddings, one of 5 B numbers, one reduce-scatter.
+The forward pass visits the blocks of classes twice, once for the two log-sum-exps and sum_j p_j
+(t_j - a_j), once for the gradient. This costs 5 matmuls of B x D x C and no B x C matrix. Backward
+only scales the finished gradient, so the centers may be updated before it. A step has one
+all-gather of both embeddings, one of 5 B numbers, and one reduce-scatter.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from arcshard.head.centers import ClassCenters
 
 @dataclass(frozen=True)
 class TeacherCenters:
-    """The teacher's class centers for this rank's classes, frozen.
+    """The teacher's frozen class centers for the classes of this rank.
 
     Attributes:
-        unit: [num_classes_local, K, D] of length 1, zero where the teacher does not know the class.
-        known: [num_classes_local] boolean.
+        unit: [num_classes_local, K, D_t] centers of length 1, zero where the teacher does not know
+            the class.
+        known: [num_classes_local] boolean, True where the teacher knows the class.
     """
 
     unit: Tensor
@@ -45,16 +46,19 @@ class TeacherCenters:
 
 @dataclass(frozen=True)
 class DistillationInputs:
-    """Both sides' centers of one step, and how they are compared.
+    """The centers of student and teacher in one step, and how they are compared.
 
     Attributes:
-        student: rows of the step; centers_per_class: K of them in a row for a class.
+        student: Rows of the step.
+        centers_per_class: K, the number of consecutive rows of a class.
         classes: [S] int64 local classes of the step, None for all.
-        teacher: of all local classes.
-        scale: s. temperature: T.
-        capacity: rows per rank in the gathered batch. group: the ranks.
-        budget_bytes: for the block in work.
-        half: dtype of the operands of the large matmuls, None for full precision.
+        teacher: Centers of all local classes.
+        scale: s.
+        temperature: T.
+        capacity: Rows per rank in the gathered batch.
+        group: Process group of the ranks, None for one rank.
+        budget_bytes: Memory for the block that is being computed.
+        half: Dtype of the operands of the large matmuls, None for full precision.
     """
 
     student: ClassCenters
@@ -72,14 +76,15 @@ class DistillationInputs:
 def sharded_divergence(
     local_unit: Tensor, local_teacher: Tensor, sides: DistillationInputs
 ) -> Tensor:
-    """Mean of the loss above over the global batch, the same number on every rank.
+    """Computes the mean of the distillation loss over the global batch, the same on every rank.
 
     Args:
-        local_unit: [b, D] the student's embeddings, of length 1; gets the gradient of the mean.
-        local_teacher: [b, D_t] the teacher's, of length 1.
+        local_unit: [b, D] the student's embeddings, of length 1. They get the gradient of the mean.
+        local_teacher: [b, D_t] the teacher's embeddings, of length 1.
+        sides: Centers of student and teacher, and how they are compared.
 
     Returns:
-        Scalar; 0 where the teacher knows none of the step's classes.
+        Scalar, 0 where the teacher knows none of the step's classes.
     """
     loss: Tensor = _ShardedDivergence.apply(local_unit, local_teacher, sides)
     return loss
@@ -119,8 +124,16 @@ class _ShardedDivergence(torch.autograd.Function):
 
 @dataclass
 class _Block:
-    """Some classes of the step: a, t [B, n], -inf where the teacher does not know the class, their
-    difference t - a, and what the student's gradient goes through.
+    """Some classes of the step, as the gradient of the student needs them.
+
+    Attributes:
+        a: [B, n], -inf where the teacher does not know the class.
+        t: [B, n], -inf where the teacher does not know the class.
+        difference: [B, n] t - a, 0 where the teacher does not know the class.
+        rows: [n K, D] the student's centers.
+        inverse_norm: [n K] 1 / |w| of these centers.
+        best: [B, n] int64 number of the best of K centers, None for K = 1.
+        dtype: Dtype of the operands of the large matmuls.
     """
 
     a: Tensor
@@ -132,7 +145,7 @@ class _Block:
     dtype: torch.dtype
 
     def through_centers(self, slope: Tensor) -> Tensor:
-        """[B, n] gradient to the student's cosines -> [B, D] to its embeddings."""
+        """Computes the gradient [B, D] of the embeddings from that of the cosines [B, n]."""
         if self.best is not None:
             k = len(self.rows) // slope.shape[1]
             slope = (
@@ -144,7 +157,7 @@ class _Block:
 
 
 class _Blocks:
-    """The step's classes, a block at a time; `student` [B, D], `teacher` [B, D_t]."""
+    """Iterates over the step's classes in blocks; `student` is [B, D], `teacher` [B, D_t]."""
 
     def __init__(self, sides: DistillationInputs, student: Tensor, teacher: Tensor) -> None:
         self.sides, self.student, self.teacher = sides, student, teacher
@@ -181,7 +194,7 @@ class _Blocks:
         return _Block(a, t, difference, rows, inverse_norm, best, dtype)
 
     def _of_teacher(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Its centers [n, K, D_t] and what it knows [n], where the work is done."""
+        """Returns the teacher's centers [n, K, D_t] and known [n] on the device of the work."""
         teacher, device = self.sides.teacher, self.student.device
         if self.sides.classes is None:
             unit, known = teacher.unit[start:stop], teacher.known[start:stop]
@@ -192,8 +205,10 @@ class _Blocks:
 
 
 def _sums_here(blocks: _Blocks) -> Tensor:
-    """[5, B] over this rank's classes: peak of t, sum of exp(t - peak), the same of a, and
-    sum of exp(t - peak) (t - a).
+    """Computes the sums [5, B] over this rank's classes.
+
+    They are the peak of t, the sum of exp(t - peak), the same two of a, and the sum of exp(t -
+    peak) (t - a).
     """
     sums = blocks.student.new_zeros(5, len(blocks.student))
     sums[0], sums[2] = -math.inf, -math.inf
@@ -211,8 +226,11 @@ def _sums_here(blocks: _Blocks) -> Tensor:
 
 
 def _combine(sums: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """Over all ranks, [B] each: the divergence of p from q, log-sum-exp of t and of a (0 where
-    there is no class).
+    """Combines the sums of all ranks.
+
+    Returns:
+        ([B] divergence of p from q, [B] log-sum-exp of t, [B] log-sum-exp of a); 0 where there is
+        no class.
     """
     parts = sums[None]
     if group is not None:
@@ -234,7 +252,7 @@ def _combine(sums: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _own_rows(gradient: Tensor, sides: DistillationInputs) -> Tensor:
-    """This rank's rows [capacity, D] of the sum over ranks."""
+    """Returns this rank's rows [capacity, D] of the sum over ranks."""
     if sides.group is None:
         return gradient
     own = gradient.new_empty(sides.capacity, gradient.shape[1])

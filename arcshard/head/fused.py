@@ -1,17 +1,19 @@
-"""The loop over blocks of classes: a margin softmax that never holds the logits.
+"""The loop over blocks of classes: a margin softmax that never holds all logits.
 
-Forward keeps, per row, the log-sum-exp over the classes that are not its own and the logit of
-its own. With d = lse - z_target the loss of a row is log(1 + exp(d)), exact however small, and
-with sigma = 1 / (1 + exp(-d))
+Forward keeps, per row, the log-sum-exp over the classes that are not its own and the logit of its
+own. With d = lse - z_target the loss of a row is log(1 + exp(d)), which is exact however small it
+is, and with sigma = 1 / (1 + exp(-d))
 
     dloss/dz_j = sigma exp(z_j - lse)  (others),     dloss/dz_target = -sigma
 
 so that the target needs O(B) numbers and all other classes are treated alike
 (arcshard/head/block.py).
-Backward walks the blocks again: it adds to dE, and hands dw of a block to the row update at
-once. Where the step can still be vetoed or is not complete, it adds to dE only, and `finish`
-walks the blocks a last time. Numerators are kept from the forward pass for the first blocks, as
-far as the work buffer goes (3 matmuls), and made again for the rest (4; 5 when deferred).
+
+Backward visits the blocks again: it adds to dE, and passes dw of a block to the row optimizer at
+once. Where the step can still be skipped or is not complete, backward adds to dE only, and `finish`
+visits the blocks once more. The numerators of the first blocks are kept from the forward pass, as
+far as the work buffer allows (3 matmuls); those of the others are computed again (4 matmuls, 5 when
+the update is deferred).
 
 Beyond the centers and their state this holds one work buffer, O(B D), and O(B) per kept block.
 """
@@ -40,7 +42,13 @@ from arcshard.margins.base import Context, Margin
 
 
 class Block(NamedTuple):
-    """Softmax numerators of a block of classes: E / |w| [B, rows], row maxima [B], 1 / |w|."""
+    """Softmax numerators of a block of classes.
+
+    Attributes:
+        numerators: [B, rows] E / |w|, or E where the margin does not normalize.
+        row_max: [B] row maxima.
+        inverse_norm: [rows] 1 / |w|, None where the margin does not normalize.
+    """
 
     numerators: Tensor
     row_max: Tensor
@@ -48,14 +56,14 @@ class Block(NamedTuple):
 
 
 class FusedMarginSoftmax:
-    """Settings, the work buffer, and the passes whose update is still to come.
+    """The fused path: its settings, its work buffer, and the passes whose update is still to come.
 
     Args:
-        margin: of the loss.
-        group: process group of the ranks that share the classes, None for one rank.
-        workspace: budget of the work buffer.
+        margin: The loss.
+        group: Process group of the ranks that share the classes, None for one rank.
+        workspace: Budget of the work buffer.
         centers_per_class: K.
-        half: dtype of the large matmuls' operands (torch.bfloat16), None for full precision.
+        half: Dtype of the large matmuls' operands (torch.bfloat16), None for full precision.
     """
 
     def __init__(
@@ -70,27 +78,35 @@ class FusedMarginSoftmax:
         self.margin, self.group, self.half = margin, group, half
         self.workspace = workspace
         self.centers_per_class = centers_per_class
-        self.update_count = 0  # how often centers have changed, to notice a stale pass
+        self.update_count = 0  # number of updates of the centers, to detect a stale pass
         self.has_updated_since_finish = False
         self._pending: list[SoftmaxContext] = []
         self._buffer: WorkspaceBuffer | None = None
         self._buffer_user: SoftmaxContext | None = None
 
     def plan(self, centers: ClassCenters, batch: int, width: int, like: Tensor) -> Plan:
-        """Blocks of this step's rows.
+        """Plans the blocks of this step's rows.
+
+        Args:
+            centers: Centers of the step.
+            batch: B, the rows of the global batch.
+            width: D.
+            like: Any tensor of the working precision, on the device of the work.
 
         Raises:
-            WorkspaceTooSmallError: not one class fits the budget.
+            WorkspaceTooSmallError: Not one class fits the budget.
         """
         cost = self.cost(centers, batch, width, like)
         return plan_blocks(centers.num_rows, cost, self.workspace, self.centers_per_class)
 
     def cost(self, centers: ClassCenters, batch: int, width: int, like: Tensor) -> BlockCost:
-        """What a row of this step takes in the work buffer and beside it.
+        """Computes what a row of this step takes in the work buffer and beside it.
 
         Args:
-            centers: of the step. batch: B. width: D. like: any tensor of the working precision,
-                on the device of the work.
+            centers: Centers of the step.
+            batch: B, the rows of the global batch.
+            width: D.
+            like: Any tensor of the working precision, on the device of the work.
         """
         half = self.matmul_dtype(like) != like.dtype
         batch_matrices = 1 + half  # z, and what it is rounded from or to
@@ -102,8 +118,8 @@ class FusedMarginSoftmax:
             like.itemsize,
             kept_bytes=self.matmul_dtype(like).itemsize,
             batch_matrices=batch_matrices,
-            # gradient, before and after the normalization; operands in half precision; what
-            # reading the centers and moving them copies
+            # The gradient before and after the normalization, operands in half precision, and
+            # the copies that reading and updating the centers makes.
             width_matrices=2 + 2 * half + centers.reads_copies + centers.rule_matrices,
             reads_copies=centers.reads_copies,
         )
@@ -119,14 +135,22 @@ class FusedMarginSoftmax:
         learning_rate: float | None,
         veto: Tensor,
     ) -> tuple[Tensor, SoftmaxContext]:
-        """Mean loss over the rows of the global batch, and the pass that knows its gradient.
+        """Computes the mean loss over the global batch.
 
         Args:
             unit: [B, D] embeddings of the global batch, divided by their norms where the margin
-                normalizes. norms: [B], or None. Both constants.
-            row_weight: [B] share of each row in the loss: 1 / rows, 0 for filling rows.
-            learning_rate: the centers move in `SoftmaxContext.backward`; None: in `finish`.
-            veto: boolean scalar; where true the loss is NaN and nothing moves.
+                normalizes; constants.
+            norms: [B] norms of the embeddings as constants, or None.
+            target: What this rank knows of the rows' own classes.
+            context: What `margin.begin` returned for this batch.
+            centers: Centers of the step.
+            row_weight: [B] share of each row in the loss: 1 / rows, 0 for padding rows.
+            learning_rate: Learning rate with which `SoftmaxContext.backward` updates the centers;
+                with None `finish` updates them.
+            veto: Boolean scalar. Where it is True, the loss is NaN and nothing is updated.
+
+        Returns:
+            (scalar loss, the pass that computes its gradient).
         """
         one = SoftmaxContext(self, unit, norms, target, context, centers, row_weight, learning_rate)
         return one.forward(veto), one
@@ -134,11 +158,12 @@ class FusedMarginSoftmax:
     def finish(
         self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
     ) -> None:
-        """Move the centers by the gradient of all passes that wait for it.
+        """Updates the centers by the gradient of all passes that wait for it.
 
         Args:
-            bad: boolean scalar; where true nothing moves.
-            gradient_scale: what the loss was multiplied with; taken out.
+            learning_rate: Learning rate of this step.
+            bad: Boolean scalar or None. Where it is True, nothing is updated.
+            gradient_scale: Factor by which the loss was multiplied; the gradient is divided by it.
         """
         passes, self._pending = self._pending, []
         if not passes:
@@ -151,7 +176,7 @@ class FusedMarginSoftmax:
                 assert one.upstream is not None
                 one.upstream = one.upstream / gradient_scale
         if len(passes) > 1:
-            for one in passes:  # the buffer will be laid out, and scratched, for the largest
+            for one in passes:  # the buffer is laid out for the largest pass, which overwrites it
                 one.forget_kept()
         self.acquire_buffer(largest)
         update = CenterUpdate(self, passes, learning_rate, bad)
@@ -166,21 +191,21 @@ class FusedMarginSoftmax:
 
     @property
     def has_pending(self) -> bool:
-        """Some pass's gradient waits for `finish`."""
+        """Whether the gradient of a pass waits for `finish`."""
         return bool(self._pending)
 
     def wait_for_update(self, one: SoftmaxContext) -> None:
-        """`finish` will move the centers by this pass's gradient."""
+        """Registers a pass by whose gradient `finish` will update the centers."""
         self._pending.append(one)
 
     @property
     def buffer(self) -> WorkspaceBuffer:
-        """The work buffer, as laid out for the pass that has it."""
+        """The work buffer, laid out for the pass that uses it."""
         assert self._buffer is not None
         return self._buffer
 
     def acquire_buffer(self, one: SoftmaxContext) -> None:
-        """Lay the buffer out for a pass; another one's kept numerators are lost."""
+        """Lays the buffer out for a pass; the numerators that another pass kept are lost."""
         if self._buffer_user is one:
             return
         if self._buffer is None:
@@ -194,13 +219,13 @@ class FusedMarginSoftmax:
         self._buffer_user = one
 
     def release_buffer(self) -> None:
-        """The step's passes are done: let go of them and of the centers they hold."""
+        """Releases the pass that uses the buffer, with its centers, at the end of a step."""
         if self._buffer_user is not None:
             self._buffer_user.forget_kept()
             self._buffer_user = None
 
     def matmul_dtype(self, like: Tensor) -> torch.dtype:
-        """Dtype of the operands of the large products."""
+        """Returns the dtype of the operands of the large products."""
         return self.half if self.half is not None and like.dtype == torch.float32 else like.dtype
 
 
@@ -228,15 +253,15 @@ class SoftmaxContext:
         self.kept: dict[tuple[int, int], Block] = {}
         self.copies: dict[tuple[int, int], Tensor] = {}
         self.update_count = fused.update_count
-        self.upstream: Tensor | None = None  # gradient of the loss, once backward has seen it
+        self.upstream: Tensor | None = None  # gradient of the loss, set by backward
 
     def forget_kept(self) -> None:
-        """The buffer is needed by another pass: what was kept is made again."""
+        """Forgets the kept numerators, which are computed again: another pass needs the buffer."""
         self.kept.clear()
         self.copies.clear()
 
     def forward(self, veto: Tensor) -> Tensor:
-        """Mean loss over the global batch; non-finite makes a bad step."""
+        """Returns the mean loss over the global batch; a non-finite loss makes a skipped step."""
         margin, target = self.margin, self.target
         self.fused.acquire_buffer(self)
         peak, total = self._log_sum_exp_here()
@@ -258,13 +283,17 @@ class SoftmaxContext:
         return loss
 
     def backward(self, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of this rank's part: (dE [B, D], dnorm [B] or None). May move the centers.
+        """Computes this rank's gradients; with a learning rate, also updates the centers.
 
         Args:
-            upstream: scalar gradient of the loss.
+            upstream: Scalar gradient of the loss.
+
+        Returns:
+            (dE [B, D], dnorm [B] or None).
 
         Raises:
-            RuntimeError: the second time, or after the centers have moved.
+            RuntimeError: It is the second backward of this pass, or the centers were updated after
+                its forward.
         """
         if self.upstream is not None:
             raise RuntimeError(
@@ -300,7 +329,7 @@ class SoftmaxContext:
         return gradient, self._norm_gradient()
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Centers of a block, [rows, D]; copies that fit the buffer are made once."""
+        """Returns the centers of a block, [rows, D]; copies that fit the buffer are made once."""
         if not self.centers.reads_copies:
             return self.centers.read(start, stop)
         copy = self.copies.get((start, stop))
@@ -312,24 +341,28 @@ class SoftmaxContext:
         return copy
 
     def block(self, start: int, stop: int, rows: Tensor) -> Block:
-        """Numerators of rows start .. stop - 1: kept ones, or made again."""
+        """Returns the numerators of rows start .. stop - 1, kept ones or computed again."""
         kept = self.kept.get((start, stop))
         return kept if kept is not None else self._visit(start, stop, rows)[0]
 
     def row_factor(self, block: Block) -> Tensor:
-        """[B] that makes a block's numerators the gradient to its similarities."""
+        """Returns [B] factors that turn a block's numerators into the similarities' gradient."""
         assert self.upstream is not None
         share = torch.exp(block.row_max - self.lse) * self.per_logit
         return self.upstream * self.margin.scale * torch.where(self.per_logit > 0, share, 0.0)
 
     def target_coefficient(self) -> Tensor:
-        """[B] gradient of the loss to the target's similarity, 0 where another rank has it."""
+        """Returns [B] the gradient of the target's similarity, 0 where another rank has it."""
         assert self.upstream is not None
         coefficient = self.upstream * -self.margin.scale * self.per_logit * self.slope
         return torch.where(self.target.here, coefficient, 0.0)
 
     def _norm_gradient(self) -> Tensor | None:
-        """[B]; every row has one owner and ranks are summed, so nothing counts twice."""
+        """Computes [B] the gradient of the norms.
+
+        Only the rank that has the target returns it, so that the sum over ranks counts no row
+        twice.
+        """
         if self.norms is None:
             return None
         assert self.upstream is not None
@@ -343,7 +376,7 @@ class SoftmaxContext:
         return self.upstream * torch.where(self.target.here, gradient, 0.0)
 
     def _log_sum_exp_here(self) -> tuple[Tensor, Tensor]:
-        """(peak [B], sum of exp(z - peak) [B]) over this rank's classes but the target."""
+        """Returns (peak [B], sum of exp(z - peak) [B]) over this rank's classes but the target."""
         peak = self.unit.new_full((len(self.unit),), -math.inf)
         total = torch.zeros_like(peak)
         for start, stop in self.plan.blocks():
@@ -360,7 +393,7 @@ class SoftmaxContext:
     def _visit(
         self, start: int, stop: int, rows: Tensor, keep: bool = False
     ) -> tuple[Block, Tensor]:
-        """Numerators of a block, and their row sums [B] before the division by |w|."""
+        """Computes the numerators of a block, and their row sums [B] before the division by |w|."""
         fused, margin, k = self.fused, self.margin, self.fused.centers_per_class
         store = fused.buffer.kept_numerators(start, stop) if keep else None
         into = store if store is not None and store.dtype == self.unit.dtype else None
@@ -392,10 +425,10 @@ class SoftmaxContext:
 
 
 class FusedMarginSoftmaxFunction(torch.autograd.Function):
-    """FusedMarginSoftmax as a node of autograd: unit embeddings and norms in, the mean loss out.
+    """FusedMarginSoftmax as an autograd function: from unit embeddings and norms to the mean loss.
 
-    `weight` makes the loss differentiable where no embedding asks for a gradient (a frozen
-    backbone); it gets none here, because backward updates the centers itself.
+    `weight` makes the loss differentiable where no embedding requires a gradient (a frozen
+    backbone). It gets no gradient here, because the head updates the centers itself.
     """
 
     @staticmethod
@@ -407,19 +440,31 @@ class FusedMarginSoftmaxFunction(torch.autograd.Function):
         fused: FusedMarginSoftmax,
         arguments: tuple[Any, ...],
     ) -> Tensor:
+        """Runs `FusedMarginSoftmax.forward` on constants."""
         norms = None if norms is None else norms.detach()
         loss, ctx.one = fused.forward(unit.detach(), norms, *arguments)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Runs `SoftmaxContext.backward` without autocast."""
         with without_autocast(gradients[0].device):
             gradient, norm_gradient = ctx.one.backward(gradients[0])
         return gradient, norm_gradient, None, None, None
 
 
 class CenterUpdate:
-    """dw of one block after another: summed over passes, through the normalization, to the rule."""
+    """The update of the centers, block by block.
+
+    `add` sums dw of a block over the passes; `apply` takes it through the normalization and passes
+    it to the row optimizer.
+
+    Args:
+        fused: The fused path that owns the buffer.
+        passes: Passes whose gradients are summed.
+        learning_rate: Learning rate of this step.
+        bad: Boolean scalar or None. Where it is True, nothing is updated.
+    """
 
     def __init__(
         self,
@@ -443,7 +488,7 @@ class CenterUpdate:
         self._inverse_norm: Tensor | None = None
 
     def add(self, one: SoftmaxContext, block: Block, rows: Tensor) -> None:
-        """Add a pass's gradient of the block to those of the passes before it."""
+        """Adds a pass's gradient of the block to those of the passes before it."""
         factor = one.row_factor(block)  # [B]
         scaled = factor[:, None] * one.unit  # [B, D]
         is_first = self._gradient is None
@@ -464,7 +509,7 @@ class CenterUpdate:
         self._inverse_norm = block.inverse_norm
 
     def apply(self, start: int, stop: int, rows: Tensor) -> None:
-        """Add the targets' part and move the rows."""
+        """Adds the targets' part of the gradient and updates the rows."""
         gradient, bias_gradient = self._gradient, self._bias_gradient
         assert gradient is not None
         self._gradient = self._bias_gradient = None
@@ -477,5 +522,5 @@ class CenterUpdate:
         )
 
     def finish(self) -> None:
-        """All blocks have moved."""
+        """Completes the step; called when all blocks are updated."""
         self.centers.flush()

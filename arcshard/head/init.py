@@ -1,8 +1,8 @@
-"""Initial class centers: a function of (seed, class index) only.
+"""Initial class centers as a function of (seed, class index) only.
 
-The same run on 1 or 8 ranks starts with the same centers. Centers are drawn in blocks of
-fixed size, one generator per block, always on the CPU, so neither the sharding nor the
-device changes a number.
+The same run on 1 or 8 ranks starts with the same centers. Centers are drawn in blocks of a fixed
+size, each block from its own seed and always on the CPU, so neither the sharding nor the device
+changes a number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ STANDARD_DEVIATION = 0.01  # as the published head; only the direction matters t
 def init_centers(
     weight: Tensor, first_class: int, seed: int, columns: range | None = None, width: int = 0
 ) -> None:
-    """Write initial centers of classes first_class, first_class + 1, ... into `weight`.
+    """Writes initial centers of classes first_class, first_class + 1, ... into `weight`.
 
     Args:
-        weight: [num_classes_local, D], any floating dtype and device; written in place. On the
-            meta device, where there is nothing to write, nothing is drawn.
-        first_class: global index of row 0.
-        seed: of the run.
-        columns: where `weight` holds these features only, of `width` in all.
+        weight: [num_classes_local, D], any floating dtype and device; written in place. On the meta
+            device nothing is drawn.
+        first_class: Global index of row 0.
+        seed: Seed of the run.
+        columns: Features that `weight` holds, where it does not hold all of them.
+        width: Number of all features; 0 means the columns of `weight`.
     """
     if weight.is_meta:
         return

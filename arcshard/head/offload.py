@@ -1,14 +1,14 @@
-"""Class centers in host memory: the size of the set is bounded by RAM, not by the accelerator.
+"""Class centers in host memory: RAM rather than the accelerator bounds the number of classes.
 
-Centers and optimizer state stay on the host; a step's sampled rows are brought to the device,
-used and moved there as if they were a small shard, and put back. While the backbone works, a
-thread already gathers the rows the next step will most likely want: its random negatives are
-known ahead, only the batch's own classes are not. The thread starts after the rows of the last
-step are back, so it never reads a row that is about to change.
+Centers and optimizer state stay on the host. A step's sampled rows are copied to the device, used
+and updated there like a small shard, and copied back. While the backbone computes, a thread gathers
+the rows that the next step will most likely need: its random negatives are known ahead, only the
+batch's own classes are not. The thread starts after the rows of the last step are back, so it never
+reads a row that is about to change.
 
-Costs: bringing rows over and putting them back wait for the device; of the transfers only the
-gathering on the host is hidden. The device holds two copies of a sample's centers and state for a
-moment, one otherwise; the host as many again, page-locked.
+Cost: the copies to the device and back wait for the device; only the gathering on the host is
+hidden. The device holds one copy of a sample's centers and state, and two for a moment. The host
+holds as many again in page-locked memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from arcshard.head.row_optimizer import RowOptimizer
 
 @dataclass
 class _Ahead:
-    """Rows gathered ahead: ascending row numbers, and for each part its rows [n, ...]."""
+    """Rows gathered ahead: ascending row numbers, each part's rows [n, ...], and its version."""
 
     rows: Tensor
     parts: dict[str, Tensor]
@@ -34,14 +34,14 @@ class _Ahead:
 
 
 class CenterOffload:
-    """The shard in host memory, lent to the device a sample at a time.
+    """The shard in host memory, of which one sample at a time is on the device.
 
     Args:
         weight: [num_rows_local, D] on the CPU.
-        rule: moves rows, and owns their state, also on the CPU.
-        device: where the head computes.
-        next_rows: called after every step; what it returns gives, in the thread, the rows the
-            next step will probably want, ascending, on the CPU.
+        rule: Row optimizer that updates the rows and owns their state, also on the CPU.
+        device: Device where the head computes.
+        next_rows: Function that is called after every step. It returns a function that the thread
+            calls for the rows that the next step will probably need, ascending, on the CPU.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class CenterOffload:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="centers")
         self._ahead: Future[_Ahead] | None = None
         self._lent: OffloadedCenters | None = None
-        self.rows_ahead = self.rows_fetched = 0  # how many rows were there already, how many not
+        self.rows_ahead = self.rows_fetched = 0  # rows that were gathered ahead, and that were not
 
     def of_step(self, rows: Tensor) -> OffloadedCenters:
-        """The rows of a step, on the device; the same object for the same sample."""
+        """Returns the rows of a step on the device; the same object for the same `rows` tensor."""
         if self._lent is None or self._lent.sample is not rows:
             on_host = rows.cpu()  # waits for the device
             parts = self._bring(on_host)
@@ -67,7 +67,7 @@ class CenterOffload:
         return self._lent
 
     def put_back(self, rows: Tensor, parts: dict[str, Tensor]) -> None:
-        """Write moved rows to the shard and start gathering for the next step."""
+        """Writes updated rows to the shard and starts gathering for the next step."""
         with torch.no_grad():
             for name, part in self._parts().items():
                 part.index_copy_(0, rows, parts[name].to(part.device))
@@ -83,7 +83,7 @@ class CenterOffload:
     def _gather(
         self, rows_wanted: Callable[[], Tensor], stream: torch.cuda.Stream | None
     ) -> _Ahead:
-        """In the thread: the rows the next step will want, on the stream the step runs on."""
+        """Gathers, in the thread, the rows of the next step on the stream that the step uses."""
         rows = rows_wanted()
         parts = self._parts()
         versions = {name: part._version for name, part in parts.items()}
@@ -92,7 +92,7 @@ class CenterOffload:
         return _Ahead(rows, fetched, versions)
 
     def _fetch(self, part: Tensor, rows: Tensor) -> Tensor:
-        """Rows of a part on the device, to an accelerator through page-locked memory."""
+        """Copies rows of a part to the device, through page-locked memory to an accelerator."""
         if self.device.type == "cpu":
             return part.index_select(0, rows)
         staged = torch.empty(len(rows), *part.shape[1:], dtype=part.dtype, pin_memory=True)
@@ -100,14 +100,14 @@ class CenterOffload:
         return staged.to(self.device, non_blocking=True)
 
     def _bring(self, rows: Tensor) -> dict[str, Tensor]:
-        """Every part's rows on the device, from what was gathered ahead as far as it goes."""
+        """Returns every part's rows on the device, as many as possible from those ahead."""
         ahead = self._ahead.result() if self._ahead is not None else None
         self._ahead = None
         parts = self._parts()
         if ahead is not None and any(
             ahead.versions[name] != part._version for name, part in parts.items()
         ):
-            ahead = None  # someone has written to the shard since, as loading a checkpoint does
+            ahead = None  # the shard was written since, for example by loading a checkpoint
         if ahead is None or len(ahead.rows) == 0:
             self.rows_fetched += len(rows)
             return {name: self._fetch(part, rows) for name, part in parts.items()}
@@ -125,12 +125,13 @@ class CenterOffload:
 
 
 class OffloadedCenters(LocalCenters):
-    """A sample's rows on the device: a small shard, returned to the host when it has moved.
+    """A sample's rows on the device, like a small shard that is copied back after its update.
 
     Args:
-        host: to give them back to.
-        sample: rows of the shard as the sample names them; on_host: the same, on the CPU.
-        parts: "weight" and the rule's state of these rows, on the device.
+        host: Owner of the shard, to which the rows are returned.
+        sample: [S] int64 rows of the shard, as the sample names them.
+        on_host: The same row numbers on the CPU.
+        parts: "weight" and the optimizer state of these rows, on the device.
     """
 
     def __init__(
@@ -141,5 +142,5 @@ class OffloadedCenters(LocalCenters):
         self.sample, self._host, self._on_host, self._parts_here = sample, host, on_host, parts
 
     def flush(self) -> None:
-        """Back to the host."""
+        """Copies the updated rows back to the host."""
         self._host.put_back(self._on_host, self._parts_here)

@@ -1,8 +1,9 @@
-"""Where each row's own class stands among all classes: how many score above it, counted.
+"""The rank of each row's own class: the number of classes that score above it.
 
-A row is among the top k where fewer than k classes do. Equal logits: the smaller class number
-stands above, so that the answer does not depend on the split. Counts of B rows are all that ranks
-tell each other; logits are made a block of classes at a time and dropped.
+A row is among the top k where fewer than k classes score above its own. Of equal logits the one
+with the smaller class number counts as higher, so that the result does not depend on the sharding.
+Ranks exchange numbers of B rows only (with split features also logits, a block at a time); logits
+are computed in blocks of classes and dropped.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from torch import Tensor
 
 from arcshard.collectives import Group, sum_over_ranks
 
-BLOCK_ELEMENTS = 2**21  # logits at a time: 8 MiB in fp32
-NOWHERE = 2**62  # the place of a row without a number: below every class
+BLOCK_ELEMENTS = 2**21  # logits in a block: 8 MiB in fp32
+NOWHERE = 2**62  # the rank of a row whose target logit is NaN: below every class
 
 
 def logit_rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B] int64: classes above the row's own, in whole logits [B, C]; labels [B] in [0, C)."""
+    """Counts the classes that score above each row's own, in logits of all classes.
+
+    Args:
+        logits: [B, C] logits of all classes.
+        labels: [B] int64 in [0, C).
+
+    Returns:
+        [B] int64, NOWHERE where the target's logit is NaN.
+    """
     target = logits.gather(1, labels[:, None])
     return torch.where(target.isnan()[:, 0], NOWHERE, _above(logits, target, labels, 0))
 
@@ -32,18 +41,20 @@ def target_rank(
     class_group: Group,
     feature_group: Group = None,
 ) -> Tensor:
-    """How many of all classes score above each row's own, for split logits e W^T + b.
+    """Counts the classes that score above each row's own, for sharded logits e W^T + b.
 
     Args:
         embeddings: [B, D], the same rows on every rank; or this rank's features [B, D_local].
-        labels: [B] int64 of all classes; rows of labels outside them get some place.
-        weight: [S, D] or [S, D_local] this rank's part, wherever it lies; bias: [S] or None.
-        first_class: global number of its first class.
-        class_group: ranks that hold the other classes. feature_group: that hold the other features
-            (then every block of logits is all-reduced).
+        labels: [B] int64 labels over all classes. The rank of a label outside them has no meaning.
+        weight: [S, D] or [S, D_local], this rank's part, on any device.
+        bias: [S], or None.
+        first_class: Global number of this rank's first class.
+        class_group: Ranks that hold the other classes.
+        feature_group: Ranks that hold the other features, None if this rank has all of them. With a
+            group every block of logits is all-reduced.
 
     Returns:
-        [B] int64, the same on every rank of the groups.
+        [B] int64, the same on every rank of the groups; NOWHERE where the target's logit is NaN.
     """
     num_local = weight.shape[0]
     column = labels - first_class
@@ -70,7 +81,7 @@ def target_rank(
 
 
 def _above(logits: Tensor, target: Tensor, labels: Tensor, first_class: int) -> Tensor:
-    """[B] how many of these classes [B, S] stand above targets [B, 1]; NaN stands above."""
+    """Counts [B] of these logits [B, S] that score above targets [B, 1]; NaN scores above."""
     classes = torch.arange(first_class, first_class + logits.shape[1], device=logits.device)
     own = labels[:, None]
     is_above = ~(logits <= target) | ((logits == target) & (classes < own))

@@ -1,4 +1,4 @@
-"""The reference path, which fused.py is tested against: a matrix of logits, and autograd."""
+"""The reference path, against which fused.py is tested: a matrix of logits, and autograd."""
 
 from __future__ import annotations
 
@@ -24,14 +24,25 @@ def reference_loss(
     group: Group,
     half: torch.dtype | None = None,
 ) -> Tensor:
-    """Mean loss over the global batch; weight and bias get gradients of their own.
+    """Computes the mean loss over the global batch; weight and bias get gradients from autograd.
 
     Args:
-        unit: [B, D], divided by its norm where the margin normalizes; norms: [B] or None.
-        column: [B] int64 place of each row's class among `weight`'s classes, -1 elsewhere.
-        weight: [S K, D] centers of this rank that take part; bias: [S K] or None.
-        row_weight: [B] share of each row in the loss.
-        half: dtype of the product's operands and result, as autocast has it; None for fp32.
+        margin: The loss.
+        unit: [B, D] embeddings of the global batch, divided by their norms where the margin
+            normalizes.
+        norms: [B] norms of the embeddings, or None.
+        column: [B] int64 place of each row's class among `weight`'s classes, -1 where another rank
+            has the class.
+        context: What `margin.begin` returned for this batch.
+        weight: [S K, D] centers of this rank that take part.
+        bias: [S K], or None.
+        centers_per_class: K.
+        row_weight: [B] share of each row in the loss, 0 for padding rows.
+        group: Process group of the ranks that share the classes, None for one rank.
+        half: Dtype of the product's operands and result, as in autocast; None for fp32.
+
+    Returns:
+        Scalar, the same on every rank.
     """
     centers = normalize(weight) if margin.normalize else weight
     if half is not None and unit.dtype == torch.float32:
@@ -47,7 +58,7 @@ def reference_loss(
     penalty = margin.penalty(norms) if norms is not None else None
     if penalty is not None and norms is not None:
         value, slope = penalty
-        # Ranks are summed in backward: only the owner of a row lets its penalty through.
+        # Backward sums over ranks: only the rank that has a row's class adds the penalty's slope.
         slope = torch.where(column >= 0, slope, 0.0)
         losses = losses + value + slope * (norms - norms.detach())
     return torch.where(row_weight > 0, losses * row_weight, 0.0).sum()

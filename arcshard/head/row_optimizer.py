@@ -1,12 +1,12 @@
-"""Update rules for class centers: one torch.optim per row, stepped when the row is sampled.
+"""Row optimizers of class centers: one torch.optim per row, stepped when the row is sampled.
 
-A rule owns the optimizer state of this rank's shard. `update_rows` moves the given rows and
-their state and touches nothing else, which is what a sampled head needs: torch.optim on the
-whole weight would also move the rows that were not sampled, through weight decay, momentum
-and Adam's averages.
+A row optimizer owns the optimizer state of this rank's shard. `update_rows` updates the given rows
+and their state and nothing else, which is what a sampled head needs: torch.optim on the whole
+weight would also update the rows that were not sampled, through weight decay, momentum and Adam's
+averages.
 
-Centers or state kept in bf16 are moved in fp32 and rounded stochastically (up or down with
-probabilities that make the mean exact): small steps are not lost, as rounding to nearest would.
+Centers or state kept in bf16 are updated in fp32 and rounded stochastically (up or down with
+probabilities that make the mean exact), so that small steps are not lost as in rounding to nearest.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ Rows = slice | Tensor
 
 
 class RowOptimizer(ABC):
-    """A rule and its state for one shard of class centers.
-
-    Attributes:
-        matrices_for_veto: copies `move` makes where it may not look at `bad` (accelerators).
+    """An update rule and its state for one shard of class centers.
 
     Args:
-        state_dtype: of the averages it keeps; None is the weight's. bfloat16 halves them.
+        state_dtype: Dtype of the averages in the state; None for the weight's dtype. bfloat16
+            halves their memory.
+
+    Attributes:
+        matrices_for_veto: Number of copies that `move` makes where `bad` can be read only on the
+            device (accelerators).
+        sr_counter: Number of stochastic roundings so far, part of the saved state of the head.
     """
 
     matrices_for_veto = 0
@@ -41,11 +44,11 @@ class RowOptimizer(ABC):
             raise ValueError(f"state_dtype={state_dtype}: torch.bfloat16, or None (the weight's)")
         self.state_dtype = state_dtype
         self._state: dict[str, Tensor] = {}
-        self.sr_counter = 0  # draws so far of the stochastic rounding; part of the saved state
+        self.sr_counter = 0
 
     @abstractmethod
     def create_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Zeroed state for `weight` [rows, ...]; each tensor has `rows` as its first dimension."""
+        """Creates zeroed state for `weight` [rows, ...]; each tensor has `rows` rows."""
 
     @abstractmethod
     def move(
@@ -56,20 +59,26 @@ class RowOptimizer(ABC):
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """One step of the rows given, in place.
+        """Applies one step to the given rows, in place.
 
         Args:
             weight: [S, ...] rows in working precision.
             gradient: [S, ...]; may be overwritten.
-            state: of these rows.
-            learning_rate: of this step.
-            bad: boolean scalar on the device; where true nothing may move. None: go ahead.
+            state: State of these rows.
+            learning_rate: Learning rate of this step.
+            bad: Boolean scalar on the device, or None. Where it is True, nothing is updated.
         """
 
     def matrices_per_block(
         self, weight: Tensor, is_sampled: bool, state: dict[str, Tensor] | None = None
     ) -> int:
-        """Matrices of the shape of a block's rows that `update_rows` makes on the way."""
+        """Counts the temporary matrices of the shape of a block's rows that `update_rows` makes.
+
+        Args:
+            weight: [num_rows_local, ...], the shard.
+            is_sampled: Whether the rows are copies picked by number rather than a slice.
+            state: State of `weight`; None for the state that this optimizer owns.
+        """
         state = self.state(weight) if state is None else state
         averages = [part for part in state.values() if part.dim() == weight.dim()]
         copied = [part for part in averages if is_sampled or part.dtype == torch.bfloat16]
@@ -78,7 +87,7 @@ class RowOptimizer(ABC):
         return len(copied) + (5 if rounds else 0) + vetoed
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The state for `weight`, created at first use, on its device."""
+        """Returns the state of `weight`, created at first use on its device."""
         if not self._state:
             self._state = self.create_state(weight)
         return self._state
@@ -95,17 +104,17 @@ class RowOptimizer(ABC):
         state: dict[str, Tensor] | None = None,
         current: Tensor | None = None,
     ) -> None:
-        """Step `weight[rows]` in place.
+        """Updates `weight[rows]` in place.
 
         Args:
             weight: [num_rows_local, ...], the shard.
-            gradient: of those rows; may be overwritten.
-            rows: a slice, [S] int64 distinct row numbers, or None for all rows.
-            learning_rate: of this step.
-            bad: boolean scalar on the device; where true nothing moves. On an accelerator this
-                is decided there, without waiting for it.
-            state: of `weight`; None: what this rule owns.
-            current: a copy of `weight[rows]` in working precision, if the caller has one already;
+            gradient: [S, ...] gradient of those rows; may be overwritten.
+            rows: A slice, [S] int64 distinct row numbers, or None for all rows.
+            learning_rate: Learning rate of this step.
+            bad: Boolean scalar on the device, or None. Where it is True, nothing is updated. On an
+                accelerator this is decided on the device, without waiting for it.
+            state: State of `weight`; None for the state that this optimizer owns.
+            current: A copy of `weight[rows]` in working precision, if the caller has one;
                 overwritten.
         """
         if bad is not None and bad.device.type == "cpu":
@@ -125,13 +134,13 @@ class RowOptimizer(ABC):
         for name, part in parts.items():
             new = work[name]
             if new.dtype != part.dtype:
-                new = self._round_stochastically(new)  # leaves what did not move as it was
+                new = self._round_stochastically(new)  # exact for values that did not change
             elif isinstance(rows, slice):
-                continue  # a view: moved where it lies
+                continue  # a view, updated in place
             _put(part, rows, new)
 
     def _round_stochastically(self, values: Tensor) -> Tensor:
-        """fp32 -> bf16, up or down at random; the draws follow from a count that is saved."""
+        """Rounds fp32 to bf16, up or down at random; the draws follow from a saved count."""
         generator = None  # the meta device, where nothing is drawn, has none
         if not values.is_meta:
             generator = torch.Generator(values.device)
@@ -140,8 +149,8 @@ class RowOptimizer(ABC):
         noise = torch.randint(
             0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
         )
-        # bf16 is the upper half of fp32: adding noise below and cutting off rounds with the
-        # right probability; the cut value converts exactly.
+        # bf16 is the upper half of fp32: adding noise to the lower half and cutting it off rounds
+        # with the right probability, and the cut value converts exactly.
         cut = (values.view(torch.int32) + noise) & -65536
         return torch.where(torch.isfinite(values), cut.view(torch.float32), values).bfloat16()
 
@@ -162,7 +171,13 @@ def _in_working_precision(rows: Tensor) -> Tensor:
 
 
 class SGDRows(RowOptimizer):
-    """SGD with momentum and coupled weight decay: torch.optim.SGD's formulas, row by row."""
+    """SGD with momentum and coupled weight decay: torch.optim.SGD's formulas, row by row.
+
+    Args:
+        momentum: mu, in [0, 1); 0 needs no state.
+        weight_decay: wd, at least 0.
+        state_dtype: Dtype of the momentum buffer; None for the weight's dtype.
+    """
 
     def __init__(
         self,
@@ -174,7 +189,7 @@ class SGDRows(RowOptimizer):
         self.momentum, self.weight_decay = momentum, weight_decay
 
     def create_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """One momentum buffer. Zeros make the first step the plain gradient, as torch's."""
+        """Creates the momentum buffer; zeros make the first step the plain gradient, as torch's."""
         if not self.momentum:
             return {}
         return {"momentum_buffer": torch.zeros_like(weight, dtype=self.state_dtype)}
@@ -187,7 +202,10 @@ class SGDRows(RowOptimizer):
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """V = mu v + g + wd w;  w = w - lr v: torch's fused kernel, one pass over the rows."""
+        """Computes v = mu v + g + wd w and w = w - lr v.
+
+        torch's fused kernel does this in one pass over the rows.
+        """
         sgd(
             [weight],
             [gradient],
@@ -204,7 +222,14 @@ class SGDRows(RowOptimizer):
 
 
 class AdamWRows(RowOptimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with a step count per row."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with a step count per row.
+
+    Args:
+        betas: Decay rates of both averages.
+        eps: Number added to the denominator.
+        weight_decay: wd, at least 0, decoupled from the gradient.
+        state_dtype: Dtype of both averages; None for the weight's dtype.
+    """
 
     matrices_for_veto = 4
 
@@ -219,7 +244,7 @@ class AdamWRows(RowOptimizer):
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
 
     def create_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Both averages, and the number of steps of every row."""
+        """Creates both averages, and the number of steps of every row."""
         return {
             "exp_avg": torch.zeros_like(weight, dtype=self.state_dtype),
             "exp_avg_sq": torch.zeros_like(weight, dtype=self.state_dtype),
@@ -235,7 +260,7 @@ class AdamWRows(RowOptimizer):
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """m, v as Adam's; w = w (1 - lr wd) - lr m^ / (sqrt(v^) + eps)."""
+        """Computes m and v as Adam does, and w = w (1 - lr wd) - lr m^ / (sqrt(v^) + eps)."""
         parts = [weight, state["exp_avg"], state["exp_avg_sq"], state["step"]]
         before = [part.clone() for part in parts] if bad is not None else []
         beta1, beta2 = self.betas
@@ -255,7 +280,12 @@ class AdamWRows(RowOptimizer):
 
 
 def refuse_plain_optimizers(weight: nn.Parameter, reason: str) -> None:
-    """Let no torch.optim step `weight`; `reason` says why."""
+    """Makes every torch.optim that steps `weight` raise.
+
+    Args:
+        weight: Class centers that only the head may update.
+        reason: The reason, for the error message.
+    """
     weight.moved_by_partial_fc = reason  # type: ignore[attr-defined]
     global _refusal_is_registered
     if not _refusal_is_registered:

@@ -1,12 +1,12 @@
-"""Which classes take part in a step (PartialFC, An et al. 2022, arXiv:2203.15565).
+"""The classes that take part in a step (PartialFC, An et al. 2022, arXiv:2203.15565).
 
-All positives of the batch are in, and random negatives fill up to S. The negatives are a
-prefix of a keyed pseudorandom permutation of the shard's classes: distinct by construction,
-O(S) in time and memory, with no random number and no sort per class. The key is a hash of
-(seed, rank, step), so a step's sample can be drawn again from three numbers.
+A sample holds all positives of the batch, and random negatives fill it up to S. The negatives are a
+prefix of a keyed pseudorandom permutation of the shard's classes: distinct by construction, O(S) in
+time and memory, with no random number and no sort per class. The key is a hash of (seed, rank,
+step), so a step's sample can be drawn again from three numbers.
 
-Everything stays on the device of the labels. Shapes depend on (C, r, B) only, so on CUDA
-there is no wait for the device, except where r x C_local is smaller than the batch.
+Everything stays on the device of the labels. Shapes depend on (C, r, B) only, so on CUDA there is
+no wait for the device, except where r x C_local is smaller than the batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arcshard.random import hash_key
 
-ROUNDS = 8  # of the Feistel network; 4 suffice in theory, small domains need a few more
+ROUNDS = 8  # rounds of the Feistel network; 4 suffice in theory, small domains need a few more
 
 
 @dataclass
@@ -33,14 +33,13 @@ class ClassSample:
     classes: Tensor
 
     def columns(self, local_labels: Tensor) -> Tensor:
-        """Column of each local label in the sample, -1 for labels of other ranks.
+        """Finds the column of each local label in the sample.
 
         Args:
-            local_labels: [B] int64 in [0, C_local), or -1.
+            local_labels: [B] int64 in [0, C_local), or -1 for labels of other ranks.
 
         Returns:
-            [B] int64. A label of this rank that is not in the sample gives -1 as well;
-            `covers` tells.
+            [B] int64, -1 for labels of other ranks and for labels that are not in the sample.
         """
         if len(self.classes) == 0:
             return torch.full_like(local_labels, -1)
@@ -51,7 +50,7 @@ class ClassSample:
 
 
 def sample_size(num_classes_local: int, sample_rate: float) -> int:
-    """round(r x C_local), halves up: the number of classes unless there are more positives."""
+    """Returns round(r x C_local), halves up: the size of a sample unless it has more positives."""
     return min(num_classes_local, math.floor(sample_rate * num_classes_local + 0.5))
 
 
@@ -64,14 +63,16 @@ def draw_sample(
     rank: int,
     step: int,
 ) -> ClassSample:
-    """All positives plus random negatives, S = max(#positives, round(r x C_local)) classes.
+    """Draws all positives plus random negatives, S = max(#positives, round(r x C_local)) classes.
 
     Args:
         local_labels: [B] int64 labels of the global batch in this rank's numbering; -1 where
-            the class lives elsewhere.
-        num_classes_local: classes this rank owns, C_local.
+            another rank owns the class.
+        num_classes_local: C_local, the number of classes that this rank owns.
         sample_rate: r in [0, 1].
-        seed, rank, step: name the draw; the same three give the same sample.
+        seed: Seed of the run.
+        rank: This rank.
+        step: Number of the draw. The same seed, rank and step give the same permutation.
     """
     device = local_labels.device
     size = sample_size(num_classes_local, sample_rate)
@@ -105,9 +106,19 @@ def draw_sample(
 def likely_classes(
     num_classes_local: int, sample_rate: float, *, seed: int, rank: int, step: int
 ) -> Tensor:
-    """The classes `draw_sample` takes for this draw where no positive pushes one out, ascending.
+    """Returns the classes that `draw_sample` would take without positives, ascending.
 
-    Known before the batch is; all but the last few of a sample's negatives are among them.
+    They are known before the batch is. All but the last few of a sample's negatives are among them.
+
+    Args:
+        num_classes_local: C_local, the number of classes that this rank owns.
+        sample_rate: r in [0, 1].
+        seed: Seed of the run.
+        rank: This rank.
+        step: Number of the draw.
+
+    Returns:
+        int64 classes on the CPU.
     """
     size = sample_size(num_classes_local, sample_rate)
     if num_classes_local == 0 or size == 0:
@@ -119,15 +130,20 @@ def likely_classes(
 def permutation_prefix(
     domain: int, length: int, *, key: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The first elements of a pseudorandom permutation of range(domain), in O(length).
+    """Computes the first elements of a pseudorandom permutation of range(domain), in O(length).
 
-    A Feistel network on pairs (left, right) with left < a, right < b, a b >= domain. Fewer
-    than a values of the product lie past the domain; the prefix is longer by that many, so
-    at least `length` of its elements are below `domain`.
+    It is a Feistel network on pairs (left, right) with left < a, right < b, a b >= domain. Fewer
+    than a values of the product lie past the domain. The prefix is longer by that many, so at least
+    `length` of its elements are below `domain`.
+
+    Args:
+        domain: Number of elements of the permutation, at least 1.
+        length: Number of elements needed.
+        key: Key of the permutation.
+        device: Device of the result.
 
     Returns:
-        [length + fewer than sqrt(domain) + 1] int64, distinct; values >= domain are to be
-        skipped.
+        [length + fewer than sqrt(domain) + 1] int64, distinct. The caller skips values >= domain.
     """
     a = max(1, math.isqrt(domain - 1) + 1)
     b = -(-domain // a)
@@ -144,7 +160,7 @@ def permutation_prefix(
 
 
 def _mix(values: Tensor, key: int) -> Tensor:
-    """A hash of whole numbers into [0, 2^31); int64 arithmetic wraps, which is meant."""
+    """Hashes whole numbers into [0, 2^31); int64 arithmetic wraps around, which is intended."""
     state = (values ^ (key & 0x7FFFFFFF)) * 0x2545F4914F6CDD1D + (key >> 31)
     state = (state ^ ((state >> 32) & 0xFFFFFFFF)) * 0x369DEA0F31A53F85
     return (state >> 33) & 0x7FFFFFFF

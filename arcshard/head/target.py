@@ -1,4 +1,4 @@
-"""The rows' own classes: O(B D) beside the loop over all the others."""
+"""The logits of the rows' own classes: O(B D), beside the loop over all other classes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from arcshard.head.centers import ClassCenters
 
 @dataclass
 class PositiveLogits:
-    """What this rank knows of the rows' own classes; [B] each unless noted.
+    """What this rank knows of the rows' own classes.
 
     Attributes:
-        column: int64 place of the class among this rank's classes of the step, -1 elsewhere.
-        row: int64 row of its best center, 0 where the class lives elsewhere.
-        similarity: with that center, 0 elsewhere.
+        column: [B] int64 place of the class among this rank's classes of the step, -1 where another
+            rank has the class.
+        row: [B] int64 row of the best center of the class; without meaning where another rank has
+            it.
+        similarity: [B] similarity with that center, 0 where another rank has the class.
         unit_center: [B, D] that center, divided by its norm if the margin normalizes.
-        inverse_norm: of that center (1 if it does not).
+        inverse_norm: [B] 1 / norm of that center, 1 if the margin does not normalize.
     """
 
     column: Tensor
@@ -31,18 +33,22 @@ class PositiveLogits:
 
     @property
     def here(self) -> Tensor:
-        """Boolean: the class lives on this rank."""
+        """[B] boolean, True where this rank has the class."""
         return self.column >= 0
 
 
 def find_positive_logits(
     unit_embeddings: Tensor, column: Tensor, centers: ClassCenters, normalize: bool, k: int
 ) -> PositiveLogits:
-    """Each row's own center, the best of its k, and the similarity with it.
+    """Finds each row's own center, the best of its k, and the similarity with it.
 
     Args:
-        unit_embeddings: [B, D], constants.
-        column: [B] int64, -1 where another rank has the class.
+        unit_embeddings: [B, D] constants, divided by their norms if the margin normalizes.
+        column: [B] int64 place of the class among the classes of the step, -1 where another rank
+            has the class.
+        centers: Centers of the step.
+        normalize: Whether the margin normalizes.
+        k: Number of centers per class.
     """
     batch, width = unit_embeddings.shape
     if centers.num_rows == 0:
@@ -69,22 +75,23 @@ def find_positive_logits(
 
 
 class PositiveLogitsGradient:
-    """The target's part of the centers' gradient, one entry per class, ready to be scattered.
+    """The target's part of the centers' gradient, one entry per class.
 
-    Rows of one class are added up first, in a fixed order: what is scattered into the blocks
-    has no duplicates, so an accelerator gives the same sums each time.
+    Rows of one class are summed first, in a fixed order. The entries that are scattered into the
+    blocks have no duplicates, so an accelerator computes the same sums each time.
 
     Args:
-        target: of the pass.
-        coefficient: [B] gradient with respect to the target's similarity, 0 elsewhere.
-        unit_embeddings: [B, D].
-        num_rows: rows of the step.
+        target: What this rank knows of the rows' own classes.
+        coefficient: [B] gradient with respect to the target's similarity, 0 where another rank has
+            the class.
+        unit_embeddings: [B, D] embeddings, divided by their norms if the margin normalizes.
+        num_rows: Number of rows of the step.
     """
 
     def __init__(
         self, target: PositiveLogits, coefficient: Tensor, unit_embeddings: Tensor, num_rows: int
     ) -> None:
-        row = torch.where(target.here, target.row, num_rows)  # those elsewhere sort to the end
+        row = torch.where(target.here, target.row, num_rows)  # other ranks' rows sort to the end
         row, order = torch.sort(row, stable=True)
         is_first = torch.ones_like(row, dtype=torch.bool)
         is_first[1:] = row[1:] != row[:-1]
@@ -97,7 +104,13 @@ class PositiveLogitsGradient:
         self.bias = torch.zeros_like(coefficient).index_put_(entry, coefficient, accumulate=True)
 
     def add_to(self, start: int, gradient: Tensor, bias_gradient: Tensor | None) -> None:
-        """Add the entries of rows start, start + 1, ... to [rows, D] and [rows]."""
+        """Adds the entries of rows start, start + 1, ... to the gradients of a block.
+
+        Args:
+            start: First row of the block.
+            gradient: [rows, D], written in place.
+            bias_gradient: [rows], written in place, or None.
+        """
         stop = start + gradient.shape[0]
         if gradient.device.type == "cpu":
             low, high = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
@@ -123,5 +136,5 @@ class PositiveLogitsGradient:
 
 
 def _add(into: Tensor, rows: Tensor, values: Tensor) -> None:
-    """into[rows] += values for distinct rows; index_add_ costs far more for few of them (CPU)."""
+    """Adds values to distinct rows; index_add_ costs far more for a few of them (CPU)."""
     into.index_copy_(0, rows, into.index_select(0, rows).add_(values))

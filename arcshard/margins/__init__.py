@@ -1,0 +1,1 @@
+"""Margins: the formulas of the losses, as pure functions of similarities."""

@@ -1,4 +1,4 @@
-"""Margins that differ from sample to sample or follow the training: norms, draws, difficulty."""
+"""Margins that depend on the sample or on the progress of training: norms, draws, difficulty."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from arcshard.margins.base import (
 
 @dataclass(frozen=True)
 class AdaFace(Margin):
-    """Image quality, read from the embedding's norm, decides the kind of margin.
+    """The margin depends on image quality, which is read from the embedding's norm.
 
-    Kim et al. 2022, arXiv:2204.00964, eqs. 9-12: with n the norm (clipped to [0.001, 100])
-    standardized by running batch statistics, times h, clipped to [-1, 1]:
-    phi = cos(theta - m n) - (m + m n), the angle kept in [eps, pi - eps]. The norm is a constant
-    to the gradient. The statistics are those of the global batch.
+    Kim et al. 2022, arXiv:2204.00964, eqs. 9-12. The norm, clipped to [0.001, 100], is standardized
+    by running batch statistics, multiplied by h and clipped to [-1, 1]; this is n. Then phi =
+    cos(theta - m n) - (m + m n), with the angle kept in [eps, pi - eps]. The norm is a constant to
+    the gradient. The statistics are those of the global batch.
 
     Args:
         margin: m, in [0, pi/2).
-        h: how much of the norms' spread the clip lets through, above 0.
-        t_alpha: weight of a batch in the running mean and standard deviation, in (0, 1].
+        h: Factor on the standardized norm before it is clipped, above 0.
+        t_alpha: Weight of a batch in the running mean and standard deviation, in (0, 1].
         scale: s, above 0.
+
+    Raises:
+        ValueError: A value is outside its domain.
     """
 
     margin: float = 0.4
@@ -55,7 +58,7 @@ class AdaFace(Margin):
         )
 
     def describe(self) -> str:
-        """The formula in force, for the log."""
+        """Describes the formula in force, for the log."""
         m = f"{self.margin:g}"
         return (
             f"AdaFace: s = {self.scale:g}, target cos(theta - {m} n) - ({m} + {m} n), "
@@ -63,13 +66,13 @@ class AdaFace(Margin):
         )
 
     def initial_state(self) -> dict[str, float]:
-        """Running mean and standard deviation of norms; the published first values."""
+        """Returns the first running mean and standard deviation of norms, as published."""
         return {"norm_mean": 20.0, "norm_std": 100.0}
 
     def begin(
         self, facts: BatchFacts, state: Mapping[str, Tensor]
     ) -> tuple[Context, Mapping[str, Tensor]]:
-        """Standardised norms of the batch, and the statistics after it."""
+        """Computes the standardized norms of the batch, and the statistics after it."""
         assert facts.norms is not None
         norms = facts.norms.detach().clamp(1e-3, 100.0)
         real = facts.real.to(norms.dtype)
@@ -85,7 +88,7 @@ class AdaFace(Margin):
         return {"quality": quality.clamp(-1.0, 1.0)}, after
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Phi and dphi/dcos; the slope is 0 where the angle is clipped."""
+        """Computes phi and dphi/dcos; the slope is 0 where the angle is clipped."""
         assert context is not None, "AdaFace needs the context of its batch"
         cosine = at_least_fp32(similarity)
         shift = -self.margin * context["quality"].to(cosine.dtype)
@@ -100,18 +103,23 @@ class AdaFace(Margin):
 
 @dataclass(frozen=True)
 class MagFace(Margin):
-    """The norm measures quality: it widens the margin and is itself drawn upwards.
+    """The norm measures quality: the margin grows with it, and a regularizer increases the norm.
 
-    Meng et al. 2021, arXiv:2103.06627: with a the norm clipped to [l_a, u_a],
-    m(a) = l_margin + (u_margin - l_margin) (a - l_a) / (u_a - l_a), phi = cos(theta + m(a)),
-    and lambda_g (a / u_a^2 + 1 / a) is added to each row's loss. Both carry a gradient to the
-    norm. Beyond theta + m = pi: cos(theta) - m sin(m), as published.
+    Meng et al. 2021, arXiv:2103.06627. With a the norm clipped to [l_a, u_a], m(a) = l_margin +
+    (u_margin - l_margin) (a - l_a) / (u_a - l_a), phi = cos(theta + m(a)), and lambda_g (a / u_a^2
+    + 1 / a) is added to each row's loss. Both have a gradient to the norm. Beyond theta + m = pi,
+    phi is cos(theta) - m sin(m), as published.
 
     Args:
-        l_a, u_a: bounds of the norm, 0 < l_a < u_a.
-        l_margin, u_margin: margins at those bounds, 0 <= l_margin <= u_margin < pi/2.
-        lambda_g: weight of the regulariser, at least 0.
+        l_a: Lower bound of the norm, above 0.
+        u_a: Upper bound of the norm, above l_a.
+        l_margin: Margin at l_a, in [0, u_margin].
+        u_margin: Margin at u_a, below pi/2.
+        lambda_g: Weight of the regularizer, at least 0.
         scale: s, above 0.
+
+    Raises:
+        ValueError: A value is outside its domain.
     """
 
     l_a: float = 10.0
@@ -138,7 +146,7 @@ class MagFace(Margin):
         )
 
     def describe(self) -> str:
-        """The formula in force, for the log."""
+        """Describes the formula in force, for the log."""
         return (
             f"MagFace: s = {self.scale:g}, target cos(theta + m(a)), m from {self.l_margin:g} to "
             f"{self.u_margin:g} as the norm a goes from {self.l_a:g} to {self.u_a:g}, plus "
@@ -148,7 +156,7 @@ class MagFace(Margin):
     def begin(
         self, facts: BatchFacts, state: Mapping[str, Tensor]
     ) -> tuple[Context, Mapping[str, Tensor]]:
-        """The margin of each row and its slope to the norm."""
+        """Computes the margin of each row and its slope to the norm."""
         assert facts.norms is not None
         norms = facts.norms.detach()
         slope = (self.u_margin - self.l_margin) / (self.u_a - self.l_a)
@@ -156,20 +164,20 @@ class MagFace(Margin):
         return {"margin": margin, "slope": slope * self._unclipped(norms)}, state
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Phi and dphi/dcos."""
+        """Computes phi and dphi/dcos."""
         assert context is not None, "MagFace needs the context of its batch"
         cosine = at_least_fp32(similarity)
         phi, slope, _ = cosine_with_linear_tail(cosine, context["margin"].to(cosine.dtype))
         return phi.to(similarity.dtype), slope.to(similarity.dtype)
 
     def norm_slope(self, similarity: Tensor, context: Context) -> Tensor:
-        """dphi/dm dm/da."""
+        """Computes dphi/da = dphi/dm dm/da."""
         cosine = at_least_fp32(similarity)
         _, _, slope = cosine_with_linear_tail(cosine, context["margin"].to(cosine.dtype))
         return slope.to(similarity.dtype) * context["slope"]
 
     def penalty(self, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """lambda_g g(a) and its slope; norms outside the bounds are not pulled."""
+        """Computes lambda_g g(a) and its slope, which is 0 for norms outside the bounds."""
         norms = norms.detach()
         a = norms.clamp(self.l_a, self.u_a)
         value = self.lambda_g * (a / self.u_a**2 + 1 / a)
@@ -182,17 +190,20 @@ class MagFace(Margin):
 
 @dataclass(frozen=True)
 class CurricularFace(Margin):
-    """Hard negatives weigh little early and much later in the training.
+    """Hard negatives have a small weight early and a large weight late in training.
 
-    Huang et al. 2020, arXiv:2004.00288, eqs. 7-9: phi = cos(theta + m); another class with
-    cos_j > cos(theta_y + m) counts as cos_j (t + cos_j), where t is the running mean of the
-    target cosines (global batch), updated before it is used. Beyond theta + m = pi the target
-    is cos(theta) - m sin(m), as published.
+    Huang et al. 2020, arXiv:2004.00288, eqs. 7-9. phi = cos(theta + m). Another class with cos_j >
+    cos(theta_y + m) counts as cos_j (t + cos_j), where t is the running mean of the target cosines
+    (global batch), updated before it is used. Beyond theta + m = pi, phi is cos(theta) - m sin(m),
+    as published.
 
     Args:
         margin: m, radians in [0, pi/2).
-        alpha: weight of a batch in t, in (0, 1].
+        alpha: Weight of a batch in t, in (0, 1].
         scale: s, above 0.
+
+    Raises:
+        ValueError: A value is outside its domain.
     """
 
     margin: float = 0.5
@@ -209,29 +220,29 @@ class CurricularFace(Margin):
 
     @property
     def reads_all_targets(self) -> bool:
-        """True: t is their mean."""
+        """True, because t is the running mean of the target cosines."""
         return True
 
     @property
     def touches_others(self) -> bool:
-        """True: harder classes are reweighted."""
+        """True, because harder classes are reweighted."""
         return True
 
     def describe(self) -> str:
-        """The formula in force, for the log."""
+        """Describes the formula in force, for the log."""
         return (
             f"CurricularFace: s = {self.scale:g}, target cos(theta + {self.margin:g}), harder "
             f"classes cos (t + cos), t the running mean of target cosines (alpha {self.alpha:g})"
         )
 
     def initial_state(self) -> dict[str, float]:
-        """t, from 0."""
+        """Returns t = 0."""
         return {"t": 0.0}
 
     def begin(
         self, facts: BatchFacts, state: Mapping[str, Tensor]
     ) -> tuple[Context, Mapping[str, Tensor]]:
-        """The threshold of each row, cos(theta_y + m), and t."""
+        """Computes the threshold of each row, cos(theta_y + m), and t."""
         assert facts.targets is not None
         cosine = at_least_fp32(facts.targets)
         mean = (cosine * facts.real).sum() / facts.real.sum()
@@ -239,12 +250,12 @@ class CurricularFace(Margin):
         return {"threshold": torch.cos(torch.acos(cosine) + self.margin), "t": t}, {"t": t}
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Phi and dphi/dcos."""
+        """Computes phi and dphi/dcos."""
         phi, slope, _ = cosine_with_linear_tail(at_least_fp32(similarity), self.margin)
         return phi.to(similarity.dtype), slope.to(similarity.dtype)
 
     def others(self, similarities: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """cos_j, or cos_j (t + cos_j) for classes harder than the target."""
+        """Computes cos_j, or cos_j (t + cos_j) for classes harder than the target."""
         t = context["t"].to(similarities.dtype)
         hard = similarities > context["threshold"].to(similarities.dtype)[:, None]
         slope = torch.where(hard, t + 2 * similarities, 1.0)
@@ -255,17 +266,20 @@ class CurricularFace(Margin):
 class ElasticFace(Margin):
     """Every sample draws its margin from a normal distribution.
 
-    Boutros et al. 2022, arXiv:2109.09416: m_i ~ N(margin, std); phi = cos(theta + m_i) ("arc")
-    or cos(theta) - m_i ("cos"). With plus=True (ElasticFace+, section 3.3 there) the draws of
-    a batch are dealt out by difficulty: the smaller the target cosine, the larger the margin.
-    The draws depend on the run's seed, the step and the row of the global batch only.
+    Boutros et al. 2022, arXiv:2109.09416. m_i ~ N(margin, std), and phi = cos(theta + m_i) ("arc")
+    or cos(theta) - m_i ("cos"). With plus=True (ElasticFace+, section 3.3 there) the draws of a
+    batch are assigned by difficulty: the smaller the target cosine, the larger the margin. The
+    draws depend on the run's seed, the step and the row of the global batch only.
 
     Args:
         kind: "arc" or "cos".
-        margin: mean of the draws, in [0, pi/2); the paper's 0.5 for arc, 0.35 for cos.
-        std: their standard deviation, at least 0.
-        plus: deal the draws out by difficulty.
+        margin: Mean of the draws, in [0, pi/2); in the paper 0.5 for arc, 0.35 for cos.
+        std: Standard deviation of the draws, at least 0.
+        plus: Whether the draws are assigned by difficulty.
         scale: s, above 0.
+
+    Raises:
+        ValueError: A value is outside its domain.
     """
 
     kind: str = "arc"
@@ -273,7 +287,7 @@ class ElasticFace(Margin):
     std: float = 0.0125
     plus: bool = False
     scale: float = 64.0
-    reads_batch: ClassVar[bool] = True  # which draw a row gets follows from its place
+    reads_batch: ClassVar[bool] = True  # the draw of a row follows from its place in the batch
 
     def __post_init__(self) -> None:
         refuse(
@@ -289,7 +303,7 @@ class ElasticFace(Margin):
         return self.plus
 
     def describe(self) -> str:
-        """The formula in force, for the log."""
+        """Describes the formula in force, for the log."""
         target = "cos(theta + m)" if self.kind == "arc" else "cos(theta) - m"
         return (
             f"ElasticFace-{self.kind.capitalize()}{'+' if self.plus else ''}: s = {self.scale:g}, "
@@ -299,14 +313,14 @@ class ElasticFace(Margin):
     def begin(
         self, facts: BatchFacts, state: Mapping[str, Tensor]
     ) -> tuple[Context, Mapping[str, Tensor]]:
-        """The margin of each row of the global batch."""
+        """Draws the margin of each row of the global batch."""
         generator = torch.Generator().manual_seed(facts.draw)  # CPU: the same on every device
         draws = torch.randn(len(facts.real), generator=generator, dtype=torch.float64)
         margins = (self.margin + self.std * draws).to(facts.real.device, non_blocking=True)
         if self.plus:
             assert facts.targets is not None
-            # Rows by falling cosine get the margins in rising order; filling rows and their
-            # draws come last.
+            # Rows in descending order of the cosine get the margins in ascending order; padding
+            # rows and their draws come last.
             cosine = torch.where(facts.real, facts.targets, -math.inf)
             order = torch.argsort(cosine, descending=True, stable=True)
             rising = torch.where(facts.real, margins, math.inf).sort().values
@@ -315,7 +329,7 @@ class ElasticFace(Margin):
         return {"margin": margins}, state
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Phi and dphi/dcos."""
+        """Computes phi and dphi/dcos."""
         assert context is not None, "ElasticFace needs the context of its batch"
         cosine = at_least_fp32(similarity)
         margin = context["margin"].to(cosine.dtype)

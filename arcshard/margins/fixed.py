@@ -24,15 +24,18 @@ FilterMode = Literal["remove", "legacy"]
 
 @dataclass(frozen=True)
 class Softmax(Margin):
-    """No margin: z_ij = s (<e_i, w_j> + b_j), the classifier every margin is measured against.
+    """No margin: z_ij = s (<e_i, w_j> + b_j), the baseline of every margin.
 
-    With normalize=True it is NormFace: s times the cosine (Wang et al. 2017, arXiv:1704.06369,
-    with a fixed s).
+    With normalize=True it is NormFace: s times the cosine (Wang et al. 2017, arXiv:1704.06369, with
+    a fixed s).
 
     Args:
         scale: s, above 0; 1 is the plain softmax.
-        normalize: divide embeddings and class centers by their norms.
-        bias: learn b_j.
+        normalize: Whether embeddings and class centers are divided by their norms.
+        bias: Whether a bias b_j is learned.
+
+    Raises:
+        ValueError: `scale` is outside its domain.
     """
 
     scale: float = 1.0
@@ -43,38 +46,38 @@ class Softmax(Margin):
         refuse((0 < self.scale < math.inf, f"scale={self.scale!r}: above 0"))
 
     def describe(self) -> str:
-        """The formula in force, for the log."""
+        """Describes the formula in force, for the log."""
         similarity = "cos(theta)" if self.normalize else "<e, w>"
         bias = " + b" if self.bias else ""
         return f"s = {self.scale:g}, softmax of {similarity}{bias}, no margin"
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """The similarity itself, slope 1."""
+        """Returns the similarity itself and slope 1."""
         return similarity.detach(), torch.ones_like(similarity)
 
 
 @dataclass(frozen=True)
 class CombinedMargin(Margin):
-    """phi(cos theta) = cos(m1 theta + m2) - m3, continued monotonously past pi.
+    """phi(cos theta) = cos(m1 theta + m2) - m3, continued monotonically past pi.
 
-    With a = m1 theta + m2 and k = floor(a / pi): phi = (-1)^k cos(a) - 2k - m3.
-    ArcFace (1, m, 0) is Deng et al. 2019 (arXiv:1801.07698), CosFace (1, 0, m) Wang et al.
-    2018 (arXiv:1801.09414), SphereFace (m, 0, 0) Liu et al. 2017 (arXiv:1704.08063, eq. 7).
+    With a = m1 theta + m2 and k = floor(a / pi), phi = (-1)^k cos(a) - 2k - m3. ArcFace (1, m, 0)
+    is Deng et al. 2019 (arXiv:1801.07698), CosFace (1, 0, m) Wang et al. 2018 (arXiv:1801.09414),
+    SphereFace (m, 0, 0) Liu et al. 2017 (arXiv:1704.08063, eq. 7).
 
     Args:
-        m1: factor on the angle, above 0.
-        m2: added to the angle, radians in [0, pi).
-        m3: taken off the cosine, in [0, 2].
+        m1: Factor on the angle, above 0.
+        m2: Added to the angle, radians in [0, pi).
+        m3: Subtracted from the cosine, in [0, 2].
         scale: s, above 0.
-        gradient: "exact" differentiates phi, the cosine clamped to +-(1 - 1e-6) inside the
-            derivative; "straight_through" uses dphi/dcos = 1, as the published head does.
-        interclass_filtering_threshold: cosine above which another class is taken for label
-            noise; 0 is off (PartialFC, An et al. 2022, arXiv:2203.15565, section 3.3).
-        interclass_filtering_mode: "remove" takes such classes out of the softmax; "legacy"
-            sets their cosine to 0, which leaves exp(0) in the sum, as the published code did.
+        gradient: "exact" differentiates phi, with the cosine clamped to +-(1 - 1e-6) inside the
+            derivative. "straight_through" uses dphi/dcos = 1, as the published head does.
+        interclass_filtering_threshold: Cosine above which another class is taken for label noise; 0
+            is off (PartialFC, An et al. 2022, arXiv:2203.15565, section 3.3).
+        interclass_filtering_mode: "remove" removes such classes from the softmax. "legacy" sets
+            their cosine to 0, which leaves exp(0) in the sum, as the published code did.
 
     Raises:
-        ValueError: a value outside its domain.
+        ValueError: A value is outside its domain.
     """
 
     m1: float = 1.0
@@ -112,7 +115,7 @@ class CombinedMargin(Margin):
         return self.interclass_filtering_threshold > 0
 
     def describe(self) -> str:
-        """The formula in force, for the log."""
+        """Describes the formula in force, for the log."""
         angle = "theta" if self.m1 == 1 else f"{self.m1:g} theta"
         angle = angle if self.m2 == 0 else f"{angle} + {self.m2:g}"
         phi = "cos(theta)" if angle == "theta" else f"cos({angle})"
@@ -126,7 +129,7 @@ class CombinedMargin(Margin):
         return text
 
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Phi and dphi/dcos of target cosines of any shape."""
+        """Computes phi and dphi/dcos of target cosines of any shape."""
         cosine = at_least_fp32(similarity)
         if self.m1 == 1.0 and self.m2 == 0.0:
             phi, slope = cosine - self.m3, torch.ones_like(cosine)
@@ -141,7 +144,7 @@ class CombinedMargin(Margin):
         return phi.to(similarity.dtype), slope.to(similarity.dtype)
 
     def others(self, similarities: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Inter-class filtering: a class too close for its label is removed, or set to 0."""
+        """Filters classes whose cosine exceeds the threshold: they are removed, or set to 0."""
         if not self.touches_others:
             return similarities, None
         filtered = similarities > self.interclass_filtering_threshold

@@ -1,7 +1,7 @@
-"""Parallel layers for any model: parts of a weight on each rank, one result.
+"""Parallel layers for any model: each rank holds a part of a weight, and the result is the same.
 
-split.py         which part is mine; parameters and activations that know it
-groups.py        model groups and data groups; what DDP must leave alone
+split.py         this rank's part of a tensor; parameters and activations that know theirs
+groups.py        model groups and data groups; parameters that DDP must ignore
 collectives.py   copy, reduce, gather, scatter, with gradients
 linear.py        ParallelLinear, convert_parallel_linear
 embedding.py     ParallelEmbedding

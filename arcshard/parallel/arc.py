@@ -1,8 +1,8 @@
-"""ArcFace and its family on split class centers: cosines of one layer, margin in the loss.
+"""ArcFace and its family as a parallel layer of cosines and a loss with the margin.
 
-PartialFC is the column-parallel head for training: bounded memory, sampling, row updates. These
-two are its readable form as layers of any model, equal to it in loss and gradients, and do one
-thing it does not: split the embedding instead of the classes (dim=0). Every rank then has all
+PartialFC is the column-parallel head for training: bounded memory, sampling, row updates. These two
+classes are its simple form as layers of any model, equal to it in loss and gradients. They can also
+split the embedding instead of the classes (dim=0), which PartialFC cannot. Every rank then has all
 classes with D / n numbers each, and the norm of a center is the sum of its ranks' squares: one
 all-reduce of C numbers beside that of the logits.
 """
@@ -26,13 +26,19 @@ NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
 
 class ParallelArcLinear(ParallelLinear):
-    """Cosines of embeddings [B, D] with class centers [C, D]; no bias.
+    """Cosines of embeddings [B, D] with class centers [C, D], without a bias.
 
     Args:
-        embedding_size: D. num_classes: C.
-        dim: None replicated, 0 row parallel (the embedding is split), 1 or -1 column parallel
-            (the classes are split, as in PartialFC).
-        process_group, device, dtype: as ParallelLinear's.
+        embedding_size: D.
+        num_classes: C.
+        dim: None for replicated, 0 for row parallel (the embedding is split), 1 or -1 for column
+            parallel (the classes are split, as in PartialFC).
+        process_group: Ranks that share the layer; None for the default group.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: `dim` or a size is outside its domain.
     """
 
     def __init__(
@@ -56,7 +62,7 @@ class ParallelArcLinear(ParallelLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D] -> cosines [B, C], for dim=1 this rank's classes only."""
+        """Computes the cosines [B, C] of x [B, D]; for dim=1 those of this rank's classes."""
         unit = normalize(x, dim=-1)
         if self.dim is None:
             return mark_split(linear(unit, normalize(self.weight)), None)
@@ -70,14 +76,15 @@ class ParallelArcLinear(ParallelLinear):
 
 
 class ParallelArcLoss(nn.Module):
-    """Margin softmax on the cosines of ParallelArcLinear; the mean over the rows.
+    """Margin softmax on the cosines of ParallelArcLinear, as the mean over the rows.
 
     Args:
-        margin: ArcFace, CosFace, ... (losses.py): one that looks at cosines alone.
-        num_classes, process_group: as ParallelCrossEntropyLoss's.
+        margin: A margin that reads only cosines, such as ArcFace or CosFace (losses.py).
+        num_classes: C. Needed where the cosines do not come directly from a parallel layer.
+        process_group: Group that belongs to num_classes; None for the default group.
 
     Raises:
-        ValueError: a margin that reads norms, the batch, or keeps running values.
+        ValueError: The margin reads norms or the batch, does not normalize, or has a bias.
     """
 
     def __init__(
@@ -100,13 +107,14 @@ class ParallelArcLoss(nn.Module):
             self.split = Split(1, num_classes, resolve_group(process_group))
 
     def forward(self, cosines: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss, the same on every rank.
+        """Computes the mean loss, the same on every rank.
 
         Args:
-            cosines: [B, C] or this rank's columns of it; labels: [B] int64 in [0, C).
+            cosines: [B, C], or this rank's columns of it.
+            labels: [B] int64 in [0, C).
 
         Raises:
-            ValueError: as ParallelCrossEntropyLoss.
+            ValueError: As in ParallelCrossEntropyLoss.
         """
         split = split_for(cosines, labels, self.split)
         mine = range(cosines.shape[1]) if split is None else split.mine

@@ -10,11 +10,17 @@ from arcshard.parallel.split import parallel_splits
 
 
 def grad_norm(model: nn.Module) -> Tensor:
-    """The 2-norm of all gradients as if no parameter were split: a scalar, the same on all ranks.
+    """Computes the 2-norm of all gradients as if no parameter were split, the same on all ranks.
 
-    Parts of a split parameter add up over its ranks, by one all-reduce of one number per group;
-    what every rank holds whole counts once. Call it when the gradients are complete (after DDP's
-    backward), on every rank.
+    The squares of the parts of a split parameter are summed over its ranks, by one all-reduce of
+    one number per group; a parameter that every rank holds whole counts once. Every rank calls it
+    when the gradients are complete (after DDP's backward).
+
+    Args:
+        model: The model of this rank.
+
+    Returns:
+        Scalar.
     """
     splits = parallel_splits(model)
     by_group: dict[dist.ProcessGroup | None, Tensor] = {}
@@ -24,7 +30,7 @@ def grad_norm(model: nn.Module) -> Tensor:
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        # A rank without a gradient still takes part in its group's all-reduce.
+        # A rank without a gradient takes part in its group's all-reduce too.
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         square = torch.zeros((), dtype=dtype, device=parameter.device)
         if parameter.grad is not None:
@@ -39,14 +45,17 @@ def grad_norm(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ for models with split parameters; returns the norm before.
+    """Does what torch.nn.utils.clip_grad_norm_ does, for models with split parameters.
 
     Args:
-        model: every rank's, not wrapped in DDP.
-        max_norm: above 0.
+        model: The model of this rank, not wrapped in DDP.
+        max_norm: Largest norm, above 0.
+
+    Returns:
+        The norm before clipping.
 
     Raises:
-        ValueError: a max_norm that is not above 0.
+        ValueError: `max_norm` is not above 0.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}: above 0")

@@ -1,7 +1,7 @@
-"""copy, reduce, gather, scatter between the ranks of a group, and their gradients.
+"""Differentiable copy, reduce, gather and scatter between the ranks of a group.
 
-One convention makes them fit together: **a whole tensor has its whole gradient on every rank**
-(all ranks compute the same thing from it), a part has the gradient of its part.
+They fit together by one convention: **a whole tensor has its whole gradient on every rank** (all
+ranks compute the same thing from it), and a part has the gradient of its part.
 
     function   forward                     backward          as DTensor placements
     copy       the identity                all-reduce (sum)  Replicate; its gradient Partial
@@ -9,10 +9,10 @@ One convention makes them fit together: **a whole tensor has its whole gradient 
     gather     all-gather: parts -> whole  this rank's part  Shard -> Replicate
     scatter    this rank's part            all-gather        Replicate -> Shard
 
-copy stands before work that differs from rank to rank, reduce after it. They are DTensor's
-redistributions with parts of other sizes (arcshard/parallel/split.py), so they are written here.
-With one rank all are the identity. Every rank of the group calls them in the same order, and runs
-the same backward.
+copy comes before work that differs from rank to rank, reduce after it. They are DTensor's
+redistributions, but with parts of other sizes (arcshard/parallel/split.py), so they are written
+here. With one rank all are the identity. Every rank of the group calls them in the same order and
+runs the same backward.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ Group = dist.ProcessGroup | None
 
 
 def copy(tensor: Tensor, group: Group = None) -> Tensor:
-    """A whole tensor on its way into work that differs by rank: gradients are summed.
+    """Passes a whole tensor on to work that differs by rank; its gradients are summed.
 
     Args:
-        tensor: any shape, equal on all ranks.
-        group: None for the default group.
+        tensor: Any shape, equal on all ranks.
+        group: Ranks; None for the default group.
     """
     group = resolve_group(group)
     return tensor if size_of(group) == 1 else _Copy.apply(tensor, group)
 
 
 def reduce(tensor: Tensor, group: Group = None, *, in_place: bool = False) -> Tensor:
-    """The sum over the ranks, on every rank.
+    """Sums over the ranks, with the result on every rank.
 
     Args:
-        tensor: the same shape on all ranks.
-        in_place: overwrite it, where nobody else reads it: spares a copy.
+        tensor: The same shape on all ranks.
+        group: Ranks; None for the default group.
+        in_place: Whether the tensor is overwritten, which saves a copy where nothing else reads it.
     """
     group = resolve_group(group)
     return tensor if size_of(group) == 1 else _Reduce.apply(tensor, group, in_place)
@@ -62,14 +63,20 @@ def gather(
     sizes: Sequence[int] | None = None,
     under_ddp: bool = False,
 ) -> Tensor:
-    """The parts of all ranks, joined along `dim` in rank order; parts may differ in length.
+    """Joins the parts of all ranks along `dim` in rank order; parts may differ in length.
 
     Args:
-        tensor: this rank's part; integers too (labels).
-        sizes: length of each rank's part; None: the ranks tell each other, which costs one tiny
+        tensor: This rank's part; integers are allowed (labels).
+        dim: Dimension along which the parts are joined.
+        group: Ranks; None for the default group.
+        sizes: Length of each rank's part. With None the ranks exchange them, which costs one tiny
             collective and, on CUDA, a wait for the device.
-        under_ddp: for a batch gathered from a model under DDP: its gradient is multiplied by the
-            size of the group, because DDP divides by all ranks what one rank's rows contribute.
+        under_ddp: Whether the tensor is a batch gathered from a model under DDP. Its gradient is
+            then multiplied by the size of the group, because DDP divides by all ranks what one
+            rank's rows contribute.
+
+    Raises:
+        ValueError: `sizes` has not one length per rank, or another one for this rank's part.
     """
     group = resolve_group(group)
     if size_of(group) == 1:
@@ -92,13 +99,26 @@ def gather(
 
 
 def scatter(tensor: Tensor, dim: int = -1, group: Group = None) -> Tensor:
-    """This rank's part of a tensor that all ranks hold whole, cut as `Split` says; no copy."""
+    """Returns this rank's part of a tensor that all ranks hold whole, as a view cut by `Split`.
+
+    Args:
+        tensor: The whole tensor.
+        dim: Dimension that is split.
+        group: Ranks; None for the default group.
+    """
     split = Split(dim % tensor.ndim, tensor.shape[dim], resolve_group(group))
     return tensor if split.num_parts == 1 else _Scatter.apply(tensor, split)
 
 
 def join_parts(part: Tensor, dim: int, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
-    """Every rank's part along `dim`, joined; parts of other lengths travel padded."""
+    """Joins every rank's part along `dim`; shorter parts are padded for the transfer.
+
+    Args:
+        part: This rank's part.
+        dim: Dimension along which the parts are joined.
+        group: Ranks.
+        sizes: Length of each rank's part.
+    """
     longest = max(sizes)
     front = part.movedim(dim, 0)
     if len(front) < longest:

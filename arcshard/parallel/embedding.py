@@ -1,4 +1,4 @@
-"""A table of embeddings spread over ranks, by rows (vocabulary) or by features."""
+"""A table of embeddings that is split over ranks, by rows (vocabulary) or by features."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ class ParallelEmbedding(nn.Module):
     """Rows of a table [num_embeddings, embedding_dim] by index, as nn.Embedding.
 
     Args:
-        num_embeddings, embedding_dim: of the whole table.
-        padding_idx: row that gets no gradient and starts as zero, or None; as nn.Embedding.
-        dim: None replicated, 0 row parallel (the vocabulary is split: every rank gives zeros for
-            rows it does not own, and one all-reduce adds up), 1 or -1 column parallel (features
-            are split).
-        gather_output: dim=1 only: every rank gets all features (one all-gather).
-        process_group: ranks that share the table; None for the default group.
-        device, dtype: of the table.
+        num_embeddings: Number of rows of the whole table.
+        embedding_dim: Number of features of the whole table.
+        padding_idx: Row that gets no gradient and starts as zero, or None; as in nn.Embedding.
+        dim: None for replicated. 0 for row parallel: the vocabulary is split, every rank returns
+            zeros for rows that it does not own, and one all-reduce sums them. 1 or -1 for column
+            parallel: the features are split.
+        gather_output: Whether every rank gets all features (one all-gather); for dim=1 only.
+        process_group: Ranks that share the table; None for the default group.
+        device: Device of the table.
+        dtype: Dtype of the table.
 
     Attributes:
-        weight: this rank's part of the table.
+        weight: This rank's part of the table.
 
     Raises:
-        ValueError: `dim`, a size or `padding_idx` outside its domain.
+        ValueError: `dim`, a size or `padding_idx` is outside its domain, or `gather_output` is set
+            without dim=1.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class ParallelEmbedding(nn.Module):
         return self.split.mine if self.split and self.dim == 0 else range(self.num_embeddings)
 
     def reset_parameters(self) -> None:
-        """nn.Embedding's: standard normal, whatever the split; zeros at `padding_idx`."""
+        """Draws nn.Embedding's initial values, whatever the split, with zeros at `padding_idx`."""
 
         def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
             return torch.randn(shape, generator=generator)
@@ -95,10 +98,10 @@ class ParallelEmbedding(nn.Module):
                 self.weight[self.padding_idx - self.rows.start].zero_()
 
     def forward(self, indices: Tensor) -> Tensor:
-        """[...] integers -> [..., embedding_dim], or this rank's features of it.
+        """Looks up integers [...], as [..., embedding_dim] or this rank's features of it.
 
         Raises:
-            ValueError: an index outside [0, num_embeddings) (on CUDA a device assertion).
+            ValueError: An index is outside [0, num_embeddings) (on CUDA it is a device assertion).
         """
         self._check(indices)
         if self.dim != 0:
@@ -112,8 +115,8 @@ class ParallelEmbedding(nn.Module):
 
         start, stop = self.rows.start, self.rows.stop
         if start == stop:
-            # The empty sum ties it to autograd: a rank without rows takes part in backward's
-            # collectives like the others.
+            # The empty sum connects y to autograd, so that a rank without rows takes part in
+            # backward's collectives like the others.
             y = self.weight.new_zeros(*indices.shape, self.embedding_dim) + self.weight.sum()
         else:
             here = (indices >= start) & (indices < stop)
@@ -136,5 +139,5 @@ class ParallelEmbedding(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Returns the text in the parentheses of print(model)."""
         return f"{self.num_embeddings}, {self.embedding_dim}, dim={self.dim}"

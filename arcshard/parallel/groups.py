@@ -1,9 +1,9 @@
-"""Ranks in two directions: those that share a layer (model), and copies of it (data).
+"""Two kinds of process groups: ranks that share a layer (model), and copies of it (data).
 
     world of 4, group_size=2      model groups {0, 1} {2, 3}      data groups {0, 2} {1, 3}
 
-Ranks of a model group hold different parts of a split parameter and compute on the same rows;
-ranks of a data group hold the same part and see different rows.
+Ranks of a model group hold different parts of a split parameter and compute on the same rows. Ranks
+of a data group hold the same part and see different rows.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from arcshard.parallel.split import parallel_splits, size_of
 class Groups:
     """The groups of this rank; all None for one process without torch.distributed.
 
-    mesh: DeviceMesh ("data", "model"), what FSDP2 and DTensor ask for.
-    model: ranks that share the parts of a layer. data: ranks that hold the same part.
+    Attributes:
+        mesh: DeviceMesh ("data", "model"), which FSDP2 and DTensor take.
+        model: Ranks that share the parts of a layer.
+        data: Ranks that hold the same part.
     """
 
     mesh: DeviceMesh | None
@@ -33,17 +35,17 @@ class Groups:
 
 
 def init_process_group(group_size: int | None = None, device_type: str = "cpu") -> Groups:
-    """Divide the ranks into model groups of `group_size` consecutive ranks.
+    """Divides the ranks into model groups of `group_size` consecutive ranks.
 
-    torch.distributed must have been initialized first (`init_process_group` of torch.distributed),
-    unless there is one process only. Every rank calls this, in the same order.
+    torch.distributed must be initialized before (`init_process_group` of torch.distributed), unless
+    there is only one process. Every rank calls this, in the same order.
 
     Args:
-        group_size: ranks that share a layer; None for all.
+        group_size: Number of ranks that share a layer; None for all.
         device_type: "cpu" or "cuda".
 
     Raises:
-        ValueError: a size that does not divide the number of ranks.
+        ValueError: `group_size` does not divide the number of ranks.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     group_size = world_size if group_size is None else group_size
@@ -61,7 +63,7 @@ def init_process_group(group_size: int | None = None, device_type: str = "cpu") 
 
 
 def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group itself; for None the default group, or None without torch.distributed."""
+    """Returns the group itself; for None the default group, or None without torch.distributed."""
     if process_group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD
     return process_group
@@ -70,29 +72,31 @@ def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup 
 def register_ddp_parameters_to_ignore(
     model: nn.Module, data_group: dist.ProcessGroup | None = None
 ) -> list[str]:
-    """Keep DDP's hands off split parameters, and do for them over `data_group` what it does.
+    """Makes DDP ignore split parameters, and averages their gradients over `data_group` instead.
 
-    Call it before DistributedDataParallel(model): DDP would broadcast rank 0's part to all and
-    average gradients of different parts. With a data group their values are taken from its
-    first rank now, and every gradient is averaged over it as soon as backward has made it
-    (under `no_sync` too: one collective per micro-batch, the same sum).
+    Call it before DistributedDataParallel(model): DDP would broadcast rank 0's part to all ranks
+    and average gradients of different parts. With a data group the parameters take the values of
+    its first rank now, and every gradient is averaged over the group as soon as backward has
+    computed it. This includes backward under `no_sync`: one collective per micro-batch, with the
+    same sum.
 
     Args:
-        data_group: ranks that hold the same parts (`Groups.data`); None if no other rank does.
+        model: The model, not yet wrapped in DDP.
+        data_group: Ranks that hold the same parts (`Groups.data`); None if no other rank does.
 
     Returns:
         The names that DDP will ignore.
 
     Raises:
-        ValueError: other ranks hold the same parts and no data group was given, or parts and data
-            group together are not the world.
+        ValueError: Other ranks hold the same parts and there is no data group, or the ranks of
+            parts and data group together are not the world.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = []
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for name, split in parallel_splits(model).items():
         if split.num_parts == 1:
-            continue  # whole, hence as any other parameter
+            continue  # whole, so DDP treats it as any other parameter
         names.append(name)
         if split.num_parts * size_of(data_group) != world_size:
             raise ValueError(
@@ -104,7 +108,7 @@ def register_ddp_parameters_to_ignore(
     for parameter in ignored.values():
         if data_group is not None and size_of(data_group) > 1:
             _follow_group(parameter, data_group)
-    # DDP joins module and parameter by a point even for the model itself, whose name is empty.
+    # DDP joins module and parameter by a dot even for the model itself, whose name is empty.
     spelt = [name if "." in name else f".{name}" for name in names]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names + spelt)
     return names
@@ -115,7 +119,7 @@ def _follow_group(parameter: nn.Parameter, group: dist.ProcessGroup) -> None:
     count = dist.get_world_size(group)
 
     def average(one: torch.Tensor) -> None:
-        # The gradient of earlier micro-batches is equal on all ranks already: its mean is itself.
+        # Gradients of earlier micro-batches are equal on all ranks: averaging keeps them.
         if one.grad is not None:
             dist.all_reduce(one.grad, group=group)
             one.grad.div_(count)

@@ -1,13 +1,13 @@
-"""A linear layer whose weight is spread over ranks, by input or by output features.
+"""A linear layer whose weight is split over ranks, by input or by output features.
 
-    dim    weight         bias     takes x [..., in]    gives
+    dim    weight         bias     takes x [..., in]    returns
     None   [out, in]      [out]    whole                whole [..., out]
     0      [out, in / n]  [out]    whole, or split (1)  whole [..., out]
     1, -1  [out / n, in]  [out/n]  whole                split [..., out / n], or whole (2)
 
-(1) with input_is_split: what a column-parallel layer leaves, so that the pair costs one all-reduce.
-(2) with gather_output. Every rank of the group brings the same rows: where each has a batch of its
-own, gather it first (docs/custom_parallel_layer.md).
+(1) With input_is_split, x is what a column-parallel layer returns, so that the pair costs one
+all-reduce. (2) With gather_output. Every rank of the group takes the same rows: where each rank has
+a batch of its own, gather it first (docs/custom_parallel_layer.md).
 
 Shoeybi et al. 2019, "Megatron-LM" (arXiv:1909.08053), section 3.
 """
@@ -39,19 +39,24 @@ class ParallelLinear(nn.Module):
     """y = x W^T + b, as nn.Linear.
 
     Args:
-        in_features, out_features: of the whole layer. bias: as nn.Linear.
-        dim: None replicated, 0 row parallel (input features split), 1 or -1 column parallel
-            (output features split).
-        gather_output: dim=1 only: every rank gets all output features (one all-gather).
-        input_is_split: dim=0 only: x holds this rank's input features already.
-        process_group: ranks that share the layer; None for the default group.
-        device, dtype: of the parameters.
+        in_features: Input features of the whole layer.
+        out_features: Output features of the whole layer.
+        bias: Whether there is a bias, as in nn.Linear.
+        dim: None for replicated, 0 for row parallel (input features split), 1 or -1 for column
+            parallel (output features split).
+        gather_output: Whether every rank gets all output features (one all-gather); for dim=1 only.
+        input_is_split: Whether x holds this rank's input features already; for dim=0 only.
+        process_group: Ranks that share the layer; None for the default group.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Attributes:
-        weight, bias: this rank's parts. split: of the features, None if dim is None.
+        weight: This rank's part of W.
+        bias: This rank's part of b, or None.
+        split: How the features are split, None if dim is None.
 
     Raises:
-        ValueError: `dim` or a size outside its domain, an option that does not go with `dim`.
+        ValueError: `dim` or a size is outside its domain, or an option does not go with `dim`.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class ParallelLinear(nn.Module):
         shape = [out_features, in_features]
         self.split: Split | None = None
         if self.dim is not None:
-            self.split = Split(1 - self.dim, shape[1 - self.dim], self.group)  # of the weight
+            self.split = Split(1 - self.dim, shape[1 - self.dim], self.group)  # the weight's split
             shape[self.split.dim] = len(self.split.mine)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = None
@@ -94,7 +99,7 @@ class ParallelLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """nn.Linear's: uniform in +-1 / sqrt(in_features), whatever the split."""
+        """Draws nn.Linear's initial values, uniform in +-1 / sqrt(in_features), for any split."""
         bound = 1 / math.sqrt(self.in_features)
 
         def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -105,7 +110,7 @@ class ParallelLinear(nn.Module):
             fill_split(self.bias, self.split if self.dim == 1 else None, draw)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out] (or parts of it, as the table above says)."""
+        """Computes [..., out] of x [..., in], whole or split as in the table of this module."""
         if self.dim is None:
             return mark_split(linear(x, self.weight, self.bias), None)
         if self.dim == 1:
@@ -114,7 +119,7 @@ class ParallelLinear(nn.Module):
         return mark_split(y if self.bias is None else y + self.bias.to(y.dtype), None)
 
     def finish_columns(self, y: Tensor) -> Tensor:
-        """dim=1: this rank's outputs, marked as such, or all of them."""
+        """Returns, for dim=1, this rank's outputs marked as such, or all of them."""
         split = self.split
         assert split is not None
         if self.gather_output:
@@ -123,7 +128,11 @@ class ParallelLinear(nn.Module):
         return mark_split(y, Split(y.ndim - 1, split.size, split.group))
 
     def my_features(self, x: Tensor) -> Tensor:
-        """dim=0: this rank's input features of x."""
+        """Returns, for dim=0, this rank's input features of x.
+
+        Raises:
+            ValueError: The last dimension of x is not in_features.
+        """
         if self.input_is_split:
             return x
         if x.shape[-1] != self.in_features:
@@ -134,7 +143,7 @@ class ParallelLinear(nn.Module):
         return scatter(x, -1, self.group)
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Returns the text in the parentheses of print(model)."""
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, dim={self.dim}"
@@ -151,20 +160,25 @@ def convert_parallel_linear(
     gather_output: bool = True,
     process_group: dist.ProcessGroup | None = None,
 ) -> nn.Module:
-    """The model with every nn.Linear in it replaced by a ParallelLinear with parts of its values.
+    """Replaces every nn.Linear of a model by a ParallelLinear with parts of its values.
 
-    Every rank brings the same model (the same seed, or the same weights loaded) and afterwards
-    feeds it the same rows. Subclasses of nn.Linear stay as they are: their owners read the
-    weights behind the layer's back.
+    Every rank passes the same model (the same seed, or the same weights loaded) and afterwards
+    feeds it the same rows. Subclasses of nn.Linear stay as they are, because their owners may read
+    the weights without calling the layer.
 
     Args:
-        model: changed in place; an nn.Linear itself is not changed, the new layer is returned.
-        dim: as ParallelLinear's.
-        gather_output: for dim=1: outputs are whole, so that what follows need not know. False
-            leaves logits split for ParallelCrossEntropyLoss.
+        model: Changed in place. An nn.Linear itself is not changed; the new layer is returned.
+        dim: As in ParallelLinear.
+        gather_output: Whether outputs are whole, so that the following layers need no change; for
+            dim=1. False leaves logits split for ParallelCrossEntropyLoss.
+        process_group: Ranks that share the layers; None for the default group.
+
+    Returns:
+        The model, or the new layer.
 
     Raises:
-        ValueError: a bad `dim`; weights shared between a linear layer and another module.
+        ValueError: `dim` is outside its domain, or a linear layer shares weights with another
+            module.
     """
     dim = check_dim(dim, "input features", "output features")
     made: dict[int, ParallelLinear] = {}
@@ -186,7 +200,7 @@ def convert_parallel_linear(
     if type(model) is nn.Linear:
         return convert(model, "")
     for prefix, parent in list(model.named_modules()):
-        for name, child in list(parent._modules.items()):  # named_children skips second names
+        for name, child in list(parent._modules.items()):  # named_children names a module only once
             if type(child) is nn.Linear:
                 setattr(parent, name, convert(child, f"{prefix}.{name}".lstrip(".")))
     return model
@@ -196,7 +210,7 @@ def _converted(
     layer: nn.Linear, dim: ParallelDim, gather_output: bool, group: dist.ProcessGroup | None
 ) -> ParallelLinear:
     weight, bias = layer.weight, layer.bias
-    with torch.random.fork_rng(devices=[]):  # initial values are drawn in vain
+    with torch.random.fork_rng(devices=[]):  # the layer's constructor draws from the default RNG
         new = ParallelLinear(
             layer.in_features,
             layer.out_features,

@@ -1,6 +1,6 @@
-"""Cross-entropy on logits whose classes are spread over ranks: nothing of size B x C is gathered.
+"""Cross-entropy on logits whose classes are split over ranks; nothing of size B x C is gathered.
 
-The maths is arcshard/head/cross_entropy.py, which PartialFC's readable path uses too.
+The maths is in arcshard/head/cross_entropy.py, which PartialFC's reference path uses too.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class ParallelCrossEntropyLoss(nn.Module):
-    """nn.CrossEntropyLoss for class labels, of logits [B, C] or of this rank's columns of them.
+    """nn.CrossEntropyLoss for class labels, on logits [B, C] or on this rank's columns of them.
 
-    Labels, like the rows of the logits, are the same on all ranks of the group, and so is the
-    loss. The gradient of this rank's logits is made without a collective.
+    The labels and the rows of the logits are the same on all ranks of the group, and so is the
+    loss. The gradient of this rank's logits is computed without a collective.
 
     Args:
-        reduction: "mean" (weighted by `weight`, over labels that are not ignored), "sum", "none".
-        ignore_index: label of rows that do not count.
-        label_smoothing: in [0, 1].
-        weight: [C] of all classes, or None; on every rank whole (C numbers).
-        num_classes: C. Needed where the logits do not come at first hand from a parallel layer:
-            they are then this rank's part of C columns. Otherwise the layer has marked them.
-        process_group: goes with num_classes; None for the default group.
+        reduction: "mean" (weighted by `weight`, over labels that are not ignored), "sum" or "none".
+        ignore_index: Label of rows that do not count.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1].
+        weight: [C] weights of all classes, whole on every rank, or None.
+        num_classes: C. Needed where the logits do not come directly from a parallel layer; they are
+            then this rank's part of C columns. Otherwise the layer has marked them.
+        process_group: Group that belongs to num_classes; None for the default group.
 
     Raises:
-        ValueError: an argument outside its domain.
+        ValueError: An argument is outside its domain.
     """
 
     weight: Tensor | None
@@ -65,15 +65,15 @@ class ParallelCrossEntropyLoss(nn.Module):
             self.split = Split(1, num_classes, resolve_group(process_group))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss, in fp32 at least: a scalar, or [B] for reduction="none".
+        """Computes the loss in fp32 at least: a scalar, or [B] for reduction="none".
 
         Args:
-            logits: [B, C], or this rank's columns [B, C_local], C_local may be 0; floating.
+            logits: [B, C], or this rank's columns [B, C_local] where C_local may be 0; floating.
             labels: [B] int64 in [0, C), or ignore_index.
 
         Raises:
-            ValueError: shapes that do not fit; a label outside the range (on CUDA, where looking
-                would wait for the device, the loss is NaN instead).
+            ValueError: Shapes do not fit, or a label is outside the range. On CUDA, where checking
+                labels would wait for the device, the loss is NaN instead.
         """
         split = split_for(logits, labels, self.split)
         num_classes = logits.shape[1] if split is None else split.size
@@ -111,10 +111,18 @@ class ParallelCrossEntropyLoss(nn.Module):
 
 
 def split_for(logits: Tensor, labels: Tensor, named: Split | None) -> Split | None:
-    """How logits are split, from the layer's mark or from what the loss was told; None for whole.
+    """Finds how logits are split, from the layer's mark or from the loss's arguments.
+
+    Args:
+        logits: [B, C], or this rank's columns.
+        labels: [B] int64.
+        named: The split according to the loss's arguments, or None.
+
+    Returns:
+        The split, None for whole logits.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or nobody says how the logits are split.
+        ValueError: Shapes or dtypes do not fit, or nothing says how the logits are split.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
@@ -138,7 +146,19 @@ def split_for(logits: Tensor, labels: Tensor, named: Split | None) -> Split | No
 
 
 def unknown_labels(labels: Tensor, num_classes: int, is_ignored: Tensor) -> Tensor:
-    """[B] boolean: labels that name no class. On the CPU there is none, or ValueError."""
+    """Finds labels that name no class.
+
+    Args:
+        labels: [B] int64.
+        num_classes: C.
+        is_ignored: [B] boolean, True for rows that do not count.
+
+    Returns:
+        [B] boolean, all False on a CPU.
+
+    Raises:
+        ValueError: A label names no class, and the labels are on a CPU.
+    """
     unknown = ~is_ignored & ((labels < 0) | (labels >= num_classes))
     if labels.device.type == "cpu" and unknown.any():
         row = int(unknown.nonzero()[0])
@@ -150,6 +170,6 @@ def unknown_labels(labels: Tensor, num_classes: int, is_ignored: Tensor) -> Tens
 
 
 def local_columns(labels: Tensor, mine: range) -> Tensor:
-    """[B] int64: the column of each label among this rank's classes, -1 where it has none."""
+    """Returns [B] int64, the column of each label among this rank's classes, else -1."""
     here = (labels >= mine.start) & (labels < mine.stop)
     return torch.where(here, labels - mine.start, -1)

@@ -1,11 +1,11 @@
-"""Which part of a tensor is mine: how a parameter or an activation is split over ranks.
+"""How a parameter or an activation is split over ranks, and which part this rank has.
 
 Parts follow arcshard/shard.py: rank k of n owns size // n consecutive entries of one dimension and
-the first size % n ranks one more. DTensor's Shard cuts otherwise (10 over 4 ranks: 3, 3, 3, 1 there
-and 3, 3, 2, 2 here), hence shards are plain tensors that know their `Split`; so they carry
-PartialFC's class centers row for row, no two ranks differ by more than one entry, and DDP,
-ZeroRedundancyOptimizer and every torch.optim take them as they are. Where both cuts agree,
-`as_dtensor` is the same storage as a DTensor; `Split.placement` names it always.
+the first size % n ranks one more. DTensor's Shard cuts differently (10 over 4 ranks: 3, 3, 3, 1
+there and 3, 3, 2, 2 here), so shards are plain tensors that know their `Split`. They can hold
+PartialFC's class centers row by row, no two ranks differ by more than one entry, and DDP,
+ZeroRedundancyOptimizer and every torch.optim accept them unchanged. Where both cuts agree,
+`as_dtensor` returns the same storage as a DTensor. `Split.placement` is always defined.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ ROWS_PER_DRAW = 256
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
-    """Ranks of a group; 1 for none."""
+    """Returns the number of ranks of a group, 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 @dataclass(frozen=True)
 class Split:
-    """One dimension of a tensor, spread over the ranks of a group.
+    """One dimension of a tensor, split over the ranks of a group.
 
     Args:
-        dim: the dimension, counted from 0 on the tensor itself.
-        size: its length before the split.
-        group: of the ranks that share it; None for one process without torch.distributed.
+        dim: The dimension, counted from 0 on the tensor itself.
+        size: Its length before the split.
+        group: Ranks that share it; None for one process without torch.distributed.
     """
 
     dim: int
@@ -48,7 +48,7 @@ class Split:
 
     @property
     def num_parts(self) -> int:
-        """Ranks that share it."""
+        """Number of ranks that share the dimension."""
         return size_of(self.group)
 
     @property
@@ -58,12 +58,12 @@ class Split:
 
     @property
     def parts(self) -> list[range]:
-        """What each rank owns, in rank order."""
+        """The range of entries that each rank owns, in rank order."""
         return [class_range(self.size, rank, self.num_parts) for rank in range(self.num_parts)]
 
     @property
     def mine(self) -> range:
-        """What this rank owns, possibly nothing."""
+        """The range of entries that this rank owns, possibly empty."""
         return class_range(self.size, self.rank, self.num_parts)
 
     @property
@@ -73,14 +73,14 @@ class Split:
 
     @property
     def placement(self) -> Shard:
-        """The word DTensor has for it."""
+        """The DTensor placement of the dimension."""
         return Shard(self.dim)
 
     def take(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole tensor (a view).
+        """Returns this rank's part of a whole tensor, as a view.
 
         Raises:
-            ValueError: the tensor has another size.
+            ValueError: The tensor has another size.
         """
         if whole.shape[self.dim] != self.size:
             raise ValueError(
@@ -90,7 +90,7 @@ class Split:
         return whole.narrow(self.dim, self.mine.start, len(self.mine))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Split:
-        """Itself: process groups cannot be copied, and copies of a layer share them."""
+        """Returns itself: process groups cannot be copied, and copies of a layer share them."""
         return self
 
 
@@ -98,13 +98,18 @@ class Split:
 
 
 def register_parallel_dim(module: nn.Module, name: str, split: Split) -> None:
-    """Say that parameter `name` of `module` is this rank's part of something larger.
+    """Registers that parameter `name` of `module` is this rank's part of a larger tensor.
 
-    It stands on the module rather than on the tensor, because wrappers (FSDP2) put other tensors
-    in the parameter's place. State dicts, DDP and `placements` read it.
+    The split is stored on the module rather than on the tensor, because wrappers (FSDP2) replace
+    the parameter by other tensors. State dicts, DDP and `placements` read it.
+
+    Args:
+        module: The module that has the parameter.
+        name: Name of the parameter in the module.
+        split: How the parameter is split.
 
     Raises:
-        ValueError: there is no such parameter, or its shape is not that of this rank's part.
+        ValueError: There is no such parameter, or its shape is not that of this rank's part.
     """
     parameter = dict(module.named_parameters(recurse=False)).get(name)
     if parameter is None:
@@ -121,7 +126,7 @@ def register_parallel_dim(module: nn.Module, name: str, split: Split) -> None:
 
 
 def parallel_splits(model: nn.Module) -> dict[str, Split]:
-    """Every split parameter of the model by its name in the state dict."""
+    """Returns every split parameter's `Split` by the parameter's name in the state dict."""
     return {
         f"{prefix}.{name}" if prefix else name: split
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -130,13 +135,13 @@ def parallel_splits(model: nn.Module) -> dict[str, Split]:
 
 
 def get_parallel_dim(module: nn.Module, name: str) -> ParallelDim:
-    """The dimension along which a parameter is split, None where it is whole."""
+    """Returns the dimension along which a parameter is split, None where it is whole."""
     split: Split | None = module.__dict__.get("_parallel_splits", {}).get(name)
     return None if split is None else split.dim
 
 
 def placements(model: nn.Module) -> dict[str, Placement]:
-    """What each parameter would be as a DTensor on the mesh of its group."""
+    """Returns the placement that each parameter would have as a DTensor on its group's mesh."""
     splits = parallel_splits(model)
     return {
         name: splits[name].placement if name in splits else Replicate()
@@ -145,10 +150,12 @@ def placements(model: nn.Module) -> dict[str, Placement]:
 
 
 def as_dtensor(local: Tensor, split: Split, mesh: DeviceMesh) -> DTensor:
-    """This rank's part as a DTensor over the same storage, for torch.distributed's own tools.
+    """Returns this rank's part as a DTensor over the same storage, for torch.distributed's tools.
 
     Args:
-        mesh: one-dimensional, over the ranks of `split.group`.
+        local: This rank's part.
+        split: How the tensor is split.
+        mesh: One-dimensional mesh over the ranks of `split.group`.
 
     Raises:
         ValueError: DTensor would cut this size into other parts.
@@ -170,14 +177,17 @@ def as_dtensor(local: Tensor, split: Split, mesh: DeviceMesh) -> DTensor:
 def fill_split(
     parameter: Tensor, split: Split | None, draw: Callable[[Sequence[int], torch.Generator], Tensor]
 ) -> None:
-    """Initial values that do not depend on the split: parts of one whole, never held whole.
+    """Fills a parameter with initial values that do not depend on the split.
 
-    Blocks of rows of the whole have a generator each, seeded from torch's default one, so ranks
-    that were seeded alike (torch.manual_seed) hold parts of one tensor.
+    The ranks hold parts of one whole tensor, which is never held whole. Each block of rows of the
+    whole has its own seed, derived from a draw of torch's default RNG, so the ranks must have been
+    seeded alike (torch.manual_seed).
 
     Args:
-        parameter: this rank's part, at least one-dimensional; written in place.
-        draw: (shape, CPU generator) -> values; called with blocks of rows of the whole.
+        parameter: This rank's part, at least one-dimensional; written in place.
+        split: How the parameter is split, None for a whole one.
+        draw: Function of (shape, CPU generator) that returns values. It is called with the shapes
+            of blocks of rows of the whole.
     """
     seed = int(torch.randint(2**62, ()))
     if parameter.is_meta:
@@ -202,22 +212,22 @@ def fill_split(
 
 
 def mark_split(tensor: Tensor, split: Split | None) -> Tensor:
-    """Say how a layer's output is split (None: whole on every rank); returns it.
+    """Marks how a layer's output is split (None for whole on every rank), and returns it.
 
-    The mark is an attribute of this tensor object, lost in the next operation: it tells a loss
-    that gets the output at first hand.
+    The mark is an attribute of this tensor object and is lost in the next operation. A loss that
+    gets the output directly from the layer reads it.
     """
     tensor.parallel_split = split  # type: ignore[attr-defined]
     return tensor
 
 
 def is_marked(tensor: Tensor) -> bool:
-    """Whether `mark_split` was called on this very tensor."""
+    """Returns whether `mark_split` was called on this very tensor object."""
     return hasattr(tensor, "parallel_split")
 
 
 def split_of(tensor: Tensor) -> Split | None:
-    """The mark; None for whole, and where there is none."""
+    """Returns the mark; None for whole tensors and where there is no mark."""
     return getattr(tensor, "parallel_split", None)
 
 
@@ -225,13 +235,15 @@ def split_of(tensor: Tensor) -> Split | None:
 
 
 def check_dim(dim: ParallelDim, row: str, column: str) -> ParallelDim:
-    """`dim` as None, 0 or 1.
+    """Returns `dim` as None, 0 or 1.
 
     Args:
-        row, column: what dim=0 and dim=1 split, for the message.
+        dim: The dimension that a user asked for.
+        row: What dim=0 splits, for the error message.
+        column: What dim=1 splits, for the error message.
 
     Raises:
-        ValueError: anything but None, 0, 1, -1.
+        ValueError: `dim` is not None, 0, 1 or -1.
     """
     if dim is not None and (isinstance(dim, bool) or dim not in (0, 1, -1)):
         raise ValueError(
@@ -242,7 +254,11 @@ def check_dim(dim: ParallelDim, row: str, column: str) -> ParallelDim:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise ValueError for a size below 1."""
+    """Checks that sizes are at least 1.
+
+    Raises:
+        ValueError: A size is below 1.
+    """
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size}: at least 1")

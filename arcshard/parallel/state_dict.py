@@ -1,7 +1,7 @@
-"""State dicts of whole tensors, from and to any number of ranks.
+"""State dicts of whole tensors, which any number of ranks can save and load.
 
-The file says nothing of ranks: `collect_state_dict` puts parts together, `relocate_state_dict`
-takes this rank's part, under the same names a model without splits would have.
+A saved state dict does not depend on the ranks: `collect_state_dict` joins parts,
+`relocate_state_dict` takes this rank's part, under the names of a model without splits.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ PIECE_BYTES = 16 * 2**20
 
 
 def collect_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The whole state dict, in host memory, on the first rank of each model group; {} elsewhere.
+    """Collects the whole state dict in host memory on the first rank of each model group.
 
-    Every rank calls it. One tensor at a time is put together, in small pieces, so that beside the
-    result next to nothing is held. Parameters under FSDP2 are put together too.
+    Every rank calls it. Tensors are joined one at a time in small pieces, so that little memory is
+    needed beside the result. Parameters under FSDP2 are joined too.
 
     Args:
-        model: not wrapped in DDP (its `.module`), so that names carry no prefix.
+        model: Not wrapped in DDP (take its `.module`), so that names have no prefix.
+
+    Returns:
+        The state dict; {} on the other ranks.
     """
     splits = parallel_splits(model)
     is_first = all(split.rank == 0 for split in splits.values())
@@ -41,17 +44,17 @@ def collect_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def relocate_state_dict(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """This rank's part of a whole state dict, for model.load_state_dict(...).
+    """Returns this rank's part of a whole state dict, for model.load_state_dict(...).
 
-    Reading with torch.load(path, mmap=True, weights_only=True) touches only what is kept.
+    Reading with torch.load(path, mmap=True, weights_only=True) loads only what is kept.
 
     Args:
-        model: the model that will load it; names that it does not have pass through, for
-            load_state_dict to judge.
-        state: of whole tensors, as `collect_state_dict` or any model without splits gives it.
+        model: The model that will load it. Names that it does not have are passed on for
+            load_state_dict to check.
+        state: State dict of whole tensors, as from `collect_state_dict` or a model without splits.
 
     Raises:
-        ValueError: a tensor of another size than the whole of its parameter; names the tensor.
+        ValueError: A tensor is not as large as its whole parameter. The message names the tensor.
     """
     splits = parallel_splits(model)
     own = model.state_dict()
@@ -70,17 +73,21 @@ def relocate_state_dict(model: nn.Module, state: dict[str, Any]) -> dict[str, An
 
 
 def whole_on_first_rank(part: Tensor, split: Split) -> Tensor | None:
-    """The whole tensor in host memory on the group's first rank, None elsewhere.
+    """Returns the whole tensor in host memory on the group's first rank, None elsewhere.
 
-    With one rank in the group it is the part itself, if that is there already.
-    Every rank of the group calls it. Parts travel PIECE_BYTES at a time.
+    With one rank in the group it is the part itself, if that is in host memory already. Every rank
+    of the group calls it. Parts are transferred PIECE_BYTES at a time.
+
+    Args:
+        part: This rank's part.
+        split: How the tensor is split.
     """
     if split.num_parts == 1:
         return part.detach().cpu()
     assert split.group is not None
     device = part.device
     if device.type == "cpu" and "nccl" in dist.get_backend(split.group):
-        device = torch.device("cuda", torch.cuda.current_device())  # nccl moves nothing else
+        device = torch.device("cuda", torch.cuda.current_device())  # nccl needs CUDA tensors
     front = part.detach().movedim(split.dim, 0)
     sizes = [len(one) for one in split.parts]
     whole = torch.empty(0)
@@ -93,7 +100,7 @@ def whole_on_first_rank(part: Tensor, split: Split) -> Tensor | None:
         piece = front[start : start + step]
         rows = min(step, max(sizes) - start)
         padded = torch.zeros((rows, *front.shape[1:]), dtype=part.dtype, device=device)
-        padded[: len(piece)] = piece  # gather wants equal shapes
+        padded[: len(piece)] = piece  # gather needs equal shapes
         if split.rank != 0:
             dist.gather(padded, None, group=split.group, group_dst=0)
             continue
