@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+TORCH := $(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))  # TORCH=2.11.0: the oldest
 READY := $(VENV)/.ready
 MXNET := .venv-mxnet
 
-.PHONY: help install demo test test-all test-mxnet lint gpu-check gpu-bench gpu-wheels bench clean
+.PHONY: help install demo test test-all test-mxnet lint format gpu-check gpu-bench gpu-wheels bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -13,9 +14,10 @@ help:  ## this list
 $(READY): requirement.txt requirement-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
+	@sed 's/^torch==.*/torch==$(strip $(TORCH))/' constraints.txt > $(VENV)/constraints.txt
 	@# torch first and by its exact version, so that nothing else chooses another build
-	$(PY) -m pip install --quiet $$(grep '^torch==' constraints.txt) -c constraints.txt
-	$(PY) -m pip install --quiet -r requirement.txt -r requirement-dev.txt -c constraints.txt
+	$(PY) -m pip install --quiet torch==$(strip $(TORCH)) -c $(VENV)/constraints.txt
+	$(PY) -m pip install --quiet -r requirement.txt -r requirement-dev.txt -c $(VENV)/constraints.txt
 	@touch $@
 
 install: $(READY)  ## the environment in .venv
@@ -23,8 +25,9 @@ install: $(READY)  ## the environment in .venv
 demo: $(READY)  ## generated faces: train on 2 ranks, verify, export, plot (about 5 minutes)
 	$(PY) -m scripts.demo
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy
 
 # MXNet 1.9.1 judges our records. It needs numpy 1.23.5, which exists for Python up to 3.11, hence an
@@ -70,6 +73,10 @@ bench: $(READY)  ## quick benchmarks
 	$(PY) -m benchmarks.bench_head --quick
 	$(PY) -m benchmarks.bench_data --quick
 	$(PY) -m benchmarks.bench_eval --quick
+
+format: $(READY)  ## let ruff format the code and sort the imports
+	$(PY) -m ruff check --fix --select I --quiet .
+	$(PY) -m ruff format .
 
 clean:  ## remove what the demo and the tools made; runs of yours and .venv stay
 	rm -rf work_dirs/demo demo_data .pytest_cache .mypy_cache .ruff_cache .hypothesis
