@@ -105,7 +105,7 @@ class IResNet(Backbone):
         self._initialize(zero_init_residual)
 
     def _initialize(self, zero_init_residual: bool) -> None:
-        """Initialize as published: convolutions N(0, 0.1^2), norms 1 and 0, fc by torch's default."""
+        """Initialize as published: convolutions N(0, 0.1^2), norms 1 and 0, fc as in torch."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.1)

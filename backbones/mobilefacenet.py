@@ -158,7 +158,7 @@ class MobileFaceNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def layers_by_depth(self) -> list[tuple[str, ...]]:
-        """Return the eight parts of `layers` (the stem, then by resolution), then the embedding layer."""
+        """Return the eight parts of `layers` (stem, then by resolution) and the embedding layer."""
         parts = [(f"layers.{part}",) for part in range(len(self.layers))]
         return [*parts, ("conv_sep", "features")]
 

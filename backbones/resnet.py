@@ -180,7 +180,7 @@ class ResNet(Backbone):
         return x
 
     def forward_embedding(self, features: Tensor) -> Tensor:
-        """Map the output of `forward_features` to outputs of fc [N, num_features], or to its inputs."""
+        """Map the output of `forward_features` to outputs of fc [N, num_features] or its inputs."""
         pooled = features.mean(dim=(2, 3))
         return pooled if self.fc is None else self.fc(pooled)
 

@@ -221,8 +221,8 @@ class VisionTransformer(Backbone):
     def layers_by_depth(self) -> list[tuple[str, ...]]:
         """Return the patches with their positions, every block, and the embedding layer.
 
-        This is the order of Bao et al., "BEiT", 2022. The mask token is inserted after the blocks, so
-        it belongs to the last group.
+        This is the order of Bao et al., "BEiT", 2022. The mask token is inserted after the blocks,
+        so it belongs to the last group.
         """
         blocks = [(f"blocks.{block}",) for block in range(len(self.blocks))]
         return [("patch_embed", "pos_embed"), *blocks, ("norm", "mask_token", "feature")]

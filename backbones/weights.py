@@ -419,7 +419,7 @@ def _metadata_of(content: Any, file: Path) -> ModelMetadata | None:
 def _metadata_from_weights(
     state: Mapping[str, Tensor], network: str, path: str | os.PathLike[str]
 ) -> ModelMetadata:
-    """Derive the sizes from weights without metadata; image size and normalization are the usual."""
+    """Derive the sizes from weights without metadata; assume usual image size and normalization."""
     family = backbone_class(network)
     embedding, stem = state.get(family.EMBEDDING_KEY), state.get(family.STEM_KEY)
     if embedding is None or stem is None or embedding.ndim != 1 or stem.ndim != 4:
