@@ -37,7 +37,7 @@ from eval.verification import verify
 from eval.verification_sets import VerificationSet, load_verification_set
 
 INPUT_NAME, OUTPUT_NAME = "data", "embedding"
-LOWEST_OPSET = DEFAULT_OPSET = 18  # torch writes no lower one, and the most runtimes read it
+LOWEST_OPSET = DEFAULT_OPSET = 18  # the lowest that torch writes, and the most widely supported
 CHECKED_BATCHES = (1, 3, 32)
 TOLERANCE = 1e-4  # relative to the largest output
 HALF_TOLERANCE = 0.05  # the same for fp16, whose steps are 1e-3 and add up through the layers

@@ -305,7 +305,7 @@ def begin(
     facts = facts_of(cfg, parts)
     checkpoints = (
         cfg.keep_checkpoints + 2 - len(list_checkpoints(folder / FOLDER))
-    )  # and one being written
+    )  # the others that may exist: `best`, and the one being written
     preflight(
         world,
         {

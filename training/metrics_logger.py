@@ -155,7 +155,7 @@ class MetricsLogger:
         scalars = dict(_scalars(record))
         if self._journal is not None:
             if self._journal.write(without_nan(record)) and self._board is None:
-                self._open_board(step - 1)  # the disk takes files again
+                self._open_board(step - 1)  # the disk accepts files again
             self._to_board(scalars, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)

@@ -137,7 +137,7 @@ def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool)
     def line(name: str, ms: float) -> str:
         return f"{name:54} {ms:10.2f} {100 * ms / milliseconds:7.1f}"
 
-    phases = {  # a run without a teacher has no line for it
+    phases = {  # without a teacher there is no line for it
         text: spent[_PREFIX + name] for name, text in PHASES.items() if _PREFIX + name in spent
     }
     lines = [

@@ -134,7 +134,7 @@ class TrainStep:
             with phase("optimizer"):
                 self.average.update(bad)
         if self.scaler:
-            self.scaler.update()  # by what unscale_ found
+            self.scaler.update()  # uses the found_inf of unscale_
         return StepOutcome(loss, grad_norm.detach(), bad, scale, self._taught)
 
     def _centers_only(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:

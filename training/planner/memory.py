@@ -353,7 +353,7 @@ def _teacher_needs(
     if cfg.distillation == "logits":
         width = teacher.metadata.num_features
         _, local = rank0_equivalent(cfg, world_size, num_classes)
-        kept += local * (width * precision.dtype.itemsize + 1)  # and whether it is known
+        kept += local * (width * precision.dtype.itemsize + 1)  # 1 byte says if the class is known
         peak = max(peak, block_budget(workspace))
     return TeacherWork(kept, peak, ledger.operations, width)
 

@@ -18,7 +18,7 @@ import torch
 from training.planner.head_step import HeadOperations
 from training.planner.trace import Operation, Trace
 
-if TYPE_CHECKING:  # it imports all of the trainer, which counting on a bare machine does not need
+if TYPE_CHECKING:  # memory.py imports all of the trainer, which counting alone does not need
     from training.planner.memory import HeadWork, Requirements
 
 
