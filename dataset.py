@@ -1,7 +1,7 @@
-"""The door to the data: `get_dataloader(...)`.
+"""The entry point to the data: `get_dataloader(...)`.
 
 Order, shards and augmentation are pure functions of (seed, epoch, step, rank); see data/order.py.
-This file asks nobody who it is: rank and world size are arguments.
+Rank and world size are arguments; nothing here asks torch.distributed for them.
 """
 
 from __future__ import annotations
@@ -59,29 +59,36 @@ __getattr__ = moved(__name__, "data.augment", {"normalise": "normalize_images"})
 
 Root = str | os.PathLike[str]
 WORKER_TYPES = ("threads", "processes")
-_SKIPS_LOGGED = 20  # bad records named in the log; all are counted
+_SKIPS_LOGGED = 20  # bad records that the log names one by one; all are counted
 
 
 class Batch(NamedTuple):
-    """images: uint8 [b, 3, H, W], RGB, channels_last in memory; labels: int64 [b]."""
+    """One rank's batch.
+
+    Attributes:
+        images: uint8 [b, 3, H, W], RGB, channels_last in memory.
+        labels: int64 [b].
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
 
 
 class Workers(Protocol):
-    """What makes batches: threads here, data/processes.py, data/dali.py."""
+    """What makes batches: threads (here), processes (data/processes.py) or DALI (data/dali.py)."""
 
     def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
-        """The batches of these steps, in order."""
+        """Yield the batches of these steps, in order."""
         ...
 
 
 class DataLoader:
-    """Iterates one rank's batches of one epoch; `set_epoch` chooses which, and where to begin.
+    """Iterates over one rank's batches of one epoch; `set_epoch` chooses epoch and first step.
 
-    `len(loader)` is the number of steps in a whole epoch, the same on every rank. `num_skipped`
-    counts the bad records of this rank that on_bad_record="skip" has replaced so far.
+    `len(loader)` is the number of steps in a whole epoch, the same on every rank.
+
+    Attributes:
+        num_skipped: Bad records of this rank that on_bad_record="skip" has replaced so far.
     """
 
     def __init__(
@@ -101,7 +108,11 @@ class DataLoader:
         return self._make.num_steps
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The next iteration yields the batches of `epoch` from `start_step` on, in O(1)."""
+        """Let the next iteration yield the batches of `epoch` from `start_step` on, in O(1).
+
+        Raises:
+            ValueError: `epoch` is negative, or `start_step` is not in 0..len(self).
+        """
         if epoch < 0 or not 0 <= start_step <= len(self):
             raise ValueError(
                 f"epoch={epoch}, start_step={start_step}: allowed are epochs from 0 and steps from "
@@ -128,33 +139,42 @@ class DataLoader:
     def _count_skipped(self, reasons: list[str]) -> None:
         for reason in reasons:
             self.num_skipped += 1
-            if self.num_skipped <= _SKIPS_LOGGED:  # as an error: then every rank's log shows it
+            if self.num_skipped <= _SKIPS_LOGGED:  # every rank's log shows errors
                 log.error("bad record skipped (%d so far): %s", self.num_skipped, reason)
             elif self.num_skipped % 1000 == 0:
                 log.error("%d bad records skipped so far", self.num_skipped)
 
     def fingerprint(self) -> str:
-        """One word for the set; the same for copies of it, another where anything shows."""
+        """Return a short identifier of the data set.
+
+        Copies of a set have the same one; a set whose sampled content differs has another one.
+        """
         return join_samples(self.source.samples())
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
-        """Which images this rank's batch holds: int64 [b], in order."""
+        """Return the indices of the images in this rank's batch, int64 [b], in order."""
         return self._make.indices(epoch, step)
 
     def load(self, epoch: int, step: int) -> Batch:
-        """Read and decode one batch here and now: a pure function of its arguments."""
+        """Read and decode one batch in the calling thread: a pure function of its arguments."""
         loaded = self._make(epoch, step)
         return Batch(loaded.images.permute(0, 3, 1, 2), loaded.labels)
 
     @property
     def skips_bad_records(self) -> bool:
-        """on_bad_record="skip"."""
+        """Whether on_bad_record is "skip"."""
         return self._make.skips_bad_records
 
     def plain_image(self, index: int) -> np.ndarray:
-        """Image `index` without augmentation, uint8 [H, W, 3], RGB; of a picture the middle.
+        """Read image `index` without augmentation; where images are cropped, take the center crop.
 
-        Raises DATA_ERRORS.
+        Returns:
+            uint8 [H, W, 3], RGB.
+
+        Raises:
+            DataError: The image does not fit the set. It is one of DATA_ERRORS.
+            RecordError: Its record is damaged. It is one of DATA_ERRORS.
+            ImageError: It cannot be decoded. It is one of DATA_ERRORS.
         """
         if self._make.crop is None:
             return self.source.read(index)[0]
@@ -164,14 +184,14 @@ class DataLoader:
 
 
 class _Threads:
-    """Each thread makes whole batches; 0 threads: the consumer does."""
+    """Threads that each make whole batches; with 0 threads the consumer makes them."""
 
     def __init__(self, make: BatchLoader, num_workers: int) -> None:
         self._make, self._num_workers = make, num_workers
 
     def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
         if self._num_workers:
-            cv2.setNumThreads(0)  # ours already are one per core; OpenCV's own would compete
+            cv2.setNumThreads(0)  # there is one thread per core; those of OpenCV would compete
         return OrderedPrefetch(lambda step: self._make(epoch, step), steps, self._num_workers)
 
 
@@ -201,37 +221,52 @@ def get_dataloader(
     dali: bool = False,
     device: torch.device | None = None,
 ) -> DataLoader:
-    """The batches of one rank.
+    """Make the loader of one rank's batches.
 
-    root_dir: a folder with `train.rec` and `train.idx`, a `.rec` file, a folder of class folders,
-        or "synthetic" (which needs num_classes and num_images). Several of them are joined: the
-        classes of each come after those of the one before.
-    batch_size: images per rank and step. The global batch is batch_size * world_size images.
-    num_workers: threads (or processes) that read and decode; 0 does it in the consumer. Not part
-        of the result.
-    input_size: height and width in pixels that every image must have.
-    num_classes: labels must be below it; None takes what the set has.
-    num_images: "synthetic" only; for a set on disk a different number is logged, not obeyed.
-    flip: mirror half of the images. augment: what else changes them, see data/augment.py.
-    crop: how pictures of any size are cut and resized to `input_size`; None: all have that size.
-        "synthetic" images have it.
-    shuffle: False takes the set as it lies. shuffle_block: images per block of a block-wise
-        shuffle, for disks that read neighbors faster; 0: over the whole set.
-    weights: each set's share of an epoch, as relative numbers; None: by its size.
-    samples_per_class: every class equally often, this many images of it at a time; 0: as it is.
-    exclude: a list of images and classes to leave out, see data/concat.py; with several sets one
-        list (or None) for each.
-    drop_last: leave out what does not fill a global batch (a different tail in each epoch);
-        False makes it a smaller last batch.
-    on_bad_record: "error", or "skip": replace what cannot be read, see data/collate.py.
-    worker_type: "threads" or "processes".
-    dali: decode and augment with NVIDIA DALI, on `device`; see data/dali.py.
-    pin_memory: batches lie in page-locked memory, so that `.to(device, non_blocking=True)` does not
-        wait; the workers do it. Needs CUDA.
-    device: deliver batches there, copied one ahead; None: in the host's memory.
+    Args:
+        root_dir: A folder with `train.rec` and `train.idx`, a `.rec` file, a folder of class
+            folders, or "synthetic" (which needs `num_classes` and `num_images`). Several of them
+            are joined: the classes of each come after those of the one before.
+        batch_size: Images per rank and step. The global batch is batch_size * world_size images.
+        rank: This rank.
+        world_size: Number of ranks.
+        seed: Seed of order and augmentation.
+        num_workers: Threads or processes that read and decode; with 0 the consumer does. The number
+            does not change the batches.
+        input_size: Height and width in pixels that every image must have.
+        num_classes: Number of classes, above every label; None takes that of the set.
+        num_images: Number of images of "synthetic". For a set on disk, a number that differs from
+            the real one is logged and otherwise ignored.
+        flip: Whether half of the images are mirrored.
+        shuffle: Whether images come in random order instead of the order of the set.
+        drop_last: Whether to leave out images that do not fill a global batch (a different tail in
+            each epoch). Otherwise they make a smaller last batch.
+        pin_memory: Whether workers put batches in page-locked memory, so that
+            `.to(device, non_blocking=True)` does not wait. Needs CUDA.
+        augment: Further augmentations; see data/augment.py.
+        crop: How images of any size are cropped and resized to `input_size`; None if all have that
+            size. "synthetic" images have it.
+        weights: Relative share of each set in an epoch; None makes it proportional to its size.
+        samples_per_class: If not 0, every class comes equally often, this many images of it at a
+            time.
+        shuffle_block: If not 0, images per block of a block-wise shuffle, for disks that read
+            neighbors faster.
+        exclude: A list of images and classes to leave out; see data/concat.py. With several sets,
+            one list (or None) for each.
+        on_bad_record: "error", or "skip" to replace records that cannot be read; see
+            data/collate.py.
+        worker_type: "threads" or "processes".
+        dali: Whether to decode and augment with NVIDIA DALI, on `device`; see data/dali.py.
+        device: Where batches are delivered, copied one ahead; None leaves them in host memory.
 
-    Raises DataError, RecordError or ImageError (together DATA_ERRORS); MissingDataError is a
-    FileNotFoundError too.
+    Returns:
+        The loader. Its iteration begins at step 0 of epoch 0.
+
+    Raises:
+        DataError: An argument is not allowed, or the set does not fit it.
+        MissingDataError: The set is not there. It is a DataError and a FileNotFoundError.
+        RecordError: A record file is damaged.
+        ImageError: An image cannot be decoded.
     """
     if num_workers < 0 or worker_type not in WORKER_TYPES:
         raise DataError(
@@ -343,7 +378,11 @@ def open_datasets(
     num_images: int | None = None,
     exclude: Sequence[Root | None] = (None,),
 ) -> ImageDataset:
-    """One source for all `roots`, without what the lists in `exclude` name."""
+    """Open all `roots` as one source, without what the lists in `exclude` name.
+
+    Raises:
+        DataError: The number of lists does not fit that of the sets, or a set cannot be used.
+    """
     if (
         not roots
         or len(exclude) not in (1, len(roots))
@@ -381,7 +420,11 @@ def open_dataset(
     num_classes: int | None = None,
     num_images: int | None = None,
 ) -> RecordDataset | FolderDataset | SyntheticDataset:
-    """The source that `root_dir` names; see `get_dataloader`."""
+    """Open the source that `root_dir` names; see `get_dataloader`.
+
+    Raises:
+        DataError: "synthetic" lacks a number of classes or images, or the set cannot be used.
+    """
     if os.fspath(root_dir) == "synthetic":
         if not num_classes or not num_images or num_classes < 1 or num_images < 1:
             raise DataError(

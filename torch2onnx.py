@@ -1,12 +1,12 @@
-"""From trained weights to an ONNX file that has been compared with PyTorch.
+"""Export trained weights to an ONNX file that has been compared with PyTorch.
 
     python torch2onnx.py work_dirs/ms1mv3_r50
     python torch2onnx.py model.pt --network r50 --output face.onnx --simplify
     python torch2onnx.py work_dirs/ms1mv3_r50 --precision fp16 --verify DATA/lfw.bin
 
-The file appears only if its outputs agree with PyTorch's; docs/export.md has the details. Weights
-beyond 2 GiB lie in a second file beside it. Exit code 0: written; 1: the ONNX model disagrees or is
-not valid; 2: the input cannot be exported.
+The file appears only if its outputs agree with those of PyTorch; docs/export.md has the details.
+Weights beyond 2 GiB are in a second file beside it. Exit codes: 0, the file is written; 1, the ONNX
+model disagrees or is not valid; 2, the input cannot be exported.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from eval.verification import verify
 from eval.verification_sets import VerificationSet, load_verification_set
 
 INPUT_NAME, OUTPUT_NAME = "data", "embedding"
-LOWEST_OPSET = DEFAULT_OPSET = 18  # torch writes no lower one, and the most runtimes read it
+LOWEST_OPSET = DEFAULT_OPSET = 18  # the lowest that torch writes, and the most widely supported
 CHECKED_BATCHES = (1, 3, 32)
-TOLERANCE = 1e-4  # of the largest output
+TOLERANCE = 1e-4  # relative to the largest output
 HALF_TOLERANCE = 0.05  # the same for fp16, whose steps are 1e-3 and add up through the layers
-# Bytes of weights that fit into the .onnx: protobuf ends at 2 GiB, and the graph is in there too.
+# Bytes of weights that fit into the .onnx: protobuf ends at 2 GiB, and the graph needs some of it.
 LARGEST_SINGLE_FILE = 2 * 1024**3 - 16 * 1024**2
 
 
 class ExportRefusedError(ValueError):
-    """What was asked for cannot be exported; the message says why and what can."""
+    """The request cannot be exported. The message says why, and what can be exported."""
 
 
 class ParityError(RuntimeError):
-    """The ONNX model does not compute what the PyTorch model computes; no file was left."""
+    """The ONNX model does not compute what the PyTorch model computes. No file is left."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ class ExportReport:
     """What `export_onnx` wrote.
 
     Attributes:
-        files: the .onnx, and the .data with its weights where they do not fit into it.
-        size_bytes: of all files.
-        opset: of the default ONNX domain.
-        nodes: operators in the graph.
-        differences: batch size -> largest |ONNX - PyTorch| over the largest |PyTorch|.
-        accuracies: set -> (PyTorch's, the file's through onnxruntime), accuracy_flip; where asked.
+        files: The .onnx file, and the .data file with its weights where they do not fit into it.
+        size_bytes: Size of all files together.
+        opset: Version of the default ONNX domain.
+        nodes: Operators in the graph.
+        differences: Batch size -> largest |ONNX - PyTorch| over the largest |PyTorch|.
+        accuracies: Name of a verification set -> accuracy_flip of PyTorch, and that of the file
+            through onnxruntime. Empty unless sets were given.
     """
 
     files: tuple[Path, ...]
@@ -75,7 +76,7 @@ class ExportReport:
 
     @property
     def max_relative_difference(self) -> float:
-        """The worst of all checked batches."""
+        """The largest difference over all checked batches."""
         return max(self.differences.values())
 
 
@@ -90,29 +91,35 @@ def export_onnx(
     fold_normalization: bool = False,
     verify_on: Sequence[VerificationSet] = (),
 ) -> ExportReport:
-    """Write `backbone` in eval mode as an ONNX file, whole and checked, or not at all.
+    """Write `backbone` in eval mode as an ONNX file, once it agrees with PyTorch.
 
-    Input `data` [batch, in_channels, input_size, input_size] float32, output `embedding`
-    [batch, num_features] float32, not normalized; batch is symbolic. The backbone itself, its mode
-    and its device stay as they are. Weights that do not fit into a file of 2 GiB go to
-    `<output>.data` beside it.
+    The input is `data` [batch, in_channels, input_size, input_size] float32, the output is
+    `embedding` [batch, num_features] float32, not normalized; batch is symbolic. The backbone
+    itself, its mode and its device do not change. Weights that do not fit into a file of 2 GiB go
+    to `<output>.data` beside it. No file appears under its name before all checks have passed.
 
     Args:
-        backbone: of any network.
-        metadata: goes into the file; its sizes must be the backbone's.
-        output: the file to write; its folder is made if it is not there.
-        opset: 18 or more.
-        simplify: fold constants and fuse norms into convolutions first.
-        precision: fp32, or fp16: weights and arithmetic of half the size; input and output stay
-            float32.
-        fold_normalization: put (pixel - mean) / std into the graph, which then takes pixels 0..255;
-            the metadata says mean 0 and std 1.
-        verify_on: sets whose accuracy is measured with PyTorch and with the file; in fp32 the two
-            must be equal.
+        backbone: The network; any kind.
+        metadata: What the file says about the network. Its sizes must be those of the backbone.
+        output: The file to write. Its folder is created if it does not exist.
+        opset: Version of the default ONNX domain, 18 or more.
+        simplify: Whether to fold constants and fuse norms into convolutions first.
+        precision: "fp32", or "fp16" for weights and arithmetic of half the size; input and output
+            remain float32.
+        fold_normalization: Whether to put (pixel - mean) / std into the graph, which then takes
+            pixels 0..255. The metadata in the file then says mean 0 and std 1.
+        verify_on: Sets whose accuracy is measured with PyTorch and with the file. In fp32 the two
+            may differ by one pair.
+
+    Returns:
+        The files, their sizes, and the measured differences.
 
     Raises:
-        ExportRefusedError: a size, the opset or the weights do not allow the export.
-        ParityError: the ONNX model disagrees with PyTorch on a batch of 1, 3 or 32 images.
+        ExportRefusedError: A size, the opset or the weights do not allow the export.
+        ParityError: The ONNX model does not load, or disagrees with PyTorch on a batch of 1, 3 or
+            32 images or on one of `verify_on`.
+        onnx.checker.ValidationError: The ONNX model is not valid.
+        onnx.shape_inference.InferenceError: The shapes in the ONNX model contradict each other.
     """
     output = Path(output)
     _check_request(backbone, metadata, opset, output, precision)
@@ -124,7 +131,7 @@ def export_onnx(
     data, outside = output.with_name(f"{output.name}.data"), weight_bytes > LARGEST_SINGLE_FILE
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, because the model names its file of weights, which must have its final name in it.
+    # In a temporary folder, because the model refers to its file of weights by its final name.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unchecked = Path(folder) / output.name
         model = _translate(exported, opset, simplify)
@@ -159,7 +166,7 @@ def export_onnx(
 
 
 class _Exported(torch.nn.Module):
-    """What goes into the file: the backbone, with normalization before it and casts around it."""
+    """The exported module: the backbone with normalization before it and casts around it."""
 
     def __init__(
         self, backbone: Backbone, metadata: ModelMetadata, precision: str, fold: bool
@@ -168,7 +175,7 @@ class _Exported(torch.nn.Module):
         self.is_half = precision == "fp16"
         self.backbone = copy.deepcopy(backbone).half() if self.is_half else backbone
         self.shape = (backbone.in_channels, backbone.input_size, backbone.input_size)
-        # Named apart from the operators: an exported mean would be called "mean" too.
+        # These names differ from those of operators: an exported mean would be called "mean" too.
         self.fold, self.pixel_mean = fold, _by_channel(metadata.mean)
         self.pixel_scale = 1 / _by_channel(metadata.std)
 
@@ -181,7 +188,7 @@ class _Exported(torch.nn.Module):
 
 
 def _by_channel(value: float | tuple[float, ...]) -> float | torch.Tensor:
-    """One number as it is, one per channel as [channels, 1, 1]."""
+    """Return a number as it is, and one number per channel as a tensor [channels, 1, 1]."""
     return torch.tensor(value).view(-1, 1, 1) if isinstance(value, tuple) else float(value)
 
 
@@ -204,7 +211,7 @@ def _check_request(
 
 
 def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelProto:
-    """The ONNX form of the module, with a symbolic batch from the start, not relabeled later."""
+    """Translate the module to ONNX with a symbolic batch, which is not relabeled afterwards."""
     # Two images, because torch.export takes a size of 1 for a constant.
     example = torch.zeros(2, *exported.shape)
     with _quiet():
@@ -236,7 +243,7 @@ def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelPro
 
 
 def _name_normalization(model: onnx.ModelProto, folded: bool) -> None:
-    """Put the folded nodes first and call them Sub and Mul: MFR's checker looks for such names."""
+    """Put the folded nodes first and name them Sub and Mul: MFR's checker looks for such names."""
     if not folded:
         return
     graph, first, at = model.graph, [], INPUT_NAME
@@ -253,7 +260,7 @@ def _name_normalization(model: onnx.ModelProto, folded: bool) -> None:
 
 
 def _describe(model: onnx.ModelProto, metadata: ModelMetadata, precision: str) -> None:
-    """Put our metadata in, and take the exporter's notes out: they hold paths of this machine."""
+    """Add our metadata, and remove the exporter's notes, which hold paths of this machine."""
     graph = model.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
@@ -274,9 +281,13 @@ def _describe(model: onnx.ModelProto, metadata: ModelMetadata, precision: str) -
 def _compare(
     backbone: Backbone, metadata: ModelMetadata, path: Path, precision: str, folded: bool
 ) -> dict[int, float]:
-    """Batch size -> relative difference between the file in onnxruntime and the backbone.
+    """Compare the file in onnxruntime with the backbone.
 
-    Raises ParityError: one is above the tolerance, or not a number, or the file does not load.
+    Returns:
+        Batch size -> relative difference.
+
+    Raises:
+        ParityError: A difference is above the tolerance or not a number, or the file does not load.
     """
     tolerance = TOLERANCE if precision == "fp32" else HALF_TOLERANCE
     options = onnxruntime.SessionOptions()
@@ -324,15 +335,20 @@ def _compare(
 def _verify(
     backbone: Backbone, metadata: ModelMetadata, path: Path, one: VerificationSet, precision: str
 ) -> tuple[float, float]:
-    """Accuracy (flip) on a set: PyTorch's, and the file's as any user of it would measure it.
+    """Measure accuracy_flip on a set with PyTorch, and with the file as any user of it would.
 
-    Raises ParityError if they differ by more than a pair in fp32, or the file's is not a number.
+    Returns:
+        The accuracy of PyTorch and that of the file.
+
+    Raises:
+        ParityError: The two differ by more than a pair in fp32, or that of the file is not a
+            number.
     """
     ours = Embedder(backbone, metadata.mean, metadata.std, color=metadata.color)
     size = metadata.input_size
     expected = verify(ours, [one], input_size=size)[one.name]["accuracy_flip"]
     found = verify(open_model(path).embed, [one], input_size=size)[one.name]["accuracy_flip"]
-    # Rounding may carry one pair across a threshold of the grid; more is another network.
+    # Rounding may carry one pair across a threshold of the grid; more pairs mean another network.
     allowed = 1.5 / one.num_pairs if precision == "fp32" else 1.0
     if not abs(expected - found) <= allowed:
         raise ParityError(
@@ -343,7 +359,7 @@ def _verify(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks about packages it does not need and its own old calls."""
+    """Suppress the exporter's remarks about missing packages and about its own deprecated calls."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -356,7 +372,7 @@ def _quiet() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     args = _parser().parse_args(argv)
     output = args.output or _default_output(args.model)
     try:

@@ -97,7 +97,7 @@ def train(
     keeper: CheckpointManager,
     heartbeat: Heartbeat,
 ) -> None:
-    """The loop: data, step, and every so often a log line, a verification, a checkpoint."""
+    """Run the loop: data and step, and at intervals a log line, a verification, a checkpoint."""
     limit = parts.total_steps if cfg.max_steps is None else cfg.max_steps
     last_step = min(parts.total_steps, limit)
     reporter = MetricsLogger(folder, world.is_main, _wandb(cfg, world, folder), progress.step)
@@ -120,7 +120,7 @@ def train(
         heartbeat.mark("verification", progress.step)
         try:
             results = validation.run(progress.step, epoch)
-        except CUT_SHORT:  # on all ranks; made good when the run goes on
+        except CUT_SHORT:  # on all ranks; the verification is repeated when the run resumes
             keeper.stop_if_asked(progress)
             raise
         reporter.evaluation(progress.step, epoch, results)
@@ -158,9 +158,9 @@ def train(
                 return
 
     if progress.step and verification_is_due() and progress.evaluated_step != progress.step:
-        verify((progress.position - 1) // parts.steps_per_epoch)  # a signal had cut it short
+        verify((progress.position - 1) // parts.steps_per_epoch)  # a signal interrupted it
         keeper.save_now(progress, is_best=progress.best_step == progress.step)
-    if progress.step >= last_step:  # nothing left to do; the files of the run all the same
+    if progress.step >= last_step:  # no step is left; the files of the run are still written
         keeper.save_now(progress)
         epochs = progress.position // parts.steps_per_epoch
         validation.save("model.pt", progress.step, epochs, must=True)
@@ -181,8 +181,9 @@ def train(
 
 
 def micro_batches(loader: DataLoader, count: int, meter: SpeedMeter) -> Iterator[list[Batch]]:
-    """The epoch's batches in groups of `count`, one group per optimizer step; a group that
-    stays incomplete at the end is dropped. Time spent waiting goes to the meter.
+    """Yield the epoch's batches in groups of `count`, one group per optimizer step.
+
+    An incomplete group at the end of the epoch is dropped. The meter counts the time spent waiting.
     """
     batches = iter(loader)
     while True:
@@ -212,7 +213,7 @@ def _wandb(cfg: Config, world: DistContext, folder: Path) -> object:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: CONFIG [key=value ...]. Returns the exit code."""
+    """Run the command line, CONFIG [key=value ...], and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(words: Sequence[str], is_dry: bool = False) -> int:
-    """Set up and train; returns the exit code. Nothing of the run outlives this call.
+    """Set up and train; return the exit code. No object of the run outlives this call.
 
     A dry run makes every check and two steps in a folder beside the output, and removes it.
     """
@@ -242,7 +243,7 @@ def run(words: Sequence[str], is_dry: bool = False) -> int:
                 resume="never",
                 frequent=1,
                 using_wandb=False,
-                freeze_epoch=0,  # frozen steps would try half of it only
+                freeze_epoch=0,  # frozen steps would test only half of a step
             )
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -270,7 +271,7 @@ def run(words: Sequence[str], is_dry: bool = False) -> int:
 
 
 def run_on(cfg: Config, world: DistContext, folder: Path) -> TrainComponents:
-    """A whole run on ranks that have met, its files in a folder that can be written."""
+    """Run the whole training on initialized ranks; `folder` is writable."""
     cfg = share_global_batch(cfg, world.world_size)
     with StopSignals() as signals:
         parts = build(cfg, world)
@@ -298,13 +299,13 @@ def run_on(cfg: Config, world: DistContext, folder: Path) -> TrainComponents:
 def begin(
     cfg: Config, world: DistContext, parts: TrainComponents, folder: Path, signals: StopSignals
 ) -> tuple[Progress, DivergenceMonitor, CheckpointManager]:
-    """A new run, or one that goes on from a checkpoint; all ranks have passed their checks."""
+    """Start a new run, or resume one from a checkpoint, once all ranks have passed their checks."""
     watch, ranks = DivergenceMonitor(world.device), RankGroup(world)
     state = RunState(parts, world, watch, cfg.seed)
     facts = facts_of(cfg, parts)
     checkpoints = (
         cfg.keep_checkpoints + 2 - len(list_checkpoints(folder / FOLDER))
-    )  # and one being written
+    )  # the others that may exist: `best`, and the one being written
     preflight(
         world,
         {

@@ -11,7 +11,7 @@ from backbones.base import Backbone
 
 __all__ = ["Backbone", "backbone_class", "get_model", "model_names"]
 
-# name -> (class, what makes the network this one). A new family adds its file and a line here.
+# name -> (class, arguments of this variant). A new family adds its file and a line here.
 _REGISTRY: Mapping[str, tuple[type[Backbone], Mapping[str, Any]]] = {
     **{name: (iresnet.IResNet, variant) for name, variant in iresnet.VARIANTS.items()},
     **{name: (mobilefacenet.MobileFaceNet, v) for name, v in mobilefacenet.VARIANTS.items()},
@@ -19,19 +19,19 @@ _REGISTRY: Mapping[str, tuple[type[Backbone], Mapping[str, Any]]] = {
     **{name: (vit.VisionTransformer, variant) for name, variant in vit.VARIANTS.items()},
 }
 
-_SMALLEST_INPUT = 16  # pixels; four halvings leave one
+_SMALLEST_INPUT = 16  # pixels; one pixel is left after four halvings
 
 
 def model_names() -> list[str]:
-    """Every name `get_model` knows, family by family."""
+    """Return every name that `get_model` knows, family by family."""
     return list(_REGISTRY)
 
 
 def backbone_class(name: str) -> type[Backbone]:
-    """The class behind a network's name.
+    """Return the class behind a network's name.
 
     Raises:
-        ValueError: no network has this name.
+        ValueError: No network has this name.
     """
     return _lookup(name)[0]
 
@@ -46,20 +46,23 @@ def get_model(
     gradient_checkpointing: bool = False,
     **kwargs: Any,
 ) -> Backbone:
-    """A freshly initialized backbone, fp32, in training mode, on torch's default device.
+    """Make a freshly initialized backbone, fp32, in training mode, on torch's default device.
 
     Args:
-        name: one of `model_names()`.
-        num_features: size of the embedding.
-        dropout: probability before the fully connected layer; IResNet only, 0 elsewhere.
-        input_size: height and width of the images, pixels.
-        in_channels: channels of the images.
-        gradient_checkpointing: recompute activations in backward, block by block, in training.
-        kwargs: options of the family, such as `zero_init_residual` (IResNet) or `drop_path_rate`
+        name: One of `model_names()`.
+        num_features: Size of the embedding.
+        dropout: Probability before the fully connected layer. It must be 0 except for IResNet.
+        input_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        gradient_checkpointing: Whether training recomputes activations in backward, block by block.
+        kwargs: Options of the family, such as `zero_init_residual` (IResNet) or `drop_path_rate`
             and `mask_ratio` (ViT).
 
+    Returns:
+        The backbone, built for the variant that the name stands for.
+
     Raises:
-        ValueError: the name, a size or an option is not allowed; the message says what is.
+        ValueError: The name, a size or an option is not allowed. The message says what is allowed.
     """
     cls, variant = _lookup(name)
     _check_options(name, cls, kwargs)

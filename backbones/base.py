@@ -1,4 +1,4 @@
-"""What every backbone has in common: its sizes, its two halves, and recomputed activations."""
+"""The base class of all backbones: sizes, two halves, and recomputed activations."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from torch.utils.checkpoint import checkpoint
 class Backbone(nn.Module):
     """A network from images to embeddings, in two halves.
 
-    `forward_features` is the body and may run under autocast; `forward_embedding` is the small end
-    whose sums are long (a fully connected layer over the whole feature map, and norms), and which
-    the trainer runs in fp32. A backbone itself never casts, never moves and never autocasts.
+    `forward_features` is the body and may run under autocast. `forward_embedding` is the small end
+    with the long sums: norms and a fully connected layer over the whole feature map. The trainer
+    runs it in fp32. A backbone itself never casts, never changes its device and never autocasts.
 
     Attributes:
-        num_features: size of the embedding.
-        input_size: height and width of the images, pixels.
-        in_channels: channels of the images.
-        gradient_checkpointing: recompute activations in backward instead of keeping them
-            (training mode only; same gradients, about a third more time, far less memory).
+        num_features: Size of the embedding.
+        input_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        gradient_checkpointing: Whether backward recomputes activations instead of keeping them.
+            This holds in training mode only; the gradients are the same, the time is about a third
+            longer, and the memory is far less.
     """
 
     # The options that get_model takes for this family beside its own.
     OPTIONS: ClassVar[tuple[str, ...]] = ()
-    # Where a file of weights shows its sizes: [num_features], and [width, in_channels, ...].
+    # Keys whose tensors show the sizes of a file of weights: their shapes are [num_features] and
+    # [width, in_channels, ...].
     EMBEDDING_KEY: ClassVar[str]
     STEM_KEY: ClassVar[str]
-    # What published weights of this family want, whose files do not say it: height and width in
-    # pixels, and the mean and deviation of pixel values 0..255, one number or one per RGB channel.
+    # Published weights of this family expect these, but their files do not say so: height and
+    # width in pixels, and mean and standard deviation of pixel values 0..255, one number or one
+    # per RGB channel.
     PUBLISHED_BY: ClassVar[str] = "arcface_torch"
     INPUT_SIZE: ClassVar[int] = 112
     MEAN: ClassVar[float | tuple[float, ...]] = 127.5
@@ -50,30 +53,30 @@ class Backbone(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images [N, in_channels, input_size, input_size] -> the features of the body."""
+        """Map images [N, in_channels, input_size, input_size] to the features of the body."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_features")
 
     def forward_embedding(self, features: Tensor) -> Tensor:
-        """Features of `forward_features` -> embeddings [N, num_features], not normalized."""
+        """Map the output of `forward_features` to embeddings [N, num_features], not normalized."""
         raise NotImplementedError(f"{type(self).__name__} has no forward_embedding")
 
     def layers_by_depth(self) -> list[tuple[str, ...]]:
-        """Modules and parameters by name, in groups from the image to the embedding.
+        """Return names of modules and parameters in groups, from the image to the embedding.
 
-        Together they hold every parameter once; the last group ends in the embedding. Where a
-        layer is deep, fine-tuning gives it a smaller learning rate (training/optimizer.py).
+        The groups together hold every parameter once, and the last group ends in the embedding.
+        Fine-tuning chooses a layer's learning rate by its group (training/optimizer.py).
         """
         raise NotImplementedError(f"{type(self).__name__} does not say the order of its layers")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, in_channels, input_size, input_size] -> embeddings [N, num_features]."""
+        """Map images [N, in_channels, input_size, input_size] to embeddings [N, num_features]."""
         return self.forward_embedding(self.forward_features(images))
 
     def _check_images(self, images: Tensor) -> None:
-        """Say what is wrong with the shape here, not as a matmul error at the last layer.
+        """Check the shape here, so that the error is not a matmul error at the last layer.
 
         Raises:
-            ValueError: the images are not [N, in_channels, input_size, input_size].
+            ValueError: The images are not [N, in_channels, input_size, input_size].
         """
         expected = (self.in_channels, self.input_size, self.input_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
@@ -84,7 +87,7 @@ class Backbone(nn.Module):
             )
 
     def _run(self, part: nn.Module, inputs: Tensor) -> Tensor:
-        """`part(inputs)`, keeping only the inputs for backward when checkpointing is on."""
+        """Run `part(inputs)`; with checkpointing, keep only the inputs for backward."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(
                 part, inputs, use_reentrant=False, context_fn=_recompute_contexts(part)
@@ -99,10 +102,10 @@ def _recompute_contexts(part: nn.Module) -> Callable[[], tuple[Any, Any]]:
 
 @contextmanager
 def _spare_batch_norm_buffers(part: nn.Module) -> Iterator[None]:
-    """Recompute on throw-away copies of the running statistics.
+    """Recompute on temporary copies of the running statistics.
 
-    The second pass over the same batch would move them a second time, so that checkpointing would
-    change the trained model. The copies are a few kilobytes per layer.
+    The second pass over the same batch would update them a second time, so that checkpointing
+    would change the trained model. The copies are a few kilobytes per layer.
     """
     norms = [module for module in part.modules() if isinstance(module, _NormBase)]
     kept = [dict(module._buffers) for module in norms]

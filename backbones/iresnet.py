@@ -1,8 +1,8 @@
 """IResNet: the improved residual network of the ArcFace papers, r18 to r2060, and r_nano for CPUs.
 
-Duta et al., "Improved Residual Networks for Image and Video Recognition", 2020; the block of
-Deng et al., "ArcFace", 2019 (BN, conv, BN, PReLU, conv, BN). Names and shapes of the parameters are
-those of arcface_torch, so its published weights load as they are.
+The network is that of Duta et al., "Improved Residual Networks for Image and Video Recognition",
+2020, with the block of Deng et al., "ArcFace", 2019 (BN, conv, BN, PReLU, conv, BN). Names and
+shapes of the parameters are those of arcface_torch, so its published weights load unchanged.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "r100": {"layers": (3, 13, 30, 3)},
     "r200": {"layers": (6, 26, 60, 6)},
     "r2060": {"layers": (3, 128, 896, 3)},
-    # Not a published one: small enough that a laptop CPU trains it while one watches.
+    # Not a published network: small enough to train on a laptop CPU.
     "r_nano": {"layers": (1, 2, 2, 1), "width": 16},
 }
 
 
 class IBasicBlock(nn.Module):
-    """[N, in, H, W] -> [N, out, ceil(H / stride), ceil(W / stride)]; the stride is on conv2."""
+    """Residual block, [N, in, H, W] -> [N, out, ceil(H / stride), ceil(W / stride)].
+
+    The second convolution has the stride.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -47,19 +50,25 @@ class IBasicBlock(nn.Module):
             )
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the block to feature maps [N, in, H, W]."""
         hidden = self.prelu(self.bn2(self.conv1(self.bn1(inputs))))
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
         return self.bn3(self.conv2(hidden)) + shortcut
 
 
 class IResNet(Backbone):
-    """IResNet over four stages, each halving the image: 112 x 112 becomes 7 x 7.
+    """IResNet with four stages, each of which halves the image: 112 x 112 becomes 7 x 7.
 
     Args:
-        layers: blocks in each of the four stages.
-        width: channels of the stem and the first stage.
-        dropout: probability, on the flattened features before the fully connected layer.
-        zero_init_residual: start every block as its shortcut (the middle norm's scale is 0).
+        layers: Blocks in each of the four stages.
+        width: Channels of the stem and the first stage.
+        num_features: Size of the embedding.
+        dropout: Probability on the flattened features before the fully connected layer.
+        input_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        gradient_checkpointing: Whether training recomputes activations in backward.
+        zero_init_residual: Whether every block starts as its shortcut (the scale of its middle norm
+            is 0).
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("zero_init_residual",)
@@ -91,12 +100,12 @@ class IResNet(Backbone):
         grid = math.ceil(input_size / 16)  # four convolutions of stride 2, each rounding up
         self.fc = nn.Linear(8 * width * grid * grid, num_features)
         self.features = nn.BatchNorm1d(num_features)
-        # The scale of an embedding is divided out by the head: a trained scale would only drift.
+        # The head divides by the length of an embedding, so a trained scale would only drift.
         self.features.weight.requires_grad = False
         self._initialize(zero_init_residual)
 
     def _initialize(self, zero_init_residual: bool) -> None:
-        """As published: convolutions N(0, 0.1^2), norms 1 and 0, the fc as torch does."""
+        """Initialize as published: convolutions N(0, 0.1^2), norms 1 and 0, fc as in torch."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.1)
@@ -104,12 +113,12 @@ class IResNet(Backbone):
                 nn.init.zeros_(module.bn2.weight)
 
     def layers_by_depth(self) -> list[tuple[str, ...]]:
-        """Stem, four stages, embedding layer with the norms around it."""
+        """Return the stem, the four stages, and the embedding layer with the norms around it."""
         stages = [(f"layer{stage}",) for stage in range(1, 5)]
         return [("conv1", "bn1", "prelu"), *stages, ("bn2", "fc", "features")]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images [N, C, S, S] -> [N, 8 * width, ceil(S / 16), ceil(S / 16)]."""
+        """Map images [N, C, S, S] to features [N, 8 * width, ceil(S / 16), ceil(S / 16)]."""
         self._check_images(images)
         x = self.prelu(self.bn1(self.conv1(images)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -118,7 +127,7 @@ class IResNet(Backbone):
         return self.bn2(x)
 
     def forward_embedding(self, features: Tensor) -> Tensor:
-        """Feature map of `forward_features` -> embeddings [N, num_features]."""
+        """Map the output of `forward_features` to embeddings [N, num_features]."""
         return self.features(self.fc(self.dropout(features.flatten(1))))
 
 

@@ -1,13 +1,13 @@
-"""Multiply-accumulates of a network, counted on the meta device: no memory, no arithmetic.
+"""Multiply-accumulates (MACs) of a network, counted on the meta device: no memory, no arithmetic.
 
 One MAC is two floating-point operations, a product and a sum. The "GFLOPs" published with face
-recognition networks (r50 6.3, ViT-B 11.4) are GMACs, and include what their tool counted besides:
-two for every element of a batch norm, one for every element of a PReLU. That is up to 0.3 % more
-(mbf: 3 %), and r200's published digit has it.
+recognition networks (r50 6.3, ViT-B 11.4) are GMACs. They include two for every element of a batch
+norm and one for every element of a PReLU, which is what the tool of their authors counted. That is
+up to 0.3 % more (mbf: 3 %), and it shows in the published digits of r200.
 
-MACs here: convolutions, linear layers, and the two products of attention. Not counted: norms,
-activations, softmax, biases, additions and the mirror image. They are few of the operations, but
-more of the time: they are bound by memory.
+The MACs here are those of convolutions, linear layers, and the two products of attention. Norms,
+activations, softmax, biases, additions and the mirrored image are not counted. They are few of the
+operations, but a larger part of the time, because they are bound by memory.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ _KINDS = {
 
 
 class Macs(NamedTuple):
-    """Multiply-accumulates of one forward pass over one image, by kind of layer; and `elements`,
-    what the published numbers count besides.
+    """Multiply-accumulates of one forward pass over one image.
+
+    Attributes:
+        convolution: MACs of convolutions.
+        linear: MACs of linear layers.
+        attention: MACs of the two products of attention.
+        elements: Elementwise operations of batch norms and PReLUs that published numbers include.
     """
 
     convolution: int = 0
@@ -45,19 +50,24 @@ class Macs(NamedTuple):
 
     @property
     def as_published(self) -> int:
-        """What publications of these networks call FLOPs."""
+        """The number that publications of these networks call FLOPs."""
         return self.total + self.elements
 
 
 def count_macs(network: nn.Module, input_size: int, in_channels: int = 3) -> Macs:
-    """MACs of one image in inference.
+    """Count the MACs of one image in inference.
 
     Args:
-        network: on the meta device, such as `get_model` makes under `torch.device("meta")`; takes
-            images [1, in_channels, input_size, input_size].
+        network: A network on the meta device, such as `get_model` makes under
+            `torch.device("meta")`. It takes images [1, in_channels, input_size, input_size].
+        input_size: Height and width of the image in pixels.
+        in_channels: Channels of the image.
+
+    Returns:
+        The counts by kind of layer.
 
     Raises:
-        ValueError: the network is not on the meta device, or has a product of another kind.
+        ValueError: The network is not on the meta device, or has a product of another kind.
     """
     devices = {parameter.device.type for parameter in network.parameters()}
     if devices - {"meta"}:

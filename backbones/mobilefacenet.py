@@ -1,8 +1,8 @@
 """MobileFaceNet: inverted residuals and a global depthwise convolution, mbf and mbf_large.
 
-Chen et al., "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile
-Devices", 2018. Names and shapes of the parameters are those of arcface_torch, so its published
-weights load as they are; that also explains the nested `layers`.
+The network is that of Chen et al., "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face
+Verification on Mobile Devices", 2018. Names and shapes of the parameters are those of
+arcface_torch, so its published weights load unchanged; this is also why `layers` are nested.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Layers(nn.Module):
 
 
 class ConvBlock(_Layers):
-    """Convolution, norm, PReLU; padded so that only the stride shrinks the map."""
+    """Convolution, norm and PReLU, padded so that only the stride reduces the size of the map."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1
@@ -49,7 +49,7 @@ class ConvBlock(_Layers):
 
 
 class LinearBlock(_Layers):
-    """Convolution and norm without an activation and without padding."""
+    """Convolution and norm, without activation and without padding."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int = 1, groups: int = 1
@@ -61,7 +61,10 @@ class LinearBlock(_Layers):
 
 
 class DepthWise(_Layers):
-    """Widen to `hidden`, 3 x 3 depthwise with the stride, narrow; a shortcut if `residual`."""
+    """Inverted residual: widen to `hidden`, 3 x 3 depthwise convolution with the stride, narrow.
+
+    The inputs are added to the outputs if `residual` is set.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, hidden: int, stride: int, residual: bool
@@ -74,12 +77,13 @@ class DepthWise(_Layers):
         self.residual = residual
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the block to feature maps [N, in, H, W]."""
         outputs = self.layers(inputs)
         return inputs + outputs if self.residual else outputs
 
 
 class Residual(_Layers):
-    """`blocks` residual DepthWise blocks at one width and resolution."""
+    """A chain of `blocks` residual DepthWise blocks at one width and resolution."""
 
     def __init__(self, channels: int, blocks: int, hidden: int) -> None:
         super().__init__(
@@ -103,12 +107,16 @@ class MobileFaceNet(Backbone):
     """MobileFaceNet of arcface_torch: 112 x 112 becomes 7 x 7 before the global convolution.
 
     Args:
-        blocks: residual blocks at each of the four resolutions.
-        scale: factor on the widths of the original paper.
-        dropout: must be 0: the published network has no dropout.
+        blocks: Residual blocks at each of the four resolutions.
+        scale: Factor on the widths of the original paper.
+        num_features: Size of the embedding.
+        dropout: Must be 0, because the published network has no dropout.
+        input_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        gradient_checkpointing: Whether training recomputes activations in backward.
 
     Raises:
-        ValueError: dropout is not 0.
+        ValueError: `dropout` is not 0.
     """
 
     EMBEDDING_KEY: ClassVar[str] = "features.layers.3.weight"
@@ -150,12 +158,12 @@ class MobileFaceNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def layers_by_depth(self) -> list[tuple[str, ...]]:
-        """The eight parts of `layers` (stem, and by resolution), embedding layer."""
+        """Return the eight parts of `layers` (stem, then by resolution) and the embedding layer."""
         parts = [(f"layers.{part}",) for part in range(len(self.layers))]
         return [*parts, ("conv_sep", "features")]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images [N, C, S, S] -> [N, 128 * scale, ceil(S / 16), ceil(S / 16)]."""
+        """Map images [N, C, S, S] to features [N, 128 * scale, ceil(S / 16), ceil(S / 16)]."""
         self._check_images(images)
         x = images
         for part in self.layers:
@@ -163,8 +171,8 @@ class MobileFaceNet(Backbone):
         return x
 
     def forward_embedding(self, features: Tensor) -> Tensor:
-        """Feature map of `forward_features` -> embeddings [N, num_features].
+        """Map the output of `forward_features` to embeddings [N, num_features].
 
-        Begins at `conv_sep`, where the published code leaves fp16.
+        This half begins at `conv_sep`, where the published code leaves fp16.
         """
         return self.features(self.conv_sep(features))

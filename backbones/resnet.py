@@ -1,10 +1,11 @@
 """ResNet, whose last layer is its classifier: resnet18 to resnet152, and resnet_nano for CPUs.
 
-He et al. 2016, "Deep Residual Learning for Image Recognition", with the stride of a bottleneck on
-its 3 x 3 convolution (Goyal et al. 2017). Names and shapes of the parameters are torchvision's, so
-its published weights load as they are: `num_features` is then the number of classes and the
-output the logits. Without its `fc` the network ends in the pooled features, which is how the
-classification trainer takes it: there the last layer is the sharded head.
+The network is that of He et al., "Deep Residual Learning for Image Recognition", 2016, with the
+stride of a bottleneck on its 3 x 3 convolution (Goyal et al., 2017). Names and shapes of the
+parameters are those of torchvision, so its published weights load unchanged; `num_features` is then
+the number of classes, and the outputs are logits. Without its `fc` the network ends in the pooled
+features. The classification trainer uses this form, because there the sharded head is the last
+layer.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from torch.nn.functional import relu
 
 from backbones.base import Backbone
 
-# Blocks per stage; expansion: the last convolution of a bottleneck widens by it (1: basic blocks).
+# Blocks per stage, and the expansion: the factor by which the last convolution of a bottleneck
+# widens (1: basic blocks).
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "resnet18": {"layers": (2, 2, 2, 2), "expansion": 1},
     "resnet34": {"layers": (3, 4, 6, 3), "expansion": 1},
     "resnet50": {"layers": (3, 4, 6, 3), "expansion": 4},
     "resnet101": {"layers": (3, 4, 23, 3), "expansion": 4},
     "resnet152": {"layers": (3, 8, 36, 3), "expansion": 4},
-    # Not a published one: small enough for a laptop CPU; its features are 128.
+    # Not a published network: small enough for a laptop CPU, with 128 features.
     "resnet_nano": {"layers": (1, 1, 1, 1), "expansion": 1, "width": 16},
 }
 
 
 class BasicBlock(nn.Module):
-    """[N, in, H, W] -> [N, out, ceil(H / stride), ceil(W / stride)], two 3 x 3 convolutions."""
+    """Residual block of two 3 x 3 convolutions.
+
+    It maps [N, in, H, W] to [N, out, ceil(H / stride), ceil(W / stride)].
+    """
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -42,17 +47,21 @@ class BasicBlock(nn.Module):
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
-        """The norm before the shortcut is added."""
+        """The norm before the addition of the shortcut."""
         return self.bn2
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the block to feature maps [N, in, H, W]."""
         hidden = relu(self.bn1(self.conv1(inputs)))
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
         return relu(self.bn2(self.conv2(hidden)) + shortcut)
 
 
 class Bottleneck(nn.Module):
-    """[N, in, H, W] -> [N, 4 width, ...]: 1 x 1, 3 x 3 with the stride, 1 x 1 convolutions."""
+    """Residual block of 1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions.
+
+    It maps [N, in, H, W] to [N, 4 * width, ceil(H / stride), ceil(W / stride)].
+    """
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -66,10 +75,11 @@ class Bottleneck(nn.Module):
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
-        """The norm before the shortcut is added."""
+        """The norm before the addition of the shortcut."""
         return self.bn3
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the block to feature maps [N, in, H, W]."""
         hidden = relu(self.bn1(self.conv1(inputs)))
         hidden = relu(self.bn2(self.conv2(hidden)))
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
@@ -77,25 +87,30 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Backbone):
-    """ResNet over four stages; 224 x 224 becomes 7 x 7, any size of at least 32 will do.
+    """ResNet with four stages: 224 x 224 becomes 7 x 7. Images may have any size of at least 32.
 
     Args:
-        layers: blocks in each of the four stages.
+        layers: Blocks in each of the four stages.
         expansion: 1 for basic blocks, 4 for bottlenecks.
-        width: channels of the stem and the first stage.
-        num_features: outputs of `fc`; without it, the width of the pooled features and no other.
-        dropout: must be 0: the published network has no dropout.
-        with_fc: end in the linear layer; False ends in the pooled features [N, 8 width expansion].
-        zero_init_residual: start every block as its shortcut (the last norm's scale is 0).
+        width: Channels of the stem and the first stage.
+        num_features: Outputs of `fc`. Without `fc` it must be the width of the pooled features.
+        dropout: Must be 0, because the published network has no dropout.
+        input_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        gradient_checkpointing: Whether training recomputes activations in backward.
+        with_fc: Whether the network ends in the linear layer. Otherwise it ends in the pooled
+            features [N, 8 * width * expansion].
+        zero_init_residual: Whether every block starts as its shortcut (the scale of its last norm
+            is 0).
 
     Raises:
-        ValueError: an option outside its domain.
+        ValueError: `dropout` or `num_features` is outside its domain.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("with_fc", "zero_init_residual")
     EMBEDDING_KEY: ClassVar[str] = "fc.bias"
     STEM_KEY: ClassVar[str] = "conv1.weight"
-    # torchvision's, of pixels 0..255
+    # The values of torchvision, for pixels 0..255.
     PUBLISHED_BY: ClassVar[str] = "torchvision"
     INPUT_SIZE: ClassVar[int] = 224
     MEAN: ClassVar[float | tuple[float, ...]] = (123.675, 116.28, 103.53)
@@ -140,7 +155,7 @@ class ResNet(Backbone):
         self._initialize(zero_init_residual)
 
     def _initialize(self, zero_init_residual: bool) -> None:
-        """As published: convolutions by He's rule over their outputs, norms 1 and 0."""
+        """Initialize as published: convolutions by He's rule over their outputs, norms 1 and 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -148,12 +163,15 @@ class ResNet(Backbone):
                 nn.init.zeros_(module.last_norm.weight)
 
     def layers_by_depth(self) -> list[tuple[str, ...]]:
-        """Stem, four stages, fc; without its fc nothing is left for the last."""
+        """Return the stem, the four stages and the fc; without fc, the last group is empty."""
         stages = [(f"layer{stage}",) for stage in range(1, 5)]
         return [("conv1", "bn1"), *stages, ("fc",)]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images [N, C, S, S] -> [N, 8 width expansion, S / 32, S / 32], rounded up."""
+        """Map images [N, C, S, S] to features [N, 8 * width * expansion, S / 32, S / 32].
+
+        The quotient is rounded up.
+        """
         self._check_images(images)
         x = self.maxpool(relu(self.bn1(self.conv1(images))))
         for stage in range(1, 5):
@@ -162,7 +180,7 @@ class ResNet(Backbone):
         return x
 
     def forward_embedding(self, features: Tensor) -> Tensor:
-        """Feature map of `forward_features` -> outputs of fc [N, num_features], or its inputs."""
+        """Map the output of `forward_features` to outputs of fc [N, num_features] or its inputs."""
         pooled = features.mean(dim=(2, 3))
         return pooled if self.fc is None else self.fc(pooled)
 

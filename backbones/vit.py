@@ -1,8 +1,8 @@
 """Vision Transformer without a class token: every patch goes into the embedding, vit_t to vit_h.
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; masking of patches during training as in
-An et al., "Killing Two Birds with One Stone", 2022 (arcface_torch). Names and shapes of the
-parameters are those of arcface_torch, so its published weights load as they are.
+The network is that of Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021. Patches are masked
+during training as in An et al., "Killing Two Birds with One Stone", 2022 (arcface_torch). Names and
+shapes of the parameters are those of arcface_torch, so its published weights load unchanged.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _variant(width: int, depth: int, drop_path_rate: float, mask_ratio: float) -
 
 # All have 8 heads and patches of 9 pixels. The names are the published ones, spelling included.
 #
-# The published code forgets to pass its mask ratio on and always masks 0.1 where the ratio is not
-# 0. Here the ratio is what the name says; `mask_ratio=0.1` on a `..._mask_005` network gives the
-# training the published weights had. Nothing else depends on it: inference never masks.
+# The published code does not pass its mask ratio on: it always masks 0.1 where the ratio is not 0.
+# Here the ratio is the one in the name. `mask_ratio=0.1` on a `..._mask_005` network trains as the
+# published weights were trained. Nothing else depends on it, because inference never masks.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "vit_t": _variant(256, 12, 0.1, 0.1),
     "vit_t_dp005_mask0": _variant(256, 12, 0.05, 0.0),
@@ -47,7 +47,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., 2016): drop a sample's branch with probability `rate`.
 
-    Kept branches are divided by 1 - rate, so the expectation does not change.
+    Kept branches are divided by 1 - rate, so that the expectation does not change.
     """
 
     def __init__(self, rate: float) -> None:
@@ -55,6 +55,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:
+        """Drop the branch [N, ...] of random samples in training mode."""
         if not self.training or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
@@ -63,7 +64,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [N, L, D] -> [N, L, D]; qkv has no bias, as published."""
+    """Multi-head self-attention, [N, L, D] -> [N, L, D]. As published, qkv has no bias."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Mix the tokens [N, L, D] of each sample."""
         qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # [N, L, 3, H, D / H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, H, L, D / H]
         mixed = F.scaled_dot_product_attention(query, key, value)
@@ -79,7 +81,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with ReLU6 between, hidden width 4 D, [N, L, D] -> [N, L, D]."""
+    """Two linear layers with ReLU6 between them and hidden width 4 D, [N, L, D] -> [N, L, D]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Map each token of [N, L, D] on its own."""
         return self.fc2(self.act(self.fc1(tokens)))
 
 
@@ -103,39 +106,49 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Apply attention and MLP, each with a shortcut, to tokens [N, L, D]."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
 class PatchEmbed(nn.Module):
-    """images [N, C, S, S] -> tokens [N, (S // patch)^2, D]; pixels past the last patch unused."""
+    """Patch embedding: images [N, C, S, S] -> tokens [N, (S // patch)^2, D].
+
+    Pixels beyond the last whole patch are not used.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map images [N, C, S, S] to tokens."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(Backbone):
     """ViT whose embedding is a fully connected layer over all patch tokens.
 
-    With 112 pixels and patches of 9, as published, there are 12 x 12 patches and the last 4 rows
-    and columns are not seen.
+    With 112 pixels and patches of 9, as published, there are 12 x 12 patches, and the last 4 rows
+    and columns of pixels are not used.
 
     Args:
-        embed_dim: width D of the tokens.
-        depth: number of blocks.
-        num_heads: attention heads; must divide embed_dim.
-        patch_size: height and width of a patch, pixels.
-        drop_path_rate: stochastic depth of the last block; from 0 at the first it grows linearly.
-        mask_ratio: share of patches a training sample goes without; their places in the output are
-            filled with a learnt token.
-        dropout: must be 0: the published networks have no dropout.
+        embed_dim: Width D of the tokens.
+        depth: Number of blocks.
+        num_heads: Attention heads. The number must divide `embed_dim`.
+        patch_size: Height and width of a patch in pixels.
+        drop_path_rate: Stochastic depth of the last block. The rate grows linearly from 0 at the
+            first block.
+        mask_ratio: Fraction of the patches that are masked in a training sample. A learned token
+            fills their places in the output.
+        num_features: Size of the embedding.
+        dropout: Must be 0, because the published networks have no dropout.
+        input_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        gradient_checkpointing: Whether training recomputes activations in backward.
 
     Raises:
-        ValueError: one of these does not fit; the message says which.
+        ValueError: One of these values does not fit. The message says which.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -180,7 +193,7 @@ class VisionTransformer(Backbone):
         self.mask_ratio = mask_ratio
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim))
-        # Without masking it has no gradient, and DDP must not wait for one.
+        # Without masking the token has no gradient, and DDP must not wait for one.
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim), requires_grad=mask_ratio > 0)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, drop_path_rate * index / max(1, depth - 1))
@@ -196,7 +209,7 @@ class VisionTransformer(Backbone):
         self._initialize()
 
     def _initialize(self) -> None:
-        """As published: linear layers and positions truncated normal 0.02, biases 0."""
+        """Initialize as published: linear layers and positions truncated normal 0.02, biases 0."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
@@ -206,15 +219,16 @@ class VisionTransformer(Backbone):
                     nn.init.zeros_(module.bias)
 
     def layers_by_depth(self) -> list[tuple[str, ...]]:
-        """Patches with their positions, every block, embedding layer (Bao et al. 2022, BEiT).
+        """Return the patches with their positions, every block, and the embedding layer.
 
-        The mask token comes in behind the blocks, so it belongs to the end.
+        This is the order of Bao et al., "BEiT", 2022. The mask token is inserted after the blocks,
+        so it belongs to the last group.
         """
         blocks = [(f"blocks.{block}",) for block in range(len(self.blocks))]
         return [("patch_embed", "pos_embed"), *blocks, ("norm", "mask_token", "feature")]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images [N, C, S, S] -> all tokens, flattened: [N, patches * embed_dim]."""
+        """Map images [N, C, S, S] to all tokens, flattened, [N, patches * embed_dim]."""
         self._check_images(images)
         tokens = self.patch_embed(images) + self.pos_embed
         order = None
@@ -228,15 +242,20 @@ class VisionTransformer(Backbone):
         return tokens.flatten(1)
 
     def forward_embedding(self, features: Tensor) -> Tensor:
-        """Flattened tokens of `forward_features` -> embeddings [N, num_features]."""
+        """Map the flattened tokens of `forward_features` to embeddings [N, num_features]."""
         return self.feature(features)
 
 
 def _drop_patches(tokens: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Keep a random int(L * (1 - ratio)) of each sample's L tokens.
 
+    Args:
+        tokens: All tokens, [N, L, D].
+        ratio: Fraction of the tokens to drop.
+
     Returns:
-        The kept tokens [N, kept, D], in the order of the second; a random order [N, L] per sample.
+        The kept tokens [N, kept, D], and for each sample a random order [N, L] of all tokens that
+        begins with those kept.
     """
     samples, length, width = tokens.shape
     order = torch.rand(samples, length, device=tokens.device).argsort(dim=1)
@@ -245,7 +264,7 @@ def _drop_patches(tokens: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def _restore_patches(kept: Tensor, mask_token: Tensor, order: Tensor) -> Tensor:
-    """Tokens [N, kept, D] back in their places of [N, L, D], the dropped ones as `mask_token`."""
+    """Put tokens [N, kept, D] back in their places of [N, L, D]; `mask_token` fills the others."""
     samples, length = order.shape
     fill = mask_token.expand(samples, length - kept.shape[1], -1)
     place = order.argsort(dim=1)[:, :, None].expand(-1, -1, kept.shape[2])

@@ -1,8 +1,8 @@
-"""model.pt: a plain state dict any tool can load, that also knows which network it belongs to.
+"""model.pt: a plain state dict that any tool can load, and that says which network it holds.
 
 The file is what arcface_torch writes, an ordered dict of tensors under the published names, so
-`net.load_state_dict(torch.load("model.pt"))` works anywhere. What the network is and what images it
-wants rides along as an attribute of that dict, which foreign tools do not see.
+`net.load_state_dict(torch.load("model.pt"))` works anywhere. The description of the network and its
+images is an attribute of that dict, which other tools do not see.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from backbones import Backbone, backbone_class, get_model, model_names
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE = "model.pt"  # its name inside a run folder
-_ATTRIBUTE = "_arcshard"  # of the saved dict; torch.load(weights_only=True) keeps it
+MODEL_FILE = "model.pt"  # name of the file inside a run folder
+_ATTRIBUTE = "_arcshard"  # attribute of the saved dict; torch.load(weights_only=True) keeps it
 _FORMAT = 1
 # Where checkpoints of arcface_torch and of common trainers keep the weights.
 _NESTED = ("state_dict", "state_dict_backbone")
-# DDP's, and those of models that hold backbone and head. "features." alone is no such prefix:
-# IResNet has a layer of that name.
+# Prefixes of DDP and of models that hold backbone and head. "features." alone is no such prefix,
+# because IResNet has a layer of that name.
 _PREFIXES = ("module.", "backbone.", "features.module.")
-_CLASSIFIERS = ("arcface_linear.",)  # of TorchShard's checkpoints: the classes' layer behind it
-_SHOWN = 4  # keys named in an error
+_CLASSIFIERS = ("arcface_linear.",)  # the classifier in checkpoints of TorchShard
+_SHOWN = 4  # number of keys that an error names
 _SAVE_WEIGHTS = "the weights alone saved, as torch.save(net.state_dict(), path)"
 
 
 class WeightsError(RuntimeError):
-    """A file of weights cannot be used; the message says why and what to do."""
+    """A file of weights cannot be used. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What one must know beside the weights to use them.
+    """What is needed beside the weights to use them.
 
     Attributes:
-        network: a name of `backbones.model_names()`.
-        num_features: size of the embedding.
-        input_size: height and width of the images, pixels.
-        in_channels: channels of the images.
-        mean: subtracted from every pixel (0..255); one number, or one per RGB channel.
-        std: then divided by; likewise.
-        color: order of the channels.
-        step: optimizer steps of the training so far.
-        epoch: epochs finished.
-        config: name of the run's config.
-        trained_with: name and version of the trainer.
-        options: further arguments of `get_model`, where the network was built with any.
+        network: A name of `backbones.model_names()`.
+        num_features: Size of the embedding.
+        input_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        mean: What is subtracted from every pixel (0..255), one number or one per RGB channel.
+        std: What the difference is divided by, one number or one per RGB channel.
+        color: Order of the channels, "RGB" or "BGR".
+        step: Optimizer steps of the training so far.
+        epoch: Finished epochs.
+        config: Name of the run's config.
+        trained_with: Name and version of the trainer.
+        options: Further arguments of `get_model` that the network was built with.
     """
 
     network: str
@@ -75,7 +75,7 @@ class ModelMetadata:
 
     @property
     def embedding_size(self) -> int:
-        """The same as `num_features`, by the config's name."""
+        """The value of `num_features`, under the name that the config has for it."""
         return self.num_features
 
 
@@ -84,10 +84,10 @@ class MatchReport:
     """What `load_matching` did, key by key.
 
     Attributes:
-        matched: keys loaded.
+        matched: Keys that were loaded.
         skipped: (key, shape in the file, shape in the model) where the two shapes differ.
-        missing: keys of the model that the file does not have: they keep their initial values.
-        unexpected: keys of the file that the model does not have.
+        missing: Keys of the model that the file does not have. They keep their initial values.
+        unexpected: Keys of the file that the model does not have.
     """
 
     matched: tuple[str, ...]
@@ -111,19 +111,24 @@ def save_model(
     backbone_or_state_dict: nn.Module | Mapping[str, Tensor],
     metadata: ModelMetadata,
 ) -> Path:
-    """Write weights and metadata to `path`, whole or not at all.
+    """Write weights and metadata to `path` atomically.
 
     The file appears under its name only when it is complete and on disk. Prefixes of DDP and
-    torch.compile are taken off the keys; every tensor is a contiguous CPU copy with its own
-    storage. The folder is made if it is not there.
+    torch.compile are removed from the keys; every tensor is a contiguous CPU copy with its own
+    storage. The folder is created if it does not exist.
+
+    Args:
+        path: The file to write.
+        backbone_or_state_dict: The weights.
+        metadata: What the file says about the network.
 
     Returns:
         The path written.
 
     Raises:
-        WeightsError: the state dict holds something else than tensors, or the metadata something
+        WeightsError: The state dict holds something else than tensors, or the metadata something
             else than plain values.
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     if isinstance(backbone_or_state_dict, nn.Module):
         backbone_or_state_dict = backbone_or_state_dict.state_dict()
@@ -145,13 +150,14 @@ def save_model(
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # gone already unless something failed
+        temporary.unlink(missing_ok=True)  # it exists only if something failed
     return path
 
 
 def _serialize(state: OrderedDict[str, Tensor], file: BinaryIO) -> None:
-    """torch.save, whose errors say why the disk refused: torch's writer turns an OSError into a
-    RuntimeError about positions.
+    """Call torch.save, and raise the OSError of the disk where there was one.
+
+    torch's writer turns an OSError into a RuntimeError about positions.
     """
     try:
         torch.save(state, file)
@@ -164,16 +170,23 @@ def _serialize(state: OrderedDict[str, Tensor], file: BinaryIO) -> None:
 def read_state_dict(
     path: str | os.PathLike[str],
 ) -> tuple[OrderedDict[str, Tensor], ModelMetadata | None]:
-    """The weights in a file or run folder, on the CPU under plain keys, and their metadata if any.
+    """Read the weights in a file or run folder to the CPU, under plain keys.
 
-    Only tensors and plain values are ever unpickled: a file that asks for more is refused, because
+    Only tensors and plain values are ever unpickled. A file that asks for more is refused, because
     unpickling it could run code. Checkpoints that keep the weights under `state_dict` or
-    `state_dict_backbone` are opened; `module.`, `backbone.`, `features.module.`, `_orig_mod.` are
-    taken off the keys; a classifier that TorchShard kept beside the network is left out.
+    `state_dict_backbone` are opened. The prefixes `module.`, `backbone.`, `features.module.` and
+    `_orig_mod.` are removed from the keys. A classifier that TorchShard stored beside the network
+    is left out.
+
+    Args:
+        path: The file, or the folder of a run.
+
+    Returns:
+        The state dict, and the metadata if the file has any.
 
     Raises:
-        FileNotFoundError: there is no such file, or the folder has no model.pt.
-        WeightsError: the file is broken, hostile, or no file of weights.
+        FileNotFoundError: There is no such file, or the folder has no model.pt.
+        WeightsError: The file is damaged, unsafe, or not a file of weights.
     """
     file = _find_file(path)
     content = read_plain_file(file)
@@ -190,19 +203,24 @@ def read_state_dict(
 
 
 def read_plain_file(file: Path, mmap: bool = False) -> Any:
-    """What torch.save wrote, if it is tensors and plain values; on the CPU.
+    """Read a file of torch.save to the CPU if it holds only tensors and plain values.
 
     Args:
-        mmap: leave the tensors on the disk until they are used (files of torch 1.6 and later).
+        file: The file.
+        mmap: Whether the tensors stay on the disk until they are used (files of torch 1.6 and
+            later).
+
+    Returns:
+        The object that was saved.
 
     Raises:
-        WeightsError: the file is broken or hostile.
-        OSError: it cannot be read.
+        WeightsError: The file is damaged or unsafe.
+        OSError: The file cannot be read.
     """
     with open(file, "rb") as stream:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is no file of ours; refused below
+                warnings.simplefilter("ignore")  # warnings about foreign files, refused below
                 return torch.load(
                     file if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap
                 )
@@ -217,21 +235,26 @@ def load_model(
     num_features: int | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[Backbone, ModelMetadata]:
-    """The backbone of a model.pt (a file or a run folder), fp32 on `device`, in eval mode.
+    """Load the backbone of a model.pt, in fp32 and eval mode, with its metadata.
 
     Args:
-        path: ours, or any state dict of arcface_torch.
-        network: needed where the file has no metadata; elsewhere it must agree with it.
-        num_features: embedding size, if it shall be checked; it is read off the weights.
-        device: where the backbone goes.
+        path: A file or a run folder of ours, or any state dict of arcface_torch.
+        network: Name of the network. It is needed where the file has no metadata, and must agree
+            with the metadata elsewhere.
+        num_features: Expected size of the embedding; None does not check it. The size itself comes
+            from the metadata or the weights.
+        device: Device of the backbone.
+
+    Returns:
+        The backbone and its metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: `network` is no backbone.
-        WeightsError: the file is refused, says nothing about its network, or does not fit it.
+        FileNotFoundError: There is no such file.
+        ValueError: No network has the name `network`.
+        WeightsError: The file is refused, does not name its network, or does not fit it.
     """
     if network is not None:
-        backbone_class(network)  # a wrong name is said before a large file is read
+        backbone_class(network)  # reports a wrong name before a large file is read
     state, metadata = read_state_dict(path)
     if metadata is None:
         if network is None:
@@ -251,7 +274,7 @@ def load_model(
             f"{path} holds embeddings of size {metadata.num_features}, not {num_features}: "
             "leave num_features out, or give the other file"
         )
-    with torch.device("meta"):  # no memory and no time for initial values nobody will see
+    with torch.device("meta"):  # no memory and no time for initial values that are overwritten
         backbone = get_model(
             metadata.network,
             num_features=metadata.num_features,
@@ -274,11 +297,19 @@ def load_model(
 def load_matching(backbone: nn.Module, path: str | os.PathLike[str]) -> MatchReport:
     """Load into `backbone`, in place, every tensor of the file that fits by name and shape.
 
-    For fine-tuning: another embedding size or image size leaves the layers it changes as they are.
+    This serves fine-tuning: with another size of embedding or image, the layers whose shapes differ
+    keep their initial values.
+
+    Args:
+        backbone: The network to load into.
+        path: A file of weights or the folder of a run.
+
+    Returns:
+        The keys that were loaded and those that were not.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        WeightsError: the file is refused, or not one parameter fits.
+        FileNotFoundError: There is no such file.
+        WeightsError: The file is refused, or not one parameter fits.
     """
     state, _ = read_state_dict(path)
     report = _compare(state, backbone.state_dict())
@@ -326,7 +357,7 @@ def _refusal(file: Path, error: Exception) -> WeightsError:
 
 
 def _plain_state_dict(content: Any, where: str) -> OrderedDict[str, Tensor]:
-    """`content` under plain keys, once it is known to be names and tensors."""
+    """Return `content` under plain keys, after a check that it holds names and tensors."""
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(
             f"{where} holds {type(content).__name__}, not a state dict (names and tensors)"
@@ -346,7 +377,7 @@ def _plain_state_dict(content: Any, where: str) -> OrderedDict[str, Tensor]:
 
 
 def _plain_key(key: str) -> str:
-    key = key.replace("_orig_mod.", "")  # torch.compile's; it may stand anywhere
+    key = key.replace("_orig_mod.", "")  # torch.compile's prefix may stand anywhere
     while key.startswith(_PREFIXES):
         key = key.split(".", 1)[1]
     return key
@@ -355,7 +386,7 @@ def _plain_key(key: str) -> str:
 def _plain_metadata(metadata: ModelMetadata) -> dict[str, Any]:
     plain = {**asdict(metadata), "options": dict(metadata.options)}
     for name, value in [*plain.items(), *plain["options"].items()]:
-        # Anything else, a NumPy number for one, would make the file one that is refused.
+        # Anything else, such as a NumPy number, would make `read_plain_file` refuse the file.
         numbers = value if name in ("mean", "std") and type(value) is tuple else (value,)
         kinds = (str, int, float, bool, type(None))
         if name != "options" and not all(type(number) in kinds for number in numbers):
@@ -388,7 +419,7 @@ def _metadata_of(content: Any, file: Path) -> ModelMetadata | None:
 def _metadata_from_weights(
     state: Mapping[str, Tensor], network: str, path: str | os.PathLike[str]
 ) -> ModelMetadata:
-    """The sizes a foreign file shows; image size and normalization are the usual ones."""
+    """Derive the sizes from weights without metadata; assume usual image size and normalization."""
     family = backbone_class(network)
     embedding, stem = state.get(family.EMBEDDING_KEY), state.get(family.STEM_KEY)
     if embedding is None or stem is None or embedding.ndim != 1 or stem.ndim != 4:

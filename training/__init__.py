@@ -1,0 +1,1 @@
+"""What the training loop calls, from building a run to saving it."""

@@ -1,6 +1,6 @@
-"""From the config to the parts of a run, cheap checks first: nothing starts that cannot end.
+"""Build the parts of a run from its config; cheap checks come first.
 
-Here and in the other build_ files the config is taken apart; every part gets plain arguments.
+The config is taken apart here and in the other build_ files; every part gets plain arguments.
 """
 
 from __future__ import annotations
@@ -56,7 +56,25 @@ VERSION = f"ArcShard {arcshard.__version__}"
 
 @dataclass
 class TrainComponents:
-    """Everything the loop needs, built and on its device."""
+    """Everything the loop needs, built and on its device.
+
+    Attributes:
+        loader: Loader of this rank's batches.
+        backbone: The network that is trained.
+        head: The head of this rank.
+        step: The training step.
+        schedule: Learning rate by step.
+        batch_norm: Running statistics of the backbone.
+        embedder: Embeds images for verification, with the averaged backbone if there is one.
+        metadata: What model.pt says about the network.
+        steps_per_epoch: Optimizer steps per epoch.
+        global_batch: Images per optimizer step, over all ranks and micro-batches.
+        verification_sets: Sets that the model is scored on.
+        evaluate: Function that scores the model on them.
+        best_by: Name of the metric whose mean over sets chooses the best model.
+        classifier: Name of the head in model.pt where it is the network's last layer, else None.
+        average: Moving average of the backbone (ema_decay), which is verified and saved instead.
+    """
 
     loader: DataLoader
     backbone: Backbone
@@ -72,19 +90,20 @@ class TrainComponents:
     evaluate: Callable[..., dict[str, dict[str, float]]] = verify
     best_by: str = "accuracy_flip"
     classifier: str | None = None
-    """Name of the head in model.pt, where it is the network's last layer."""
     average: ModelEma | None = None
-    """Of the backbone (ema_decay): verified and saved in its place."""
 
     @property
     def evaluated(self) -> tuple[Backbone, BatchNormStatistics]:
-        """What is verified and saved: the average where there is one, and its statistics."""
+        """The network that is verified and saved, with its statistics: the average, if any."""
         if self.average is not None:
             return self.average.model, self.average.batch_norm
         return self.backbone, self.batch_norm
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        """What model.pt holds, on the first rank; all ranks call it, a split head is collected."""
+        """Return what model.pt holds, complete on the first rank.
+
+        All ranks call this, because a split head is collected from them.
+        """
         state = dict(self.evaluated[0].state_dict())
         if self.classifier is not None:
             whole = whole_classifier(self.head)
@@ -98,10 +117,13 @@ class TrainComponents:
 
 
 def build(cfg: Config, world: DistContext) -> TrainComponents:
-    """All parts of the run, with every check that needs files, networks or devices.
+    """Build all parts of the run, with every check that needs files, networks or devices.
 
     Raises:
-        SetupError, and the errors of the parts (data, weights, verification sets).
+        SetupError: The config cannot be trained on this machine or data.
+        DataError: The training set is missing or damaged.
+        WeightsError: A file of weights cannot be used.
+        VerificationSetError: A verification set is missing or malformed.
     """
     check_wandb(cfg)
     check_step_options(cfg, world)
@@ -129,7 +151,7 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
         )
 
     mean, std = (backbone.MEAN, backbone.STD) if is_classification(cfg) else (127.5, 127.5)
-    allow_tf32(False)  # but in steps that ask for it
+    allow_tf32(False)  # the training step switches it on where the precision asks for it
     model = MixedPrecisionBackbone(
         backbone, precision, cfg.freeze_batch_norm, cfg.channels_last, mean, std
     )
@@ -173,7 +195,7 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
         tf32=precision.tf32,
         average=average,
     )
-    seed = cfg.seed + 1 + world.rank  # from here on ranks draw their own (dropout)
+    seed = cfg.seed + 1 + world.rank  # from here on every rank draws other numbers (dropout)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -207,7 +229,7 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
 
 
 def facts_of(cfg: Config, parts: TrainComponents) -> dict[str, Any]:
-    """What a checkpoint says of its run, for training/checkpoint/resume.py to compare."""
+    """Return the facts of a run that its checkpoints store and resume.py compares."""
     return {
         "config": plain_values(cfg),
         "data set": parts.loader.fingerprint(),

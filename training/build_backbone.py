@@ -1,4 +1,4 @@
-"""The backbone that a config names."""
+"""Build the backbone that a config names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ logger = logging.getLogger("train")
 
 
 def make_backbone(cfg: Config) -> Backbone:
-    """The network that the config names, with `init_backbone` in it.
+    """Build the network that the config names, and load `init_backbone` into it.
 
     Raises:
-        SetupError: it cannot be built so, or not trained for this task.
+        SetupError: The network cannot be built with these options, or not be trained for this task.
+        WeightsError: `init_backbone` cannot be used.
     """
     try:
         options = _options_of_the_network(cfg)
@@ -47,7 +48,7 @@ def make_backbone(cfg: Config) -> Backbone:
 
 
 def _options_of_the_network(cfg: Config) -> dict[str, Any]:
-    """The keys that stand for options of some networks, where they are set."""
+    """Return the config keys that are options of some networks only, where they are set."""
     options: dict[str, Any] = {}
     for key in ("drop_path_rate", "mask_ratio"):
         value = getattr(cfg, key)

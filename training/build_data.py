@@ -1,4 +1,4 @@
-"""The training set's loader and the sets that a config is scored on."""
+"""Build the training set's loader and the sets that a config is scored on."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ logger = logging.getLogger("train")
 
 
 def make_loader(cfg: Config, world: DistContext) -> DataLoader:
-    """Of this rank's share of the training set, prefetching to its GPU if it has one.
+    """Make the loader of this rank's share of the training set; it prefetches to a GPU.
 
     Raises:
-        MissingDataError, and the errors of the set: it is not there, or broken.
+        MissingDataError: The set is not there.
+        DataError: The set is damaged or does not fit the config.
     """
     assert cfg.rec is not None
     use_dali = cfg.dali and dali_is_installed()
@@ -82,10 +83,13 @@ def _training_folder(cfg: Config) -> str | list[str]:
 
 
 def load_image_folder(cfg: Config) -> list[ImageFolder]:
-    """What classification is scored on: val/, its labels by the names of the training classes.
+    """Open the validation images of classification, labeled by the names of the training classes.
+
+    Returns:
+        One folder, or an empty list for the synthetic set.
 
     Raises:
-        MissingDataError: there is no such folder.
+        MissingDataError: There is no such folder.
     """
     if cfg.rec == "synthetic":
         return []
@@ -100,10 +104,10 @@ def load_image_folder(cfg: Config) -> list[ImageFolder]:
 
 
 def load_verification_sets(cfg: Config) -> list[VerificationSet]:
-    """The `val_targets`, read whole.
+    """Load the `val_targets` into memory.
 
     Raises:
-        VerificationSetError: one is missing or malformed.
+        VerificationSetError: A set is missing or malformed.
     """
     if not cfg.val_targets:
         return []

@@ -1,4 +1,4 @@
-"""The loss and the head that a config names, and its teacher."""
+"""Build the loss, the head and the teacher that a config names."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from utils.distributed import DistContext
 
 
 def make_margin(cfg: Config) -> Margin:
-    """The loss the config names.
+    """Make the loss that the config names.
 
     Raises:
-        SetupError: a value outside the loss's domain.
+        SetupError: A value is outside the loss's domain.
     """
     fixed: dict[str, Any] = {
         "scale": cfg.scale,
@@ -74,10 +74,10 @@ def make_margin(cfg: Config) -> Margin:
 
 
 def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Precision) -> Head:
-    """The head of this rank, with its update rule.
+    """Make the head of this rank, with its row optimizer.
 
     Raises:
-        SetupError: a loss or a size that it cannot be built with.
+        SetupError: The head cannot be built with this loss or of this size.
     """
     if has_layer(cfg):
         return _make_layer(cfg, world, num_classes, precision)
@@ -85,7 +85,7 @@ def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Prec
     kind = SplitClassifier if is_classification(cfg) else PartialFC
     centers_per_class = cfg.sub_centers or (3 if cfg.loss == "subcenter_arcface" else 1)
     dtype = torch.bfloat16 if cfg.head_weight_dtype == "bf16" else precision.dtype
-    # A margin that looks at the whole batch meets all micro-batches at once (training/step.py).
+    # A margin that needs the whole batch gets all micro-batches at once (training/step.py).
     passes = cfg.gradient_acc if needs_full_batch(cfg, margin) else 1
     try:
         return kind(
@@ -106,7 +106,7 @@ def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Prec
         )
     except ValueError as error:
         raise SetupError(str(error)) from error
-    except RuntimeError as error:  # the allocator has no other way to say that it is too much
+    except RuntimeError as error:  # the allocator raises nothing more specific
         rows = num_classes * centers_per_class
         size = rows * cfg.embedding_size * dtype.itemsize / world.world_size / 2**30
         raise SetupError(
@@ -117,17 +117,17 @@ def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Prec
 
 
 def workspace_of(cfg: Config, device: torch.device) -> Workspace:
-    """The workspace of a fused head on that device."""
+    """Return the workspace of a fused head on that device."""
     return choose_workspace(cfg.head_workspace_mib, device.type, memory_bytes_of(device))
 
 
 def has_layer(cfg: Config) -> bool:
-    """Whether the head is a LayerClassifier, with whole logits and gradients."""
+    """Return whether the head is a LayerClassifier, which forms all logits and gradients."""
     return is_classification(cfg) and (cfg.parallel_dim in (None, 0) or cfg.label_smoothing > 0)
 
 
 def rank0_equivalent(cfg: Config, world_size: int, num_classes: int) -> tuple[Config, int]:
-    """Config and number of classes of one rank alone whose head does the work of rank 0."""
+    """Return config and number of classes of a single rank whose head does the work of rank 0."""
     if has_layer(cfg) and cfg.parallel_dim is None:
         return cfg, num_classes
     cfg = dataclasses.replace(cfg, batch_size=cfg.batch_size * world_size)
@@ -138,7 +138,7 @@ def rank0_equivalent(cfg: Config, world_size: int, num_classes: int) -> tuple[Co
 
 
 def needs_full_batch(cfg: Config, margin: Margin) -> bool:
-    """Whether all micro-batches are embedded before the head sees any."""
+    """Return whether all micro-batches must be embedded before the head sees any."""
     return cfg.gradient_acc > 1 and margin.reads_batch
 
 
@@ -175,11 +175,12 @@ def _make_row_optimizer(cfg: Config) -> RowOptimizer:
 
 
 def make_teacher(cfg: Config, precision: Precision, device: torch.device) -> Teacher | None:
-    """The network the run also learns from, if the config names one.
+    """Load the teacher, if the config names one.
 
     Raises:
-        SetupError, WeightsError, FileNotFoundError: it cannot be loaded, or its embeddings or
-            images are not this run's.
+        SetupError: The embeddings or images of the teacher are not those of this run.
+        WeightsError: The teacher's file cannot be used.
+        FileNotFoundError: There is no such file.
     """
     if cfg.teacher is None:
         return None
@@ -199,7 +200,13 @@ def make_teacher(cfg: Config, precision: Precision, device: torch.device) -> Tea
 def make_second_loss(
     cfg: Config, teacher: Teacher | None, head: Head, source: ImageDataset, world: DistContext
 ) -> Distillation | None:
-    """What the teacher teaches, beside the head's own loss."""
+    """Make the distillation loss, which is added to the head's own; None without a teacher.
+
+    Raises:
+        SetupError: The teacher does not fit this run.
+        CheckpointError: The teacher's class centers cannot be used.
+        FileNotFoundError: There is no such run.
+    """
     if teacher is None:
         return None
     assert isinstance(head, PartialFC)

@@ -1,4 +1,4 @@
-"""Keeps the run: at the end of every step, all ranks decide alike whether to save or to stop."""
+"""Saves the run: after every step all ranks take the same decision whether to save or to stop."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ logger = logging.getLogger("train")
 
 
 class RunFlags(NamedTuple):
-    """True where this rank, or in a result any rank, says so.
+    """Flags of one rank, or of all ranks joined by "or".
 
-    stop: a signal asked the run to stop. save: it is time for a checkpoint.
-    busy: the last checkpoint is still being written. give_up: too many saves have failed.
+    Attributes:
+        stop: A signal asked the run to stop.
+        save: A checkpoint is due by time.
+        busy: The last checkpoint is still being written.
+        give_up: Too many saves have failed.
     """
 
     stop: bool = False
@@ -35,16 +38,19 @@ class RunFlags(NamedTuple):
 
 
 class Flags:
-    """Flags of all ranks; costs one all-reduce of four bytes per step, beside the computation."""
+    """Joins the flags of all ranks.
+
+    This costs one all-reduce of four bytes per step, which overlaps with the computation.
+    """
 
     def __init__(self, world: DistContext) -> None:
-        # A group of its own: its operations overlap with those of the step.
+        # A separate group, because its operations overlap with those of the step.
         self._group = None if world.world_size == 1 else dist.new_group(backend="gloo")
         self._pending: tuple[dist.Work | None, Tensor] | None = None
 
     def post(self, flags: RunFlags) -> None:
-        """Say what this rank wants; the result is for the end of the next step."""
-        assert self._pending is None, "result() comes before the next cast()"
+        """Post the flags of this rank; `result` returns the joined ones after the next step."""
+        assert self._pending is None, "result() comes before the next post()"
         message = torch.tensor(flags, dtype=torch.uint8)
         work = None
         if self._group is not None:
@@ -52,7 +58,7 @@ class Flags:
         self._pending = (work, message)
 
     def result(self) -> RunFlags:
-        """What any rank said in the last cast; nothing before the first."""
+        """Return the flags that any rank set in the last `post`; all are false before it."""
         if self._pending is None:
             return RunFlags()
         work, message = self._pending
@@ -62,7 +68,7 @@ class Flags:
         return RunFlags(*(bool(flag) for flag in message.tolist()))
 
     def any_rank(self, wish: bool) -> bool:
-        """Whether any rank wishes so; all ranks call it together and wait for each other."""
+        """Return whether `wish` is true on any rank; all ranks call this together and wait."""
         message = torch.tensor([wish], dtype=torch.uint8)
         if self._group is not None:
             dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group)
@@ -70,7 +76,7 @@ class Flags:
 
 
 class Stopped(Exception):
-    """A signal ended the run; its state is saved, unless the message says otherwise."""
+    """A signal ended the run. Its state is saved, unless the message says otherwise."""
 
 
 class SavesFailed(RuntimeError):
@@ -78,14 +84,19 @@ class SavesFailed(RuntimeError):
 
 
 class CheckpointManager:
-    """Saves and stops on time.
+    """Decides when to save and when to stop.
+
+    The ends of epochs, a new best accuracy and the end of the run are saved in any case.
 
     Args:
-        world: this rank. state: collects what is saved. facts: plain values saved beside it.
-        checkpointer: writes. signals: of this process.
-        every_steps, every_minutes: between two checkpoints, 0: not by that measure. The ends of
-            epochs, a new best accuracy and the end of the run are saved in any case.
-        is_on: False: only what a signal asks for is saved.
+        world: This process among the ranks.
+        state: Collects what is saved.
+        facts: Plain values that are saved beside the state.
+        checkpointer: Writes the checkpoints.
+        signals: Stop signals of this process.
+        every_steps: Optimizer steps between two checkpoints; 0 saves none by steps.
+        every_minutes: Minutes between two checkpoints; 0 saves none by time.
+        is_on: Whether checkpoints are saved. If not, only a signal saves one.
     """
 
     def __init__(
@@ -109,11 +120,11 @@ class CheckpointManager:
     def after_step(
         self, progress: Progress, *, epoch_ends: bool, is_best: bool, is_last: bool
     ) -> None:
-        """Save if it is time to; what the ranks want is known one step later.
+        """Save if a checkpoint is due; the flags of the ranks take effect one step later.
 
         Raises:
-            Stopped: a signal came to some rank.
-            SavesFailed: max_failed_saves of them in a row.
+            Stopped: A signal came to some rank.
+            SavesFailed: `max_failed_saves` checkpoints in a row could not be written.
         """
         agreed = self.flags.result()
         if agreed.stop and not is_last:
@@ -143,19 +154,19 @@ class CheckpointManager:
             )
 
     def save_now(self, progress: Progress, *, is_best: bool = False) -> None:
-        """A checkpoint, unless they are switched off; returns when it is written."""
+        """Save a checkpoint unless they are switched off, and return when it is written."""
         if self.is_on:
             self._save(progress, is_best=is_best, wait=True)
 
     def is_asked_to_stop(self) -> bool:
-        """A signal came to this rank."""
+        """Return whether a signal came to this rank."""
         return self.signals.received is not None
 
     def stop_if_asked(self, progress: Progress) -> None:
-        """Between steps, all ranks together.
+        """Save and stop if a signal came to any rank; all ranks call this together between steps.
 
         Raises:
-            Stopped: a signal came to some rank; the state is saved.
+            Stopped: A signal came to some rank, and the state is saved.
         """
         if self.flags.any_rank(self.is_asked_to_stop()):
             self._stop(progress)
@@ -168,12 +179,17 @@ class CheckpointManager:
         )
 
     def roll_back(self, progress: Progress, bad: RollBack) -> None:
-        """To the last checkpoint before the bad steps, and past their data; all ranks together.
+        """Load the last checkpoint before the bad steps and continue after their data.
 
-        The learning rate goes on with the step. Checkpoints made since are removed.
+        All ranks call this together. The learning rate follows the step of the checkpoint.
+        Checkpoints of later steps are removed.
+
+        Args:
+            progress: Progress of the run, updated in place.
+            bad: The steps to undo.
 
         Raises:
-            Diverged: there is none.
+            Diverged: There is no such checkpoint.
         """
         self.checkpointer.wait()
         ranks = self.checkpointer.ranks
@@ -197,10 +213,10 @@ class CheckpointManager:
         ranks.gather(None)
 
     def finish(self) -> None:
-        """Until what is being written is written.
+        """Wait until the last checkpoint is written.
 
         Raises:
-            SavesFailed: the last one was not.
+            SavesFailed: The last checkpoint could not be written.
         """
         self.checkpointer.wait()
         if self.checkpointer.failed_in_a_row:

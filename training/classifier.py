@@ -5,11 +5,11 @@
     0              [C, D / n]             all rows, all-reduced     own features
     1, -1          [C / n, D]             all rows, own classes     own classes
 
-`SplitClassifier` is PartialFC without a margin and serves the last line: bounded memory, sampling,
-class centers that move in backward. `LayerClassifier` is the layers of arcshard/parallel/, logits
-and gradients by autograd, and serves all lines, with label smoothing. Both start from the same
-weights whatever the split, keep PartialFC's gradient contract, and name their state alike: a
-checkpoint of one goes on with the other.
+`SplitClassifier` is PartialFC without a margin. It serves the last line of the table, with bounded
+memory, sampling, and class centers that are updated in backward. `LayerClassifier` uses the layers
+of arcshard/parallel/, with logits and gradients by autograd. It serves all lines, and has label
+smoothing. Both start from the same weights for every split, keep PartialFC's gradient contract, and
+use the same names for their state, so that a checkpoint of one can be resumed with the other.
 """
 
 from __future__ import annotations
@@ -37,20 +37,25 @@ from arcshard.partial_fc import PartialFC
 
 
 class SplitClassifier(PartialFC):
-    """PartialFC with a plain softmax (`Softmax` margin); arguments as PartialFC's."""
+    """PartialFC with a plain softmax (`Softmax` margin). The arguments are those of PartialFC."""
 
     def forward(
         self, local_embeddings: Tensor, local_labels: Tensor, learning_rate: float | None = None
     ) -> Tensor:
-        """See PartialFC. `mean_pairwise_cosine` stays None: features behind a ReLU all point much
-        the same way, and the cosine is not what this loss looks at.
+        """Compute the loss as PartialFC does; `mean_pairwise_cosine` stays None.
+
+        Features behind a ReLU all point in similar directions, and this loss does not depend on
+        cosines.
         """
         loss = super().forward(local_embeddings, local_labels, learning_rate)
         self.mean_pairwise_cosine = None
         return loss
 
     def target_rank(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """[b] int64: how many classes score above each row's own; all ranks call it together."""
+        """Return the number of classes that score above each row's own, int64 [b].
+
+        All ranks call this together.
+        """
         rules = BatchGatherer(self.embedding_size, self.num_classes, None, self.rank, self.group)
         return _rank_of_targets(self, rules, local_embeddings, local_labels)
 
@@ -59,24 +64,30 @@ class LayerClassifier(nn.Module):
     """Softmax cross-entropy over a linear layer that is whole, or split by features or classes.
 
     Args:
-        embedding_size: D. num_classes: C.
-        dim: as `parallel_dim` above.
-        bias: a bias per class.
-        label_smoothing: share of the target that goes to all classes alike, in [0, 1].
-        row_optimizer: how weight and bias move.
-        batch_size_per_rank: the largest batch any rank brings; None: ranks agree in every step.
-        half: dtype of the matmul's operands (torch.bfloat16), None for `dtype`.
-        seed: of the initial weights, with the class index.
-        process_group: the ranks of the run; None for the default group.
-        device, dtype: of the parameters.
+        embedding_size: D.
+        num_classes: C.
+        dim: The `parallel_dim` of the table above.
+        bias: Whether every class has a bias.
+        label_smoothing: Fraction of the target that is spread evenly over all classes, in [0, 1].
+        row_optimizer: Optimizer of the weight.
+        bias_update: Optimizer of the bias.
+        batch_size_per_rank: Largest batch that any rank brings. With None the ranks agree on it in
+            every step.
+        half: dtype of the matmul's operands (torch.bfloat16). None takes that of the parameters.
+        seed: Seed of the initial weights, which also depend on the class index.
+        process_group: The ranks of the run; None for the default group.
+        device: Device of the parameters.
+        dtype: float64 makes the parameters float64; with every other dtype they are float32.
 
     Attributes:
-        weight, bias: this rank's parts. class_range: the classes of its rows.
-        mean_pairwise_cosine: None, see SplitClassifier.
-        fused: None, as PartialFC's in autograd mode.
+        weight: This rank's part of the weight.
+        bias: This rank's part of the bias, or None.
+        class_range: The classes of its rows.
+        mean_pairwise_cosine: Always None; see SplitClassifier.
+        fused: Always None, as in PartialFC with update="autograd".
 
     Raises:
-        ValueError: an argument outside its domain.
+        ValueError: An argument is outside its domain.
     """
 
     centers_per_class = 1
@@ -141,9 +152,9 @@ class LayerClassifier(nn.Module):
     def forward(
         self, local_embeddings: Tensor, local_labels: Tensor, learning_rate: float | None = None
     ) -> Tensor:
-        """Mean loss over the global batch; the same number on every rank.
+        """Compute the mean loss over the global batch, which is the same number on every rank.
 
-        Arguments and errors as PartialFC's. Weights move in `step` only.
+        Arguments and errors are those of PartialFC. The weights are updated only in `step`.
         """
         with torch.autocast(local_embeddings.device.type, enabled=False):
             embeddings, labels = local_embeddings.to(self.work_dtype), local_labels
@@ -162,7 +173,10 @@ class LayerClassifier(nn.Module):
             return loss + torch.where(self._rules.unknown(everyone).any(), torch.nan, 0.0)
 
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Losses [B] of gathered embeddings [B, D] and labels [B]; own ones for a whole weight."""
+        """Compute the losses [B] of gathered embeddings [B, D] and labels [B].
+
+        With a whole weight the rows are those of this rank.
+        """
         return sharded_cross_entropy(
             self._logits(embeddings),
             local_columns(labels, self.class_range),
@@ -172,7 +186,7 @@ class LayerClassifier(nn.Module):
         )
 
     def _logits(self, embeddings: Tensor) -> Tensor:
-        """[B, D] -> this rank's logits [B, C_local], whole unless classes are split."""
+        """Compute this rank's logits [B, C_local] of embeddings [B, D]."""
         mine = embeddings[:, self.features.start : self.features.stop]
         operands = mine.to(self.matmul_dtype), self.weight.to(self.matmul_dtype)
         logits = linear(*operands).to(self.work_dtype)
@@ -186,16 +200,16 @@ class LayerClassifier(nn.Module):
         return Spread(self.label_smoothing / self.num_classes, None, float(self.num_classes))
 
     def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
-        """Nothing to do: all classes take part."""
+        """Do nothing, because all classes take part in every step."""
 
     @torch.no_grad()
     def step(
         self, learning_rate: float, bad: Tensor | None = None, gradient_scale: Tensor | None = None
     ) -> None:
-        """Move weight and bias by their gradients; arguments as PartialFC's.
+        """Update weight and bias by their gradients; the arguments are those of PartialFC.
 
         Raises:
-            RuntimeError: there is no gradient.
+            RuntimeError: There is no gradient.
         """
         for parameter, rule in self.optimized_parameters():
             gradient = parameter.grad
@@ -210,12 +224,12 @@ class LayerClassifier(nn.Module):
             parameter.grad = None
 
     def optimized_parameters(self) -> list[tuple[nn.Parameter, RowOptimizer]]:
-        """Each parameter with the rule that owns its optimizer state."""
+        """Return each parameter with the optimizer that owns its state."""
         pairs = ((self.weight, self.row_optimizer), (self.bias, self._bias_optimizer))
         return [(parameter, rule) for parameter, rule in pairs if parameter is not None]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """As PartialFC's, which draws where this does not."""
+        """Return the keys of PartialFC's state; the counts of random draws are 0 here."""
         return {
             "samples_drawn": 0,
             "forwards": 0,
@@ -224,20 +238,20 @@ class LayerClassifier(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over `get_extra_state` of a saved head."""
+        """Restore what `get_extra_state` of a saved head returned."""
         self.seed = state["seed"]
         for (_, rule), count in zip(self.optimized_parameters(), state["roundings"], strict=True):
             rule.sr_counter = count
 
     def describe_memory(self) -> str:
-        """What the head holds on this rank, for the log."""
+        """Describe what the head holds on this rank, for the log."""
         state = self.row_optimizer.state(self.weight).values()
         size = sum(t.numel() * t.itemsize for t in (self.weight, *state)) / 2**20
         kind = {None: "whole", 0: "split by features", 1: "split by classes"}[self.dim]
         return f"weight {kind}, with state {size:,.0f} MiB; logits and gradients by autograd"
 
     def target_rank(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """As SplitClassifier's; a whole weight needs no other rank."""
+        """Return the ranks as SplitClassifier does; a whole weight needs no other process."""
         rules = BatchGatherer(self.embedding_size, self.num_classes, None, self.rank, self.group)
         return _rank_of_targets(self, rules, local_embeddings, local_labels)
 
@@ -252,7 +266,7 @@ def _rank_of_targets(
     embeddings: Tensor,
     labels: Tensor,
 ) -> Tensor:
-    """[b] places of this rank's rows among all classes."""
+    """Return the ranks [b] of this process's targets among all classes."""
     embeddings, labels = embeddings.to(head.device, head.work_dtype), labels.to(head.device)
     dim = head.dim if isinstance(head, LayerClassifier) else 1
     if dim is None or head.group is None:
@@ -276,12 +290,14 @@ def _rank_of_targets(
 
 
 def whole_classifier(head: Head) -> dict[str, Tensor]:
-    """Weight [C, D] and bias [C] in host memory on the first rank, {} elsewhere; all ranks call it.
+    """Collect weight [C, D] and bias [C] in host memory on the first rank; all ranks call this.
 
-    Views of the parameters where they are whole and there already.
+    Returns:
+        The tensors by name on the first rank, and {} elsewhere. They are views of the parameters
+        where those are whole and in host memory already.
 
     Raises:
-        ValueError: a head with several centers per class is no linear layer.
+        ValueError: The head has several centers per class, so it is not a linear layer.
     """
     if head.centers_per_class > 1:
         raise ValueError(f"{head.centers_per_class} centers per class are no linear layer")
@@ -297,7 +313,7 @@ def whole_classifier(head: Head) -> dict[str, Tensor]:
 
 
 def _split_of(head: Head, name: str) -> Split | None:
-    """How a parameter of a head is split; None for whole."""
+    """Return how a parameter of a head is split, None if it is whole."""
     if isinstance(head, LayerClassifier):
         return head.split if name == "weight" or head.dim == 1 else None
     return None if head.group is None else Split(0, head.num_classes, head.group)

@@ -4,8 +4,8 @@
     logits   T^2 KL of the student's class probabilities from the teacher's
              (arcshard/head/distillation.py)
 
-Both are means over the global batch, and what they ask of `local_embeddings` is the gradient of
-that mean, without a factor of the world size: the contract of the heads.
+Both are means over the global batch. As with the heads, `local_embeddings.grad` is the gradient of
+that mean, without a factor of the world size.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ from utils.distributed import DistContext
 
 logger = logging.getLogger("train")
 
-WORK_SHARE = 1 / 8  # of the head's workspace, for the block in work beside the head's
+WORK_SHARE = 1 / 8  # fraction of the head's workspace that the block of classes in work may use
 
 
 class Teacher:
-    """A frozen network: uint8 images -> embeddings of length 1, under the run's precision.
+    """A frozen network that maps uint8 images to embeddings of length 1, in the run's precision.
 
     Args:
-        path: a run's folder, or its model.pt.
-        precision: the policy of the run. device: of this rank.
+        path: A run's folder, or its model.pt.
+        precision: The precision policy of the run.
+        device: Device of this rank.
 
     Raises:
-        WeightsError, FileNotFoundError: no such file, or one that does not say its network.
+        WeightsError: The file is refused, or does not name its network.
+        FileNotFoundError: There is no such file.
     """
 
     def __init__(self, path: str, precision: Precision, device: torch.device) -> None:
@@ -67,7 +69,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 RGB [b, 3, H, W] -> [b, D]."""
+        """Map uint8 RGB images [b, 3, H, W] to embeddings [b, D]."""
         images = images.flip(1) if self.metadata.color == "BGR" else images
         return normalize(self.model(images))
 
@@ -76,17 +78,20 @@ class CosineDistillation:
     """Mean of 1 - cosine over the global batch.
 
     Args:
-        teacher: of the same embedding size. head: of the run, for its ranks. weight: of the loss.
+        teacher: The teacher, whose embeddings have the size of the student's.
+        head: The head of the run, which knows the ranks.
+        weight: Weight of this loss in the sum.
     """
 
     def __init__(self, teacher: Teacher, head: PartialFC, weight: float) -> None:
         self.teacher, self.head, self.weight = teacher, head, weight
 
     def __call__(self, images: Sequence[Tensor], local_embeddings: Tensor) -> Tensor:
-        """The loss, without its weight; the same number on every rank.
+        """Compute the loss without its weight; it is the same number on every rank.
 
         Args:
-            images: the micro-batches whose embeddings [b, D] stand one after the other.
+            images: The micro-batches, uint8 [b_i, 3, H, W].
+            local_embeddings: Their embeddings one after the other, [b, D].
         """
         taught = torch.cat([self.teacher(each) for each in images])
         unit = normalize(local_embeddings.to(self.head.work_dtype))
@@ -101,10 +106,13 @@ class LogitsDistillation:
     """Divergence of class probabilities over the classes that the teacher knows.
 
     Args:
-        teacher: images -> embeddings of any size, of length 1.
-        centers: its class centers for this rank's classes.
-        head: of the run; its centers of the step are compared with the teacher's.
-        weight: of the loss. scale: s of both sides. temperature: T.
+        teacher: Maps images to embeddings of any size, of length 1.
+        centers: The teacher's class centers for this rank's classes.
+        head: The head of the run. Its sampled centers are compared with those of the teacher.
+        weight: Weight of this loss in the sum.
+        scale: Scale s of both logits.
+        temperature: Temperature T.
+        budget_bytes: Bytes of the block of classes in work.
         half: dtype of the operands of the large matmuls, None for full precision.
     """
 
@@ -125,8 +133,10 @@ class LogitsDistillation:
         self.budget_bytes, self.half = budget_bytes, half
 
     def __call__(self, images: Sequence[Tensor], local_embeddings: Tensor) -> Tensor:
-        """See CosineDistillation. Between the head's forward, which draws the step's classes, and
-        its backward, which may move their centers.
+        """Compute the loss as CosineDistillation does, over class probabilities.
+
+        Call it between the head's forward, which samples the classes of the step, and its backward,
+        which may update their centers.
         """
         taught = torch.cat([self.teacher(each) for each in images])
         unit = normalize(local_embeddings.to(self.head.work_dtype))
@@ -148,7 +158,7 @@ class LogitsDistillation:
 
 
 def block_budget(workspace: Workspace) -> int:
-    """Bytes of the block of classes in work, of `logits`."""
+    """Return the bytes that `logits` may use for the block of classes in work."""
     return int(workspace.budget_bytes * WORK_SHARE)
 
 
@@ -164,14 +174,23 @@ def load_teacher(
     input_size: int,
     embedding_size: int,
 ) -> Teacher:
-    """The teacher at `path`, if this run can learn from it.
+    """Load the teacher at `path`, if this run can learn from it.
 
     Args:
+        path: A run's folder, or its model.pt.
         kind: "cosine" or "logits".
-        precision, input_size, embedding_size: of the run.
+        precision: The precision policy of the run.
+        device: Device of this rank.
+        input_size: Height and width of the run's images in pixels.
+        embedding_size: Size of the run's embeddings.
+
+    Returns:
+        The teacher on `device`.
 
     Raises:
-        ValueError, WeightsError, FileNotFoundError: what does not fit.
+        ValueError: The teacher's images or embeddings are not those of the run.
+        WeightsError: The file is refused, or does not name its network.
+        FileNotFoundError: There is no such file.
     """
     teacher = Teacher(path, precision, device)
     meta = teacher.metadata
@@ -202,15 +221,25 @@ def make_distillation(
     temperature: float,
     workspace: Workspace,
 ) -> Distillation:
-    """What the teacher teaches this run; all ranks together.
+    """Make the loss by which the run learns from the teacher; all ranks call this together.
 
     Args:
         kind: "cosine" or "logits".
-        source: the training set, for the names of its classes.
-        weight, scale, temperature: as in the config. workspace: of the head.
+        teacher: The teacher.
+        head: The head of the run.
+        source: The training set, for the names of its classes.
+        world: This process among the ranks.
+        weight: Weight of the loss, from the config.
+        scale: Scale s of the logits, from the config.
+        temperature: Temperature T, from the config.
+        workspace: Workspace of the head.
+
+    Returns:
+        The loss.
 
     Raises:
-        ValueError, CheckpointError, DataError, FileNotFoundError: class centers that do not fit.
+        CheckpointError: The teacher has no class centers, or they do not fit.
+        DataError: Classes have no names, or a name stands for two classes.
     """
     path, network = teacher.path, teacher.metadata.network
     if kind == "cosine":
@@ -240,9 +269,9 @@ def make_distillation(
 def _centers_of(
     path: str, meta: ModelMetadata, head: PartialFC, source: ImageDataset, world: DistContext
 ) -> tuple[TeacherCenters, int]:
-    """The teacher's centers for this rank's classes, by name, and how many it knows in all."""
+    """Load the teacher's centers for this rank's classes by name, and count all known classes."""
     run = Path(path)
-    own = run / FOLDER / f"step_{meta.step or 0:08d}"  # of the weights in model.pt
+    own = run / FOLDER / f"step_{meta.step or 0:08d}"  # the checkpoint of the weights in model.pt
     names = names_of_this_run(source, "distillation='logits'")
     ranks = RankGroup(world)
     saved = open_class_centers(str(own if own.is_dir() else run), "teacher", ranks)

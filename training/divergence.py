@@ -1,25 +1,27 @@
-"""Watches a run for steps that went wrong, without waiting for the device.
+"""Detects steps that went wrong, without waiting for the device.
 
-The steps' scalars stay on the device until a log step, or a checkpoint, needs them; then they
-are read at once and folded into a few running numbers. What is looked for, all of it in numbers
-that every rank has in common, so that all ranks decide alike:
+The scalars of the steps stay on the device until a log step or a checkpoint needs them. Then they
+are read together and folded into a few running statistics. All numbers are the same on every rank,
+so that all ranks take the same decision.
 
-bad steps   the loss or the gradient was not finite; nothing moved.
-spikes      the loss of a step is above mean + SPIKE_SIGMAS deviations *and* above SPIKE_FACTOR
-            means of the steps before. Both, because either alone cries wolf: with large batches
-            the deviation is a percent of the mean, and late in a run a mean near 0 is doubled by
-            one hard image. 6 deviations: margin losses have a heavy tail (the margin punishes a
-            few wrong labels with s m2, tens of nats), where 3 are passed all the time. Not within
-            the first SETTLE_STEPS steps, when loss and learning rate move fast. Mean and
-            deviation forget with 1 / SPIKE_WINDOW per step; a spike counts in them as the limit
-            it passed, so that one does not hide the next, and a lasting new level is accepted
-            after some tens of steps. A spike is warned of, nothing else: most heal.
-collapse    the embeddings of different images of the global batch point the same way
-            (`arcshard.head.batch.mean_pairwise_cosine` above COLLAPSE_COSINE), so that all images
-            have the same cosine with a class, in COLLAPSE_STEPS steps in a row after the first
-            SETTLE_STEPS. In these networks it is the bias of the last batch norm that outgrows
-            everything else; fresh ones begin at 0. It must last, because a network that ends
-            otherwise may begin near 1. It does not heal: the gradient that would part them is gone.
+skipped steps   The loss or the gradient was not finite (found_inf), and no weight was updated. The
+            code calls them bad steps.
+spikes      The loss of a step is above mean + SPIKE_SIGMAS deviations *and* above SPIKE_FACTOR
+            means of the steps before. Either condition alone gives false alarms: with large batches
+            the deviation is a percent of the mean, and late in a run one hard image doubles a mean
+            near 0. The limit is 6 deviations, because margin losses have a heavy tail (the margin
+            punishes a few wrong labels with s m2, tens of nats) and exceed 3 all the time. The
+            first SETTLE_STEPS steps are exempt, because loss and learning rate change fast then.
+            Mean and deviation forget with 1 / SPIKE_WINDOW per step. A spike counts in them as the
+            limit it passed, so that it does not hide the next one, and a lasting new level is
+            accepted after some tens of steps. A spike only causes a warning: most recover.
+collapse    The embeddings of different images of the global batch point in the same direction
+            (`arcshard.head.batch.mean_pairwise_cosine` above COLLAPSE_COSINE) in COLLAPSE_STEPS
+            steps in a row after the first SETTLE_STEPS. All images then have the same cosine with a
+            class. In these networks the bias of the last batch norm outgrows everything else; fresh
+            networks begin near 0. The streak must be long, because a network with another last
+            layer may begin near 1. A collapse does not recover: the gradient that would separate
+            the embeddings is gone.
 """
 
 from __future__ import annotations
@@ -43,15 +45,15 @@ READ_AT_LEAST_EVERY = 1000  # steps whose scalars may wait on the device
 
 
 class Diverged(RuntimeError):
-    """The run cannot go on as it is; the message is the report."""
+    """The run cannot continue as it is. The message is the report."""
 
 
 class RollBack(RuntimeError):
-    """Go back to the last good checkpoint and past the data of `bad_steps`.
+    """Return to the last checkpoint before `bad_steps`, and continue after their data.
 
     Attributes:
-        bad_steps: optimizer steps of this run, the first one of it being 0.
-        number: of this roll-back, from 1.
+        bad_steps: Optimizer steps of this run, counted from 0.
+        number: Number of this rollback, counted from 1.
     """
 
     def __init__(self, message: str, bad_steps: range, number: int) -> None:
@@ -60,14 +62,21 @@ class RollBack(RuntimeError):
 
 
 class StepStats(NamedTuple):
-    """Since the last report: mean loss of the good steps (NaN if there was none), bad steps,
-    the longest row of bad steps, and the last step's gradient norm and loss scale.
+    """Statistics of the steps since the last report.
 
-    longest_ended_ago: steps since the last bad step of the longest row.
-    spikes: how many; worst_spike: the highest of them (NaN without); usual_loss: the running mean.
-    mean_pairwise_cosine: of the last step, NaN if unknown; alike_streak: steps in a row, up to the
-    last one, in which it was above COLLAPSE_COSINE.
-    distillation: the last step's, NaN without a teacher.
+    Attributes:
+        loss: Mean loss of the steps with a finite loss, NaN if there was none.
+        bad_steps: Number of skipped steps.
+        longest_streak: Length of the longest run of consecutive skipped steps.
+        grad_norm: Gradient norm of the last step.
+        loss_scale: Loss scale of the last step.
+        longest_ended_ago: Steps since the last skipped step of the longest streak.
+        spikes: Number of spikes.
+        worst_spike: Loss of the highest spike, NaN without one.
+        usual_loss: Running mean of the loss.
+        mean_pairwise_cosine: Mean pairwise cosine in the last step, NaN if unknown.
+        alike_streak: Steps in a row, up to the last one, with a cosine above COLLAPSE_COSINE.
+        distillation: Distillation loss of the last step, NaN without a teacher.
     """
 
     loss: float
@@ -86,20 +95,35 @@ class StepStats(NamedTuple):
 
 @dataclass
 class RunningStats:
-    """The running numbers, as they go into a checkpoint. All float64; counts are exact."""
+    """Running statistics as they go into a checkpoint. All are float64; counts are exact.
+
+    Attributes:
+        seen: Steps since the start of the run.
+        loss_sum: Sum of the finite losses since the last report.
+        good: Number of finite losses since the last report.
+        bad: Skipped steps since the last report.
+        longest: Length of the longest streak of skipped steps since the last report.
+        longest_end: Value of `seen` at the last step of that streak.
+        spikes: Spikes since the last report.
+        worst_spike: Highest loss of those, NaN without one.
+        streak: Skipped steps in a row, up to the last step.
+        steady: Steps that mean and variance contain.
+        mean: Running mean of the loss.
+        variance: Running variance of the loss.
+        mean_pairwise_cosine: Mean pairwise cosine in the last step.
+        alike_streak: Steps in a row, up to the last one, with a cosine above COLLAPSE_COSINE.
+    """
 
     seen: float = 0.0
-    # since the last report
     loss_sum: float = 0.0
     good: float = 0.0
     bad: float = 0.0
     longest: float = 0.0
-    longest_end: float = 0.0  # `seen` at its last step
+    longest_end: float = 0.0
     spikes: float = 0.0
     worst_spike: float = math.nan
-    # for ever
     streak: float = 0.0
-    steady: float = 0.0  # steps that mean and variance have seen
+    steady: float = 0.0
     mean: float = 0.0
     variance: float = 0.0
     mean_pairwise_cosine: float = math.nan
@@ -108,7 +132,7 @@ class RunningStats:
     def add(
         self, loss: float, is_bad: bool, loss_scale: float, mean_pairwise_cosine: float
     ) -> None:
-        """One step. Steps that only shrink the fp16 loss scale are not bad."""
+        """Add one step. A step that only lowers the fp16 loss scale does not count as skipped."""
         self.seen += 1
         is_bad = is_bad and not (math.isfinite(loss) and loss_scale > 1)
         if math.isfinite(loss):
@@ -125,14 +149,14 @@ class RunningStats:
         self.alike_streak = self.alike_streak + 1 if is_alike else 0
 
     def _follow(self, loss: float) -> None:
-        """Is it a spike? And move the running mean and variance."""
+        """Check for a spike, then update the running mean and variance."""
         if self.steady >= SETTLE_STEPS:
             limit = max(
                 self.mean + SPIKE_SIGMAS * math.sqrt(self.variance), SPIKE_FACTOR * self.mean
             )
             if loss > limit:
                 self.spikes += 1
-                # not max(worst, loss): with NaN as "none yet" its answer depends on the order
+                # Not max(worst, loss): its result depends on the order where one is NaN.
                 if not self.worst_spike >= loss:
                     self.worst_spike = loss
                 loss = limit
@@ -143,32 +167,35 @@ class RunningStats:
         self.variance = (1 - weight) * (self.variance + weight * difference * difference)
 
     def reset(self) -> None:
-        """A report was made: running streaks, mean and deviation go on."""
+        """Start a new report; running streaks, mean and deviation are kept."""
         self.loss_sum = self.good = self.bad = self.longest = self.longest_end = 0.0
         self.spikes, self.worst_spike = 0.0, math.nan
 
 
 class DivergenceMonitor:
-    """Counts what went wrong; waits for the device in `report` and `state_dict` only, and once
-    in READ_AT_LEAST_EVERY steps.
+    """Counts what went wrong.
+
+    It waits for the device in `report` and `state_dict`, and once in READ_AT_LEAST_EVERY steps.
 
     Args:
-        device: of the outcomes.
+        device: Device of the outcomes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._no_cosine = torch.full((), math.nan, device=device)
         self._unread: list[tuple[StepOutcome, Tensor]] = []
         self._last: StepOutcome | None = None
-        # The truth lies in this tensor, so that a checkpoint can be read straight into it.
+        # This tensor is the state, so that a checkpoint can be read straight into it.
         self._tally = torch.tensor(astuple(RunningStats()), dtype=torch.float64)
 
     def observe(self, outcome: StepOutcome, mean_pairwise_cosine: Tensor | None = None) -> None:
-        """Take note of one step.
+        """Record one step.
 
         Args:
-            mean_pairwise_cosine: scalar on the device, of the step's embeddings, if
-                known; the same number on every rank, or the ranks will not decide alike.
+            outcome: Outcome of the step.
+            mean_pairwise_cosine: Mean pairwise cosine of the step's embeddings, a scalar on the
+                device, if it is known. It must be the same number on every rank, because the
+                decisions of the ranks depend on it.
         """
         self._unread.append(
             (outcome, self._no_cosine if mean_pairwise_cosine is None else mean_pairwise_cosine)
@@ -178,7 +205,7 @@ class DivergenceMonitor:
             self._read()
 
     def report(self) -> StepStats:
-        """What happened since the last report (waits for the device); begins anew."""
+        """Return the statistics since the last report and start a new one; waits for the device."""
         assert self._last is not None, "report() before the first step"
         tally, taught = self._read(), self._last.distillation
         report = StepStats(
@@ -200,17 +227,18 @@ class DivergenceMonitor:
         return report
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The running numbers themselves, [len(fields)] float64 in host memory, for a checkpoint
-        to copy or to fill.
+        """Return the tensor of running statistics itself, for a checkpoint to copy or to fill.
+
+        It is float64 [number of fields], in host memory.
         """
         self._read()
         return {"tally": self._tally}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict` of a saved run; what was seen here is forgotten.
+        """Restore the `state_dict` of a saved run; steps observed before are discarded.
 
         Raises:
-            ValueError: it is of another shape.
+            ValueError: It has another shape.
         """
         tally = state["tally"]
         if tally.shape != self._tally.shape:
@@ -222,7 +250,7 @@ class DivergenceMonitor:
         self._tally.copy_(tally)
 
     def _read(self) -> RunningStats:
-        """Fold the steps that still lie on the device into the tally."""
+        """Fold the steps that are still on the device into the running statistics."""
         tally = RunningStats(*self._tally.tolist())
         if not self._unread:
             return tally
@@ -246,14 +274,14 @@ class DivergenceMonitor:
 
 @dataclass
 class DivergencePolicy:
-    """What a report means for the run: go on, warn, stop, or go back.
+    """Decides what a report means for the run: continue, warn, stop, or roll back.
 
     Args:
-        max_bad_steps: bad steps in a row that end the run's patience.
-        rolls_back: False: raise Diverged; True: RollBack, at most `max_rollbacks` times, and then
-            Diverged.
-        rollbacks: how many there were. Save it with the run, and do not take it back from the
-            checkpoint that a roll-back loads, or it would never end.
+        max_bad_steps: Number of consecutive skipped steps that ends the run.
+        rolls_back: Whether to raise RollBack, at most `max_rollbacks` times, instead of Diverged.
+        max_rollbacks: Largest number of rollbacks.
+        rollbacks: Number of rollbacks so far. Save it with the run, and do not restore it from the
+            checkpoint that a rollback loads, because the run would then never end.
     """
 
     max_bad_steps: int
@@ -262,14 +290,19 @@ class DivergencePolicy:
     rollbacks: int = 0
 
     def decide(self, report: StepStats, step: int, learning_rate: float) -> list[str]:
-        """Warnings to log; none is a good sign.
+        """Return the warnings to log.
 
         Args:
-            step: optimizer steps done; learning_rate: of the last one.
+            report: Statistics since the last report.
+            step: Optimizer steps done.
+            learning_rate: Learning rate of the last step.
+
+        Returns:
+            The warnings; an empty list if nothing is wrong.
 
         Raises:
-            Diverged: too many bad steps in a row, or a collapse.
-            RollBack: the same, where `rolls_back`.
+            Diverged: Too many steps in a row were skipped, or the embeddings collapsed.
+            RollBack: The same happened, and `rolls_back` allows a rollback.
         """
         trouble = self._trouble(report, step, learning_rate)
         if trouble is not None:

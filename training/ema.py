@@ -1,4 +1,4 @@
-"""The exponential moving average of the backbone, which is verified and saved in its place."""
+"""The exponential moving average of the backbone, which is verified and saved instead of it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from training.batch_norm import BatchNormStatistics
 
 
 class ModelEma:
-    """Follows a backbone: average += (1 - d) (weights - average) after every step that moved it.
+    """Averages a backbone: average += (1 - d) (weights - average) after every step not skipped.
 
-    d = min(decay, (1 + n) / (10 + n)) after n such steps, so that the first weights, which mean
-    nothing, are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage).
+    d = min(decay, (1 + n) / (10 + n)) after n such steps, so that the first weights, which are
+    arbitrary, are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage).
 
-    The running statistics of batch norm follow by the same rule. To first order they are linear
-    in the weights, so their average belongs to the averaged weights; those of the moment belong
-    to the weights of the moment. (Counting them anew would take a pass over the data.)
+    The running statistics of batch norm are averaged by the same rule. To first order they are
+    linear in the weights, so their average belongs to the averaged weights, while the current
+    statistics belong to the current weights. (Computing them anew would take a pass over the data.)
 
     Args:
-        backbone: on its device; it goes on training and is only read.
-        statistics: of its batch norms.
-        decay: share of the old average that is kept per step, in [0, 1).
+        backbone: The network on its device. It is only read.
+        statistics: Statistics of its batch norms.
+        decay: Fraction of the old average that is kept per step, in [0, 1).
 
     Attributes:
-        model: the averaged backbone, in eval mode; all ranks have the same weights.
-        batch_norm: its running statistics, each rank's own until they are averaged.
-        updates: n, on the device.
+        model: The averaged backbone in eval mode. Its weights are the same on all ranks.
+        batch_norm: Its running statistics. They differ between ranks until they are averaged.
+        updates: The count n, on the device.
     """
 
     def __init__(self, backbone: Backbone, statistics: BatchNormStatistics, decay: float) -> None:
@@ -42,10 +42,11 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, bad: Tensor) -> None:
-        """Take in the weights after a step; nothing moves where the boolean scalar `bad` is true.
+        """Include the weights after a step; nothing changes where the boolean scalar `bad` is true.
 
-        Asks nothing of the host. One kernel per tensor: the three of torch._foreach_* for all of
-        them need room for one more copy, and took 5 times as long on a CPU.
+        Does not synchronize with the host. It starts one kernel per tensor: the three
+        torch._foreach_* calls for all tensors need memory for one more copy, and took 5 times as
+        long on a CPU.
         """
         count = self.updates.double()
         share = 1 - ((1 + count) / (10 + count)).clamp(max=self.decay)
@@ -56,6 +57,6 @@ class ModelEma:
         self.updates += ~bad
 
     def start_over(self) -> None:
-        """From the weights and statistics as they are now."""
+        """Restart the average from the present weights and statistics."""
         self.model.load_state_dict(self.source.state_dict())
         self.updates.zero_()

@@ -1,14 +1,14 @@
-"""Which rank is silent, and where it was last: each rank's newest mark, kept in the store.
+"""Finds the rank that does not respond, and where it was last, by marks in the store.
 
-A collective waits for every rank and cannot say for whom. So the loop marks where it is, and a
+A collective waits for every rank and cannot say for which. So the loop marks where it is, and a
 thread of each rank puts its newest mark into the process group's store (a key-value server beside
 the collectives) about once a second. A rank that has waited too long reads the others' marks:
 
     rank 3 (host b, cuda:3) did not arrive at step 120 (backward): last seen at step 119
     (forward) 612 s ago
 
-On CUDA the host runs ahead of the device; there a mark counts when the device has come to it (an
-event per mark, looked at by the thread, never waited for).
+On CUDA the host runs ahead of the device. There a mark counts when the device has reached it: each
+mark records an event, which the thread queries and never waits for.
 """
 
 from __future__ import annotations
@@ -29,18 +29,25 @@ import torch.distributed as dist
 logger = logging.getLogger("train")
 
 EXIT_RANK_LOST = 5  # exit code of a rank that waited for another one in vain
-SETTLE_INTERVALS = 5  # a rank that publishes nothing for so many intervals has stopped
+SETTLE_INTERVALS = 5  # a rank that publishes nothing for this many intervals has stopped
 MARKS_UNDER_WAY = 10_000  # more marks than a device's queue can hold
-NAMED_AT_MOST = 16  # ranks in one sentence
+NAMED_AT_MOST = 16  # most ranks that one sentence names
 JOIN_WITHIN_SECONDS = 10
 
 
 class RankStatus(NamedTuple):
     """What a rank last published.
 
-    beat: how often it has published. marks: how many marks it had reached; step and where: the
-    newest of them, made at `at` (seconds since 1970, its own clock).
-    ended: why it has left, "" while it runs. missed: whom it missed when it left, "" otherwise.
+    Attributes:
+        beat: How often it has published.
+        marks: Number of marks it had reached.
+        step: Optimizer step of the newest mark.
+        where: Phase of the newest mark.
+        at: Time of the newest mark, in seconds since 1970 by the clock of the rank.
+        host: Name of its host.
+        device: Its device.
+        ended: Why it has left, "" while it runs.
+        missed: Which rank it waited for when it left, "" otherwise.
     """
 
     beat: int
@@ -54,13 +61,19 @@ class RankStatus(NamedTuple):
     missed: str = ""
 
     def place(self) -> str:
-        """Where it was, in words."""
+        """Describe where the rank was."""
         return f"step {self.step} ({self.where})"
 
 
 class Stragglers(NamedTuple):
-    """Ranks in trouble: left (said why), stopped (say nothing any more), behind (alive, but have
-    not come as far as we have), silent (never said a word); and whom ranks that left missed.
+    """Ranks in trouble.
+
+    Attributes:
+        left: Ranks that have left and said why.
+        stopped: Ranks that publish nothing any more.
+        behind: Ranks that respond, but have not reached as many marks as this one.
+        silent: Ranks that have never published.
+        missed: Sentences of the ranks that left because they waited for another.
     """
 
     left: list[int]
@@ -74,10 +87,15 @@ Reading = dict[int, RankStatus | None]
 
 
 def find_stragglers(own_marks: int, before: Reading, after: Reading) -> Stragglers:
-    """Compare two readings of the other ranks' positions, SETTLE_INTERVALS apart.
+    """Compare two readings of the other ranks' status, SETTLE_INTERVALS apart.
 
     Args:
-        own_marks: how many marks this rank has reached. All ranks make the same ones.
+        own_marks: Number of marks this rank has reached. All ranks make the same ones.
+        before: The earlier reading.
+        after: The later reading.
+
+    Returns:
+        The ranks in trouble, by kind.
     """
     lost = Stragglers([], [], [], [], [])
     for rank, now in sorted(after.items()):
@@ -96,19 +114,25 @@ def find_stragglers(own_marks: int, before: Reading, after: Reading) -> Straggle
 
 
 class Heartbeat:
-    """Publishes this rank's marks and names the ranks that this one waits for in vain.
+    """Publishes this rank's marks, and names the ranks that this one waits for in vain.
 
-    All ranks must make the same marks in the same order; what one rank does alone (writing a
-    file) has none. A world of one does nothing and has no thread.
+    All ranks must make the same marks in the same order. What one rank does alone (writing a file)
+    has no mark. With a world size of 1 there is no thread, and all methods do nothing.
 
     Args:
-        rank, world_size: of this process.
-        store: shared by the ranks, for the heartbeat alone (`heartbeat_store`); None for one rank.
-        device: of this rank.
-        timeout_s: without a new mark for so long this rank looks for who is missing. Longer than
-            anything a rank does alone between two marks; shorter than the collectives' timeout.
-        interval_s: between two publications.
-        end: what ends the process; for tests.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        store: A store that the ranks share, for the heartbeat alone (`heartbeat_store`); None for
+            one rank.
+        device: Device of this rank.
+        timeout_s: Seconds without a new mark after which this rank looks for missing ranks. It must
+            be longer than anything a rank does alone between two marks, and shorter than the
+            timeout of the collectives.
+        interval_s: Seconds between two publications.
+        end: Function that ends the process; tests replace it.
+
+    Raises:
+        ValueError: There are several ranks and no store.
     """
 
     def __init__(
@@ -134,7 +158,7 @@ class Heartbeat:
         )
         self._store: dist.Store | None = None
         self._closing = threading.Event()
-        self._lock = threading.Lock()  # the main thread looks too, in `describe_stragglers`
+        self._lock = threading.Lock()  # `describe_stragglers` reads from the main thread
         self._store_has_failed = False
         self._thread: threading.Thread | None = None
         if world_size == 1:
@@ -142,14 +166,14 @@ class Heartbeat:
         if store is None:
             raise ValueError(f"a heartbeat among {world_size} ranks needs a store they share")
         self._store = store
-        self._publish()  # from here on the others can tell "not yet" from "never"
+        self._publish()  # from here on the others can distinguish "not yet" from "never"
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def mark(self, where: str, step: int) -> None:
-        """This rank begins `where` ("data", "forward", ...) of optimizer step `step`.
+        """Mark that this rank begins `where` ("data", "forward", ...) of optimizer step `step`.
 
-        Microseconds: no look at the store, no wait for the device.
+        This takes microseconds: it neither accesses the store nor waits for the device.
         """
         if self._thread is None:
             return
@@ -163,10 +187,10 @@ class Heartbeat:
             self._reached = newest
 
     def describe_stragglers(self, error: BaseException) -> str:
-        """Who is to blame for an error that a collective raised here, in one sentence.
+        """Describe in one sentence which ranks caused an error that a collective raised here.
 
-        Waits SETTLE_INTERVALS to see whose heartbeat goes on, and tells the ranks that fail
-        later that this one only followed. The sentence ends with the error's first line.
+        Waits SETTLE_INTERVALS to see which heartbeats continue, and tells the ranks that fail later
+        that this one only followed. The sentence ends with the first line of the error.
         """
         first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
         if self._store is None:
@@ -175,7 +199,7 @@ class Heartbeat:
             lost, after = self._look_twice()
         except RuntimeError as unreachable:
             return f"{self._without_store(unreachable)}; the collective failed with: {first_line}"
-        # Who is merely behind may just be slower to fail: named only if nobody has gone.
+        # A rank that is behind may only be slower to fail. It is named only if no rank has left.
         gone = lost._replace(behind=[]) if lost.left or lost.stopped or lost.silent else lost
         sentence = self._sentence(gone, after)
         if not sentence:
@@ -183,15 +207,15 @@ class Heartbeat:
                 f"a collective failed at {self._position().place()}, but every rank still "
                 "answers: look at the network between them (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
             )
-        self._missed = sentence  # from here on: the thread goes on publishing until `close`
+        self._missed = sentence  # the thread publishes it until `close`
         self._try_to_publish()
         return f"{sentence}; the collective failed with: {first_line}"
 
     def close(self, ended: str = "") -> None:
-        """End the thread; call it before the process group is torn down.
+        """End the thread. Call this before the process group is destroyed.
 
         Args:
-            ended: why this rank leaves although the others may go on: they will be told.
+            ended: Why this rank leaves although the others may continue. They are told.
         """
         if self._thread is None:
             return
@@ -205,7 +229,7 @@ class Heartbeat:
         self._thread = None
 
     def _run(self) -> None:
-        """The thread: publish, and look around when this rank has not moved for too long."""
+        """Publish in the thread, and look for stragglers when this rank does not advance."""
         marks, warned = -1, False
         look_at = time.monotonic() + self.timeout_s
         while not self._closing.wait(self._interval_s):
@@ -218,7 +242,7 @@ class Heartbeat:
                 continue
             sentence = self._look_around()
             if self._closing.is_set() or self._reached[0] != marks:
-                continue  # it has gone on in the meantime
+                continue  # this rank has advanced in the meantime
             if sentence:
                 logger.error("rank %d gives up: %s", self.rank, sentence)
                 self._missed = sentence
@@ -237,7 +261,7 @@ class Heartbeat:
             look_at = time.monotonic() + self.timeout_s
 
     def _look_around(self) -> str:
-        """Whom this rank waits for, "" if nobody is behind or the store cannot say."""
+        """Describe whom this rank waits for; "" if nobody is behind or the store cannot be read."""
         try:
             lost, after = self._look_twice()
         except RuntimeError as error:
@@ -250,7 +274,7 @@ class Heartbeat:
         for _ in range(SETTLE_INTERVALS):
             self._closing.wait(self._interval_s)
             self._follow_device()
-            self._publish()  # others may be looking at this rank just now
+            self._publish()  # other ranks may read the status of this one at the same time
         after = self._read()
         return find_stragglers(self._reached[0], before, after), after
 
@@ -278,12 +302,12 @@ class Heartbeat:
         return "; ".join(parts[:NAMED_AT_MOST]) + (f"; and {more} more ranks" if more > 0 else "")
 
     def _follow_device(self) -> None:
-        """Take the newest mark that the device has come to."""
+        """Take the newest mark that the device has reached."""
         try:
             with self._lock:
                 while self._under_way and self._under_way[0][1].query():
                     self._reached = self._under_way.popleft()[0]
-        except RuntimeError as error:  # the device has failed; the main thread will hear of it
+        except RuntimeError as error:  # the device has failed; the main thread gets the error too
             logger.error("rank %d: %s does not answer: %s", self.rank, self._device, error)
             self._under_way.clear()
 
@@ -343,10 +367,10 @@ class Heartbeat:
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """A collective failed because of another rank or the network, not of what this rank did.
+    """Return whether a collective failed because of another rank or the network.
 
-    nccl and the stores raise torch.distributed.DistError; gloo plain RuntimeErrors that begin
-    with the place in its source.
+    NCCL and the stores raise torch.distributed.DistError. Gloo raises plain RuntimeErrors that
+    begin with the place in its source.
     """
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
@@ -354,13 +378,13 @@ def is_collective_error(error: BaseException) -> bool:
 
 
 def is_collective_failure(error: RuntimeError) -> bool:
-    """Whether a collective raised it: gloo's errors are known by their words only."""
+    """Return whether a collective raised the error; gloo's errors are recognized by their words."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def heartbeat_store() -> dist.Store:
-    """The default process group's store, in a corner and over a connection of its own."""
+    """Return the default process group's store, with a prefix and a connection of its own."""
     store = dist.distributed_c10d._get_default_store()
     # A connection carries one request at a time: a main thread that waits for a key would
     # silence the heartbeat.

@@ -5,9 +5,9 @@
                                           the kept centers are on average; state zero
     dropped   only the earlier run did    nothing
 
-A class without images, or without a name (padding), keeps its random center. Two sub-centers that
-are equal would stay equal, so the K of a new class are the mean, each turned its own way by about
-SUB_CENTER_TILT radians.
+A class without images, or without a name (padding), keeps its random center. Two equal sub-centers
+would stay equal, so the K centers of a new class are the mean, each tilted in its own direction by
+about SUB_CENTER_TILT radians.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from training.setup import SetupError
 
 logger = logging.getLogger("train")
 
-IMAGES_PER_CLASS = 16  # the mean of 16 embeddings is near that of all; more cost more
+IMAGES_PER_CLASS = 16  # the mean of 16 embeddings is close to that of all, at less cost
 SUB_CENTER_TILT = 0.1
-CLASSES_PER_ROUND = 1024  # embedded by all ranks together, then told to the owners
+CLASSES_PER_ROUND = 1024  # all ranks embed these together, then the owners get the means
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -54,16 +54,20 @@ def init_head(
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Fill the head of a run that begins; all ranks together.
+    """Fill the head of a new run; all ranks call this together.
 
     Args:
-        path: the earlier run, or one of its checkpoints.
-        parts: of this run, its backbone as it will start.
-        has_backbone: that is not a random one (init_backbone).
-        batch_size: images embedded at a time. num_workers: threads that decode them.
+        path: The earlier run, or one of its checkpoints.
+        parts: Parts of this run, with the backbone as it will start.
+        ranks: The ranks.
+        has_backbone: Whether the backbone has trained weights (init_backbone).
+        batch_size: Images that are embedded at a time.
+        num_workers: Threads that decode them.
 
     Raises:
-        SetupError, CheckpointError, DataError: what does not fit, on every rank.
+        SetupError: The head or its sizes do not fit, or no class is known. Raised on every rank.
+        CheckpointError: The checkpoint cannot be used.
+        DataError: Classes have no names, or a name stands for two classes.
     """
     head = parts.head
     if not isinstance(head, PartialFC):
@@ -118,7 +122,7 @@ def _check_sizes(path: str, head: PartialFC, saved: SavedClassCenters) -> None:
 
 
 def _take_over(head: PartialFC, saved: SavedClassCenters, of_class: np.ndarray) -> None:
-    """This rank's kept rows, and their state where the same rule kept one."""
+    """Copy this rank's kept rows, and their optimizer state where the keys are the same."""
     mine = head.class_range
     there = of_class[mine.start : mine.stop]  # there may be fewer names than classes
     here = np.flatnonzero(there >= 0)
@@ -145,7 +149,7 @@ def _take_over(head: PartialFC, saved: SavedClassCenters, of_class: np.ndarray) 
 
 
 def _mean_length(head: PartialFC, is_kept: np.ndarray, ranks: RankGroup) -> float:
-    """Mean norm of all kept centers."""
+    """Return the mean norm of all kept centers."""
     mine = head.class_range
     here = np.flatnonzero(is_kept[mine.start : mine.stop])
     total, count = 0.0, len(here) * head.centers_per_class
@@ -159,10 +163,16 @@ def _mean_length(head: PartialFC, is_kept: np.ndarray, ranks: RankGroup) -> floa
 
 @torch.no_grad()
 def _fill(head: PartialFC, classes: np.ndarray, means: Tensor, length: float) -> int:
-    """Write the centers of this rank's share of new classes; how many of all have no image.
+    """Write the centers of this rank's share of new classes.
 
     Args:
-        means: [n, D] of the normalized embeddings, zero where a class has no image.
+        head: The head.
+        classes: New classes of all ranks, int64 [n].
+        means: Means of their normalized embeddings [n, D], zero where a class has no image.
+        length: Norm of the new centers.
+
+    Returns:
+        The number of these classes that have no image.
     """
     has_image = means.abs().sum(dim=1) > 0
     mine = (classes >= head.class_range.start) & (classes < head.class_range.stop)
@@ -180,10 +190,10 @@ def _fill(head: PartialFC, classes: np.ndarray, means: Tensor, length: float) ->
 
 
 class _Means:
-    """Mean normalized embedding of each new class, a round of classes at a time, on all ranks.
+    """Mean normalized embeddings of the new classes, a round of classes at a time, on all ranks.
 
-    New classes mostly stand at the end of a set, so that one rank would have all of them: every
-    round is shared out instead.
+    New classes mostly come at the end of a set, where one rank would own all of them. Therefore all
+    ranks share every round.
     """
 
     def __init__(
@@ -198,7 +208,7 @@ class _Means:
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(classes, their means [n, D]); a mean is zero where a class has no image."""
+        """Yield classes and their means [n, D]; a mean is zero where a class has no image."""
         starts = range(0, len(self.classes), CLASSES_PER_ROUND)
         rounds = [self.classes[start : start + CLASSES_PER_ROUND] for start in starts]
         shares = [self._share(each) for each in rounds]
@@ -218,7 +228,7 @@ class _Means:
         return classes[mine.start : mine.stop]
 
     def _embed(self, images: list[np.ndarray]) -> Tensor:
-        """[n, D] means over each class's images, in host memory."""
+        """Compute the sums [n, D] of the normalized embeddings of each class, in host memory."""
         numbers = np.concatenate([np.empty(0, np.int64), *images])
         owner = np.repeat(np.arange(len(images)), [len(each) for each in images])
         width = self.parts.head.embedding_size
@@ -243,11 +253,11 @@ class _Means:
                 "init_head: the backbone gives embeddings that are not finite; is init_backbone "
                 "what it should be?"
             )
-        return sums  # the mean but for its length, which is set anyway
+        return sums  # the means up to their lengths, which are set later
 
 
 def _images_of(classes: np.ndarray, loader: DataLoader) -> dict[int, np.ndarray]:
-    """The first IMAGES_PER_CLASS images of each class, by class."""
+    """Return the first IMAGES_PER_CLASS images of each class, by class."""
     wanted = np.zeros(loader.num_classes, bool)
     wanted[classes] = True
     labels = loader.source.labels()
@@ -264,7 +274,7 @@ def _images_of(classes: np.ndarray, loader: DataLoader) -> dict[int, np.ndarray]
 
 
 def _read(loader: DataLoader, index: int) -> np.ndarray | None:
-    """An image as it is; None for a bad record that shall be skipped."""
+    """Read an image without augmentation; None for a bad record that is skipped."""
     try:
         return loader.plain_image(index)
     except DATA_ERRORS as error:

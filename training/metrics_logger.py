@@ -1,4 +1,4 @@
-"""What a run says of itself: log lines, metrics.jsonl, TensorBoard, and wandb when asked."""
+"""What a run reports: log lines, metrics.jsonl, TensorBoard, and wandb if configured."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _WARN_AGAIN_AFTER = 100  # log lines
 
 
 class MetricsLogger:
-    """Writes on rank 0 and does nothing on the others.
+    """Writes log lines and files on rank 0; other ranks write only to wandb, if they have a run.
 
     Args:
-        folder: the run's output folder.
+        folder: The run's output folder.
         is_main: True on rank 0.
-        wandb_run: from `start_wandb`, or None.
-        step: optimizer steps done before, of a resumed run.
+        wandb_run: A run from `start_wandb`, or None.
+        step: Optimizer steps that a resumed run has done before.
     """
 
     def __init__(self, folder: Path, is_main: bool, wandb_run: Any = None, step: int = 0) -> None:
@@ -34,7 +34,7 @@ class MetricsLogger:
         self._journal: JsonlWriter | None = None
         self._board: Any = None
         self._wandb = wandb_run
-        self._lines_until_wait_warning = 1  # the first line has the start of the workers in it
+        self._lines_until_wait_warning = 1  # the first line includes the start of the workers
         if is_main:
             self._journal = JsonlWriter(folder, step)
             self._open_board(step)
@@ -42,7 +42,7 @@ class MetricsLogger:
     def step(
         self, step: int, epoch: int, learning_rate: float, report: StepStats, rates: Rates
     ) -> None:
-        """One log line and one object in metrics.jsonl, for the steps since the last."""
+        """Write a log line and an object in metrics.jsonl for the steps since the last line."""
         logger.info(
             "Speed %.2f samples/sec   Loss %.4f   LearningRate %.6f   Epoch: %d   "
             "Global Step: %d   Fp16 Grad Scale: %2.f   Required: %.1f hours   "
@@ -101,7 +101,7 @@ class MetricsLogger:
             )
 
     def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, float]]) -> None:
-        """One line per target in the log, one object in metrics.jsonl."""
+        """Write the log lines of every target, and one object in metrics.jsonl."""
         for target, metrics in results.items():
             if "top1" in metrics:
                 logger.info(
@@ -131,12 +131,12 @@ class MetricsLogger:
         self._write(step, {"step": step, "epoch": epoch, "eval": results})
 
     def upload(self, model: Path) -> None:
-        """Give model.pt to wandb as an artifact, where there is a wandb run."""
+        """Upload model.pt to wandb as an artifact, if there is a wandb run."""
         if self._wandb is not None:
             self._wandb.log_artifact(str(model), name=model.parent.name, type="model")
 
     def go_back(self, step: int) -> None:
-        """Later steps than this will be run again: their lines are set aside."""
+        """Archive the lines of steps after `step`, because these steps will run again."""
         if self._journal is not None:
             self._journal.close()
             self._journal = JsonlWriter(self._folder, step)
@@ -155,7 +155,7 @@ class MetricsLogger:
         scalars = dict(_scalars(record))
         if self._journal is not None:
             if self._journal.write(without_nan(record)) and self._board is None:
-                self._open_board(step - 1)  # the disk takes files again
+                self._open_board(step - 1)  # the disk accepts files again
             self._to_board(scalars, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
@@ -168,7 +168,11 @@ class MetricsLogger:
         )
 
     def _to_board(self, scalars: dict[str, float], step: int, *, is_last: bool = False) -> None:
-        """Its writer is a thread: a full disk shows at a later call, and ends it for good."""
+        """Write to TensorBoard, and give it up at the first error.
+
+        Its writer is a thread, so a full disk shows only at a later call, and the thread does not
+        recover.
+        """
         if self._board is None:
             return
         try:
@@ -202,7 +206,7 @@ def start_wandb(
     settings: dict[str, Any],
     folder: Path,
 ) -> Any:
-    """A wandb run. The key comes from WANDB_API_KEY or `wandb login`, never from a config."""
+    """Start a wandb run. The key comes from WANDB_API_KEY or `wandb login`, never from a config."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -219,11 +223,11 @@ def start_wandb(
 
 
 class JsonlWriter:
-    """Appends to metrics.jsonl. What cannot be written waits in memory for the next line.
+    """Appends to metrics.jsonl. Lines that cannot be written wait in memory for the next call.
 
     Args:
-        folder: the run's.
-        step: optimizer steps done before, of a resumed run; 0 begins a new file.
+        folder: Folder of the run.
+        step: Optimizer steps that a resumed run has done before; 0 begins a new file.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -234,13 +238,13 @@ class JsonlWriter:
         self._waiting: list[bytes] = []
 
     def write(self, record: dict[str, Any]) -> bool:
-        """Append a line; False if the disk does not take it now, which is logged once."""
+        """Append a line; return False if the disk does not accept it now, which is logged once."""
         self._waiting.append(json.dumps(record).encode() + b"\n")
         data = b"".join(self._waiting)
         size = self._file.seek(0, 2)
         try:
             written = self._file.write(data)
-            if written != len(data):  # a disk that became full within it
+            if written != len(data):  # the disk became full during the write
                 self._file.truncate(size)
                 raise OSError(f"{written} of {len(data)} bytes written")
         except OSError as error:
@@ -257,16 +261,16 @@ class JsonlWriter:
         return True
 
     def close(self) -> None:
-        """Close the file; says so if lines never reached it."""
+        """Close the file, and log an error if lines were never written."""
         if self._waiting:
             logger.error("%d last lines of %s could not be written", len(self._waiting), self.path)
         self._file.close()
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Take the lines of steps beyond `step` out of metrics.jsonl: they will be run again.
+    """Remove the lines of steps after `step` from metrics.jsonl; these steps will run again.
 
-    They go to metrics_discarded.jsonl; what a killed process wrote half goes, too.
+    The lines go to metrics_discarded.jsonl, with those that a killed process left incomplete.
     """
     path = folder / "metrics.jsonl"
     kept: list[str] = []

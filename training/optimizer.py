@@ -1,4 +1,4 @@
-"""The backbone's optimizer, its state whole on every rank or spread over them (ZeRO)."""
+"""The backbone's optimizer, with its state whole on every rank or sharded over them (ZeRO)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ def make_optimizer(
     layer_decay: float = 1.0,
     spread: bool = False,
 ) -> torch.optim.Optimizer:
-    """SGD or AdamW over what is trained, fused, so that it can leave a step out on the device.
+    """Make a fused SGD or AdamW over the trainable parameters, which can skip a step on the device.
 
     Args:
+        backbone: The network.
         name: "sgd" or "adamw".
-        decay_norms_and_biases, layer_decay: see `parameter_groups`.
-        spread: each rank of the default group keeps the state of some parameters and moves them;
-            they are then broadcast (Rajbhandari et al. 2020, ZeRO, stage 1).
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay.
+        decay_norms_and_biases: See `parameter_groups`.
+        layer_decay: See `parameter_groups`.
+        spread: Whether each rank of the default group keeps the state of some parameters and
+            updates them. These are then broadcast (Rajbhandari et al., 2020, ZeRO, stage 1).
+
+    Returns:
+        The optimizer.
     """
     groups = parameter_groups(backbone, weight_decay, decay_norms_and_biases, layer_decay)
     kind: Any = torch.optim.AdamW if name == "adamw" else torch.optim.SGD
@@ -42,8 +50,8 @@ def make_optimizer(
         optimizer = kind(groups, **options)
     set_learning_rate(optimizer, lr)
     if options.get("momentum"):
-        # The fused kernel makes these buffers at the first step without filling them, and
-        # leaves them so if that step is bad. Zeros give the same first step (no dampening).
+        # The fused kernel makes these buffers at the first step without filling them, and leaves
+        # them so if that step is skipped. Zeros give the same first step (no dampening).
         own = own_optimizer(optimizer)
         for parameter in own_parameters(optimizer):
             own.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -53,18 +61,20 @@ def make_optimizer(
 def parameter_groups(
     backbone: Backbone, weight_decay: float, decay_norms_and_biases: bool, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """What is trained, in groups of one weight decay and one share of the learning rate each.
+    """Group the trainable parameters by weight decay and by factor of the learning rate.
 
     Args:
-        decay_norms_and_biases: False: weight decay shrinks the weights of convolutions and linear
-            layers and nothing else: not their biases, norms, PReLU's slopes, positions of patches,
-            or the token of masked ones.
-        layer_decay: `lr_factor` of a group of `Backbone.layers_by_depth` relative to the one
-            after it; the last one has 1.
+        backbone: The network.
+        weight_decay: Weight decay.
+        decay_norms_and_biases: Whether weight decay applies to all parameters. Otherwise it applies
+            only to the weights of convolutions and linear layers, but not to biases, norms, slopes
+            of PReLU, positions of patches, or the mask token.
+        layer_decay: `lr_factor` of a group of `Backbone.layers_by_depth` relative to the next
+            group; the last one has 1.
 
     Returns:
-        Groups for an optimizer, in the order in which their first parameters come; a single one
-        with both arguments at their defaults (True, 1).
+        Groups for an optimizer, in the order in which their first parameters come. There is a
+        single one with both arguments at their defaults (True, 1).
     """
     matrices = {
         id(module.weight)
@@ -83,7 +93,7 @@ def parameter_groups(
 
 
 def _factors(backbone: Backbone, layer_decay: float) -> dict[str, float]:
-    """Share of the learning rate by name of the parameter."""
+    """Return the factor of the learning rate by name of the parameter."""
     names = [name for name, _ in backbone.named_parameters()]
     if layer_decay == 1.0:
         return dict.fromkeys(names, 1.0)
@@ -96,21 +106,21 @@ def _factors(backbone: Backbone, layer_decay: float) -> dict[str, float]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Of every group, times its share."""
+    """Set the learning rate of every group to `learning_rate` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_factor"]
 
 
 def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """What steps on this rank and holds its state: the optimizer itself, or ZeRO's inner one."""
+    """Return the optimizer that steps on this rank: the given one, or the inner one of ZeRO."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
 def own_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters that this rank moves."""
+    """Return the parameters that this rank updates."""
     return [p for group in own_optimizer(optimizer).param_groups for p in group["params"]]
 
 
 def is_spread(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether other ranks hold the state of other parameters."""
+    """Return whether other ranks hold the state of other parameters."""
     return isinstance(optimizer, ZeroRedundancyOptimizer)

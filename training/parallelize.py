@@ -1,4 +1,4 @@
-"""The backbone under DDP and torch.compile, and what has to be settled before the first step."""
+"""Wrap the backbone in DDP and compile it, with the passes that both need before the first step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,19 @@ def distribute(
     static_graph: bool = False,
     grad_reduce_dtype: str = "fp32",
 ) -> nn.Module:
-    """`model` under DDP; the model itself for one rank.
+    """Wrap `model` in DDP; with one rank, return the model itself.
 
     Args:
-        static_graph: promise DDP that all steps use the same parameters in the same order.
-        grad_reduce_dtype: "fp32" (that of the gradients), "bf16" or "fp16".
+        model: The network.
+        world_size: Number of ranks.
+        device: Device of this rank.
+        static_graph: Whether DDP may assume that all steps use the same parameters in the same
+            order.
+        grad_reduce_dtype: dtype in which gradients are summed over ranks: "fp32" (that of the
+            gradients), "bf16" or "fp16".
+
+    Returns:
+        The wrapped model.
     """
     if world_size == 1:
         return model
@@ -56,10 +64,10 @@ def warm_up_ddp(
 ) -> None:
     """Let DDP choose its buckets of gradients before the first step instead of after it.
 
-    It starts with a guess and rebuilds the buckets by the order in which gradients arrived in the
-    first backward pass. On three ranks or more another cut means another order of the sums: the
-    first step after a resumption would not be what it was in the uninterrupted run. Two passes
-    over two blank images per rank; nothing of them remains.
+    DDP starts with a guess and rebuilds the buckets by the order in which gradients arrived in the
+    first backward pass. On three ranks or more, other buckets mean another order of the sums, so
+    that the first step after a resumption would differ from that of the uninterrupted run. This
+    makes two passes over two blank images per rank, which leave no trace.
     """
     if isinstance(model, DistributedDataParallel):
         _dummy_pass(model, 2, 2, input_size, device, batch_norm)  # the second pass rebuilds
@@ -72,16 +80,19 @@ def compile_backbone(
     device: torch.device,
     batch_norm: BatchNormStatistics,
 ) -> float:
-    """Have `model` (a module or its DDP) compiled for batches of this size; seconds it took.
+    """Compile `model` (a module or its DDP) for batches of this size.
 
-    Under DDP the graph is cut where its buckets are, so that their sums still overlap with
-    backward: settle the buckets first. A pass over blank images compiles both directions here,
-    before the class centers take their memory, and nothing of it remains.
+    Under DDP the graph is split at the buckets, so that their sums still overlap with backward;
+    call `warm_up_ddp` first. A pass over blank images compiles both directions here, before the
+    class centers take their memory, and leaves no trace.
+
+    Returns:
+        The seconds it took.
     """
     start = time.perf_counter()
     model.compile(dynamic=False)
     _dummy_pass(model, 1, batch_size, input_size, device, batch_norm)
-    return_freed_memory()  # the compiler leaves cycles and holes behind
+    return_freed_memory()  # the compiler leaves reference cycles and a fragmented heap
     return time.perf_counter() - start
 
 
@@ -93,13 +104,13 @@ def _dummy_pass(
     device: torch.device,
     batch_norm: BatchNormStatistics,
 ) -> None:
-    """Forward and backward passes over blank images; weights, statistics, generators stay."""
+    """Run forward and backward over blank images, and restore statistics and RNG states."""
     state = get_rng_state(device)
-    model.train()  # frozen batch norms learn of it only now
+    model.train()  # puts frozen batch norms into eval mode
     batch_norm.snapshot()
     shape = (batch_size, 3, input_size, input_size)
     images = torch.zeros(shape, dtype=torch.uint8, device=device)
-    images = images.to(memory_format=torch.channels_last)  # as the loader's
+    images = images.to(memory_format=torch.channels_last)  # the format of the loader's images
     for _ in range(passes):
         model(images).sum().backward()
     model.zero_grad(set_to_none=True)

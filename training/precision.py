@@ -1,10 +1,10 @@
-"""Which numbers the backbone computes in: one policy, applied outside the models.
+"""The precision of the backbone: one policy, applied outside the models.
 
-The body of the backbone runs under autocast for bf16 and fp16, or with TF32 products; its embedding
-layer and the loss stay in full fp32, weights are fp32 masters. The head's large matmuls take bf16
-operands under bf16, and under fp16 too where the GPU has bf16: softmax numerators outgrow fp16.
-Ranks tell each other embeddings and losses in fp32; the sum of the backbone's gradients has a dtype
-of its own (`grad_reduce_dtype`). fp64 is for proofs.
+The body of the backbone runs under autocast for bf16 and fp16, or with TF32 products. Its embedding
+layer and the loss stay in full fp32, and the weights are fp32 masters. The head's large matmuls
+take bf16 operands under bf16, and also under fp16 where the GPU has bf16, because softmax
+numerators exceed the range of fp16. Ranks exchange embeddings and losses in fp32; the sum of the
+backbone's gradients has a separate dtype (`grad_reduce_dtype`). fp64 serves the tests.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Precision:
     """A precision by name.
 
     Attributes:
-        name: fp32, tf32, bf16, fp16 or fp64.
-        dtype: of weights, embeddings and loss.
+        name: "fp32", "tf32", "bf16", "fp16" or "fp64".
+        dtype: dtype of weights, embeddings and loss.
         autocast: dtype of the backbone's body, or None.
-        needs_scaler: gradients are scaled against underflow (fp16).
+        needs_scaler: Whether the loss is scaled against underflow of gradients (fp16).
         head_matmul: dtype of the operands of the head's large matmuls, None for `dtype`. Their
             sums, the softmax and the class centers stay in `dtype`.
-        tf32: products of fp32 numbers may round their factors to 10 bits (GPUs from Ampere on),
-            in the backbone's body and the head, not in the embedding layer.
+        tf32: Whether products of fp32 numbers may round their factors to 10 bits (GPUs from Ampere
+            on). This holds in the backbone's body and the head, not in the embedding layer.
     """
 
     name: str
@@ -54,10 +54,14 @@ POLICIES = {
 
 
 def choose_precision(wanted: str | None, fp16: bool, device: torch.device) -> tuple[Precision, str]:
-    """The policy for the config's `precision` and `fp16`, and a warning (or "").
+    """Choose the policy for the config's `precision` and `fp16`.
 
-    An explicit `precision` wins. `fp16=True` alone means fp16 on CUDA. Neither: bf16 on a GPU that
-    has it. On a CPU both mean fp32: most have no fast half precision.
+    An explicit `precision` wins, except that tf32 on a CPU means fp32. `fp16=True` alone means fp16
+    on a GPU. With neither, a GPU that has bf16 uses it. On a CPU `fp16=True` and the default mean
+    fp32, because most CPUs have no fast half precision.
+
+    Returns:
+        The policy, and a warning or "".
     """
     on_gpu = device.type == "cuda"
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -72,7 +76,7 @@ def choose_precision(wanted: str | None, fp16: bool, device: torch.device) -> tu
 
 
 def named_policy(name: str | None, has_bf16: bool) -> Precision:
-    """The policy of that name on a GPU, or the GPU's usual one for None."""
+    """Return the policy of that name; None means bf16 where the GPU has it, else fp32."""
     policy = POLICIES[name or ("bf16" if has_bf16 else "fp32")]
     if policy.name == "fp16" and has_bf16:
         policy = replace(policy, head_matmul=torch.bfloat16)
@@ -80,9 +84,10 @@ def named_policy(name: str | None, has_bf16: bool) -> Precision:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether products of fp32 tensors on GPUs may be TF32; PyTorch itself allows it for
-    convolutions from the start. (These are the older names of the switches: torch 2.13's compiler
-    reads them, and refuses to after the newer ones were used.)
+    """Set whether products of fp32 tensors on GPUs may be TF32.
+
+    PyTorch itself allows it for convolutions from the start. These are the older names of the
+    switches: torch 2.13's compiler reads them, and refuses to after the newer ones were used.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
@@ -90,7 +95,7 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """TF32 inside, full fp32 after; nothing if not `allowed`."""
+    """Allow TF32 inside the context and forbid it afterwards; do nothing if not `allowed`."""
     if allowed:
         allow_tf32(True)
     try:
@@ -101,7 +106,7 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 
 class _FromHereOnTF32(torch.autograd.Function):
-    """The identity; behind it TF32 is allowed or not, and in backward, before it, the reverse."""
+    """The identity. It sets whether TF32 is allowed from there on, and the reverse in backward."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, allowed: bool) -> Tensor:
@@ -116,14 +121,15 @@ class _FromHereOnTF32(torch.autograd.Function):
 
 
 class MixedPrecisionBackbone(nn.Module):
-    """What DDP wraps: uint8 images in, embeddings of the policy's dtype out.
+    """The module that DDP wraps: uint8 images in, embeddings of the policy's dtype out.
 
     Args:
-        backbone: its parameters are trained; its state_dict is what model.pt holds.
-        precision: the policy.
-        freeze_batch_norm: batch norm always uses its running statistics and keeps them.
-        channels_last: memory format of the body's input.
-        mean, std: of pixel values 0..255, one number or one per RGB channel.
+        backbone: The network whose parameters are trained. Its state_dict is what model.pt holds.
+        precision: The policy.
+        freeze_batch_norm: Whether batch norm uses its running statistics and never updates them.
+        channels_last: Whether the body's input is in channels_last format.
+        mean: Mean of pixel values 0..255, one number or one per RGB channel.
+        std: Standard deviation of pixel values 0..255, one number or one per RGB channel.
     """
 
     def __init__(
@@ -146,12 +152,12 @@ class MixedPrecisionBackbone(nn.Module):
             self.register_buffer(name, numbers, persistent=False)
 
     def place(self, device: torch.device | None = None) -> None:
-        """Move to a device (None: stay), its weights in the memory format of its input."""
+        """Move to `device` (None keeps it), with weights in the memory format of the input."""
         # torch's stubs know memory_format only together with a tensor.
         self.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, H, W] -> embeddings [b, D]."""
+        """Map uint8 images [b, 3, H, W] to embeddings [b, D]."""
         if self.is_usual:
             pixels = normalize_images(images, self.precision.dtype)
         else:
@@ -165,7 +171,7 @@ class MixedPrecisionBackbone(nn.Module):
 
     @torch.compiler.disable  # its switches are not part of a graph
     def _embed(self, features: Tensor) -> Tensor:
-        """The embedding layer, in full precision."""
+        """Apply the embedding layer in full precision."""
         if not self.precision.tf32:
             return self.backbone.forward_embedding(features)
         features = _FromHereOnTF32.apply(features, False)
@@ -173,7 +179,7 @@ class MixedPrecisionBackbone(nn.Module):
         return embeddings
 
     def train(self, mode: bool = True) -> MixedPrecisionBackbone:
-        """As nn.Module's, except that frozen batch norms stay in eval mode."""
+        """Set the mode as nn.Module does, except that frozen batch norms stay in eval mode."""
         super().train(mode)
         if self.freeze_batch_norm:
             for module in batch_norms(self):
@@ -182,6 +188,6 @@ class MixedPrecisionBackbone(nn.Module):
 
 
 def batch_norms(model: nn.Module) -> list[Any]:
-    """The batch-norm layers of a model that keep running statistics, in order."""
+    """Return the batch norms of a model that keep running statistics, in order."""
     kind = nn.modules.batchnorm._BatchNorm
     return [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]

@@ -1,9 +1,9 @@
-"""Before training: do all ranks agree, can they write, is there room, do they reach each other?
+"""Checks before training: do all ranks agree, can they write, is there space, are they connected?
 
-The ranks compare notes through the process group's store, a key-value server beside the
-collectives: every rank posts what it found, waits a bounded time for what the others found, and
-works out the same verdict from the same notes. So the error is the same on every rank, a rank
-that does not come is named, and only the last check uses a collective.
+The ranks exchange messages through the process group's store, a key-value server beside the
+collectives. Every rank posts what it found, waits a bounded time for what the others found, and
+derives the same verdict from the same messages. So the error is the same on every rank, a rank that
+does not arrive is named, and only the last check uses a collective.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch.distributed as dist
 
 from utils.distributed import DistContext
 
-# What a rank runs: these folders, configs/base.py, and the entry points at the top.
+# The code that a rank runs: these folders, configs/base.py, and the entry points at the top.
 CODE_FOLDERS = ("arcshard", "backbones", "data", "eval", "training", "utils")
-TOKEN = ".preflight-"  # files made in the output folder, and taken away again
+TOKEN = ".preflight-"  # prefix of files that are made in the output folder and removed again
 VISIBLE_WITHIN_SECONDS = 30.0  # a network file system may show a new file late
 _POLL_SECONDS = 0.02
 
 
 class PreflightError(ValueError):
-    """The run must not start; the message says on which ranks and why."""
+    """The run must not start. The message says on which ranks and why."""
 
 
 def preflight(
@@ -45,20 +45,21 @@ def preflight(
     timeout_s: float = 60.0,
     arrival_s: float = 1800.0,
 ) -> None:
-    """Check, on all ranks at once, that the run can go through.
+    """Check, on all ranks at once, that the run can complete.
 
     Args:
-        facts: what must be the same everywhere, in words: config hash, code version, data.
-        folder: the run's output folder; it must exist, and be one folder for all ranks.
-        bytes_needed: what the run will write at most at any one time, over all ranks.
-        timeout_s: for each check, and for the all-reduce.
-        arrival_s: how much later than the first the last rank may come.
+        world: This process among the ranks.
+        facts: What must be the same on every rank, in words: config hash, code version, data.
+        folder: The run's output folder. It must exist, and be one folder for all ranks.
+        bytes_needed: The most bytes the run will have on disk at any one time, over all ranks.
+        timeout_s: Seconds for each check, and for the all-reduce.
+        arrival_s: Seconds that the last rank may arrive after the first.
 
     Raises:
-        PreflightError: on every rank, with the same message.
+        PreflightError: A check failed. Every rank raises it with the same message.
     """
     meeting = _StoreExchange(world)
-    if world.is_main:  # nobody makes a new one before the facts are exchanged
+    if world.is_main:  # no rank makes a new one before the facts are exchanged
         for left_over in folder.glob(f"{TOKEN}*"):
             left_over.unlink(missing_ok=True)
     notes = meeting.exchange("facts", json.dumps([socket.gethostname(), dict(facts)]), arrival_s)
@@ -74,7 +75,7 @@ def preflight(
 
 
 class _StoreExchange:
-    """Notes that every rank posts and reads."""
+    """Messages that every rank posts and reads."""
 
     def __init__(self, world: DistContext) -> None:
         self.world = world
@@ -86,10 +87,10 @@ class _StoreExchange:
             self._store = dist.PrefixStore(f"preflight/{number}", store)
 
     def exchange(self, name: str, note: str, timeout_s: float) -> list[str]:
-        """Every rank's note, in rank order.
+        """Post a message, and return that of every rank in rank order.
 
         Raises:
-            PreflightError: a rank posted none in time, or found so of another.
+            PreflightError: A rank posted none in time, or another rank has given up.
         """
         if self._store is None:
             return [note]
@@ -112,7 +113,11 @@ class _StoreExchange:
         return [self._store.get(key).decode() for key in keys]
 
     def refuse(self, problem: str) -> None:
-        """Raise what is wrong, if anything: the first verdict of any rank is everyone's."""
+        """Raise the problem, if there is one; the first verdict of any rank is that of all ranks.
+
+        Raises:
+            PreflightError: There is a problem.
+        """
         if not problem:
             return
         if self._store is not None:
@@ -120,7 +125,11 @@ class _StoreExchange:
         raise PreflightError(problem)
 
     def refuse_any(self, name: str, problem: str, hosts: Sequence[str], timeout_s: float) -> None:
-        """Raise what any rank found wrong; ranks with the same problem share a line."""
+        """Raise the problems that any rank found; ranks with the same problem share a line.
+
+        Raises:
+            PreflightError: Some rank found a problem.
+        """
         by_problem: dict[str, list[int]] = {}
         for rank, note in enumerate(self.exchange(name, problem, timeout_s)):
             if note:
@@ -134,7 +143,7 @@ class _StoreExchange:
 
 
 def _differences(everyone: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str:
-    """One line per fact in which the ranks differ, "" if there is none."""
+    """Return one line per fact in which the ranks differ, "" if there is none."""
     lines = []
     for key in sorted({key for facts in everyone for key in facts}):
         by_value: dict[str | None, list[int]] = {}
@@ -158,7 +167,7 @@ def _differences(everyone: Sequence[Mapping[str, str]], hosts: Sequence[str]) ->
 def _check_folder(
     meeting: _StoreExchange, folder: Path, hosts: Sequence[str], timeout_s: float
 ) -> None:
-    """Every rank can write into `folder`, and it is the same folder on all of them."""
+    """Check that every rank can write into `folder`, and that all see the same folder."""
     own = folder / f"{TOKEN}{meeting.world.rank}-{uuid.uuid4().hex}"
     try:
         own.touch()
@@ -208,13 +217,13 @@ def _no_room(folder: Path, bytes_needed: int) -> str:
 
 
 def _all_reduce(world: DistContext, timeout_s: float) -> str:
-    """A small sum over all ranks, on the device: what is wrong with it, "" if nothing."""
+    """Sum a small tensor over all ranks on the device; return what went wrong, "" if nothing."""
     values = torch.full((1024,), float(world.rank + 1), device=world.device)
     options = dist.AllreduceOptions()
     options.asyncOp = True
     if world.device.type == "cpu":
-        # gloo then ends the sum itself; unfinished, it would block the end of the process. nccl's
-        # watchdog would end the process without a word: there the deadline below has to do.
+        # gloo then ends the sum itself; an unfinished sum would block the end of the process.
+        # NCCL's watchdog would end the process without a message, so the deadline below serves it.
         options.timeout = timedelta(seconds=timeout_s)
     deadline = time.monotonic() + timeout_s + 1
     try:
@@ -241,10 +250,11 @@ _UNFINISHED = (
 
 
 def code_version(version: str, root: Path) -> str:
-    """`version` and a hash over the code that a rank runs, names and contents.
+    """Return `version` and a hash over names and contents of the code that a rank runs.
 
     Args:
-        root: the repository's folder.
+        version: Name and version of the project.
+        root: Folder of the repository.
     """
     files = [*root.glob("*.py"), root / "configs" / "base.py"]
     for folder in CODE_FOLDERS:
@@ -258,7 +268,7 @@ def code_version(version: str, root: Path) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Python and the libraries whose versions change numbers or file formats."""
+    """Return the versions of Python and of the libraries that change numbers or file formats."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -272,12 +282,12 @@ def library_versions() -> dict[str, str]:
 
 
 def device_kind(device: torch.device) -> str:
-    """The model of the device; ranks on different ones wait for the slowest."""
+    """Return the model of the device. Ranks on different models would wait for the slowest."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _ranks(ranks: Sequence[int], hosts: Sequence[str] | None = None) -> str:
-    """[0, 1, 2, 5] as "ranks 0-2, 5", with the hosts they are on."""
+    """Format [0, 1, 2, 5] as "ranks 0-2, 5", with their hosts."""
     parts: list[str] = []
     start = 0
     for place, rank in enumerate(ranks):

@@ -1,4 +1,4 @@
-"""`profile=N`: where the time of N steps goes, as a trace to look into and a page to read."""
+"""`profile=N`: where the time of N steps goes, as a trace for a viewer and a page of text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("train")
 
 FOLDER = "profile"
 TRACE, SUMMARY = "trace.json.gz", "summary.txt"
-WARM_UP_STEPS = 5  # caches, buckets and workers settle before anything is measured
+WARM_UP_STEPS = 5  # not measured, because caches, buckets and workers settle in them
 PHASES = {
     "data": "waiting for data",
     "forward": "backbone, forward",
@@ -34,15 +34,17 @@ _COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "mpi:")
 
 
 def phase(name: str) -> AbstractContextManager[object]:
-    """What the code below belongs to; costs next to nothing while nobody profiles."""
+    """Assign the code inside the context to a phase; costs almost nothing without a profiler."""
     return record_function(_PREFIX + name)
 
 
 class StepProfile:
-    """Watches some steps of a run, on one rank; calls itself off once it has written.
+    """Profiles some steps of a run on one rank, and switches itself off once it has written.
 
     Args:
-        folder: of the run. num_steps: to watch; 0: nothing is ever done. device: of the run.
+        folder: Folder of the run.
+        num_steps: Number of steps to profile; with 0 nothing is ever done.
+        device: Device of the run.
     """
 
     def __init__(self, folder: Path, num_steps: int, device: torch.device) -> None:
@@ -52,7 +54,7 @@ class StepProfile:
         self._profile: profile | None = None
 
     def after_step(self) -> None:
-        """Call at the end of every step; writes when the last one to watch is done."""
+        """Count a step; call this at the end of every step. Writes after the last profiled step."""
         if not self.num_steps:
             return
         if self._profile is None:
@@ -65,7 +67,7 @@ class StepProfile:
             self._end(self._profile)
 
     def close(self) -> None:
-        """Say so if the run was too short; nothing is written then."""
+        """Log a warning if the run was too short; nothing is written then."""
         if self.num_steps:
             logger.warning(
                 "profile=%d: the run ended before %d steps after the first %d were done; nothing "
@@ -95,13 +97,13 @@ class StepProfile:
         page = summary(done, self.num_steps, milliseconds, self.device.type == "cuda")
         try:
             self._write(done, page)
-        except OSError as error:  # a disk that is full costs the files, not the run
+        except OSError as error:  # a full disk must not end the run
             logger.error("%s cannot be written (%s): training goes on", self.folder, error)
         logger.info("profile of %d steps in %s:\n%s", self.num_steps, self.folder, page)
         self.num_steps, self._profile = 0, None
 
     def _write(self, done: profile, page: str) -> None:
-        """The page and the trace; no half of a trace is left if it fails."""
+        """Write the page and the trace; an incomplete trace is removed."""
         self.folder.mkdir(exist_ok=True)
         (self.folder / SUMMARY).write_text(page)
         trace = self.folder / TRACE
@@ -110,7 +112,7 @@ class StepProfile:
                 plain = Path(aside, "trace.json")
                 done.export_chrome_trace(str(plain))
                 content = plain.read_bytes() if plain.exists() else b""
-            json.loads(content)  # the profiler says nothing of a disk that took a part, or none
+            json.loads(content)  # the profiler does not report a disk that is full
             trace.write_bytes(gzip.compress(content, 5))
         except (OSError, ValueError) as error:
             trace.unlink(missing_ok=True)
@@ -118,11 +120,13 @@ class StepProfile:
 
 
 def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool) -> str:
-    """The page: a line per phase in ms per step and percent of the step, and the largest costs.
+    """Return the page: per phase ms per step and percent of the step, then the largest costs.
 
     Args:
-        milliseconds: of a step, from end to end.
-        on_device: times are the device's; else the host's.
+        done: The finished profile.
+        num_steps: Number of profiled steps.
+        milliseconds: Milliseconds of a step from end to end.
+        on_device: Whether times are those of the device instead of the host.
     """
     spent, collectives, named = _device_costs(done) if on_device else _host_costs(done)
     spent, named = (
@@ -133,7 +137,7 @@ def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool)
     def line(name: str, ms: float) -> str:
         return f"{name:54} {ms:10.2f} {100 * ms / milliseconds:7.1f}"
 
-    phases = {  # a run without a teacher has no line for it
+    phases = {  # without a teacher there is no line for it
         text: spent[_PREFIX + name] for name, text in PHASES.items() if _PREFIX + name in spent
     }
     lines = [
@@ -151,7 +155,7 @@ def summary(done: profile, num_steps: int, milliseconds: float, on_device: bool)
 
 
 Costs = tuple[dict[str, float], float, dict[str, float]]
-"""Microseconds of all steps: by range of `phase`, of collectives, by name without the ranges."""
+"""Microseconds of all steps: by phase, of collectives, and by name of operation."""
 
 
 def _host_costs(done: profile) -> Costs:
@@ -167,10 +171,10 @@ def _host_costs(done: profile) -> Costs:
 
 
 def _device_costs(done: profile) -> Costs:
-    """What the device worked belongs to the phase in which the host asked for it.
+    """Assign the work of the device to the phase in which the host started it.
 
     The profiler's own sums by range leave out backward, whose operations start in threads of
-    autograd's, and count the time between kernels where the range is shown on the device.
+    autograd, and count the time between kernels where the range is shown on the device.
     """
     spent: dict[str, float] = defaultdict(float)
     named: dict[str, float] = defaultdict(float)
@@ -182,7 +186,7 @@ def _device_costs(done: profile) -> Costs:
     )
     starts = [start for start, _, _ in ranges]
     for start, end, name in ranges:
-        # For data the host waits while the device has nothing to do.
+        # While the host waits for data, the device has nothing to do.
         spent[name] += end - start if name == _PREFIX + "data" else 0.0
     for event in on_host:
         place = bisect_right(starts, event.time_range.start) - 1

@@ -10,13 +10,16 @@ KINDS = ("polynomial", "cosine", "constant")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from zero, then down to zero (or constant).
+    """Linear warm-up from zero, then a decrease to zero (or a constant).
 
     Args:
-        peak: learning rate at the end of the warm-up.
-        total_steps: optimizer steps of the whole run.
-        warmup_steps: optimizer steps of the warm-up; 0 starts at the peak.
+        peak: Learning rate at the end of the warm-up.
+        total_steps: Optimizer steps of the whole run.
+        warmup_steps: Optimizer steps of the warm-up; 0 starts at the peak.
         kind: "polynomial" (power 2, as published), "cosine" or "constant".
+
+    Raises:
+        ValueError: `kind` or `warmup_steps` is outside its domain.
     """
 
     peak: float
@@ -31,7 +34,7 @@ class Schedule:
             raise ValueError(f"warmup_steps={self.warmup_steps}: in [0, {self.total_steps}]")
 
     def __call__(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
+        """Return the learning rate of optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         if self.kind == "constant":

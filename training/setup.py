@@ -1,4 +1,4 @@
-"""What must hold before anything is built, and the folder of a run."""
+"""Checks before anything is built, and the folder of a run."""
 
 from __future__ import annotations
 
@@ -32,17 +32,20 @@ RUN_FILES = (
 
 
 class SetupError(ValueError):
-    """The run cannot start; the message says what to change."""
+    """The run cannot start. The message says what to change."""
 
 
 def check_output(output: str | Path) -> Path:
-    """The run's folder, made if need be and tried out by writing a file.
+    """Create the run's folder if needed, and test it by writing a file.
+
+    Returns:
+        The folder.
 
     Raises:
-        SetupError: it cannot be written, or belongs to a training set.
+        SetupError: It cannot be written, or belongs to a training set.
     """
     folder = Path(output)
-    if any(folder.glob("*.rec")):  # label_map.txt there is not ours to set aside
+    if any(folder.glob("*.rec")):  # label_map.txt there belongs to the set and must not be moved
         raise SetupError(
             f"output={str(output)!r} has records in it: choose a folder of the run's own"
         )
@@ -59,8 +62,9 @@ def check_output(output: str | Path) -> Path:
 
 
 def archive_earlier_run(folder: Path) -> None:
-    """Move what an earlier run left in the folder into previous_<k>/: nothing is overwritten,
-    and files of two runs are not mixed.
+    """Move the files of an earlier run from the folder to previous_<k>/.
+
+    So nothing is overwritten, and files of two runs are not mixed.
     """
     earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if not earlier:
@@ -74,10 +78,13 @@ def archive_earlier_run(folder: Path) -> None:
 
 
 def share_global_batch(cfg: Config, world_size: int) -> Config:
-    """The config with `global_batch_size` turned into batch_size and gradient_acc.
+    """Replace `global_batch_size` by batch_size and gradient_acc.
+
+    Returns:
+        The changed config.
 
     Raises:
-        SetupError: the ranks cannot share it equally.
+        SetupError: The ranks cannot share it equally.
     """
     if cfg.global_batch_size is None:
         return cfg
@@ -94,12 +101,16 @@ def share_global_batch(cfg: Config, world_size: int) -> Config:
 
 
 def is_classification(cfg: Config) -> bool:
-    """Whether the last layer is a plain classifier of pictures."""
+    """Return whether the last layer is a plain classifier of images."""
     return cfg.task == "classification"
 
 
 def check_wandb(cfg: Config) -> None:
-    """Refuse `using_wandb` where it is not installed (SetupError)."""
+    """Check that wandb is installed if the config uses it.
+
+    Raises:
+        SetupError: It is not installed.
+    """
     if cfg.using_wandb and importlib.util.find_spec("wandb") is None:
         raise SetupError(
             "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
@@ -109,7 +120,11 @@ def check_wandb(cfg: Config) -> None:
 
 
 def check_step_options(cfg: Config, world: DistContext) -> None:
-    """Refuse options of the step that this machine cannot serve (SetupError)."""
+    """Check the options of the step that depend on this machine.
+
+    Raises:
+        SetupError: This machine cannot serve an option.
+    """
     on_gpu = world.device.type == "cuda"
     if cfg.grad_reduce_dtype == "bf16" and not on_gpu and world.world_size > 1:
         raise SetupError(
@@ -124,7 +139,7 @@ def check_step_options(cfg: Config, world: DistContext) -> None:
         )
     if cfg.compile and on_gpu and importlib.util.find_spec("triton") is None:
         raise SetupError("compile=True needs triton: pip install triton, or leave compile out")
-    # Triton builds what starts its kernels with a C compiler.
+    # Triton builds the launchers of its kernels with a C compiler.
     if (
         cfg.compile
         and on_gpu

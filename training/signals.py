@@ -1,8 +1,8 @@
 """Signals that ask the run to stop: noticed at once, obeyed at the end of a step.
 
-Slurm and Kubernetes send SIGTERM (Slurm also SIGUSR1 where told so) ahead of taking the machine
-away; Ctrl-C is SIGINT. Python runs a handler only between bytecodes of the main thread, which
-may wait in a collective; the interpreter's wake-up pipe does not wait, so a thread reads that.
+Slurm and Kubernetes send SIGTERM (Slurm also SIGUSR1 if configured) before they take the machine
+away; Ctrl-C is SIGINT. Python runs a handler only between bytecodes of the main thread, which may
+wait in a collective. The interpreter's wake-up pipe is written at once, so a thread reads that.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ EXIT_AT_ONCE = 130
 
 
 class StopSignals:
-    """While entered, the first SIGTERM, SIGINT or SIGUSR1 sets `received`; a second SIGINT ends
-    the process at once with exit code 130. Only in the main thread.
+    """While entered, the first SIGTERM, SIGINT or SIGUSR1 sets `received`.
+
+    A second SIGINT ends the process at once with exit code 130. It can only be entered in the main
+    thread.
+
+    Attributes:
+        received: The first signal, None before it.
     """
 
     def __init__(self) -> None:
@@ -32,7 +37,7 @@ class StopSignals:
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in STOPPING:
-            # The handler itself has nothing to do, but without one nothing wakes the pipe.
+            # The handler does nothing, but without one the signal is not written to the pipe.
             self._before[number] = signal.signal(number, lambda number, frame: None)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()

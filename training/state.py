@@ -1,21 +1,21 @@
-"""The complete state of a run: what a checkpoint holds, and how it goes back to its place.
+"""The complete state of a run: what a checkpoint holds, and how it is restored.
 
-Tensors are named as where they live:
+Tensors are named after where they belong:
 
     backbone/<name>            parameters and buffers
     optimizer/<key>/<name>     the backbone's optimizer
     head/weight, head/bias     class centers, by rows; head/<parameter>/<key>: their optimizer's
     head/margin_<name>         running values of the margin
-    watch/<name>               running values of the watch
+    watch/<name>               running statistics of the divergence monitor
     ema/backbone/<name>, ema/updates: the average of the backbone (training/ema.py)
-    ranks/<what>               one row per rank: batch-norm statistics, generators, counts
+    ranks/<what>               one row per rank: batch-norm statistics, RNG states, counts
 
-Everything else is plain: see `facts`. On another number of ranks the centers and their state go to
-whoever owns them now, batch-norm statistics become the mean over the ranks that were, and
-generators (dropout, masks) start anew from the seed, the step and the rank.
+Everything else is plain values: see `facts`. On another number of ranks, the centers and their
+state go to the ranks that own them now, batch-norm statistics become the mean over the saved ranks,
+and RNG states (dropout, masks) are derived from the seed, the step and the rank.
 
 Where this run keeps an average and the checkpoint has none, it starts from the checkpoint's
-weights; an average that this run has no use for is left out. Both are said in the log.
+weights. An average that this run does not use is left out. Both are logged.
 """
 
 from __future__ import annotations
@@ -51,11 +51,16 @@ OPTIMIZER_STATE = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """How far a run has come.
 
-    step: optimizer steps done. position: global batches of the data order used up; beyond step
-    by those that a rollback left out. best, best_step: highest mean accuracy and when.
-    evaluated_step: of the last verification. rollbacks: so far.
+    Attributes:
+        step: Optimizer steps done.
+        position: Global batches of the data order that were used. It exceeds `step` by those that
+            rollbacks left out.
+        best: Highest mean accuracy.
+        best_step: Step of the highest mean accuracy.
+        evaluated_step: Step of the last verification.
+        rollbacks: Number of rollbacks so far.
     """
 
     step: int = 0
@@ -67,10 +72,13 @@ class Progress:
 
 
 class RunState:
-    """Collects the state of a run, and puts a saved one back.
+    """Collects the state of a run, and restores a saved one.
 
     Args:
-        parts: of the run. world: this rank. watch: of the loop. seed: of the run.
+        parts: Parts of the run.
+        world: This process among the ranks.
+        watch: Divergence monitor of the loop.
+        seed: Seed of the run.
     """
 
     def __init__(
@@ -79,11 +87,11 @@ class RunState:
         self.parts, self.world, self.watch, self.seed = parts, world, watch, seed
 
     def tensors(self) -> State:
-        """Every tensor, each where it lives; nothing is copied."""
+        """Return every tensor itself, without copies."""
         return {**self._on_all_ranks(), **self._by_class(), **self._by_rank()}
 
     def facts(self, progress: Progress) -> dict[str, Any]:
-        """What is not a tensor, as plain values (waits for the device under fp16)."""
+        """Return what is not a tensor, as plain values. Waits for the device under fp16."""
         scaler = self.parts.step.scaler
         head = self.parts.head.get_extra_state()
         return {
@@ -94,7 +102,7 @@ class RunState:
         }
 
     def bytes_on_disk(self) -> int:
-        """Size of the whole state, over all ranks (ZeRO's: by this rank's share)."""
+        """Return the size of the whole state over all ranks (of ZeRO's, by this rank's share)."""
         size = sum(
             stored.shape.numel() * stored.local.itemsize for stored in self.tensors().values()
         )
@@ -104,10 +112,17 @@ class RunState:
         return size
 
     def load(self, found: Checkpoint, ranks: RankGroup) -> Progress:
-        """Put a checkpoint's state in place, all ranks together; each reads its own rows.
+        """Restore a checkpoint; all ranks call this together, and each reads its own rows.
+
+        Args:
+            found: The checkpoint.
+            ranks: The ranks.
+
+        Returns:
+            The saved progress.
 
         Raises:
-            CheckpointError: it does not hold what this run needs.
+            CheckpointError: It does not hold what this run needs.
         """
         has_average = ranks.run_on_all_ranks(lambda: self._make_room(found.path))[0]
         wanted = {
@@ -150,7 +165,7 @@ class RunState:
     # --- the three kinds of tensors ----------------------------------------------------------
 
     def _on_all_ranks(self) -> dict[str, TensorShard]:
-        """What every rank holds alike; the writing is shared out by size."""
+        """Return what is the same on every rank; the ranks share the writing by size."""
         tensors = self._backbone()
         if not is_spread(self.parts.step.optimizer):
             tensors |= self._optimizer()
@@ -164,12 +179,12 @@ class RunState:
             writer = before * self.world.world_size // max(total, 1)
             stored[name] = TensorShard.whole(tensor.detach(), writer == self.world.rank)
             before += tensor.numel() * tensor.itemsize
-        if is_spread(self.parts.step.optimizer):  # each tensor has its one owner
+        if is_spread(self.parts.step.optimizer):  # each tensor has one owner
             stored |= {name: TensorShard.whole(t, True) for name, t in self._optimizer().items()}
         return stored
 
     def _by_class(self) -> dict[str, TensorShard]:
-        """Class centers, biases and what their update rules keep: this rank's part."""
+        """Return this rank's part of class centers, biases and their optimizer state."""
         head = self.parts.head
         names = {id(parameter): name for name, parameter in head.named_parameters()}
         stored = {}
@@ -181,8 +196,10 @@ class RunState:
         return stored
 
     def _part_of_head(self, tensor: Tensor) -> TensorShard:
-        """Of a tensor with a row per class center: this rank's rows, its columns where features
-        are split, or all of it where nothing is (one rank writes that).
+        """Return this rank's part of a tensor with a row per class center.
+
+        The part is its rows, or its columns where features are split. Where nothing is split it is
+        the whole tensor, which one rank writes.
         """
         head = self.parts.head
         if isinstance(head, LayerClassifier) and head.dim == 0 and tensor.dim() == 2:
@@ -196,7 +213,7 @@ class RunState:
         )
 
     def _by_rank(self) -> dict[str, TensorShard]:
-        """What every rank has of its own."""
+        """Return what differs between ranks."""
         _, numpy_words, *numpy_place, numpy_gauss = np.random.get_state(legacy=True)
         kind, words, gauss = random.getstate()
         rows: dict[str, Tensor] = {
@@ -222,7 +239,7 @@ class RunState:
     # --- details -----------------------------------------------------------------------------
 
     def _backbone(self) -> dict[str, Tensor]:
-        """Parameters and buffers, without the statistics that every rank has of its own."""
+        """Return parameters and buffers, without the statistics that differ between ranks."""
         state = _common_state("backbone/", self.parts.backbone, self.parts.batch_norm)
         average = self.parts.average
         if average is not None:
@@ -240,9 +257,13 @@ class RunState:
         }
 
     def _make_room(self, folder: Path) -> bool:
-        """Create what the optimizer makes at its first step only, and compare all names.
+        """Create the state that the optimizer makes only at its first step, and compare all names.
 
-        Returns whether the checkpoint has an average of the backbone.
+        Returns:
+            Whether the checkpoint has an average of the backbone.
+
+        Raises:
+            StorageError: The checkpoint has other tensors than this run.
         """
         saved = sharded_io.describe(folder)
         optimizer = own_optimizer(self.parts.step.optimizer)
@@ -254,7 +275,7 @@ class RunState:
                 continue
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"optimizer/{key}/{name}" in saved:
-                    # The averages in their parameter's memory format: fused kernels rely on it.
+                    # Averages have their parameter's memory format: fused kernels rely on it.
                     like = parameter.new_zeros((), dtype=torch.float32)
                     optimizer.state[parameter].setdefault(
                         key, like if key == "step" else torch.zeros_like(parameter)
@@ -271,10 +292,10 @@ class RunState:
         return f"{EMA}updates" in saved
 
     def _joined(self, name: str, rows: Tensor) -> Tensor:
-        """This rank's row, made from the rows of another number of ranks."""
+        """Make this rank's row from the rows of another number of ranks."""
         if name in (RANKS + "batch_norm", RANKS + EMA_ROW):
             return torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
-        if name == RANKS + "counts":  # images skipped: all told; draws of the rounding: the most
+        if name == RANKS + "counts":  # the sum of skipped images, the maximum of rounding draws
             skipped = rows[:, 0].sum() if self.world.is_main else rows.new_zeros(())
             return torch.cat([skipped[None], rows[:, 1:].amax(dim=0)])
         return rows.amax(dim=0)
@@ -314,7 +335,7 @@ class RunState:
 def _common_state(
     prefix: str, model: nn.Module, batch_norm: BatchNormStatistics
 ) -> dict[str, Tensor]:
-    """A model's state dict without the statistics that every rank has of its own."""
+    """Return a model's state dict without the statistics that differ between ranks."""
     own = {
         t.untyped_storage().data_ptr()
         for t in (batch_norm.statistics, batch_norm.counts)

@@ -1,7 +1,7 @@
 """One optimizer step: forward, head, backward, clip, update; nothing waits for the device.
 
-Two heads do wait, once per step: class centers in host memory, and a sample smaller than the
-global batch (sample_rate x classes per rank), whose size depends on the labels.
+Two heads do wait, once per step: one with class centers in host memory, and one with a sample
+smaller than the global batch (sample_rate x classes per rank), whose size depends on the labels.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,13 @@ from training.profile import phase
 class StepOutcome(NamedTuple):
     """What a step did, as scalars on the device.
 
-    loss: mean over the global batch. grad_norm: of the backbone, before clipping; 0 if frozen.
-    bad: the loss or the gradient was not finite and nothing moved on any rank.
-    loss_scale: of fp16, 1 otherwise. distillation: its loss, without the weight; None: no teacher.
+    Attributes:
+        loss: Mean loss over the global batch.
+        grad_norm: Norm of the backbone's gradient before clipping; 0 if the backbone is frozen.
+        bad: True if the loss or the gradient was not finite, so that the step was skipped on every
+            rank. Centers that are updated in backward are skipped for a non-finite loss only.
+        loss_scale: Loss scale of fp16, 1 otherwise.
+        distillation: Distillation loss without its weight; None without a teacher.
     """
 
     loss: Tensor
@@ -39,20 +43,20 @@ class StepOutcome(NamedTuple):
 
 
 class TrainStep:
-    """Holds what a step needs; calling it does one.
+    """Holds what a step needs; a call makes one step.
 
     Args:
-        model: uint8 images -> embeddings; wrapped by `distribute` where there are more ranks.
-        head: with an update rule.
-        optimizer: of the backbone (training/optimizer.py), fused: it can skip a step without asking
-            the host.
-        batch_norm: of the backbone, to put back after a bad step.
-        clip_grad_norm: largest norm of the backbone's gradient; 0 leaves it alone.
-        scaler: for fp16.
-        needs_full_batch: the loss needs all micro-batches of a step at once.
-        tf32: allow TF32 while a step runs (and only then: verification is in full fp32).
-        distillation: a second loss, from a teacher (training/distillation.py).
-        average: of the backbone's weights, to follow each step.
+        model: Maps uint8 images to embeddings. With several ranks it is wrapped by `distribute`.
+        head: The head, with a row optimizer.
+        optimizer: Optimizer of the backbone (training/optimizer.py). It is fused, so that it can
+            skip a step without asking the host.
+        batch_norm: Statistics of the backbone, which are restored after a skipped step.
+        clip_grad_norm: Largest norm of the backbone's gradient; 0 does not clip.
+        scaler: Loss scaler for fp16, or None.
+        needs_full_batch: Whether the loss needs all micro-batches of a step at once.
+        tf32: Whether TF32 is allowed while a step runs. Verification is always in full fp32.
+        distillation: A second loss, from a teacher (training/distillation.py).
+        average: Moving average of the backbone's weights, updated after each step.
     """
 
     def __init__(
@@ -84,7 +88,13 @@ class TrainStep:
         """Step on the mean over all micro-batches, as if they were one batch.
 
         Args:
-            is_frozen: only the class centers move; the backbone is read as at inference.
+            micro_batches: The batches of this rank.
+            learning_rate: Learning rate of the step.
+            is_frozen: Whether only the class centers are updated; the backbone then runs in eval
+                mode.
+
+        Returns:
+            The outcome, on the device.
         """
         if self.model.training == is_frozen:
             self.model.train(not is_frozen)
@@ -124,13 +134,15 @@ class TrainStep:
             with phase("optimizer"):
                 self.average.update(bad)
         if self.scaler:
-            self.scaler.update()  # by what unscale_ found
+            self.scaler.update()  # uses the found_inf of unscale_
         return StepOutcome(loss, grad_norm.detach(), bad, scale, self._taught)
 
     def _centers_only(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepOutcome:
-        """Forward without a graph, and the head's own step. Nothing of the backbone has a gradient
-        that could overflow: no loss scaler, and a single batch's centers move in backward. Nor one
-        that a teacher could change: centers learn from the head's own loss alone.
+        """Run the forward pass without a graph, and the head's step.
+
+        The backbone has no gradient that could overflow, so there is no loss scaler, and the
+        centers of a single batch are updated in backward. A teacher could not change the backbone's
+        gradient either, so the centers learn from the head's own loss alone.
         """
         with phase("forward"), torch.no_grad():
             embeddings = [self._bare(batch.images) for batch in micro_batches]
@@ -155,12 +167,12 @@ class TrainStep:
     def _one_by_one(
         self, micro_batches: Sequence[Batch], scale: Tensor, learning_rate: float
     ) -> Tensor:
-        """Backward of every micro-batch's share of the loss; class centers move in head.step.
+        """Run backward of every micro-batch's part of the loss; centers are updated in head.step.
 
-        A single batch without a loss scaler lets the head move its centers in backward: only
-        its own loss could veto that. (Should the backbone's gradient overflow on its way down
-        from a finite loss, the step counts as bad and the backbone stays; the centers have
-        made their step.)
+        A single batch without a loss scaler lets the head update its centers in backward, because
+        then only its own loss could make it skip the step. If the backbone's gradient overflows
+        although the loss is finite, the step counts as skipped and the backbone is not updated, but
+        the centers are.
         """
         count = len(micro_batches)
         if count > 1:
@@ -185,12 +197,12 @@ class TrainStep:
         return loss
 
     def _all_at_once(self, micro_batches: Sequence[Batch], scale: Tensor) -> Tensor:
-        """One loss over all micro-batches, for margins that look at the whole batch.
+        """Compute one loss over all micro-batches, for margins that need the whole batch.
 
-        Embeds them without a graph, runs the head once, and embeds each again, with the same
-        dropout and masks, to carry its part of dE down; both times by the same code, because
-        compiled graphs draw otherwise than the modules they come from. Batch norm's running
-        statistics see each image once.
+        This embeds them without a graph, runs the head once, and embeds each again with the same
+        dropout and masks to propagate its part of dE. Both passes run the same code, because
+        compiled graphs draw other random numbers than the modules they come from. The running
+        statistics of batch norm see each image once.
         """
         states, parts = [], []
         with phase("forward"), torch.no_grad():
@@ -221,8 +233,10 @@ class TrainStep:
     def _objective(
         self, loss: Tensor, batches: Sequence[Batch], embeddings: Tensor, count: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """(what is differentiated, the head's loss) of one of `count` shares of the step. Where
-        the teacher's loss is not finite neither is the head's, so that nothing moves.
+        """Return what is differentiated, and the head's loss, of one of `count` parts of the step.
+
+        Where the teacher's loss is not finite, the head's loss is made NaN, so that the step is
+        skipped.
         """
         loss = loss / count
         if self.distillation is None:
@@ -234,8 +248,9 @@ class TrainStep:
         return loss + self.distillation.weight * taught, loss
 
     def _summed_over_ranks(self, embeddings: Tensor) -> Tensor:
-        """The loss is the mean over the global batch already: gradients must be added over
-        ranks, but DDP averages them.
+        """Make DDP add gradients over ranks although it averages them.
+
+        The loss is the mean over the global batch already.
         """
         if self.head.world_size == 1:
             return embeddings

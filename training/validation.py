@@ -1,4 +1,4 @@
-"""Verification, or top-1 and top-5, while training, on all ranks together; the best model."""
+"""Verification, or top-1 and top-5, during training on all ranks together, and the best model."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ logger = logging.getLogger("train")
 
 
 class CutShort(Exception):
-    """A verification that was left on this rank, because it is asked to stop."""
+    """This rank left a verification, because it is asked to stop."""
 
 
 CUT_SHORT = (CutShort, OtherRankFailed)
-"""Raised on all ranks together: the one on those that were asked, the other elsewhere."""
+"""Raised together: CutShort on the ranks that were asked, OtherRankFailed on the others."""
 
 
 class Validation:
-    """Scores the model on the run's sets and keeps the best weights.
+    """Scores the model on the run's sets, and saves the best weights.
 
     Args:
-        parts: of the run.
-        world: this process among the ranks.
-        folder: where model.pt and model_best.pt go.
-        batch_size: images per rank embedded at a time.
-        input_size: height and width of the images.
-        progress: of the run; its best accuracy is kept here.
-        is_asked_to_stop: looked at before every batch.
+        parts: Parts of the run.
+        world: This process among the ranks.
+        folder: Folder of model.pt and model_best.pt.
+        batch_size: Images that a rank embeds at a time.
+        input_size: Height and width of the images in pixels.
+        progress: Progress of the run, which holds its best accuracy.
+        is_asked_to_stop: Called before every batch.
     """
 
     def __init__(
@@ -55,10 +55,14 @@ class Validation:
         self.progress, self.is_asked_to_stop = progress, is_asked_to_stop
 
     def run(self, step: int, epoch: int) -> dict[str, dict[str, float]]:
-        """Metrics of every target; the same on every rank. Saves model_best.pt if it is.
+        """Compute the metrics of every target, and save model_best.pt if they are the best so far.
+
+        Returns:
+            Metrics by target, the same on every rank.
 
         Raises:
-            CutShort, OtherRankFailed: on all ranks, where one of them is asked to stop.
+            CutShort: This rank was asked to stop.
+            OtherRankFailed: Another rank was asked to stop.
         """
         self.parts.evaluated[1].average(self.world.world_size)
         results = self.parts.evaluate(
@@ -83,10 +87,16 @@ class Validation:
         return self.parts.embedder(images)
 
     def save(self, name: str, step: int, epoch: int, *, must: bool = False) -> None:
-        """Write the model with its metadata, atomically, on rank 0; all ranks call it.
+        """Write the model with its metadata atomically on rank 0; all ranks call this.
+
+        Args:
+            name: Name of the file in the run's folder.
+            step: Optimizer steps done.
+            epoch: Epochs done.
+            must: Whether a failure is raised instead of only logged.
 
         Raises:
-            OSError: it cannot be written and `must` be; else that is logged only.
+            OSError: It cannot be written, and `must` is set.
         """
         self.parts.evaluated[1].average(self.world.world_size)
         weights = self.parts.model_state()

@@ -1,7 +1,7 @@
-"""The state of a run of arcface_torch: every rank's checkpoint_gpu_<rank>.pt, read as it is.
+"""The state of a run of arcface_torch, read from every rank's checkpoint_gpu_<rank>.pt.
 
-Each of these files has that rank's backbone, its part of the class centers, and one optimizer's
-state for both, by numbers: the backbone's parameters in their order, then the centers.
+Each of these files has the backbone of that rank, its part of the class centers, and the state of
+one optimizer for both, by numbers: the parameters of the backbone in order, then the centers.
 
 Older versions left rank_<rank>_softmax_weight.pt (and _mom.pt) beside a backbone.pth instead.
 """
@@ -24,19 +24,22 @@ _CHECKPOINT = re.compile(r"checkpoint_gpu_(\d+)\.pt")
 _CENTERS = re.compile(r"rank_(\d+)_softmax_weight\.pt")
 _BACKBONES = ("backbone.pth", "model.pt")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_NOT_BY_ELEMENT = ("step",)  # a count per parameter, not an average of its shape
+_NOT_BY_ELEMENT = ("step",)  # one number per parameter, not a tensor of its shape
 
 
 @dataclass(frozen=True)
 class ArcfaceTorchRun:
-    """Where a run of arcface_torch stood.
+    """The state that a run of arcface_torch saved.
 
-    world_size: ranks it had. epoch: epochs finished, None if its files do not say.
-    backbone: [rank] -> state dict; one entry where the ranks' own statistics were not kept.
-    centers: [rank] -> [C_local, D] fp32, in the order of the ranks.
-    backbone_state: parameter's name -> {optimizer's key: tensor}; of rank 0, all are alike.
-    center_state: [rank] -> {optimizer's key: tensor}; empty where it does not fit the centers
-        (a sampled head keeps its last sample's only).
+    Attributes:
+        world_size: Number of its ranks.
+        epoch: Finished epochs, None if its files do not say.
+        backbone: State dict by rank; a single one where the statistics of each rank were not saved.
+        centers: Class centers by rank, fp32 [C_local, D].
+        backbone_state: Name of a parameter -> {optimizer's key: tensor}. It is that of rank 0,
+            because all are the same.
+        center_state: {optimizer's key: tensor} by rank. It is empty where it does not fit the
+            centers (a sampled head keeps that of its last sample only).
     """
 
     world_size: int
@@ -53,10 +56,10 @@ class ArcfaceTorchRun:
 
 
 def read_run(folder: Path) -> ArcfaceTorchRun:
-    """All ranks' files of a run's folder. Tensors stay on the disk where the files allow that.
+    """Read all ranks' files of a run's folder; tensors stay on disk where the files allow that.
 
     Raises:
-        WeightsError: files are missing, damaged, hostile, or do not belong together.
+        WeightsError: Files are missing, damaged, unsafe, or do not belong together.
     """
     files = _by_rank(folder, _CHECKPOINT)
     run = _from_checkpoints(files) if files else _from_centers(folder)
@@ -73,7 +76,7 @@ def read_run(folder: Path) -> ArcfaceTorchRun:
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Files whose name has a rank in it, in order; an error if one between is missing."""
+    """Return the files whose names match, ordered by rank; none in between may be missing."""
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder: give the output folder of the old run")
     found = {int(m[1]): path for path in folder.iterdir() if (m := pattern.fullmatch(path.name))}
@@ -143,7 +146,10 @@ def _from_centers(folder: Path) -> ArcfaceTorchRun:
 def _optimizer_state(
     content: Mapping[str, Any], backbone: Mapping[str, Tensor], centers: Tensor, path: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Of the backbone by names, and of the centers; what was never stepped has none."""
+    """Return the optimizer state of the backbone by names, and that of the centers.
+
+    Parameters that were never stepped have none.
+    """
     saved = _part(content, "state_optimizer", path)
     try:
         numbers = [number for group in saved["param_groups"] for number in group["params"]]

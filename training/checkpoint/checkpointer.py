@@ -1,12 +1,13 @@
-"""The folder of checkpoints: written aside, verified, then named; `latest` switched last.
+"""The folder of checkpoints: each is written under another name, verified, then renamed.
 
     checkpoints/step_00001200/   *.distcp, .metadata   tensors (training/checkpoint/sharded_io.py)
                                  checkpoint.json       everything else, and every file's SHA-256
     checkpoints/latest           the name of the newest; best: of the best so far
 
-A folder that carries a name is complete: it was read back before it was named. What a killed
-process leaves (`*.saving`, `*.deleting`) is swept away at the next start, and a checkpoint that
-no longer matches its sums is set aside (`*.damaged`), never used and never deleted.
+The pointers are replaced last. A folder with a final name is complete, because it was read back
+before it was renamed. What a killed process leaves (`*.saving`, `*.deleting`, `*.tmp`) is removed
+at the next start. A checkpoint that no longer matches its checksums is renamed (`*.damaged`), never
+used and never deleted.
 """
 
 from __future__ import annotations
@@ -44,14 +45,17 @@ _SAVING, _DELETING, _DAMAGED = ".saving", ".deleting", ".damaged"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or cannot be used; the message says why."""
+    """A checkpoint cannot be written or used. The message says why."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What checkpoint.json says.
+    """The content of checkpoint.json.
 
-    step: optimizer steps done. facts: plain values of the run. files: what each must be.
+    Attributes:
+        step: Optimizer steps done.
+        facts: Plain values of the run.
+        files: Size and SHA-256 of every file by name.
     """
 
     step: int
@@ -59,7 +63,7 @@ class Manifest:
     files: dict[str, FileDigest] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """JSON in one canonical spelling, with its own SHA-256: any changed byte shows."""
+        """Return canonical JSON with its own SHA-256, so that every changed byte is detected."""
         body = {"format": FORMAT, **asdict(self)}
         body["files"] = {name: list(digest) for name, digest in self.files.items()}
         canonical = json.dumps(body, sort_keys=True)
@@ -68,10 +72,10 @@ class Manifest:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Manifest:
-        """Of a checkpoint's folder.
+        """Read the manifest of a checkpoint's folder.
 
         Raises:
-            StorageError: it cannot be read or is not what was written.
+            StorageError: It cannot be read, or is not what was written.
         """
         path = checkpoint / MANIFEST
         try:
@@ -94,27 +98,32 @@ class Manifest:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that passed its checks."""
+    """A checkpoint that passed its checks.
+
+    Attributes:
+        path: Its folder.
+        manifest: The content of its checkpoint.json.
+    """
 
     path: Path
     manifest: Manifest
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name says; -1 for any other name."""
+    """Return the step in a checkpoint's name; -1 for any other name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
+    """Return the checkpoints of a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if step_of(p) >= 0 and p.is_dir()), key=step_of)
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Remove what a process that was killed left unfinished."""
+    """Remove what a killed process left unfinished."""
     for path in folder.glob("*") if folder.is_dir() else ():
         if path.name.endswith((_SAVING, _DELETING)) or path.name.endswith(".tmp"):
             logger.info("removing what an interrupted process left: %s", path)
@@ -122,7 +131,7 @@ def remove_incomplete(folder: Path) -> None:
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, as after a rollback."""
+    """Remove the checkpoints of later steps, as after a rollback, and update `latest`."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             _remove(path)
@@ -131,7 +140,7 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def find_corruption(found: Checkpoint, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with this rank's share of the files, None if nothing is."""
+    """Return what is wrong with this rank's share of the files, None if nothing is."""
     for name in sorted(found.manifest.files)[rank::world_size]:
         problem = sharded_io.verify_file(found.path / name, found.manifest.files[name])
         if problem:
@@ -140,19 +149,19 @@ def find_corruption(found: Checkpoint, rank: int = 0, world_size: int = 1) -> st
 
 
 class RankGroup:
-    """What the ranks tell each other about checkpoints, over a group of their own.
+    """Exchanges values about checkpoints between ranks, over a separate process group.
 
-    A background thread uses it, so nothing else may.
+    A background thread uses the group, so nothing else may.
     """
 
     def __init__(self, world: DistContext) -> None:
         self.rank, self.world_size = world.rank, world.world_size
         self.is_main, self.is_alone = world.is_main, world.world_size == 1
-        # Gloo on GPUs too: what is said here lies in host memory.
+        # Gloo on GPUs too, because the exchanged values are in host memory.
         self.group = None if self.is_alone else dist.new_group(backend="gloo")
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in order, on every rank."""
+        """Return every rank's value, in rank order, on every rank."""
         if self.is_alone:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -160,10 +169,17 @@ class RankGroup:
         return values
 
     def run_on_all_ranks(self, action: Callable[[], Any], only_main: bool = False) -> list[Any]:
-        """Do something on every rank (or the first); what fails on one fails on all.
+        """Run `action` on every rank or only the first; a failure on one rank fails on all.
+
+        Args:
+            action: What to run.
+            only_main: Whether only the first rank runs it.
+
+        Returns:
+            The results in rank order, None for ranks that did not run it.
 
         Raises:
-            CheckpointError: naming each rank's failure.
+            CheckpointError: It failed on a rank. The message has the failure of each rank.
         """
         result, problem = None, None
         if self.is_main or not only_main:
@@ -181,12 +197,17 @@ class RankGroup:
 
 
 def find_intact(folder: Path, ranks: RankGroup, at_most: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint whose files are what was written, the same one on every rank.
+    """Find the newest checkpoint whose files match their checksums, the same one on every rank.
 
-    Those that are damaged are named in the log and set aside. Every rank reads its share.
+    Damaged ones are logged and renamed. Every rank reads its share of the files.
 
     Args:
-        at_most: no later step than this.
+        folder: Folder of checkpoints.
+        ranks: The ranks.
+        at_most: Largest step of the checkpoint, None for any.
+
+    Returns:
+        The checkpoint, None if there is none.
     """
     refused: set[Path] = set()
     while True:
@@ -209,10 +230,10 @@ def find_intact(folder: Path, ranks: RankGroup, at_most: int | None = None) -> C
 
 
 def check_intact(path: Path, ranks: RankGroup) -> Checkpoint:
-    """A given checkpoint, if its files are what was written.
+    """Check that the files of a given checkpoint match their checksums.
 
     Raises:
-        CheckpointError: what is wrong, on every rank.
+        CheckpointError: A file does not. Every rank raises it, and the message says what is wrong.
     """
 
     def check() -> Checkpoint:
@@ -231,15 +252,19 @@ def check_intact(path: Path, ranks: RankGroup) -> Checkpoint:
 class Checkpointer:
     """Saves states of the run into its folder, in the background unless told to wait.
 
-    In the background the staging copy is the only thing the caller waits for: every tensor that
-    this rank writes is copied to host memory, which is kept from save to save. That is one copy of
-    the rank's share of the state, and no more.
+    In the background, the caller only waits for the staging copy: every tensor that this rank
+    writes is copied to host memory, which is kept from save to save. That is one copy of the rank's
+    share of the state, and no more.
 
     Args:
-        folder: of the checkpoints; on a file system that all ranks share.
-        ranks: among themselves.
-        keep: the newest so many stay, and the best.
-        max_failed: failed saves in a row after which `gave_up` is true.
+        folder: Folder of the checkpoints, on a file system that all ranks share.
+        ranks: The ranks.
+        keep: Number of the newest checkpoints that are kept; the best one is kept too.
+        max_failed: Number of failed saves in a row after which `gave_up` is true.
+
+    Attributes:
+        failed_in_a_row: Number of failed saves since the last successful one.
+        last_error: Message of the last failure.
     """
 
     def __init__(self, folder: Path, ranks: RankGroup, keep: int, max_failed: int) -> None:
@@ -251,12 +276,12 @@ class Checkpointer:
 
     @property
     def is_busy(self) -> bool:
-        """A save is being written on this rank."""
+        """Whether this rank is still writing a save."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def gave_up(self) -> bool:
-        """Too many saves in a row have failed."""
+        """Whether too many saves in a row have failed."""
         return self.failed_in_a_row >= self.max_failed
 
     def save(
@@ -268,33 +293,37 @@ class Checkpointer:
         is_best: bool = False,
         wait: bool = False,
     ) -> None:
-        """Write a checkpoint; all ranks call it at the same step.
+        """Write a checkpoint; all ranks call this at the same step.
 
-        A failure is logged and counted, never raised: the run goes on, the checkpoint before
-        stays as it was. A save that is still being written is waited for.
+        A failure is logged and counted, never raised: the run continues, and the earlier checkpoint
+        does not change. This first waits for a save that is still being written.
 
         Args:
-            wait: return when it is written; nothing is copied for that.
+            step: Optimizer steps done.
+            state: The tensors.
+            facts: Plain values.
+            is_best: Whether the checkpoint is the best so far.
+            wait: Whether to return only when it is written. Then no staging copy is made.
         """
         self.wait()
         if wait:
             self._save(step, state, facts, is_best)
             return
-        # torch.distributed.checkpoint waits for the thread's stream again and again. A new thread
-        # has the training's, and that of the host's first GPU, whatever GPU this rank has.
+        # torch.distributed.checkpoint often waits for the thread's stream. A new thread would have
+        # the stream of the training, and that of the host's first GPU, whatever GPU this rank has.
         stream = torch.cuda.Stream() if torch.cuda.is_initialized() else None
         arguments = (stream, step, self._stage(state), facts, is_best)
         self._thread = threading.Thread(target=self._save_on, args=arguments, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _stage(self, state: State) -> dict[str, TensorShard]:
-        """Copies in host memory of what this rank writes."""
+        """Copy what this rank writes to host memory."""
         staged = {}
         for name, stored in state.items():
             if not stored.is_written:
@@ -348,12 +377,12 @@ class Checkpointer:
             logger.info("checkpoint %s written in %.3f s", target, seconds)
 
     def _publish(self, aside: Path, target: Path, manifest: Manifest, is_best: bool) -> None:
-        """Name a checkpoint that all ranks have written, then point to it, then tidy up."""
+        """Rename a checkpoint that all ranks have written, update pointers, remove expired ones."""
         write_whole(aside / MANIFEST, manifest.to_text())
         if Manifest.read(aside) != manifest:
             raise StorageError(f"{aside / MANIFEST} does not read back as it was written")
         _sync(aside)
-        if target.exists():  # of an earlier attempt at this step
+        if target.exists():  # an earlier attempt at this step
             target.rename(target.with_name(target.name + _DELETING))
         aside.rename(target)
         _sync(self.folder)
@@ -367,13 +396,13 @@ class Checkpointer:
         _remove(target.with_name(target.name + _DELETING))
 
     def expired(self) -> list[Path]:
-        """Checkpoints that are neither among the newest `keep` nor the best."""
+        """Return the checkpoints that are neither among the newest `keep` nor the best."""
         best = resolve_pointer(self.folder, BEST)
         return [path for path in list_checkpoints(self.folder)[: -self.keep] if path != best]
 
 
 def resolve_pointer(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that `latest` or `best` names, if it is there."""
+    """Return the checkpoint that `latest` or `best` names, if it exists."""
     with contextlib.suppress(OSError):
         path = folder / (folder / pointer).read_text(errors="replace").strip()
         if step_of(path) >= 0 and path.is_dir():
@@ -382,7 +411,7 @@ def resolve_pointer(folder: Path, pointer: str) -> Path | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step, on the disk before this returns."""
+    """Replace a text file atomically; it is on disk when this returns."""
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w") as file:
         file.write(text)
@@ -406,7 +435,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or folder, if it is there and can be; what cannot goes to the log."""
+    """Delete a file or folder if it exists; log it if that fails."""
     try:
         if path.is_dir():
             shutil.rmtree(path)

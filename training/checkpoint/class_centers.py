@@ -1,7 +1,8 @@
-"""The class centers of another run: by the names of its classes, read from its checkpoint.
+"""The class centers of another run, matched by the names of its classes.
 
-A class's number means nothing outside its run, so classes are matched by name. A run keeps its
-names in label_map.txt; of a run that has none, its training set is asked, if it is still the same.
+A class's number has a meaning only inside its run, so classes are matched by name. A run saves its
+names in label_map.txt. For a run without that file, the names are those of its training set, if
+that is still the same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from training.checkpoint.sharded_io import StorageError, TensorShard
 logger = logging.getLogger("train")
 
 BLOCK_BYTES = 32 * 2**20
-"""Of each tensor in memory at a time while rows are read."""
+"""Most bytes of each tensor in memory at a time while rows are read."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class SavedClassCenters:
     """The head of a checkpoint.
 
     Attributes:
-        path: of the checkpoint.
-        names: of its classes by label, "" where one has none; num_classes: with padding.
-        tensors: shape and dtype of everything saved of the head, by name.
-        config: of its run.
+        path: Folder of the checkpoint.
+        names: Names of its classes by label, "" where a class has none.
+        num_classes: Number of classes, padding included.
+        tensors: Shape and dtype of every saved tensor of the head, by name.
+        config: Config of its run.
     """
 
     path: Path
@@ -50,16 +52,16 @@ class SavedClassCenters:
 
     @property
     def centers_per_class(self) -> int:
-        """K."""
+        """Number K of centers per class."""
         return self.tensors["head/weight"][0][0] // self.num_classes
 
     @property
     def embedding_size(self) -> int:
-        """D."""
+        """Size D of the embedding."""
         return self.tensors["head/weight"][0][1]
 
     def state_keys(self, parameter: str) -> set[str]:
-        """Of the optimizer state saved for a parameter ("head/weight")."""
+        """Return the keys of the optimizer state saved for a parameter ("head/weight")."""
         prefix = f"{parameter}/"
         return {name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)}
 
@@ -69,15 +71,16 @@ class SavedClassCenters:
     ) -> None:
         """Copy saved rows into tensors of this run, each in the dtype it has here.
 
-        Reads the blocks of rows that hold any wanted one, BLOCK_BYTES at a time. No collective:
-        every rank reads for itself.
+        This reads the blocks of rows that hold any wanted one, BLOCK_BYTES at a time. There is no
+        collective: every rank reads for itself.
 
         Args:
-            targets: by the name of what is read, [rows, ...].
-            rows_there, rows_here: int64 [n], which row goes where.
+            targets: Tensors [rows, ...] by the names of the saved ones.
+            rows_there: Saved rows to read, int64 [n].
+            rows_here: Rows of the targets that they go to, int64 [n].
 
         Raises:
-            StorageError: the checkpoint cannot be read, or its rows have another size.
+            StorageError: The checkpoint cannot be read, or its rows have another size.
         """
         for name, target in targets.items():
             shape, _ = self.tensors[name]
@@ -113,15 +116,21 @@ class SavedClassCenters:
 
 
 def open_class_centers(path: str, key: str, ranks: RankGroup) -> SavedClassCenters:
-    """The head of a run's newest intact checkpoint, or of a given checkpoint; all ranks together.
+    """Open the head of a run's newest intact checkpoint, or of a given checkpoint.
+
+    All ranks call this together.
 
     Args:
-        path: a run's folder, its checkpoints folder or one checkpoint.
-        key: of the config that named it, for errors.
+        path: A run's folder, its checkpoints folder or one checkpoint.
+        key: Key of the config that named it, for errors.
+        ranks: The ranks.
+
+    Returns:
+        The description of the head; its rows are not read yet.
 
     Raises:
-        CheckpointError: there is none, or it does not say what its classes are called.
-        DataError: its label map is damaged.
+        CheckpointError: There is none, or the names of its classes are not known.
+        DataError: Its label map is damaged.
     """
     found = find_at(Path(path), ranks)
     if found is None:
@@ -149,13 +158,18 @@ def open_class_centers(path: str, key: str, ranks: RankGroup) -> SavedClassCente
 
 
 def match_names(here: Sequence[str], there: Sequence[str], whose: tuple[str, str]) -> np.ndarray:
-    """For each class here the class of the same name there, -1 for none: int64 [len(here)].
+    """Find for each class here the class of the same name there.
 
     Args:
-        whose: both sides, for errors.
+        here: Class names of this run by label, "" for none.
+        there: Class names of the other run by label, "" for none.
+        whose: Names of both runs, for errors.
+
+    Returns:
+        Labels in the other run, int64 [len(here)], -1 for none.
 
     Raises:
-        DataError: a name that stands for two classes.
+        DataError: A name stands for two classes.
     """
     for names, owner in zip((here, there), whose, strict=True):
         first: dict[str, int] = {}
@@ -170,15 +184,15 @@ def match_names(here: Sequence[str], there: Sequence[str], whose: tuple[str, str
 
 
 def rows_of(classes: np.ndarray, centers_per_class: int) -> np.ndarray:
-    """Rows of a weight that hold these classes' centers, K a class: int64 [n K]."""
+    """Return the rows of a weight that hold the K centers of these classes, int64 [n K]."""
     return (classes[:, None] * centers_per_class + np.arange(centers_per_class)).reshape(-1)
 
 
 def names_of_this_run(source: ImageDataset, key: str) -> list[str]:
-    """The class names of a training set.
+    """Return the class names of a training set.
 
     Raises:
-        DataError: it has none.
+        DataError: It has none.
     """
     names = class_names(source)
     if names is None:
@@ -190,7 +204,7 @@ def names_of_this_run(source: ImageDataset, key: str) -> list[str]:
 
 
 def remember_class_names(source: ImageDataset, folder: Path) -> None:
-    """Write label_map.txt into a run's folder, where its set has names that can be written."""
+    """Write label_map.txt into a run's folder, if the set has names that can be written."""
     try:
         names = class_names(source)
         text = None if names is None else label_map_text(names)
@@ -202,7 +216,7 @@ def remember_class_names(source: ImageDataset, folder: Path) -> None:
 
 
 def _names(found: Checkpoint, said: str) -> list[str]:
-    """Of the run's label map, or of its training set."""
+    """Return the class names of the run's label map, or else of its training set."""
     run = found.path.parent.parent
     names = read_label_map(run)
     if names is not None:
@@ -227,7 +241,7 @@ def _names(found: Checkpoint, said: str) -> list[str]:
 
 
 def _open_set(config: Mapping[str, Any]) -> ImageDataset:
-    """The training set of a run, as it was opened then."""
+    """Open the training set of a run as the run did."""
     rec, exclude = config["rec"], config.get("exclude")
     roots = rec if isinstance(rec, list) else [rec]
     if config.get("task") == "classification" and rec != "synthetic":

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run resumes from, and whether it may."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.config import standard_setting
 
 logger = logging.getLogger("train")
 
-# Keys of the config by what a change of them means for a run that goes on.
+# Keys of the config by what a change of them means for a run that resumes.
 FREE = frozenset(
     {
         "num_workers",
@@ -78,7 +78,7 @@ FREE = frozenset(
         "init_head",
     }
 )
-"""Leave the result as it is (what they stand for is compared by itself)."""
+"""These keys do not change the result, or what they determine is compared directly."""
 FIXED = frozenset(
     {
         "task",
@@ -99,25 +99,30 @@ FIXED = frozenset(
         "mask_ratio",
     }
 )
-"""The state or the data order would not fit. All others may change, and are announced."""
+"""These keys must not change: state or data order would not fit. Changes of others are logged."""
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """Of the settings that decide the result."""
+    """Return a hash of the settings that determine the result."""
     told = {key: value for key, value in config.items() if key not in FREE}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def find(resume: bool | str, output: Path, ranks: RankGroup) -> Checkpoint | None:
-    """The checkpoint to go on from; None: start anew.
+    """Find the checkpoint to resume from.
 
     Args:
-        resume: True or "auto" (the newest intact one in `output`, if there is any); a path of a
-            checkpoint, its folder or a run; False: none, but "auto" where torchrun has restarted
-            the ranks; "never".
+        resume: True or "auto" for the newest intact checkpoint in `output`, if there is any. A path
+            for a checkpoint, a folder of checkpoints or a run. "never" for none. False for none,
+            but "auto" where torchrun has restarted the ranks.
+        output: The run's output folder.
+        ranks: The ranks.
+
+    Returns:
+        The checkpoint, None to start a new run.
 
     Raises:
-        CheckpointError: a path without a usable checkpoint.
+        CheckpointError: The path has no usable checkpoint.
     """
     if resume is False and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         resume = "auto"
@@ -138,11 +143,13 @@ def find(resume: bool | str, output: Path, ranks: RankGroup) -> Checkpoint | Non
 
 
 def find_at(path: Path, ranks: RankGroup) -> Checkpoint | None:
-    """The checkpoint that a path means: itself, or the newest intact one of a run or of a folder
-    of checkpoints; None if there is none.
+    """Find the checkpoint that a path means.
+
+    It is the path itself, or the newest intact one of a run or of a folder of checkpoints; None if
+    there is none.
 
     Raises:
-        CheckpointError: the one checkpoint that it names is damaged.
+        CheckpointError: The path is a checkpoint and is damaged.
     """
     if (path / MANIFEST).exists():
         return check_intact(path, ranks)
@@ -153,13 +160,16 @@ def find_at(path: Path, ranks: RankGroup) -> Checkpoint | None:
 def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compare the facts of a checkpoint with those of this run.
 
+    Both have "config" with every key, and under "data" numbers that must be equal: num_classes,
+    num_images, global_batch and steps_per_epoch. "data set" is the fingerprint of the set; a
+    difference there is only logged.
+
     Args:
-        saved, now: "config" (every key), and under "data" numbers that have to agree:
-            num_classes, num_images, global_batch, steps_per_epoch; "data set": its fingerprint,
-            of which a difference is only announced.
+        saved: Facts of the checkpoint.
+        now: Facts of this run.
 
     Raises:
-        CheckpointError: every difference that would make another run of it.
+        CheckpointError: A difference would make it another run. The message lists all of them.
     """
     problems = []
     # A checkpoint may be older than the present spelling of a key.

@@ -1,13 +1,14 @@
-"""How the state of a run lies on disk: torch.distributed.checkpoint with explicit rows.
+"""How the state of a run is stored on disk: torch.distributed.checkpoint with explicit rows.
 
 A state is `{name: TensorShard}`. Every rank says which rows (or columns) of each tensor it holds,
-and the planners below tell torch.distributed.checkpoint so, in pieces of at most PIECE_BYTES: a
-shard of many gigabytes is written and read with one piece in memory beside it. Reading asks for
-what this rank wants, whoever wrote it, so that a state saved on n ranks loads on any other number.
-(The shards of arcshard/shard.py are not DTensor's: 10 rows on 3 ranks are 4, 3, 3 here.)
+and the planners below pass this to torch.distributed.checkpoint in pieces of at most PIECE_BYTES,
+so that a shard of many gigabytes is written and read with one piece in memory beside it. A rank
+reads the rows it wants, from whatever rank wrote them, so a state saved on n ranks loads on any
+other number. (The shards of arcshard/shard.py are not those of DTensor: 10 rows on 3 ranks are
+4, 3, 3 here.)
 
-Every file's size and SHA-256 are taken while it is written. Nothing but tensors is stored here,
-and the metadata file, which is a pickle, is read by an unpickler that admits its own classes only.
+Every file's size and SHA-256 are taken while it is written. Only tensors are stored here. The
+metadata file, which is a pickle, is read by an unpickler that admits only its own classes.
 """
 
 from __future__ import annotations
@@ -52,17 +53,19 @@ _READ_BYTES = 2**20
 
 
 class StorageError(RuntimeError):
-    """A saved state that is damaged or does not hold what is asked for."""
+    """A saved state is damaged, or does not hold what is asked for."""
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """Rows of one named tensor that this rank holds; or, with dim=1, its columns.
+    """Rows of one named tensor that this rank holds, or its columns with dim=1.
 
-    local: [rows, ...], or a scalar, which every rank holds whole.
-    first_row, num_rows: where they lie among the rows (columns) of the whole tensor.
-    is_written: by this rank; of a tensor that all ranks hold, one writes it.
-    dim: along which the whole is cut, 0 or 1.
+    Attributes:
+        local: [rows, ...], or a scalar, which every rank holds.
+        first_row: Index of the first local row (column) in the whole tensor.
+        num_rows: Number of rows (columns) of the whole tensor.
+        is_written: Whether this rank writes it. Of a tensor that all ranks hold, one writes it.
+        dim: Dimension along which the whole tensor is split, 0 or 1.
     """
 
     local: Tensor
@@ -73,17 +76,17 @@ class TensorShard:
 
     @classmethod
     def whole(cls, tensor: Tensor, is_written: bool) -> TensorShard:
-        """A tensor that every rank holds."""
+        """Describe a tensor that every rank holds."""
         return cls(tensor, 0, tensor.shape[0] if tensor.dim() else 1, is_written)
 
     @classmethod
     def of_rank(cls, tensor: Tensor, rank: int, world_size: int) -> TensorShard:
-        """A tensor of which every rank has its own: row `rank` of `[world_size, ...]`."""
+        """Describe a tensor that differs between ranks, as row `rank` of `[world_size, ...]`."""
         return cls(tensor.unsqueeze(0), rank, world_size)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         sizes = list(self.local.shape)
         if sizes:
             sizes[self.dim] = self.num_rows
@@ -91,13 +94,13 @@ class TensorShard:
 
     @property
     def offsets(self) -> torch.Size:
-        """Where the local part begins in the whole tensor."""
+        """Offsets of the local part in the whole tensor."""
         return torch.Size(
             self.first_row if dim == self.dim else 0 for dim in range(self.local.dim())
         )
 
     def pieces(self) -> Iterator[ChunkStorageMetadata]:
-        """Offsets and sizes in the whole tensor of what is written at a time."""
+        """Yield offsets and sizes, in the whole tensor, of what is written at a time."""
         if self.local.dim() == 0:
             yield ChunkStorageMetadata(torch.Size(), torch.Size())
             return
@@ -112,7 +115,7 @@ class TensorShard:
             yield ChunkStorageMetadata(offsets, torch.Size((min(step, rows - start), *rest)))
 
     def piece(self, offsets: torch.Size, sizes: torch.Size) -> Tensor:
-        """The local rows of a piece."""
+        """Return the local rows of a piece."""
         if self.local.dim() == 0:
             return self.local
         return self.local.narrow(0, offsets[0] - self.offsets[0], sizes[0])
@@ -122,7 +125,12 @@ State = Mapping[str, TensorShard]
 
 
 class FileDigest(NamedTuple):
-    """What a file must be: its size in bytes and its SHA-256."""
+    """Expected content of a file.
+
+    Attributes:
+        size: Size in bytes.
+        sha256: SHA-256, hexadecimal.
+    """
 
     size: int
     sha256: str
@@ -133,11 +141,18 @@ def write(
 ) -> dict[str, FileDigest]:
     """Write the state into `folder`, all ranks together; each file is read back and compared.
 
+    Args:
+        folder: Folder of the saved state.
+        state: The tensors by name.
+        group: Process group of the ranks.
+        is_alone: Whether this process writes alone, without collectives.
+
     Returns:
         The files that this rank wrote, by name.
 
     Raises:
-        StorageError: what failed on any rank, on every rank.
+        StorageError: Writing failed on some rank; every rank raises it. A file does not read back;
+            the rank that wrote it raises it.
     """
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     writer.fs = files = _HashedFiles()
@@ -159,9 +174,15 @@ def write(
 def read(folder: Path, state: State, group: dist.ProcessGroup | None, is_alone: bool) -> None:
     """Fill the tensors of `state` from `folder`, all ranks together; each reads its own rows.
 
+    Args:
+        folder: Folder of the saved state.
+        state: The tensors by name, which are filled in place.
+        group: Process group of the ranks.
+        is_alone: Whether this process reads alone, without collectives.
+
     Raises:
-        StorageError: what failed on any rank, on every rank; also when the state has other
-            names, sizes or dtypes.
+        StorageError: Reading failed on some rank, or the saved state has other names, sizes or
+            dtypes. Every rank raises it.
     """
     reader = _Reader(folder)
     with _plain_errors(reader):
@@ -176,10 +197,10 @@ def read(folder: Path, state: State, group: dist.ProcessGroup | None, is_alone: 
 
 @contextmanager
 def _plain_errors(files: _HashedFiles | _Reader) -> Iterator[None]:
-    """What failed on some rank as one sentence; DCP raises it below BaseException only.
+    """Raise a failure on some rank as a StorageError; DCP's is derived from BaseException only.
 
-    Where this rank's own files failed, that is said: PyTorch's writer hides it, and so does the
-    reader of torch 2.11.
+    The message is that of this rank's own files if they failed: PyTorch's writer hides it, and so
+    does the reader of torch 2.11.
     """
     try:
         yield
@@ -194,7 +215,7 @@ def _plain_errors(files: _HashedFiles | _Reader) -> Iterator[None]:
 
 
 def describe(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor of a saved state."""
+    """Return shape and dtype of every tensor of a saved state."""
     found = _Reader(folder).read_metadata().state_dict_metadata
     return {
         name: (each.size, each.properties.dtype)
@@ -204,7 +225,7 @@ def describe(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def verify_file(path: Path, digest: FileDigest) -> str | None:
-    """How a file differs from what it must be, as a sentence that names it; None if it is so."""
+    """Describe in a sentence how a file differs from its digest; None if it does not."""
     try:
         size = path.stat().st_size
         if size != digest.size:
@@ -219,7 +240,7 @@ def verify_file(path: Path, digest: FileDigest) -> str | None:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Writes the rows that each rank says it holds."""
+    """Plans to write the rows that each rank says it holds."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -251,7 +272,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(LoadPlanner):
-    """Reads the rows that this rank wants, from whichever pieces hold them."""
+    """Plans to read the rows that this rank wants, from the pieces that hold them."""
 
     def set_up_planner(
         self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
@@ -296,13 +317,13 @@ class _LoadPlanner(LoadPlanner):
         return local
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was copied to its place already."""
+        """Do nothing, because the tensor was copied to its place already."""
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the metadata by an unpickler that admits its own classes only."""
+    """Reads the metadata with an unpickler that admits only its own classes."""
 
-    failure: Exception | None = None  # of reading it
+    failure: Exception | None = None  # the error of reading the metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         try:
@@ -359,7 +380,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _HashedFiles(FileSystem):
-    """Takes size and SHA-256 of all that is written; `digests` by file name."""
+    """Computes size and SHA-256 of everything written; `digests` has them by file name."""
 
     def __init__(self) -> None:
         self.digests: dict[str, FileDigest] = {}

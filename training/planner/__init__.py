@@ -1,1 +1,1 @@
-"""Memory and time of a run before it is launched (scripts/plan.py)."""
+"""Memory and time of a run, estimated before it is launched (scripts/plan.py)."""

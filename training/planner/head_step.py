@@ -1,7 +1,7 @@
-"""What an accelerator does in one optimizer step of a fused head, counted without one.
+"""Count what an accelerator does in one optimizer step of a fused head, without an accelerator.
 
 The head's own code runs on the meta device, whose tensors have shapes and no memory, and takes the
-path of an accelerator there. Every operation that starts a kernel is written down.
+path of an accelerator there. Every operation that starts a kernel is recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from arcshard.head.workspace import Workspace
 from arcshard.partial_fc import PartialFC
 from training.planner.trace import Operation, OperationLog
 
-# Blocks are alike, so that more than this many are not all traced: an operation on the meta device
+# Blocks are alike, so at most this many are traced one by one: an operation on the meta device
 # takes 0.1 ms, and a step can have millions.
 MOST_BLOCKS = 8
 Tracer = Callable[[PartialFC], Sequence[Operation]]
@@ -27,31 +27,32 @@ class HeadOperations:
     """Operations of a step: those of a shorter one, and what each further block adds.
 
     Attributes:
-        base: of the shorter step.
-        further: pairs of a step with one more block, and how often that block is to be added.
+        base: Operations of the shorter step.
+        further: Pairs of the operations of a step with one more block, and how often that block is
+            added.
     """
 
     base: Sequence[Operation]
     further: Sequence[tuple[Sequence[Operation], int]] = ()
 
     def total(self, measure: Callable[[Sequence[Operation]], float]) -> float:
-        """Of a measure that adds up over operations, such as their number or their bytes."""
+        """Return the total of a measure that is additive over operations, such as their bytes."""
         base = measure(self.base)
         return base + sum(times * (measure(more) - base) for more, times in self.further)
 
     @property
     def launches(self) -> int:
-        """Operations that start a kernel. A few start more than one, such as sorting."""
+        """Number of operations that start a kernel. A few start more than one, such as sorting."""
         return round(self.total(len))
 
     @property
     def bytes_moved(self) -> float:
-        """Bytes that they read and write."""
+        """Bytes that the operations read and write."""
         return self.total(lambda operations: sum(op.bytes_moved for op in operations))
 
     @property
     def named_bytes(self) -> float:
-        """Of the tensors that they are given and return (`Operation.named_bytes`)."""
+        """Bytes of the tensors that are arguments or results (`Operation.named_bytes`)."""
         return self.total(lambda operations: sum(op.named_bytes for op in operations))
 
     @property
@@ -63,16 +64,20 @@ class HeadOperations:
 def count_head_step(
     make: Callable[[int], PartialFC], num_classes: int, trace: Tracer
 ) -> HeadOperations:
-    """The operations of one step.
+    """Count the operations of one step.
 
-    A step of many blocks is worked out from steps of a few. It has as many launches; its bytes are
-    those of blocks of one size, where the last block is a little smaller. Where no smaller head has
-    such blocks, since its sample is as large as the batch makes it, all blocks are traced.
+    A step of many blocks is extrapolated from steps of a few. The number of launches is exact. The
+    bytes are those of blocks of one size, although the last block is a little smaller. Where no
+    smaller head has such blocks, because the batch determines the size of its sample, all blocks
+    are traced.
 
     Args:
-        make: gives the head for a number of classes, on the meta device.
-        num_classes: of this rank.
-        trace: gives the operations of a step of a head: `trace_head_step`, or a part of it.
+        make: Makes the head for a number of classes, on the meta device.
+        num_classes: Number of classes of this rank.
+        trace: Returns the operations of a step of a head: `trace_head_step`, or a part of it.
+
+    Returns:
+        The operations.
     """
     head = make(num_classes)
     plan, cost = head.planned_blocks()
@@ -85,7 +90,7 @@ def count_head_step(
     numbers = (min(first, 2), min(count - first, 2))
 
     def of_blocks(first: int, others: int) -> PartialFC | None:
-        """A head with so many blocks of either kind, if there is one."""
+        """Make a head with this many blocks of either kind; None if there is none."""
         classes = math.floor((first + others) * rows / head.centers_per_class / head.sample_rate)
         part = make(classes)
         assert part.fused is not None
@@ -112,18 +117,22 @@ def count_head_step(
 
 
 def trace_head_step(head: PartialFC, passes: int = 1, is_deferred: bool = False) -> list[Operation]:
-    """The operations of one optimizer step of `head`, the gathering of the batch included.
+    """Trace the operations of one optimizer step of `head`, the gathering of the batch included.
 
     Args:
-        head: of one rank, on the meta device, with a `batch_size_per_rank` and a `row_optimizer`.
-        passes: micro-batches of the step.
-        is_deferred: the centers move in `head.step` rather than in backward; several passes and a
-            loss scaler make it so.
+        head: The head of one rank, on the meta device, with a `batch_size_per_rank` and a
+            `row_optimizer`.
+        passes: Micro-batches of the step.
+        is_deferred: Whether the centers are updated in `head.step` instead of backward, as with a
+            loss scaler. Several passes are always deferred.
+
+    Returns:
+        The operations in order.
     """
     batch = head.batch_size_per_rank
     assert batch is not None
     assert head.row_optimizer is not None
-    head.row_optimizer.state(head.weight)  # made once, in the first step
+    head.row_optimizer.state(head.weight)  # created in the first step only, so not counted
     learning_rate = None if is_deferred or passes > 1 else 0.1
     embeddings = torch.empty(
         batch, head.embedding_size, dtype=head.work_dtype, device="meta", requires_grad=True

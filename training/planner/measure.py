@@ -1,4 +1,4 @@
-"""How long a step takes here: the run's own parts (training/build.py) on generated images."""
+"""Measure a step on this machine: the run's own parts (training/build.py) on generated images."""
 
 from __future__ import annotations
 
@@ -30,24 +30,30 @@ from training.precision import Precision, choose_precision
 from utils.distributed import DistContext
 from utils.memory import keep_freed_memory
 
-WARM_UP_STEPS = 3  # kernels are chosen, memory is claimed
+WARM_UP_STEPS = 3  # not measured: kernels are chosen and memory is allocated in them
 LEAST_STEPS, MOST_STEPS = 5, 1000
 
 
 def time_step(
     cfg: Config, world_size: int, num_classes: int, device: torch.device, seconds: float
 ) -> tuple[float, float, float]:
-    """Seconds of (everything else, the head, the teacher) in a step of rank 0, without collectives.
+    """Measure the parts of a step of rank 0, without collectives.
 
-    One process does the work of one rank: its batch through the network, and the global batch
-    through a head of its share of the classes. Images are generated; decoding is not in it.
+    One process does the work of one rank: its batch goes through the network, and the global batch
+    through a head of its share of the classes. Images are generated, so decoding is not included.
 
     Args:
-        cfg: with its global batch shared out (training.setup.share_global_batch).
-        seconds: to spend, about; at least 5 steps are made.
+        cfg: The config after training.setup.share_global_batch.
+        world_size: Number of ranks.
+        num_classes: Number of classes over all ranks.
+        device: Device to measure on.
+        seconds: About how long to measure; at least 5 steps are made.
+
+    Returns:
+        Seconds of everything else, of the head, and of the teacher.
 
     Raises:
-        SetupError: the parts cannot be built.
+        SetupError: The parts cannot be built.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -94,7 +100,7 @@ def time_step(
 def _second_loss(
     cfg: Config, head: PartialFC, width: int, precision: Precision
 ) -> LogitsDistillation:
-    """That of a teacher that knows all classes; it gives random embeddings."""
+    """Make the loss of a teacher that knows all classes and returns random embeddings."""
     options: dict[str, Any] = {"device": head.device, "dtype": head.work_dtype}
     unit = torch.randn(head.num_classes_local, 1, width, **options) / width**0.5
     known = torch.ones(head.num_classes_local, dtype=torch.bool, device=head.device)
@@ -113,7 +119,7 @@ def _second_loss(
 def _time_parts(
     cfg: Config, world: DistContext, precision: Precision, seconds: float
 ) -> tuple[float, float]:
-    """Seconds of (a whole step, its head alone); nothing of the parts stays."""
+    """Measure the seconds of a whole step and of its head alone, and free the parts."""
     parts = build(cfg, world)
     parts.step.model.train()
     groups = _groups(parts.loader, cfg.gradient_acc)
@@ -130,7 +136,7 @@ def _time_head(
     seconds: float,
     second: LogitsDistillation | None = None,
 ) -> float:
-    """Of all micro-steps of a step, with a second loss if there is one."""
+    """Measure the seconds of all micro-steps of the head, with a second loss if there is one."""
     calls = 1 if needs_full_batch(cfg, head.margin) else cfg.gradient_acc
     is_deferred = cfg.gradient_acc > 1 or precision.needs_scaler
     batch = cfg.batch_size
@@ -156,7 +162,7 @@ def _time_head(
 
 
 def _groups(loader: DataLoader, count: int) -> Generator[list[Batch], None, None]:
-    """Batches of one optimizer step after another, without end."""
+    """Yield the batches of one optimizer step after another, without end."""
     epoch = 0
     while True:
         loader.set_epoch(epoch)

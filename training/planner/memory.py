@@ -1,9 +1,9 @@
-"""What a run needs on one rank, by part, before anything is allocated.
+"""Memory that a run needs on one rank, by part, before anything is allocated.
 
 Every size comes from the code that allocates: `training/build.py` makes the network, the optimizer
 and the head on the meta device, the head's own plan gives the workspace, and a traced step
-(training/planner/trace.py) the activations. Only what CPUs or GPUs need beside PyTorch's tensors is
-a named assumption (OVERHEAD).
+(training/planner/trace.py) the activations. Only the memory beside PyTorch's tensors is a named
+assumption (OVERHEAD).
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from training.planner.trace import MemoryTracker, Operation, Trace, as_fake, mak
 from training.precision import MixedPrecisionBackbone, Precision
 from utils.distributed import DistContext
 
-# Matrices [B, D] of the global batch that the head holds at once at most: gathered as bytes, the
-# embeddings of them, divided by their norms, their targets' centers, the gradient, one block's part
-# of it, and the targets' share of the centers' gradient with what it is sorted from.
-# tests/test_plan.py compares with a head that runs.
+# Most matrices [B, D] of the global batch that the head holds at once: the gathered bytes, the
+# embeddings made from them, these divided by their norms, the centers of their targets, the
+# gradient, one block's part of it, and the targets' part of the centers' gradient with its
+# unsorted source. tests/test_plan.py compares with a head that runs.
 HEAD_BATCH_MATRICES = 9
 
-# What a process holds beyond its tensors, as a share of those that come and go: activations,
-# gradients, and what an autograd head makes. On a CPU these are holes in the C library's heap,
-# which train_v2.py never gives back (utils/memory.py): 0.2 to 0.6 with glibc 2.36, measured by
+# Memory of a process beyond its tensors, as a fraction of the temporary ones: activations,
+# gradients, and what an autograd head makes. On a CPU this is fragmentation of the C library's
+# heap, which train_v2.py never returns (utils/memory.py): 0.2 to 0.6 with glibc 2.36, measured by
 # benchmarks/bench_plan.py, where the same steps with every tensor mapped by itself took no more
-# than their tensors. Small runs, whose tensors fit into holes that are there already, have less.
-# On a GPU what CUDA's allocator rounds up and its libraries work in: assumed, nobody has measured.
+# than their tensors. Small runs, whose tensors fit into existing gaps, have less. On a GPU it is
+# what CUDA's allocator rounds up and what its libraries need: assumed, not measured.
 OVERHEAD = {"cpu": 0.38, "cuda": 0.05}
 
 
@@ -56,21 +56,23 @@ class MemoryEstimate:
     """Bytes on one rank at the moment when most are in use.
 
     Attributes:
-        weights: parameters and buffers of the network, statistics kept for bad steps included;
-            with ema_decay twice, as their average has the same.
-        gradients: of the network, as far as they are there at that moment; all of them where
+        weights: Parameters and buffers of the network, and the copy of batch-norm statistics that
+            is kept for skipped steps. With ema_decay all of it counts twice.
+        gradients: Gradients of the network that exist at that moment. These are all of them where
             DDP's buckets or several micro-steps keep them.
-        optimizer: state of the network's optimizer.
-        activations: what backward needs, and what operations make on the way.
-        centers: class centers and biases. center_state: their optimizer's state.
-        head: the workspace, or the logits and gradients of head_update="autograd".
-        global_batch: embeddings of the global batch and their gradients in the head.
-        teacher: its weights and class centers, and what its work needs at the moment of the peak.
-        images: batches that wait for the step.
-        overhead: holes and workspaces, see OVERHEAD.
-        on_host: centers, their state and copies in host memory (head_offload=True); not in `total`
-            where the training runs on a GPU.
-        peak_is_in: "head" or "teacher", between forward and backward, or "backward".
+        optimizer: State of the network's optimizer.
+        activations: What backward needs, and temporary results of operations.
+        centers: Class centers and biases.
+        center_state: Optimizer state of the class centers and biases.
+        head: The workspace, or the logits and gradients with head_update="autograd".
+        global_batch: Embeddings of the global batch and their gradients in the head.
+        teacher: Weights and class centers of the teacher, and what it needs at the peak.
+        images: Batches that wait for the step.
+        overhead: Fragmentation and workspaces of libraries, see OVERHEAD.
+        on_host: Centers, their state and copies in host memory (head_offload=True). They are not in
+            `total` where the training runs on a GPU.
+        peak_is_in: When the peak occurs: "head" or "teacher", which come between forward and
+            backward, or "backward".
     """
 
     weights: int
@@ -89,25 +91,30 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Of the device."""
+        """Bytes on the device."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Bytes on the device, by part."""
+        """Return the bytes on the device by part."""
         left_out = ("on_host", "peak_is_in")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
 
 
 @dataclass(frozen=True)
 class HeadWork:
-    """What the head's step works on, on one rank.
+    """What the head's step computes on one rank.
 
-    rows: class centers that take part, S K. batch: rows of the global batch of one pass. width: D.
-    state_bytes_per_row: of their optimizer. matmul_dtype: of operands.
-    trace: one pass of a head by autograd. operations: counts all passes of a fused head and their
-        update, when they are asked for. One of the two is None.
-    gathered_width: columns of the global batch's embeddings that ranks exchange in a pass.
-    summed_bytes: of tensors that all ranks add up, per optimizer step.
+    Attributes:
+        rows: Number S K of class centers that take part.
+        batch: Rows of the global batch in one pass.
+        width: Embedding size D.
+        state_bytes_per_row: Bytes of optimizer state per center.
+        matmul_dtype: dtype of the operands of matmuls.
+        trace: One pass of a head with autograd, None for a fused head.
+        operations: Counts, when called, all passes of a fused head and its update; None with
+            autograd.
+        gathered_width: Columns of the global batch's embeddings that ranks exchange in a pass.
+        summed_bytes: Bytes of tensors that are summed over ranks, per optimizer step.
     """
 
     rows: int
@@ -123,11 +130,14 @@ class HeadWork:
 
 @dataclass(frozen=True)
 class TeacherWork:
-    """What a teacher holds and does on one rank.
+    """What a teacher holds and computes on one rank.
 
-    kept_bytes: weights and class centers. peak_bytes: most that comes and goes, of its forward
-        pass or of the block of classes in work. forward: of a micro-batch.
-    width: D_t of its class centers, one for each class; 0 where it teaches cosines.
+    Attributes:
+        kept_bytes: Bytes of weights and class centers.
+        peak_bytes: Largest temporary memory, in its forward pass or for the block of classes in
+            work.
+        forward: Operations of the forward pass of a micro-batch.
+        width: Embedding size D_t of its class centers, one per class; 0 where it teaches cosines.
     """
 
     kept_bytes: int
@@ -138,10 +148,17 @@ class TeacherWork:
 
 @dataclass(frozen=True)
 class Requirements:
-    """Memory and work of one rank: footprint, and what the step computes.
+    """Memory and work of one rank.
 
-    parameters: of the network. trainable_bytes: of those that have gradients;
-        all_reduced_bytes: of what ranks tell each other of these.
+    Attributes:
+        footprint: The memory.
+        backbone: One forward and backward pass of the network.
+        head: Work of the head.
+        teacher: Work of the teacher, if there is one.
+        parameters: Number of parameters of the network.
+        trainable_bytes: Bytes of the parameters that have gradients.
+        all_reduced_bytes: Bytes of their gradients as they are summed over ranks.
+        classes_per_rank: Classes of rank 0.
     """
 
     footprint: MemoryEstimate
@@ -162,18 +179,23 @@ def estimate_requirements(
     device_type: str,
     memory_bytes: int | None = None,
 ) -> Requirements:
-    """Of rank 0, which has the most classes.
+    """Estimate memory and work of rank 0, which has the most classes.
 
     Args:
-        cfg: with its global batch shared out (training.setup.share_global_batch).
-        num_classes: C.
-        precision: the policy on that device.
+        cfg: The config after training.setup.share_global_batch.
+        world_size: Number of ranks.
+        num_classes: Number C of classes.
+        precision: The policy on that device.
         device_type: "cpu" or "cuda", where the training would run.
-        memory_bytes: of that GPU, where it is known; it decides head_workspace_mib="auto".
+        memory_bytes: Memory of that GPU, if it is known. It determines head_workspace_mib="auto".
+
+    Returns:
+        The estimate.
 
     Raises:
-        SetupError: the network or the head cannot be built so, or the teacher does not fit.
-        WeightsError, FileNotFoundError: there is no such teacher.
+        SetupError: The network or the head cannot be built so, or the teacher does not fit.
+        WeightsError: The teacher's file cannot be used.
+        FileNotFoundError: There is no such teacher.
     """
     workspace = choose_workspace(cfg.head_workspace_mib, device_type, memory_bytes)
     cfg = dataclasses.replace(
@@ -267,7 +289,7 @@ def estimate_requirements(
         share = min(1.0, work.rows / max(head.weight.shape[0], 1))
         staged = round((centers + state) * share)
         on_host = centers + state + staged
-        rows_here = 2 * share  # what was gathered ahead, and what the step takes of it
+        rows_here = 2 * share  # the rows that were gathered ahead, and the copy for the step
         if device_type == "cpu":
             rows_here += 1
             on_host = 0
@@ -313,7 +335,7 @@ def estimate_requirements(
 def _teacher_needs(
     cfg: Config, world_size: int, num_classes: int, precision: Precision, workspace: Workspace
 ) -> TeacherWork | None:
-    """Of the teacher's file, whose weights are read to see that they fit."""
+    """Estimate the teacher; its file is read to check that it fits."""
     teacher = make_teacher(cfg, precision, torch.device("cpu"))
     if teacher is None:
         return None
@@ -331,13 +353,13 @@ def _teacher_needs(
     if cfg.distillation == "logits":
         width = teacher.metadata.num_features
         _, local = rank0_equivalent(cfg, world_size, num_classes)
-        kept += local * (width * precision.dtype.itemsize + 1)  # and whether it is known
+        kept += local * (width * precision.dtype.itemsize + 1)  # 1 byte says if the class is known
         peak = max(peak, block_budget(workspace))
     return TeacherWork(kept, peak, ledger.operations, width)
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """State of a freshly made optimizer of fake parameters after its first step."""
+    """Return the bytes of state of a new optimizer of fake parameters after its first step."""
     if isinstance(optimizer, torch.optim.AdamW):  # makes its averages in that step
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -355,7 +377,7 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _head_needs(
     head: PartialFC, world_size: int, device_type: str
 ) -> tuple[int, int, HeadWork, int]:
-    """Bytes of the centers and of their state, the head's work, and bytes of its workspace."""
+    """Return bytes of centers, bytes of their state, the head's work, bytes of its workspace."""
     mode, device = FakeTensorMode(), torch.device(device_type)
     weight = as_fake(head.weight, mode, device)
     bias = None if head.bias is None else as_fake(head.bias, mode, device)
@@ -401,7 +423,7 @@ def _head_needs(
 def _layer_needs(
     head: LayerClassifier, batch: int, cfg: Config, world_size: int
 ) -> tuple[int, int, HeadWork, int]:
-    """As `_head_needs`, of rank 0's part of a layer: `head` alone, on the meta device."""
+    """Estimate as `_head_needs` does, for rank 0's part of a layer (`head`, on the meta device)."""
     mode = FakeTensorMode()
     make_fake(head, mode)
     with mode:
@@ -434,7 +456,7 @@ def _layer_needs(
 
 
 def _trace_autograd_head(head: PartialFC, num_rows: int, batch: int) -> Trace:
-    """Of the readable path with its whole gradient; sampled rows are copies of the shard's."""
+    """Trace the reference path with its whole gradient; sampled rows are copies of the shard's."""
     mode = FakeTensorMode()
     weight = nn.Parameter(as_fake(head.weight, mode))
     bias = None if head.bias is None else nn.Parameter(as_fake(head.bias, mode))

@@ -1,6 +1,4 @@
-"""A plan: memory and time of one configuration on one kind of machine, and what would make it
-fit.
-"""
+"""A plan: memory and time of one configuration on one kind of machine, and ways to save memory."""
 
 from __future__ import annotations
 
@@ -34,14 +32,22 @@ PROCESS_GIB = {"cpu": 0.3, "cuda": 0.8}
 
 
 class PlanError(ValueError):
-    """There is no plan for this; the message says what to change."""
+    """There is no plan for this. The message says what to change."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One configuration on one kind of machine. Sizes in bytes on rank 0, times in seconds.
+    """One configuration on one kind of machine. Sizes are in bytes on rank 0, times in seconds.
 
-    frozen_steps: of total_steps, in which the backbone is only read; frozen_seconds: of one.
+    Attributes:
+        needs: Memory and work of rank 0.
+        time: Time of one optimizer step.
+        room: Memory that a rank may use.
+        samples_per_second: Images per second over all ranks.
+        steps_per_epoch: Optimizer steps per epoch.
+        total_steps: Optimizer steps of the run.
+        frozen_steps: Those of `total_steps` in which the backbone is frozen.
+        frozen_seconds: Time of one such step.
     """
 
     needs: Requirements
@@ -55,33 +61,43 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Rank 0's memory is enough."""
+        """Whether rank 0's memory is enough."""
         return self.needs.footprint.total <= self.room
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Hours of the whole run."""
         moving = self.total_steps - self.frozen_steps
         return (moving * self.time.total + self.frozen_steps * self.frozen_seconds) / 3600
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is for, beside the config."""
+    """What a plan depends on beside the config.
+
+    Attributes:
+        machine: The device and its links.
+        world_size: Number of ranks.
+        links: How ranks are connected.
+        num_classes: Number of classes.
+        num_images: Number of images.
+        measured_seconds: Seconds to spend on measuring; with 0 times come from the peaks.
+    """
 
     machine: Machine
     world_size: int
     links: Links
     num_classes: int
     num_images: int
-    measured_seconds: float = 0.0  # to spend on measuring; 0: from the peaks
+    measured_seconds: float = 0.0
 
 
 def make_plan(cfg: Config, setting: Setting) -> Plan:
-    """Memory and time of `cfg` as it would run.
+    """Estimate memory and time of `cfg` as it would run.
 
     Raises:
-        PlanError, SetupError: it could not run so.
+        PlanError: The machine lacks the precision, or an epoch has less than one global batch.
+        SetupError: The parts of the run cannot be built.
     """
     cfg = share_global_batch(cfg, setting.world_size)
     machine, world_size = setting.machine, setting.world_size
@@ -128,15 +144,15 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
 
 
 def device_type(machine: Machine) -> str:
-    """Of PyTorch: "cpu" or "cuda"."""
+    """Return the device type of PyTorch, "cpu" or "cuda"."""
     return "cpu" if machine.name == "cpu" else "cuda"
 
 
 def policy(cfg: Config, machine: Machine) -> Precision:
-    """The precision `cfg` has on that machine, which need not be here.
+    """Return the precision of `cfg` on that machine, which may be another one than this.
 
     Raises:
-        PlanError: the machine does not have it.
+        PlanError: The machine does not have it.
     """
     if device_type(machine) == "cpu":
         return choose_precision(cfg.precision, cfg.fp16, torch.device("cpu"))[0]
@@ -147,7 +163,7 @@ def policy(cfg: Config, machine: Machine) -> Precision:
 
 
 def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
-    """What may be changed to need less: (words, the config so, the world size so)."""
+    """List what may be changed to need less memory: (words, changed config, world size)."""
 
     def with_(**values: Any) -> tuple[str, Config, int]:
         words = " ".join(f"{key}={value}" for key, value in values.items())
@@ -179,8 +195,9 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
 
 
 def what_would_fit(cfg: Config, setting: Setting) -> list[tuple[str, Plan]]:
-    """Each change that saves a percent or more, planned anew, the most saving one first; then, if
-    none is enough, as many of them together as are needed.
+    """Plan each change that saves a percent or more, the largest saving first.
+
+    If none is enough, the last entry combines as many of them as are needed.
     """
     setting = dataclasses.replace(setting, measured_seconds=0.0)
     now = make_plan(cfg, setting).needs.footprint.total
@@ -212,7 +229,11 @@ def what_would_fit(cfg: Config, setting: Setting) -> list[tuple[str, Plan]]:
 
 
 def sizes(cfg: Config) -> tuple[int, int]:
-    """Classes and images of the run; "auto" is looked up in the set. Raises DataError."""
+    """Return classes and images of the run; "auto" takes those of the set.
+
+    Raises:
+        DataError: The set is missing or damaged.
+    """
     classes, images = cfg.num_classes, cfg.num_image
     if classes == "auto" or images == "auto":
         loader = make_loader(cfg, DistContext(0, 0, 1, torch.device("cpu")))
@@ -222,10 +243,10 @@ def sizes(cfg: Config) -> tuple[int, int]:
 
 
 def choose_machine(name: str | None) -> Machine:
-    """The machine of that name; without one, what is here.
+    """Return the machine of that name, or this machine for None.
 
     Raises:
-        PlanError: an unknown name, or a GPU here that is not in the table.
+        PlanError: The name is unknown, or the GPU of this machine is not in the table.
     """
     if name is None and torch.cuda.is_available():
         here = torch.cuda.get_device_properties(0)
@@ -233,7 +254,7 @@ def choose_machine(name: str | None) -> Machine:
         of_table = next((key for key in GPUS if key in known), None)
         if of_table is None:
             raise PlanError(f"{here.name}: not in the table; pass --gpu {'|'.join(GPUS)}")
-        # Some have the same name with other sizes.
+        # Some GPUs have the same name but another size of memory.
         return dataclasses.replace(GPUS[of_table], memory_gib=here.total_memory / 2**30)
     if name is None or name == "cpu":
         return this_cpu()

@@ -1,9 +1,9 @@
-"""How long a step would take: every operation at the rate of arithmetic or of memory, whichever
-is slower (Williams et al. 2009, "Roofline").
+"""How long a step would take, by the roofline model (Williams et al., 2009, "Roofline").
 
-The operations are those of the traced step (training/planner/memory.py), one after the other,
-unfused. What real kernels reach of the peaks is assumed (SHARE_OF_PEAK); a measured minute
-(`scripts/plan.py --measure`) is better wherever the machine is at hand.
+Every operation runs at the rate of arithmetic or of memory, whichever is slower. The operations are
+those of the traced step (training/planner/memory.py), one after the other, unfused. The fraction of
+the peaks that real kernels reach is assumed (SHARE_OF_PEAK). A measured minute
+(`scripts/plan.py --measure`) is better wherever the machine is available.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from training.planner.head_step import HeadOperations
 from training.planner.trace import Operation, Trace
 
-if TYPE_CHECKING:  # it imports all of the trainer, which counting on a bare machine does not need
+if TYPE_CHECKING:  # memory.py imports all of the trainer, which counting alone does not need
     from training.planner.memory import HeadWork, Requirements
 
 
@@ -27,11 +27,15 @@ class Machine:
     """One device and its links.
 
     Attributes:
-        memory_gib: as its driver reports it. gigabytes_per_second: of its memory.
-        half, tf32, single: peak teraflops of dense products with operands of 16 bits, in TF32 and
-            in fp32; 0 for what it does not have. has_bf16: bf16 at the rate of fp16.
-        link_gigabytes_per_second: to the other devices of its host, one direction.
-        source: of the numbers.
+        name: Name of the device in the table.
+        memory_gib: Memory as its driver reports it.
+        gigabytes_per_second: Rate of its memory.
+        half: Peak teraflops of dense products with operands of 16 bits.
+        tf32: Peak teraflops of dense products in TF32; 0 if it does not have it.
+        single: Peak teraflops of dense products in fp32.
+        has_bf16: Whether it has bf16, at the rate of fp16.
+        link_gigabytes_per_second: Rate to the other devices of its host in one direction.
+        source: Where the numbers are from.
     """
 
     name: str
@@ -108,17 +112,17 @@ GPUS = {
     )
 }
 
-# Assumptions, by kind of device: what kernels reach of the peaks above. For GPUs set so that the
-# throughputs published for V100s are met (docs/speed.md has how far); for newer ones nobody has
-# tried. On a CPU the peaks are measured ones, of a large product and of a copy.
+# Assumptions by kind of device: the fraction of the peaks above that kernels reach. For GPUs they
+# are set so that they give the throughputs published for V100s (docs/speed.md says how closely);
+# newer ones were not compared. On a CPU the peaks are measured, by a large product and a copy.
 SHARE_OF_PEAK = {
     "cuda": {"products": 0.4, "memory": 0.5, "links": 0.7},
     "cpu": {"products": 0.8, "memory": 0.8, "links": 0.7},
 }
-# Seconds it takes Python and the driver to start an operation: the floor of small batches.
+# Seconds that Python and the driver need to start an operation: the lower limit of small batches.
 LAUNCH_SECONDS = {"cuda": 8e-6, "cpu": 8e-6}
-# Share of the all-reduce of the network's gradients that can hide behind backward, which is two
-# thirds of the network's time.
+# The all-reduce of the network's gradients can overlap with backward, which takes this fraction of
+# the network's time.
 BACKWARD_SHARE = 2 / 3
 # How often the matrices [B, rows] of student and teacher are read or written where their class
 # probabilities are compared: counted in arcshard/head/distillation.py, not measured.
@@ -127,9 +131,14 @@ PASSES_OF_TEACHING = 45
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step on one rank: of the network (forward, backward, all
-    micro-steps), the head, the teacher and its loss, the network's optimizer, and of the
-    collectives what nothing hides.
+    """Seconds of one optimizer step on one rank.
+
+    Attributes:
+        backbone: Forward and backward of the network, all micro-steps.
+        head: The head.
+        teacher: The teacher and its loss.
+        optimizer: The network's optimizer.
+        collectives: The part of the collectives that does not overlap with computation.
     """
 
     backbone: float
@@ -140,19 +149,27 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """One after the other."""
+        """Seconds of all parts, one after the other."""
         return self.backbone + self.head + self.teacher + self.optimizer + self.collectives
 
 
 @dataclass(frozen=True)
 class Links:
-    """How ranks reach each other: ranks per host, and the network of a host in Gbit/s."""
+    """How ranks are connected.
+
+    Attributes:
+        ranks_per_host: Number of ranks on a host.
+        network_gbit: Rate of the network of a host in Gbit/s.
+    """
 
     ranks_per_host: int = 8
     network_gbit: float = 100.0
 
     def bytes_per_second(self, machine: Machine, world_size: int) -> float:
-        """Of the slowest hop on a ring through all ranks, per rank (within a host) or host."""
+        """Return the rate of the slowest hop on a ring through all ranks.
+
+        The rate is per rank within a host, and per host otherwise.
+        """
         share = SHARE_OF_PEAK[_kind(machine)]["links"]
         if world_size <= self.ranks_per_host:
             return share * machine.link_gigabytes_per_second * 1e9
@@ -167,11 +184,19 @@ def estimate(
     gradient_acc: int,
     needs_full_batch: bool,
 ) -> StepTime:
-    """Time of a step from the peaks.
+    """Estimate the time of a step from the peaks.
 
     Args:
-        gradient_acc: micro-steps per step.
-        needs_full_batch: the loss looks at the whole batch: every micro-batch goes forward twice.
+        needs: Memory and work of one rank.
+        machine: The device and its links.
+        links: How ranks are connected.
+        world_size: Number of ranks.
+        gradient_acc: Micro-steps per step.
+        needs_full_batch: Whether the loss needs the whole batch, so that every micro-batch goes
+            forward twice.
+
+    Returns:
+        Seconds by part.
     """
     trace = needs.backbone
     backbone = gradient_acc * (
@@ -193,7 +218,7 @@ def estimate(
 
 
 def operations_seconds(operations: Iterable[Operation], machine: Machine) -> float:
-    """One operation after the other, each as slow as its products, its memory or its start."""
+    """Sum the seconds of operations, each limited by its products, its memory or its launch."""
     start = LAUNCH_SECONDS[_kind(machine)]
     return sum(max(_work_seconds(op, machine), start) for op in operations)
 
@@ -206,13 +231,13 @@ def _work_seconds(operation: Operation, machine: Machine) -> float:
 
 
 def forward_share(trace: Trace, machine: Machine) -> float:
-    """Of a network's time, that of its forward pass."""
+    """Return the fraction of a network's time that its forward pass takes."""
     forward = operations_seconds(trace.forward, machine)
     return forward / (forward + operations_seconds(trace.backward, machine))
 
 
 def head_seconds(head: HeadWork, machine: Machine, passes: int) -> float:
-    """All passes of a step: forward, backward, and the update of the class centers."""
+    """Estimate the seconds of all passes of a step: forward, backward, update of the centers."""
     if head.trace is not None:
         seconds = operations_seconds([*head.trace.forward, *head.trace.backward], machine)
         row_bytes = 5 * 4 * head.width + 2 * head.state_bytes_per_row
@@ -225,19 +250,24 @@ def head_seconds(head: HeadWork, machine: Machine, passes: int) -> float:
 
 
 def launch_seconds(counted: HeadOperations) -> float:
-    """How long the host takes to start them; a GPU works through a queue meanwhile."""
+    """Estimate how long the host takes to start the operations, while a GPU works in parallel."""
     return counted.launches * LAUNCH_SECONDS["cuda"]
 
 
 def device_seconds(counted: HeadOperations, machine: Machine) -> float:
-    """How long a GPU works on them, one after the other, if it never waits for the host."""
+    """Estimate how long a GPU works on the operations if it never waits for the host."""
     return counted.total(lambda operations: sum(_work_seconds(op, machine) for op in operations))
 
 
 def teaching_seconds(head: HeadWork, width: int, machine: Machine) -> float:
-    """One pass over the class probabilities of both sides (arcshard/head/distillation.py); `width`
-    as
-    TeacherWork has it.
+    """Estimate one pass over the class probabilities of student and teacher.
+
+    See arcshard/head/distillation.py.
+
+    Args:
+        head: Work of the head.
+        width: `TeacherWork.width`.
+        machine: The device.
     """
     if not width:
         return 0.0
@@ -255,8 +285,10 @@ def collective_seconds(
     backbone: float,
     passes: int,
 ) -> float:
-    """The head's all-gather, reduce-scatter and sums, and what backward does not hide of the
-    gradients' all-reduce; all by rings.
+    """Estimate the collectives' time that does not overlap with computation; all are rings.
+
+    These are the head's all-gather, reduce-scatter and sums, and the part of the gradients'
+    all-reduce that is longer than the backward pass it overlaps with.
     """
     if world_size == 1:
         return 0.0
@@ -271,8 +303,9 @@ def collective_seconds(
 
 
 def this_cpu() -> Machine:
-    """This machine's CPU: a product of matrices and a copy, timed for about a second, and the
-    memory that is available now.
+    """Measure this machine's CPU: a matrix product and a copy, for about a second in all.
+
+    Its memory is what is available now.
     """
     size = 1024
     left, right = torch.randn(size, size), torch.randn(size, size)
@@ -294,7 +327,7 @@ def this_cpu() -> Machine:
 
 
 def available_memory_gib() -> float:
-    """Of this machine, now (Linux)."""
+    """Return the memory of this machine that is available now (Linux)."""
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
@@ -303,7 +336,7 @@ def available_memory_gib() -> float:
 
 
 def _seconds(work: object) -> float:
-    """Least of several runs, about half a second."""
+    """Return the least time of several runs, which take about half a second."""
     assert callable(work)
     best, end = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < end:
@@ -322,7 +355,7 @@ def _memory_rate(machine: Machine) -> float:
 
 
 def _product_rate(machine: Machine, dtype: torch.dtype) -> float:
-    """FLOPs per second."""
+    """Return the FLOPs per second of products."""
     if dtype in (torch.float16, torch.bfloat16):
         peak = machine.half
     elif dtype == torch.float64:

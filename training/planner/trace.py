@@ -1,11 +1,11 @@
 """What a step would allocate and compute, found without doing either.
 
 PyTorch's fake tensors run the real code, autograd's formulas, autocast and recomputation included,
-on tensors that have a shape, a stride and a dtype but no memory. `MemoryTracker` watches every
-operation: when a storage comes into being and when the last tensor lets go of it, and what each
-operation reads, writes and multiplies.
+on tensors that have a shape, a stride and a dtype but no memory. `MemoryTracker` observes every
+operation: when a storage is created and when its last tensor is freed, and what each operation
+reads, writes and multiplies.
 
-The operations are those of a CPU. What an operation uses inside, such as the workspace of a
+The operations are those of a CPU. What an operation uses internally, such as the workspace of a
 convolution, is not seen.
 """
 
@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 
-# The CPU's attention has no formula of its own; its arguments begin as those of the others do.
+# The CPU's attention has no formula; its first arguments are those of the formulas used here.
 _SAME_FLOPS = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -86,11 +86,13 @@ class Operation(NamedTuple):
     """One operation.
 
     Attributes:
-        flops: floating-point operations in products, 0 for all others.
-        bytes_moved: that it reads and writes.
-        dtype: of its largest operand.
-        named_bytes: of the tensors it is given and returns. An operation that returns nothing, such
-            as a fused optimizer, writes more; one that overwrites its first operand reads less.
+        name: Its name without "aten::".
+        flops: Floating-point operations in products, 0 for all other operations.
+        bytes_moved: Bytes that it reads and writes.
+        dtype: dtype of its largest operand.
+        named_bytes: Bytes of the tensors that are arguments or results. An operation that returns
+            nothing, such as a fused optimizer, writes more; one that overwrites its first operand
+            reads less.
     """
 
     name: str
@@ -102,15 +104,16 @@ class Operation(NamedTuple):
 
 @dataclass
 class Trace:
-    """One forward and backward pass. Bytes do not include what was there before.
+    """One forward and backward pass. Bytes do not include tensors that existed before.
 
     Attributes:
-        saved_bytes: alive after the forward pass: what backward needs, and the result.
-        peak_bytes: most at one moment, gradients of parameters included; gradient_bytes_at_peak:
-            how much of that they are.
-        peak_without_gradients: most at one moment of everything but gradients of parameters.
-        gradient_bytes: of all gradients.
-        forward, backward: operations in order, views left out.
+        saved_bytes: Bytes alive after the forward pass: what backward needs, and the result.
+        peak_bytes: Most bytes at one moment, gradients of parameters included.
+        gradient_bytes_at_peak: Bytes of gradients of parameters at that moment.
+        peak_without_gradients: Most bytes at one moment, without gradients of parameters.
+        gradient_bytes: Bytes of all gradients of parameters.
+        forward: Operations of the forward pass in order, without views.
+        backward: Operations of the backward pass in order, without views.
     """
 
     saved_bytes: int = 0
@@ -123,10 +126,10 @@ class Trace:
 
 
 class OperationLog(TorchDispatchMode):
-    """Writes down every operation while it is on, views and allocations left out.
+    """Records every operation while it is active, except views and allocations.
 
     Attributes:
-        operations: so far, in order.
+        operations: Operations so far, in order.
     """
 
     def __init__(self) -> None:
@@ -165,14 +168,17 @@ class OperationLog(TorchDispatchMode):
 
 
 class MemoryTracker(OperationLog):
-    """Follows storages and operations while it is on.
+    """Tracks storages and operations while it is active.
 
     Args:
-        existing: tensors that were there before and do not count.
+        existing: Tensors that existed before and do not count.
 
     Attributes:
-        live, peak: bytes now, and most so far. gradients: of `live`, see `is_gradient`.
-        gradients_at_peak, peak_without_gradients: see Trace.
+        live: Bytes now.
+        peak: Most bytes so far.
+        gradients: Bytes of parameters' gradients, see `is_gradient`.
+        gradients_at_peak: See `Trace.gradient_bytes_at_peak`.
+        peak_without_gradients: See `Trace.peak_without_gradients`.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -184,7 +190,7 @@ class MemoryTracker(OperationLog):
             self._sizes[tensor.untyped_storage()] = 0
 
     def is_gradient(self, tensor: Tensor) -> None:
-        """From now on `tensor` counts as a parameter's gradient."""
+        """Count `tensor` as a parameter's gradient from now on."""
         self.gradients += self._sizes.get(tensor.untyped_storage(), 0)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -194,7 +200,7 @@ class MemoryTracker(OperationLog):
         return out
 
     def _see(self, tensor: Tensor) -> None:
-        """Count its storage if it is new."""
+        """Count the storage of a tensor if it is new."""
         storage = tensor.untyped_storage()
         if storage in self._sizes:
             return
@@ -218,7 +224,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 @cache
 def _is_work(func: Any) -> bool:
-    """True if it starts a kernel: neither a view nor an allocation nor a question to the host."""
+    """Return whether an operation starts a kernel: not a view, an allocation or a host query."""
     name = func._overloadpacket._qualified_op_name.removeprefix("aten::")
     if name.startswith(("empty", "new_empty", "prim::")) or name in _NO_KERNEL:
         return False
@@ -228,8 +234,10 @@ def _is_work(func: Any) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The operands that it changes. Fused optimizers may change gradients too, but do so only
-    where they take out a loss scale, which nothing here asks of them.
+    """Return the operands that an operation changes.
+
+    Fused optimizers may change gradients too, but only where they remove a loss scale, which does
+    not happen here.
     """
     given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
     return _tensors(
@@ -242,8 +250,10 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _named_bytes(name: str, read: list[Tensor], made: list[Tensor]) -> int:
-    """Of the tensors an operation is given and returns, each whole, but for operations that pick
-    some places of their first operand, or only take its shape.
+    """Sum the bytes of the tensors that are arguments or results.
+
+    Tensors count whole, except for operations that access some places of their first operand, or
+    use only its shape.
     """
     if name in _PICKS:
         return sum(map(_size, read[1:])) + 2 * sum(map(_size, made))
@@ -256,19 +266,23 @@ def _named_bytes(name: str, read: list[Tensor], made: list[Tensor]) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes an operation on it touches: of an expanded tensor only what is there."""
+    """Return the bytes that an operation on a tensor touches: at most those of its storage."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 
 def trace_step(
     forward: Callable[[], Tensor], parameters: Iterable[nn.Parameter], existing: Iterable[Tensor]
 ) -> Trace:
-    """Watch `forward()` and the backward pass from its result, all of them fake tensors.
+    """Trace `forward()` and the backward pass from its result, all on fake tensors.
 
     Args:
-        forward: computes the result; what it makes and does not hold on to is let go of.
-        parameters: whose gradients are told apart. Their `grad` is None before and after.
-        existing: tensors that do not count, beside the parameters.
+        forward: Computes the result. What it makes and does not hold on to is freed.
+        parameters: Parameters whose gradients are counted separately. Their `grad` is None before
+            and after.
+        existing: Tensors that do not count, beside the parameters.
+
+    Returns:
+        The trace.
     """
     parameters = list(parameters)
     ledger = MemoryTracker([*parameters, *existing])
@@ -302,15 +316,15 @@ def trace_step(
 
 
 def as_fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device = CPU) -> Tensor:
-    """A fake tensor on `device` like a tensor on the meta device. Not while `mode` is on."""
+    """Make a fake tensor on `device` from one on the meta device. Not while `mode` is active."""
     return FakeTensor(mode, tensor.detach(), device)
 
 
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Turn a module on the meta device into one of fake tensors on the CPU, in place.
 
-    Not while `mode` is on. A network is built on the meta device and not under the mode, because
-    some initializations ask for values.
+    Do not call it while `mode` is active. A network is built on the meta device and not under the
+    mode, because some initializations ask for values.
     """
     for part in module.modules():
         for name, parameter in part._parameters.items():
