@@ -146,6 +146,30 @@ def shared_dir() -> Path:
     """The folder of real test data: TEST_DATA_DIR, or ../shared beside the repository."""
     default = Path(__file__).resolve().parent.parent.parent / "shared"
     folder = Path(os.environ.get("TEST_DATA_DIR", default))
-    if not (folder / "golden").is_dir():
+    if not (folder / "data").is_dir():
         pytest.skip(f"no shared test data at {folder} (set TEST_DATA_DIR)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five class folders with nine images each."""
+    from tests.record_helpers import NUM_CLASSES, PER_CLASS, jpeg
+
+    root = tmp_path_factory.mktemp("faces")
+    for label in range(NUM_CLASSES):
+        (root / f"person_{label}").mkdir()
+        for i in range(PER_CLASS):
+            (root / f"person_{label}" / f"{i}.jpg").write_bytes(jpeg(label * 100 + i))
+    return root
+
+
+@pytest.fixture(scope="session")
+def records(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of `folder` as records."""
+    from scripts.pack import pack_folder
+    from tests.record_helpers import SIZE
+
+    out = tmp_path_factory.mktemp("records")
+    pack_folder(folder, out, size=SIZE)
+    return out

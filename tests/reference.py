@@ -55,7 +55,10 @@ def dense_loss(
     """Mean loss over the whole batch with all class centers on one device.
 
     Args:
-        embeddings: [B, D]; labels: [B] int64; weight: [C, D].
+        margin: The margin of the loss.
+        embeddings: [B, D] embeddings.
+        labels: [B] int64 classes.
+        weight: [C, D] class centers.
         classes: int64 classes that take part (a sample; must hold every label), None for all.
     """
     unit_embeddings = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -166,7 +169,12 @@ def dense_loss_by_paper(
     Everything is autograd's; only values inside the domain are meant (no cosine of +-1).
 
     Args:
-        embeddings: [B, D]; labels: [B]; weight: [C K, D]; bias: [C K].
+        margin: The margin of the loss.
+        embeddings: [B, D] embeddings.
+        labels: [B] int64 classes.
+        weight: [C K, D] class centers.
+        bias: [C K] biases, None for none.
+        centers_per_class: K.
         classes: those that take part, None for all.
         margins_drawn: [B] of ElasticFace, in the order of drawing.
     """
@@ -239,8 +247,12 @@ def dense_divergence(
     """T^2 KL(teacher || student), mean over the batch, of class probabilities without margin.
 
     Args:
-        embeddings: [B, D]; teacher_embeddings: [B, D_t].
-        weight: [n, K, D]; teacher_weight: [n, K_t, D_t], of the classes that count for both.
+        embeddings: [B, D] embeddings of the student.
+        teacher_embeddings: [B, D_t] embeddings of the teacher.
+        weight: [n, K, D] class centers of the student.
+        teacher_weight: [n, K_t, D_t] class centers of the teacher, of the same classes.
+        scale: Scale of the logits.
+        temperature: T.
     """
 
     def log_probabilities(rows: Tensor, centers: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import Backbone, get_model, model_names
 from backbones.vit import DropPath, _drop_patches, _restore_patches
+from tests.helpers import GOLDEN
+from tests.run_helpers import golden_weights
 
-GOLDEN = ["mbf", "r18", "r34", "r50", "r100", "vit_t", "vit_s"]
+GOLDEN_NETWORKS = ["mbf", "r18", "r34", "r50", "r100", "vit_t", "vit_s"]
 
 # Published GMACs at 112 x 112, where there are any.
 PUBLISHED_GMACS = {
@@ -61,29 +61,9 @@ def images_for(net: Backbone, batch: int = 4) -> torch.Tensor:
     return torch.randn(batch, net.in_channels, net.input_size, net.input_size, generator=generator)
 
 
-def golden_weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The rule of golden/README.md."""
-    random = np.random.default_rng(zlib.crc32(key.encode()))
-    if key.endswith("num_batches_tracked"):
-        return np.zeros(shape)
-    if key.endswith("running_var"):
-        return random.uniform(0.5, 1.5, shape)
-    if key.endswith("running_mean"):
-        return 0.1 * random.standard_normal(shape)
-    if key in ("pos_embed", "mask_token"):
-        return 0.02 * random.standard_normal(shape)
-    if len(shape) == 1:
-        return (
-            random.uniform(0.25, 1.0, shape)
-            if key.endswith("weight")
-            else 0.1 * random.standard_normal(shape)
-        )
-    return random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_keys_shapes_and_outputs_are_the_published_ones(name: str, shared_dir: Path):
-    folder = shared_dir / "golden" / "backbones"
+@pytest.mark.parametrize("name", GOLDEN_NETWORKS)
+def test_keys_shapes_and_outputs_are_the_published_ones(name: str):
+    folder = GOLDEN / "backbones"
     published = json.loads((folder / f"{name}.json").read_text())
     with torch.device("meta"):
         net = get_model(name)
@@ -91,11 +71,7 @@ def test_keys_shapes_and_outputs_are_the_published_ones(name: str, shared_dir: P
     assert {key: list(tensor.shape) for key, tensor in state.items()} == published["state_dict"]
     assert sum(p.numel() for p in net.parameters()) == published["parameters"]
 
-    weights = {
-        key: torch.from_numpy(np.asarray(golden_weight(key, tuple(tensor.shape)))).to(tensor.dtype)
-        for key, tensor in state.items()
-    }
-    net.load_state_dict(weights, assign=True)
+    net.load_state_dict(golden_weights(state), assign=True)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 112, 112)).astype(np.float32)
     with torch.no_grad():
         found = net.eval()(torch.from_numpy(images)).numpy()

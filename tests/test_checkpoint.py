@@ -22,6 +22,7 @@ from hypothesis import given, settings
 
 from arcshard.shard import class_range
 from tests.conftest import Ranks as Pool
+from tests.run_helpers import Disk, some_state
 from training.checkpoint import sharded_io
 from training.checkpoint.checkpointer import (
     Checkpointer,
@@ -144,10 +145,6 @@ def test_what_every_rank_holds_alike_or_of_its_own_comes_back(
         assert all(answer.values()), answer
 
 
-def some_state(value: float = 1.0) -> dict[str, TensorShard]:
-    return {"x": TensorShard.whole(torch.full((1000,), value), True)}
-
-
 def test_another_name_size_or_dtype_is_refused(tmp_path: Path) -> None:
     sharded_io.write(tmp_path / "a", some_state(), None, True)
     for state, words in (
@@ -204,17 +201,6 @@ def test_any_changed_byte_of_a_manifest_is_seen(
             Manifest.read(folder)
 
 
-class Disk:
-    """A folder whose checkpoints can be made to fail, in the way of a real error."""
-
-    def __init__(self, folder: Path) -> None:
-        self.saver = Checkpointer(folder, RankGroup(ALONE), keep=2, max_failed=2)
-        self.folder = folder
-
-    def save(self, step: int, value: float = 1.0, is_best: bool = False) -> None:
-        self.saver.save(step, some_state(value), {}, is_best=is_best, wait=True)
-
-
 def test_a_failed_save_is_told_harms_nothing_and_training_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,7 +238,7 @@ FULL_DISK = """
 import logging, resource, sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.test_checkpoint import Disk, some_state
+from tests.run_helpers import Disk, some_state
 from training.checkpoint.sharded_io import TensorShard
 logging.basicConfig(level=logging.INFO)
 disk = Disk(Path({folder!r}))

@@ -44,7 +44,7 @@ from eval.classification import classify, open_image_folder
 from eval.model import open_model
 from scripts import hold_out
 from tests.conftest import RankFailure, Ranks
-from tests.test_resume import Unhurried, copy_of_run
+from tests.run_helpers import Unhurried, copy_of_run
 from torch2onnx import export_onnx
 from train_v2 import main, run_on
 from training.build import build

@@ -10,18 +10,14 @@ import pytest
 import torch
 
 from data.dali import dali_is_installed
-from tests.test_dataset import (
+from tests.record_helpers import (
     NUM_IMAGES,
     collect_error,
     contents,
-    folder,
     jpeg,
     loader,
-    records,
     write_set,
 )
-
-__all__ = ["folder", "records"]
 
 pytestmark = pytest.mark.skipif(not dali_is_installed(), reason="NVIDIA DALI is not installed")
 

@@ -11,7 +11,7 @@ import torch
 from configs.base import Config
 from data.augment import Augmentation
 from data.sampling import BlockShuffleSampler, ClassBalancedSampler, RandomSampler, WeightedSampler
-from tests.test_dataset import SIZE, folder, jpeg, records, write_set
+from tests.record_helpers import SIZE, jpeg, write_set
 from train_v2 import run_on
 from training import build as building
 from training import build_data
@@ -19,8 +19,6 @@ from training.divergence import StepStats
 from training.metrics_logger import MetricsLogger
 from utils.distributed import DistContext
 from utils.meter import Rates
-
-__all__ = ["folder", "records"]
 
 CPU = DistContext(0, 0, 1, torch.device("cpu"))
 SETTINGS = {

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -31,61 +29,18 @@ from data.decode import ImageError, decode_image, empty_pixels
 from data.order import flip_mask
 from data.prefetch import OrderedPrefetch
 from data.recordio import RecordError, RecordWriter, pack_record
-from dataset import DATA_ERRORS, Batch, DataLoader, get_dataloader
-from scripts.pack import pack_folder
-
-SIZE = 24
-NUM_CLASSES = 5
-PER_CLASS = 9
-NUM_IMAGES = NUM_CLASSES * PER_CLASS
-
-
-def jpeg(number: int, size: int = SIZE) -> bytes:
-    rng = np.random.default_rng(number)
-    image = cv2.resize(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), (size, size))
-    return simplejpeg.encode_jpeg(image, quality=90)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five class folders with nine images each."""
-    root = tmp_path_factory.mktemp("faces")
-    for label in range(NUM_CLASSES):
-        (root / f"person_{label}").mkdir()
-        for i in range(PER_CLASS):
-            (root / f"person_{label}" / f"{i}.jpg").write_bytes(jpeg(label * 100 + i))
-    return root
-
-
-@pytest.fixture(scope="session")
-def records(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images as records."""
-    out = tmp_path_factory.mktemp("records")
-    pack_folder(folder, out, size=SIZE)
-    return out
-
-
-def loader(root: Path | str | list[Path], batch_size: int = 4, **options) -> DataLoader:
-    options = {"input_size": SIZE, "seed": 3, "num_workers": 0} | options
-    return get_dataloader(root, batch_size, **options)
-
-
-def write_set(out: Path, images: list[tuple[bytes, float]], property_line: str = "") -> Path:
-    with RecordWriter(out / "train.rec", out / "train.idx") as writer:
-        for key, (encoded, label) in enumerate(images):
-            writer.write(key, pack_record(encoded, label))
-    if property_line:
-        (out / "property").write_text(property_line)
-    return out
-
-
-def contents(batches: Iterable[Batch]) -> list[tuple[bytes, int]]:
-    """(hash of the pixels, label) of every image, in order."""
-    return [
-        (hashlib.sha1(image.numpy().tobytes()).digest(), int(label))
-        for batch in batches
-        for image, label in zip(*batch, strict=True)
-    ]
+from dataset import get_dataloader
+from tests.record_helpers import (
+    NUM_CLASSES,
+    NUM_IMAGES,
+    PER_CLASS,
+    SIZE,
+    collect_error,
+    contents,
+    jpeg,
+    loader,
+    write_set,
+)
 
 
 def test_a_batch_is_uint8_channels_last_with_int64_labels(records: Path) -> None:
@@ -211,17 +166,6 @@ def test_normalizing_rounds_only_the_result(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------- what is wrong, and where
 
 
-def collect_error(each: DataLoader) -> tuple[Exception, int]:
-    """The error of an epoch and how many batches came before it; fails if there is none."""
-    seen = 0
-    try:
-        for _ in each:
-            seen += 1
-    except DATA_ERRORS as error:
-        return error, seen
-    raise AssertionError("no error")
-
-
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_a_corrupt_image_is_an_error_in_its_place_that_names_file_and_record(
     tmp_path: Path, num_workers: int
@@ -263,37 +207,54 @@ def test_a_truncated_file_is_found_before_training(tmp_path: Path) -> None:
 
 
 def test_stopping_early_ends_the_threads(records: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     each = loader(records, 1, num_workers=3)
     for _ in each:
         break
+    started = set(threading.enumerate()) - before
     del each
-    deadline = time.perf_counter() + 5
-    while threading.active_count() > before and time.perf_counter() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for thread in started:
+        thread.join(5)
+    assert set(threading.enumerate()) <= before
 
 
 def test_an_interrupt_ends_a_process_that_waits_for_data() -> None:
     program = (
-        "import os, signal, threading, time\n"
+        "import os, signal, sys, threading\n"
         "from data.prefetch import OrderedPrefetch\n"
-        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "for _ in OrderedPrefetch(lambda step: time.sleep(step), range(1, 3), 1): pass\n"
+        "from tests.helpers import wait_until\n"
+        "main, has_ended = threading.main_thread().ident, threading.Event()\n"
+        "def main_waits():\n"
+        "    frame = sys._current_frames()[main]\n"
+        "    names = (frame.f_code.co_name, frame.f_back.f_code.co_name)\n"
+        "    return names == ('wait', 'result')\n"
+        "def load(step):\n"
+        "    wait_until(main_waits)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if has_ended.wait(20): print('interrupted while it waited')\n"
+        "try:\n"
+        "    for _ in OrderedPrefetch(load, range(2), 1): pass\n"
+        "finally:\n"
+        "    has_ended.set()\n"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=30
     )
     assert "KeyboardInterrupt" in done.stderr
+    assert done.stdout == "interrupted while it waited\n"
 
 
 def test_prefetching_keeps_order_and_bounds_what_is_ahead() -> None:
+    """Every third result is there only after the one that is due next."""
     started: list[int] = []
+    done = [threading.Event() for _ in range(40)]
 
     def load(step: int) -> int:
         started.append(step)
-        time.sleep(0.002 * (step % 3))
+        if step % 3 == 0 and step < 39:
+            assert done[step + 1].wait(20)
+        done[step].set()
         return step
 
     ahead = []

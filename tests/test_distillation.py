@@ -24,10 +24,22 @@ from backbones.weights import WeightsError, load_model
 from configs.base import Config
 from data.datasets import DataError
 from tests.conftest import Ranks
+from tests.record_helpers import (
+    FACES,
+    NEW,
+    OLD,
+    write_faces,
+    write_records,
+)
 from tests.reference import dense_divergence
-from tests.test_init_head import FACES, NEW, OLD, write_faces, write_records
-from tests.test_resume import EXACT, TINY, assert_same, copy_of_run, whole_run
-from tests.test_train import weights_after_one_step
+from tests.run_helpers import (
+    CHECKPOINTED_RUN,
+    EXACT,
+    assert_same,
+    copy_of_run,
+    weights_after_one_step,
+    whole_run,
+)
 from train_v2 import run_on
 from training.build import build
 from training.checkpoint.checkpointer import CheckpointError
@@ -215,7 +227,7 @@ def test_accumulated_steps_with_a_teacher_equal_the_big_batch(
 
 def one_step(settings: dict[str, Any], spoil: bool = False) -> tuple[Any, dict[str, Tensor], Any]:
     """(outcome, backbone, head with its state) after a step in this process."""
-    cfg = Config(**{**TINY, "output": "unused", **settings})
+    cfg = Config(**{**CHECKPOINTED_RUN, "output": "unused", **settings})
     assert not cfg.problems()
     parts = build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
     parts.step.model.train()
@@ -253,7 +265,7 @@ def test_a_teacher_that_is_not_finite_makes_a_bad_step_and_nothing_moves(
     assert bool(outcome.bad)
     _, before, head_before = one_step({**settings, "teacher": None, "lr": 0.0})
     fresh = build(
-        Config(**{**TINY, "output": "unused", **settings}),
+        Config(**{**CHECKPOINTED_RUN, "output": "unused", **settings}),
         DistContext(0, 0, 1, torch.device("cpu")),
     )
     for key, value in fresh.backbone.state_dict().items():
@@ -360,7 +372,9 @@ def test_a_run_may_go_on_without_its_teacher_and_says_so(
 def test_the_frozen_teacher_is_left_alone(
     tmp_path: Path, teacher: Path, faces: Path, one_thread: None
 ) -> None:
-    cfg = Config(**{**TINY, **student(teacher, faces, "logits"), "output": str(tmp_path)})
+    cfg = Config(
+        **{**CHECKPOINTED_RUN, **student(teacher, faces, "logits"), "output": str(tmp_path)}
+    )
     parts = run_on(cfg, DistContext(0, 0, 1, torch.device("cpu")), tmp_path)
     assert parts.step.distillation is not None
     frozen = parts.step.distillation.teacher
@@ -388,7 +402,8 @@ def test_the_frozen_teacher_is_left_alone(
 def test_what_does_not_fit_the_teacher_is_said(
     teacher: Path, faces: Path, changes: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    settings = {**TINY, **student(teacher, faces, "logits"), "output": "unused", **changes}
+    own = student(teacher, faces, "logits")
+    settings = {**CHECKPOINTED_RUN, **own, "output": "unused", **changes}
     if changes.get("input_size") == 48:
         settings |= {"rec": "synthetic", "num_classes": 9, "num_image": 60}
     with pytest.raises(error, match=words):
@@ -399,7 +414,8 @@ def test_a_teacher_without_its_name_or_its_classes_is_refused(
     tmp_path: Path, teacher: Path, faces: Path
 ) -> None:
     def start(**changes: Any) -> None:
-        settings = {**TINY, **student(teacher, faces, "logits"), "output": "unused", **changes}
+        own = student(teacher, faces, "logits")
+        settings = {**CHECKPOINTED_RUN, **own, "output": "unused", **changes}
         build(Config(**settings), DistContext(0, 0, 1, torch.device("cpu")))
 
     nameless = tmp_path / "backbone.pth"
@@ -418,10 +434,10 @@ def test_a_teacher_without_its_name_or_its_classes_is_refused(
 
 
 def test_what_distillation_is_not_for_is_refused_by_the_config() -> None:
-    settings = {**TINY, "teacher": "RUN"}
+    settings = {**CHECKPOINTED_RUN, "teacher": "RUN"}
     both = Config(**{**settings, "distillation": "logits", "loss": "softmax"}).problems()
     assert any('distillation="logits" compares cosines' in problem for problem in both)
-    forgotten = Config(**{**TINY, "distillation": "logits"})
+    forgotten = Config(**{**CHECKPOINTED_RUN, "distillation": "logits"})
     assert forgotten.unused() == ["distillation='logits' is not used: there is no teacher"]
     task = {"task": "classification", "loss": "softmax"}
     assert any("teacher='RUN'" in problem for problem in Config(**{**settings, **task}).problems())

@@ -25,6 +25,7 @@ from data.tools.image_records import ImageRecords
 from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.tools.scan import Damage, rebuild_index, scan_on
 from scripts import doctor
+from tests.helpers import GOLDEN
 
 SIZE = 24
 LABELS = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
@@ -108,10 +109,8 @@ def test_json_goes_to_stdout_when_no_file_is_named(
     "name",
     ["insightface_style", "im2rec_scalar_label", "im2rec_vector_label", "im2rec_first_key_1"],
 )
-def test_records_of_mxnet_are_structurally_healthy(
-    name: str, shared_dir: Path, tmp_path: Path
-) -> None:
-    golden = shared_dir / "golden" / "recordio" / f"{name}.rec"
+def test_records_of_mxnet_are_structurally_healthy(name: str, tmp_path: Path) -> None:
+    golden = GOLDEN / "recordio" / f"{name}.rec"
     _, report = examine(golden, tmp=tmp_path)
     found = set(problems(report)) - {"images", "sizes", "duplicates", "conflicts"}
     assert found == set()
@@ -358,8 +357,8 @@ def test_verify_names_every_record_however_many(
         "magic_inside",
     ],
 )
-def test_the_rebuilt_index_is_mxnets(name: str, shared_dir: Path, tmp_path: Path) -> None:
-    golden = shared_dir / "golden" / "recordio" / f"{name}.rec"
+def test_the_rebuilt_index_is_mxnets(name: str, tmp_path: Path) -> None:
+    golden = GOLDEN / "recordio" / f"{name}.rec"
     (tmp_path / "train.rec").write_bytes(golden.read_bytes())
     assert doctor.main([str(tmp_path), "--rebuild-index"]) == 0
     assert (tmp_path / "train.idx").read_bytes() == golden.with_suffix(".idx").read_bytes()

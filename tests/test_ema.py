@@ -18,8 +18,7 @@ from configs.base import Config
 from eval.model import Embedder
 from eval.verification import verify
 from tests.conftest import Ranks
-from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
-from tests.test_train import write_pairs
+from tests.run_helpers import CHECKPOINTED_RUN, assert_same, copy_of_run, whole_run, write_pairs
 from train_v2 import run_on
 from training.build import TrainComponents, build
 from training.checkpoint.checkpointer import FOLDER
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts_of(folder: Path, **changes: Any) -> TrainComponents:
-    parts = build(Config(**{**TINY, "output": str(folder), **changes}), ALONE)
+    parts = build(Config(**{**CHECKPOINTED_RUN, "output": str(folder), **changes}), ALONE)
     parts.step.model.train()
     return parts
 
@@ -91,7 +90,7 @@ def test_it_is_what_is_verified_and_saved_and_the_weights_stay_in_the_checkpoint
     changes = {"val_targets": ["pairs"], "val_dir": str(tmp_path), "max_steps": 3, "ema_decay": 0.4}
     out = tmp_path / "run"
     out.mkdir()
-    parts = run_on(Config(**{**TINY, **changes, "output": str(out)}), ALONE, out)
+    parts = run_on(Config(**{**CHECKPOINTED_RUN, **changes, "output": str(out)}), ALONE, out)
     assert parts.average is not None
     averaged, raw = parts.average.model.state_dict(), parts.backbone.state_dict()
     assert not torch.equal(averaged["conv1.weight"], raw["conv1.weight"])
@@ -117,7 +116,7 @@ def test_on_several_ranks_the_score_is_that_of_the_saved_model(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     scored = [record["eval"]["pairs"] for record in map(json.loads, lines) if "eval" in record][-1]
     model, _ = load_model(tmp_path / "run")
-    again = verify(Embedder(model), [faces], input_size=TINY["input_size"])["pairs"]
+    again = verify(Embedder(model), [faces], input_size=CHECKPOINTED_RUN["input_size"])["pairs"]
     assert scored["xnorm"] == pytest.approx(again["xnorm"], rel=1e-6)
 
 
@@ -172,7 +171,7 @@ def test_it_starts_from_the_weights_of_a_checkpoint_without_one_and_is_left_out_
 
 def test_the_plan_counts_it_as_often_as_it_is_there() -> None:
     def weights(**changes: Any) -> int:
-        cfg = Config(**{**TINY, "output": "unused", **changes})
+        cfg = Config(**{**CHECKPOINTED_RUN, "output": "unused", **changes})
         return estimate_requirements(cfg, 1, 23, POLICIES["fp32"], "cpu").footprint.weights
 
     assert weights(ema_decay=0.9) == pytest.approx(2 * weights(), rel=1e-4)

@@ -31,7 +31,7 @@ from arcshard.partial_fc import PartialFC
 from arcshard.random import hash_key
 from tests.conftest import RankFailure
 from tests.reference import dense_loss_by_paper
-from tests.test_partial_fc import PATHS, batch_for, loss_and_gradients
+from tests.run_helpers import PATHS, batch_for, loss_and_gradients
 
 NUM_CLASSES, WIDTH, SEED = 37, 8, 3
 SIZES = [5, 3, 0, 4]  # ragged, one rank without a row

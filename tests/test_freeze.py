@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.bench_faults import whole_state
 from configs.base import Config
 from tests.conftest import Ranks
-from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
+from tests.run_helpers import CHECKPOINTED_RUN, assert_same, copy_of_run, whole_run
 from training.build import TrainComponents, build
 from training.checkpoint.checkpointer import FOLDER
 from utils.distributed import DistContext
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts_of(rank: int = 0, world_size: int = 1, **changes: Any) -> TrainComponents:
-    settings = {**TINY, "batch_size": 12 // world_size, "output": "unused", **changes}
+    settings = {**CHECKPOINTED_RUN, "batch_size": 12 // world_size, "output": "unused", **changes}
     return build(Config(**settings), DistContext(rank, rank, world_size, torch.device("cpu")))
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import torch
 from benchmarks import gpu_bench, gpu_rows, runs
 from benchmarks.gpu_bench import REPORT, ROWS, SECTIONS, TRACE, Bench, Task, main
 from benchmarks.gpu_report import report
-from tests import rows_of_tests
+from tests.helpers import broken_row, hangs, row_of_process, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,29 +99,8 @@ def test_a_rehearsal_with_the_compiler_takes_at_most_four_minutes(tmp_path):
 # --- killed at any moment --------------------------------------------------------------------
 
 
-def write_rows(folder: Path) -> None:
-    """Rows without end, as fast as they can be written."""
-    bench = Bench(folder, 1e9)
-    for number in range(10**9):
-        bench.run(Task("head", f"row {number}", {}, dict, missing="no time " * 40))
-
-
-def write_and_be_killed(folder: str) -> None:
-    """20 processes, one after another, that write rows and are killed at a moment of their own."""
-    random.seed(0)
-    for number in range(20):
-        rows = Path(folder, str(number))
-        process = os.fork()
-        if process == 0:
-            write_rows(rows)
-        wait_for((rows / REPORT).exists)
-        time.sleep(random.uniform(0, 0.1))
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-
-
 def test_killed_at_any_moment_it_leaves_valid_files(tmp_path):
-    words = "import sys; from tests.test_gpu_bench import *; write_and_be_killed(sys.argv[1])"
+    words = "import sys; from tests import helpers; helpers.write_and_be_killed(sys.argv[1])"
     subprocess.run(
         [sys.executable, "-c", words, tmp_path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
     )
@@ -141,7 +117,7 @@ def test_killed_at_any_moment_it_leaves_valid_files(tmp_path):
 def test_a_killed_run_keeps_the_rows_it_has_done_and_ends_its_child(tmp_path):
     folder = tmp_path / "out"
     run = rehearse(folder, "--sections", "head")
-    wait_for(lambda: (folder / ROWS).exists() and len(rows_of(folder)) >= 4)
+    wait_until(lambda: (folder / ROWS).exists() and len(rows_of(folder)) >= 4)
     run.send_signal(signal.SIGKILL)
     run.communicate()  # returns when nobody has the pipe any more, the child neither
     rows = rows_of(folder)
@@ -150,27 +126,20 @@ def test_a_killed_run_keeps_the_rows_it_has_done_and_ends_its_child(tmp_path):
     assert main([str(folder), "--rehearse"]) == 2  # it is not written over
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 # --- time and failures -----------------------------------------------------------------------
 
 
 def test_a_row_that_fails_hangs_or_dies_costs_only_itself(tmp_path, capsys):
     bench = Bench(tmp_path, 100)
-    plain = Task("head", "quick", {}, rows_of_tests.process)
+    plain = Task("head", "quick", {}, row_of_process)
     rows = [
         bench.run(task)
         for task in (
             plain,
             plain,
-            Task("head", "broken", {}, rows_of_tests.broken),
+            Task("head", "broken", {}, broken_row),
             plain,
-            Task("head", "hanging", {}, rows_of_tests.hanging, limit=1.5),
+            Task("head", "hanging", {}, hangs, limit=1.5),
             Task("head", "dying", {}, os._exit, (7,)),
             plain,
             plain._replace(is_alone=True),

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from scripts import gpu_check
 from scripts.gpu_check import Check, all_checks, run_checks
+from tests.helpers import hangs, passes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,16 +23,8 @@ def main(*words: str) -> int:
     return gpu_check.main(words)
 
 
-def passes() -> None:
-    pass
-
-
 def fails() -> None:
     raise ValueError("planted")
-
-
-def hangs() -> None:
-    time.sleep(60)
 
 
 def reads(report: str, names: list[str]) -> None:

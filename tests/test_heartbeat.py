@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,85 @@ SOON = 10.0  # seconds a thread is given for what takes it a fraction of one
 NEVER = 1000.0
 
 
+class CountedStore:
+    """Passes everything on, and counts what a heartbeat has asked for, failed requests too."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self.publications = self.readings = 0
+        self._changed = threading.Condition()
+
+    def set(self, key: str, value: str) -> None:
+        try:
+            self._store.set(key, value)
+        finally:
+            with self._changed:
+                self.publications += 1
+                self._changed.notify_all()
+
+    def check(self, keys: list[str]) -> bool:
+        try:
+            return self._store.check(keys)
+        finally:
+            with self._changed:
+                self.readings += 1
+                self._changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        return self._store.get(key)
+
+    def wait_for_publications(self, count: int) -> None:
+        """Until it has published so many times more; the second time shows all that was before."""
+        with self._changed:
+            wanted = self.publications + count
+            assert self._changed.wait_for(lambda: self.publications >= wanted, SOON)
+
+    def wait_for_looks(self, count: int) -> None:
+        """Until it has looked around so many times more, among two ranks, and begun once more."""
+        with self._changed:
+            wanted = self.readings + 2 * count + 1  # a look reads the other rank twice
+            assert self._changed.wait_for(lambda: self.readings >= wanted, SOON)
+
+
+class Messages(logging.Handler):
+    """What a heartbeat logs, to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self._changed = threading.Condition()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._changed:
+            self.texts.append(record.getMessage())
+            self._changed.notify_all()
+
+    def wait_for(self, words: str) -> str:
+        """The first message with these words."""
+
+        def found() -> str:
+            return next((text for text in self.texts if words in text), "")
+
+        with self._changed:
+            text = self._changed.wait_for(found, SOON)
+        assert text, f"nothing logged with {words!r}: {self.texts}"
+        return text
+
+
+@pytest.fixture
+def messages() -> Iterator[Messages]:
+    handler, logger = Messages(), logging.getLogger("train")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
 class Group:
     """Heartbeats of several ranks in one process, over one store."""
 
     def __init__(self) -> None:
         self.store = dist.HashStore()
+        self.stores: dict[int, CountedStore] = {}
         self.ended: dict[int, int] = {}
         self.has_ended = threading.Event()
         self._beats: list[Heartbeat] = []
@@ -44,8 +119,10 @@ class Group:
             self.ended[rank] = code
             self.has_ended.set()
 
+        store: Any = CountedStore(self.store)
+        self.stores[rank] = store
         self._beats.append(
-            Heartbeat(rank, world_size, self.store, CPU, timeout_s, interval_s=interval_s, end=end)
+            Heartbeat(rank, world_size, store, CPU, timeout_s, interval_s=interval_s, end=end)
         )
         return self._beats[-1]
 
@@ -58,17 +135,6 @@ class Group:
 def group() -> Iterator[Group]:
     with contextlib.closing(Group()) as made:
         yield made
-
-
-def until(caplog: pytest.LogCaptureFixture, words: str) -> str:
-    """Wait for a logged message with these words."""
-    deadline = time.monotonic() + SOON
-    while time.monotonic() < deadline:
-        for record in list(caplog.records):
-            if words in record.getMessage():
-                return record.getMessage()
-        time.sleep(0.01)
-    raise AssertionError(f"nothing logged with {words!r}: {caplog.messages}")
 
 
 def position(beat: int, marks: int, **rest: str) -> RankStatus:
@@ -104,51 +170,53 @@ def test_a_rank_that_did_not_arrive_is_named_and_the_waiting_one_ends(group, cap
     assert message.endswith(" s ago")
 
 
-def test_the_slow_rank_itself_only_warns(group, caplog):
+def test_the_slow_rank_itself_only_warns(group, messages):
     slow = group.join(1, 2, timeout_s=0.05)
     ahead = group.join(0, 2)
     slow.mark("data", 1)
     for step in (1, 2):
         ahead.mark("data", step)
-    message = until(caplog, "no other rank is behind")
+    message = messages.wait_for("no other rank is behind")
     assert message.startswith("rank 1 has been at step 1 (data) for ")
     assert not group.ended
 
 
-def test_all_in_one_long_phase_warn_once_each_and_go_on(group, caplog):
+def test_all_in_one_long_phase_warn_once_each_and_go_on(group, messages):
     beats = [group.join(rank, 2, timeout_s=0.05) for rank in range(2)]
     for beat in beats:
         beat.mark("evaluation", 30)
     for rank in range(2):
-        until(caplog, f"rank {rank} has been at step 30 (evaluation)")
-    time.sleep(0.5)  # several more looks around
-    assert len(caplog.messages) == 2
+        messages.wait_for(f"rank {rank} has been at step 30 (evaluation)")
+    for rank in range(2):
+        group.stores[rank].wait_for_looks(2)
+    assert len(messages.texts) == 2
     assert not group.ended
 
 
-def test_a_rank_whose_heartbeat_stopped_is_named_although_it_came_as_far(group, caplog):
+def test_a_rank_whose_heartbeat_stopped_is_named_although_it_came_as_far(group, messages):
     dead = group.join(1, 2)
     dead.mark("forward", 3)
-    time.sleep(0.2)
+    group.stores[1].wait_for_publications(2)
     dead.close()  # without a word, as a killed process
     waiting = group.join(0, 2, timeout_s=0.1)
     waiting.mark("forward", 3)
     assert group.has_ended.wait(SOON)
-    assert "rank 1 (host " in until(caplog, "answers no more: last seen at step 3 (forward)")
+    assert "rank 1 (host " in messages.wait_for("answers no more: last seen at step 3 (forward)")
 
 
-def test_a_rank_that_never_spoke_is_named(group, caplog):
+def test_a_rank_that_never_spoke_is_named(group, messages):
     group.join(0, 2, timeout_s=0.05)
     assert group.has_ended.wait(SOON)
-    until(caplog, "rank 1 has not been heard of since the start")
+    messages.wait_for("rank 1 has not been heard of since the start")
 
 
 def test_a_rank_that_makes_marks_suspects_nobody(group):
     group.join(1, 2)
     busy = group.join(0, 2, timeout_s=0.3)
-    for step in range(60):
-        busy.mark("forward", step)
-        time.sleep(0.01)
+    end = time.monotonic() + 0.6  # twice the timeout
+    while time.monotonic() < end:
+        busy.mark("forward", group.stores[0].publications)
+        group.stores[0].wait_for_publications(1)
     assert not group.ended
 
 
@@ -190,7 +258,7 @@ def test_after_a_failed_collective_the_dead_rank_is_named_and_not_the_slower_one
     slower.mark("data", 120)
     for where in ("data", "forward"):
         here.mark(where, 120)
-    time.sleep(0.2)
+    group.stores[1].wait_for_publications(2)
     dead.close()
     message = here.describe_stragglers(CLOSED)
     assert message.startswith("rank 1 (host ")
@@ -220,10 +288,10 @@ def test_after_a_timeout_with_all_alive_those_behind_are_named(group):
 def test_who_only_followed_is_not_blamed(group):
     """Rank 0 fails because rank 2 died, and leaves; rank 1, failing later, still names rank 2."""
     first, second, dead = (group.join(rank, 3) for rank in range(3))
-    time.sleep(0.2)
+    group.stores[2].wait_for_publications(2)
     dead.close()
     assert "rank 2 (host " in first.describe_stragglers(CLOSED)
-    time.sleep(0.2)  # its thread goes on for a while
+    group.stores[0].wait_for_publications(2)  # its thread goes on for a while
     first.close()
     message = second.describe_stragglers(CLOSED)
     assert "rank 2 (host " in message
@@ -244,20 +312,21 @@ def test_a_failed_collective_among_ranks_that_all_answer_points_at_the_network(g
     [("True", "torchrun on the machine of rank 0 holds it"), ("False", "the process of rank 0")],
 )
 def test_a_store_that_is_gone_points_at_its_holder_and_ends_nothing(
-    caplog, monkeypatch, with_torchrun, holder
+    messages, monkeypatch, with_torchrun, holder
 ):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", with_torchrun)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
-    client = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=5))
+    address = ("127.0.0.1", server.port)
+    client: Any = CountedStore(dist.TCPStore(*address, timeout=timedelta(seconds=5)))
     ended = threading.Event()
     beat = Heartbeat(1, 2, client, CPU, 0.1, interval_s=0.02, end=lambda code: ended.set())
     del server
-    until(caplog, "the store of the process group cannot be reached")
+    messages.wait_for("the store of the process group cannot be reached")
     assert f"cannot be reached: {holder}" in beat.describe_stragglers(CLOSED)
-    time.sleep(0.3)
+    client.wait_for_publications(20)
     beat.close()
     assert not ended.is_set()
-    assert sum("cannot be reached" in message for message in caplog.messages) == 1
+    assert sum("cannot be reached" in message for message in messages.texts) == 1
 
 
 def test_errors_of_collectives_are_told_from_others():

@@ -17,6 +17,7 @@ from eval import ijb, ijb_files
 from eval.ijb import main, pair_scores, template_features
 from eval.ijb_files import IjbError, IjbSet, read_ijb
 from eval.metrics import tars_at_fars
+from tests.helpers import GOLDEN
 from tests.models import OURS, write_pooling_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,8 +29,8 @@ def layout(shared_dir: Path) -> IjbSet:
 
 
 @pytest.fixture(scope="module")
-def golden(shared_dir: Path) -> dict[str, np.ndarray]:
-    with np.load(shared_dir / "golden" / "eval" / "ijbc_layout.npz") as file:
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "eval" / "ijbc_layout.npz") as file:
         return dict(file)
 
 

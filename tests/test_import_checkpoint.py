@@ -18,12 +18,12 @@ from benchmarks.bench_faults import whole_state
 from configs.base import Config
 from scripts.import_checkpoint import import_checkpoint
 from tests.conftest import Ranks
-from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
+from tests.run_helpers import CHECKPOINTED_RUN, assert_same, copy_of_run, whole_run
 from training.checkpoint.arcface_torch import read_run
 from training.checkpoint.checkpointer import FOLDER, CheckpointError
 
-STEPS_PER_EPOCH = TINY["num_image"] // TINY["batch_size"]
-NUM_CLASSES = TINY["num_classes"]
+STEPS_PER_EPOCH = CHECKPOINTED_RUN["num_image"] // CHECKPOINTED_RUN["batch_size"]
+NUM_CLASSES = CHECKPOINTED_RUN["num_classes"]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd"},
     "adamw": {"optimizer": "adamw", "lr": 1e-3},
@@ -84,7 +84,7 @@ def published(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def config(output: Path, **changes: Any) -> Config:
-    return Config(**{**TINY, "batch_size": 6, "output": str(output), **changes})
+    return Config(**{**CHECKPOINTED_RUN, "batch_size": 6, "output": str(output), **changes})
 
 
 def edited(old: Path, new: Path, change: Callable[[int, dict[str, Any]], None]) -> Path:

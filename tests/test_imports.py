@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (
-    "arcshard",
-    "backbones",
-    "benchmarks",
-    "configs",
-    "data",
-    "eval",
-    "head",
-    "margins",
-    "parallel",
-    "scripts",
-    "tests",
-    "training",
-    "utils",
-)
-ENTRY_POINTS = ("dataset", "losses", "partial_fc", "torch2onnx", "train_v2")
+from tests.helpers import ENTRY_POINTS, PACKAGES, ROOT
 
 # importer -> what of ours it may import (prefixes of module names; its own package is free)
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -101,6 +86,16 @@ def test_imports_flow_one_way(path):
         own_package = imported.split(".")[0] == package and not strict
         fits = any(imported == a or imported.startswith(a + ".") for a in allowed)
         assert fits or own_package, f"{module} imports {imported}"
+
+
+def test_no_test_module_imports_another():
+    """Neither by a statement nor in the code of a child process: tests/*helpers.py are for that."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        text = path.read_text()
+        found = {name for name in imports_of(path) if name.startswith("tests.test_")}
+        found |= set(re.findall(r"(?:from|import) +(tests\.test_\w+)", text))
+        found |= set(re.findall(r"from tests import .*\b(test_\w+)", text))
+        assert not found, f"{path.name} imports {', '.join(sorted(found))}"
 
 
 @pytest.mark.parametrize("path", our_files(), ids=module_name)

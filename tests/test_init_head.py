@@ -1,5 +1,7 @@
-"""init_head: kept identities keep their centers and state bit for bit, new ones start at the mean
-embedding of their images, whatever the order of the classes and the number of ranks.
+"""init_head keeps the centers and states of kept identities bit for bit.
+
+New identities start at the mean embedding of their images, whatever the order of the classes and
+the number of ranks.
 """
 
 from __future__ import annotations
@@ -7,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +26,24 @@ from benchmarks.bench_faults import whole_state
 from configs.base import Config
 from data.class_names import class_names, label_map_text, read_label_map
 from data.datasets import DataError
-from data.tools.record_writer import RecordSetWriter
 from dataset import open_datasets
 from scripts.hold_out import hold_out
 from tests.conftest import RankFailure, Ranks
-from tests.test_resume import TINY, whole_run
+from tests.record_helpers import (
+    FACES,
+    NEW,
+    OLD,
+    write_faces,
+    write_records,
+)
+from tests.run_helpers import CHECKPOINTED_RUN, whole_run
 from train_v2 import main
 from training.checkpoint import class_centers
 from training.checkpoint.checkpointer import FOLDER, CheckpointError, list_checkpoints
 from training.checkpoint.class_centers import match_names
 from training.init_head import SUB_CENTER_TILT
 
-OLD = ("bea", "carl", "dora", "emil", "gina", "hugo", "ines")
-NEW = ("anna", "carl", "dora", "fritz", "gina", "ines", "zoe")
 KEPT = ("carl", "dora", "gina", "ines")
-FACES: dict[str, Any] = {"num_classes": "auto", "num_image": "auto", "max_steps": 3}
-
-
-def write_faces(folder: Path, names: Sequence[str], images: int = 5) -> Path:
-    """Class folders; an image depends on its class's name and its number only."""
-    for name in names:
-        (folder / name).mkdir(parents=True)
-        random = np.random.default_rng(list(name.encode()))
-        for number in range(images):
-            image = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            cv2.imwrite(str(folder / name / f"{number}.png"), image)
-    return folder
-
-
-def write_records(folder: Path, names: Sequence[str], images: int = 5) -> Path:
-    """The same faces as records, their labels in the order of `names`."""
-    source = write_faces(folder.with_name(folder.name + "_faces"), names, images)
-    with RecordSetWriter(folder, 32) as writer:
-        for label, name in enumerate(names):
-            for number in range(images):
-                writer.add((source / name / f"{number}.png").read_bytes(), label)
-        writer.finish(list(names))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +262,7 @@ def test_plain_classification_by_classes_is_taken_over_too(ranks: Ranks, tmp_pat
     for key, found in zip(keys, parts, strict=True):
         for name in KEPT:
             assert torch.equal(found[NEW.index(name)], there[key][OLD.index(name)])
-    assert Config(**{**TINY, **new, "label_smoothing": 0.1}).problems() == [
+    assert Config(**{**CHECKPOINTED_RUN, **new, "label_smoothing": 0.1}).problems() == [
         f"init_head={new['init_head']!r}: only with parallel_dim=1 and label_smoothing=0"
     ]
 
@@ -415,7 +397,8 @@ def test_the_command_fine_tunes_a_run_to_new_classes(
 ) -> None:
     data = write_faces(tmp_path / "data", NEW)
     config = tmp_path / "tiny.py"
-    plain = {**TINY, **FACES, "rec": str(data), "output": str(tmp_path / "run"), "batch_size": 12}
+    own = {"rec": str(data), "output": str(tmp_path / "run"), "batch_size": 12}
+    plain = {**CHECKPOINTED_RUN, **FACES, **own}
     config.write_text(f"config = {plain!r}\n")
     words = [f"init_backbone={old}", f"init_head={old}"]
     assert main([str(config), *words]) == 0

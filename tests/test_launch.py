@@ -8,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
+
+from tests.helpers import catches, wait_until
 
 LAUNCH = Path(__file__).resolve().parent.parent / "scripts" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -135,21 +136,20 @@ def test_elastic_says_which_variable_is_wrong(environment, words):
 
 
 WORKER = """
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, sys
 import torch, torch.distributed as dist
 rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
 folder = pathlib.Path(sys.argv[1])
-received = []
-signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+received, receive = os.pipe()
+signal.signal(signal.SIGUSR1, lambda number, frame: os.write(receive, b"x"))
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
 if attempt == "0":
-    time.sleep(0.5)
+    dist.barrier()  # nobody is still in the sum
     os._exit(5 if rank == 1 else 0)
 (folder / f"sum{rank}").write_text(str(total.item()))
-while not received:
-    time.sleep(0.05)
+os.read(received, 1)
 (folder / f"saved{rank}").touch()
 sys.exit(4)
 """
@@ -174,13 +174,9 @@ def test_a_lost_rank_restarts_the_group_and_sigusr1_reaches_every_worker(tmp_pat
             stderr=subprocess.STDOUT,
         )
         try:
-            deadline = time.monotonic() + 60
             sums = [tmp_path / f"sum{rank}" for rank in range(2)]
-            while not all(path.exists() for path in sums):
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.05)
-            time.sleep(0.2)
+            wait_until(lambda: process.poll() is not None or all(path.exists() for path in sums))
+            assert process.poll() is None, (tmp_path / "log").read_text()
             process.send_signal(signal.SIGUSR1)
             code = process.wait(30)
         finally:
@@ -203,7 +199,7 @@ def slurm_job(tmp_path: Path, srun: str, signal_to_send: int | None) -> tuple[in
     executable(
         bin_folder / "srun",
         f'echo "srun $* NNODES=$NNODES RDZV=$RDZV RUN_ID=$RUN_ID" >> {calls}\n'
-        f"touch {ready}\n{srun}\n",
+        f"{srun.replace('READY', f'touch {ready}')}\n",
     )
     process = subprocess.Popen(
         ["bash", str(LAUNCH / "slurm.sh"), "configs/a", "b=1"],
@@ -221,11 +217,7 @@ def slurm_job(tmp_path: Path, srun: str, signal_to_send: int | None) -> tuple[in
     )
     try:
         if signal_to_send is not None:
-            deadline = time.monotonic() + 20
-            while not ready.exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            time.sleep(0.2)  # the stand-in sets its trap
+            wait_until(lambda: ready.exists() and catches(process.pid, signal_to_send), 20)
             process.send_signal(signal_to_send)
         output, _ = process.communicate(timeout=30)
     finally:
@@ -234,7 +226,7 @@ def slurm_job(tmp_path: Path, srun: str, signal_to_send: int | None) -> tuple[in
     return process.returncode, output, calls.read_text()
 
 
-WAITS_AND_SAVES = "trap 'sleep 0.3; exit 1' USR1\nfor _ in {1..200}; do sleep 0.1; done\n"
+WAITS_AND_SAVES = "trap 'sleep 0.3; exit 1' USR1\nREADY\nfor _ in {1..200}; do sleep 0.1; done\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

@@ -19,20 +19,16 @@ from data.datasets import DataError, ImageDataset, RecordDataset
 from data.device import prefetch_to_device
 from data.recordio import RecordWriter, pack_record
 from dataset import DATA_ERRORS, Batch, DataLoader
-from tests.test_dataset import (
+from tests.record_helpers import (
     NUM_IMAGES,
     PER_CLASS,
     SIZE,
     collect_error,
     contents,
-    folder,
     jpeg,
     loader,
-    records,
     write_set,
 )
-
-__all__ = ["folder", "records"]
 
 LOADERS: dict[str, dict] = {
     "consumer": {"num_workers": 0},

@@ -15,7 +15,7 @@ from data.index import read_index
 from data.recordio import PART_HEADER, RECORD_HEADER, RecordError, RecordReader
 from data.tools.manifest import Entry, ManifestLines, MultisetDigest, read_manifest, verify_records
 from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
-from tests.test_recordio import PAYLOADS
+from tests.record_helpers import PAYLOADS
 
 NUM_IMAGES = 7
 WIDE = 2**24 + 5
@@ -208,9 +208,7 @@ def mutations(size: int, rng: np.random.Generator, count: int) -> Iterator[tuple
 
 @pytest.mark.slow
 def test_20000_mutated_files_are_named_exactly(intact: Path, tmp_path: Path) -> None:
-    """Any bit of records or index: whatever changed is named by verify or refused by the index
-    reader, and nothing else is named.
-    """
+    """Verify names whatever changed, or the index reader refuses it, and nothing else is named."""
     before = payloads_of(intact / "train.rec")
     contents = {name: (intact / name).read_bytes() for name in ("train.rec", "train.idx")}
     (tmp_path / "train.manifest").write_bytes((intact / "train.manifest").read_bytes())

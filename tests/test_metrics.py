@@ -32,6 +32,7 @@ from eval.metrics import (
     verification_metrics,
     xnorm,
 )
+from tests.helpers import GOLDEN
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,8 @@ def _no_numpy_warnings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def golden(shared_dir: Path) -> dict[str, np.ndarray]:
-    with np.load(shared_dir / "golden" / "eval" / "lfw_part.npz") as file:
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "eval" / "lfw_part.npz") as file:
         return dict(file)
 
 
@@ -233,7 +234,7 @@ def test_a_rate_that_no_float_product_hits_is_still_reached() -> None:
 
 
 def test_golden_ijb_scores_give_the_golden_tars(shared_dir: Path) -> None:
-    with np.load(shared_dir / "golden" / "eval" / "ijbc_layout.npz") as file:
+    with np.load(GOLDEN / "eval" / "ijbc_layout.npz") as file:
         golden = dict(file)
     lines = (shared_dir / "data/ijbc_layout/meta/ijbc_template_pair_label.txt").read_text()
     same = np.array([line.split()[2] == "1" for line in lines.splitlines()])

@@ -25,7 +25,7 @@ from data.recordio import (
     pack_record,
 )
 from dataset import DATA_ERRORS
-from tests.test_dataset import SIZE, jpeg
+from tests.record_helpers import SIZE, jpeg
 
 NUM_IMAGES, NUM_CLASSES = 8, 4
 STYLES = ("insightface", "im2rec", "vector", "wide")

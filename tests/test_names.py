@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.base import Config
-from tests.test_imports import ENTRY_POINTS, PACKAGES, ROOT
+from tests.helpers import ENTRY_POINTS, PACKAGES, ROOT
 
 # What was replaced, and by what: modules, classes, functions and methods, config keys.
 MODULES = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from backbones import get_model, model_names
 from configs.base import Config
 from tests.conftest import Ranks
-from tests.test_resume import TINY, assert_same, copy_of_run, whole_run
+from tests.run_helpers import CHECKPOINTED_RUN, assert_same, copy_of_run, whole_run
 from training.build import build
 from training.optimizer import make_optimizer, parameter_groups
 from utils.distributed import DistContext
@@ -122,7 +122,8 @@ def test_steps_are_those_of_the_formula_with_each_groups_decay_and_rate(
     tmp_path: Path, optimizer: str
 ) -> None:
     changes = {"precision": "fp64", "clip_grad_norm": 0.0, "weight_decay": 0.1}
-    settings = {**TINY, **FINE_TUNING, **changes, "output": str(tmp_path), "optimizer": optimizer}
+    changes |= {"output": str(tmp_path), "optimizer": optimizer}
+    settings = {**CHECKPOINTED_RUN, **FINE_TUNING, **changes}
     parts = build(Config(**settings), ALONE)
     parts.step.model.train()
     rules = {"sgd": sgd, "adamw": adamw}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from arcshard.head.row_optimizer import AdamWRows, SGDRows
-from arcshard.losses import ArcFace, CombinedMargin, CosFace, Margin, SphereFace
+from arcshard.losses import ArcFace, CombinedMargin, CosFace, SphereFace
 from arcshard.partial_fc import PartialFC
 from tests.conftest import RankFailure
+from tests.helpers import GOLDEN
 from tests.reference import dense_loss
+from tests.run_helpers import PATHS, batch_for, loss_and_gradients
 
 MARGINS = {
     "arcface": ArcFace(0.5, 16.0),
@@ -25,71 +26,6 @@ MARGINS = {
     "arcface_legacy": ArcFace(
         0.5, 16.0, interclass_filtering_threshold=0.2, interclass_filtering_mode="legacy"
     ),
-}
-
-
-def batch_for(rank: int, sizes: list[int], num_classes: int, width: int, seed: int = 0):
-    """This rank's part of a batch made from the seed, and the whole of it."""
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = torch.randn(sum(sizes), width, generator=generator, dtype=torch.float64)
-    labels = torch.randint(num_classes, (sum(sizes),), generator=generator)
-    start = sum(sizes[:rank])
-    part = slice(start, start + sizes[rank])
-    return embeddings[part].clone().requires_grad_(True), labels[part], embeddings, labels
-
-
-def loss_and_gradients(
-    rank: int,
-    world_size: int,
-    margin: Margin,
-    num_classes: int,
-    sizes: list[int],
-    sample_rate: float,
-    width: int,
-    path: str = "autograd",
-    options: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """One step of plain gradient descent at rate 1, so that centers move by their gradient."""
-    head = PartialFC(
-        margin,
-        width,
-        num_classes,
-        sample_rate,
-        row_optimizer=SGDRows(0.0, 0.0),
-        seed=3,
-        update="autograd" if path == "autograd" else "fused",
-        dtype=torch.float64,
-        **(options or {}),
-    )
-    if head.bias is not None:
-        torch.nn.init.normal_(head.bias, generator=torch.Generator().manual_seed(rank))
-    before = [p.detach().clone() for p in head.parameters()]
-    embeddings, labels, _, _ = batch_for(rank, sizes, num_classes, width)
-    loss = head(embeddings, labels, 1.0 if path == "fused" else None)
-    loss.backward()
-    classes = range(head.num_classes_local) if head._sample is None else head._sample.classes
-    classes = torch.tensor([head.class_range.start + int(c) for c in classes])
-    head.step(1.0)
-    gradients = [old - new.detach() for old, new in zip(before, head.parameters(), strict=True)]
-    return {
-        "loss": loss.detach(),
-        "weight": before[0],
-        "bias": before[1] if head.bias is not None else None,
-        "grad_weight": gradients[0],
-        "grad_bias": gradients[1] if head.bias is not None else None,
-        "grad_embeddings": embeddings.grad,
-        "classes": classes,
-        "range": (head.class_range.start, head.class_range.stop),
-        "state": {name: value.clone() for name, value in head.named_buffers()},
-    }
-
-
-PATHS = {
-    "autograd": ("autograd", {}),
-    "fused": ("fused", {}),
-    "fused, blocks of a few classes": ("fused", {"workspace_mib": 0.006}),
-    "deferred": ("deferred", {}),
-    "deferred, blocks of a few classes": ("deferred", {"workspace_mib": 0.006}),
 }
 
 
@@ -163,12 +99,12 @@ def close_to_golden(value: torch.Tensor, golden: np.ndarray) -> bool:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("mode", ["published", "exact"])
 @pytest.mark.parametrize("name", ["arcface", "cosface", "arcface_filter04", "cosface_filter04"])
-def test_golden_head(ranks, shared_dir, name, mode, world_size):
+def test_golden_head(ranks, name, mode, world_size):
     options = {"gradient": "straight_through" if mode == "published" else "exact"}
     if "filter04" in name:
         options |= {"interclass_filtering_threshold": 0.4, "interclass_filtering_mode": "legacy"}
     margin = (ArcFace if "arcface" in name else CosFace)(**options)
-    path = shared_dir / "golden/head/arcface_torch_head.npz"
+    path = GOLDEN / "head" / "arcface_torch_head.npz"
     dtype = torch.float32 if mode == "published" else torch.float64
     parts = ranks.run(world_size, golden_head, margin, str(path), dtype)
     with np.load(path) as golden:

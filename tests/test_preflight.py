@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import RankFailure
-from tests.test_imports import ENTRY_POINTS, PACKAGES
+from tests.helpers import ENTRY_POINTS, PACKAGES
 from training import preflight as module
 from training.preflight import (
     CODE_FOLDERS,

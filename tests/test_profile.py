@@ -18,7 +18,7 @@ from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from arcshard.partial_fc import PartialFC
 from tests.conftest import Ranks
-from tests.test_resume import whole_run
+from tests.run_helpers import whole_run
 from training.profile import (
     FOLDER,
     PHASES,
@@ -127,8 +127,9 @@ def event(
 
 
 def test_on_a_gpu_kernels_count_for_the_phase_that_asked_for_them() -> None:
-    """Also those of backward, which autograd starts in a thread of its own; the ranges that the
-    profiler shows on the device count for nothing, and a collective once.
+    """So do those of backward, which autograd starts in a thread of its own.
+
+    The ranges that the profiler shows on the device count for nothing, and a collective once.
     """
     seen = [
         event("arcshard/data", 0, 1000),

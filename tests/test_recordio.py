@@ -32,18 +32,16 @@ from data.recordio import (
     range_of,
     unpack_record,
 )
+from tests.helpers import GOLDEN
+from tests.record_helpers import PAYLOADS
 
-GOLDEN = (
+GOLDEN_RECORDS = (
     "insightface_style",
     "im2rec_scalar_label",
     "im2rec_vector_label",
     "im2rec_first_key_1",
     "magic_inside",
 )
-# Pieces from which payloads are made that contain the magic, whole and in parts, at any place.
-PAYLOADS = st.lists(
-    st.one_of(st.binary(max_size=9), st.just(MAGIC_BYTES), st.just(MAGIC_BYTES[:3])), max_size=12
-).map(b"".join)
 
 
 def write_records(folder: Path, payloads: list[bytes], name: str = "train") -> Path:
@@ -59,9 +57,9 @@ def image_records(count: int) -> list[bytes]:
     return [pack_record(b"image %d" % i, i, i) for i in range(count)]
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden_records_read_as_the_manifest_says(name: str, shared_dir: Path) -> None:
-    folder = shared_dir / "golden" / "recordio"
+@pytest.mark.parametrize("name", GOLDEN_RECORDS)
+def test_golden_records_read_as_the_manifest_says(name: str) -> None:
+    folder = GOLDEN / "recordio"
     manifest = json.loads((folder / "manifest.json").read_text())["files"][name]
     source = RecordDataset(folder / f"{name}.rec")
     found = []
@@ -71,11 +69,9 @@ def test_golden_records_read_as_the_manifest_says(name: str, shared_dir: Path) -
     assert found == manifest
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_writing_golden_records_again_gives_the_same_files(
-    name: str, shared_dir: Path, tmp_path: Path
-) -> None:
-    golden = shared_dir / "golden" / "recordio" / f"{name}.rec"
+@pytest.mark.parametrize("name", GOLDEN_RECORDS)
+def test_writing_golden_records_again_gives_the_same_files(name: str, tmp_path: Path) -> None:
+    golden = GOLDEN / "recordio" / f"{name}.rec"
     reader = RecordReader(golden)
     index = read_index(golden.with_suffix(".idx"), reader.size)
     ours = tmp_path / "ours.rec"
@@ -86,9 +82,9 @@ def test_writing_golden_records_again_gives_the_same_files(
     assert ours.with_suffix(".idx").read_bytes() == golden.with_suffix(".idx").read_bytes()
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_a_scan_finds_what_the_index_lists(name: str, shared_dir: Path) -> None:
-    golden = shared_dir / "golden" / "recordio" / f"{name}.rec"
+@pytest.mark.parametrize("name", GOLDEN_RECORDS)
+def test_a_scan_finds_what_the_index_lists(name: str) -> None:
+    golden = GOLDEN / "recordio" / f"{name}.rec"
     reader = RecordReader(golden)
     offsets = read_index(golden.with_suffix(".idx"), reader.size).offsets
     assert [place.offset for place in reader.scan()] == offsets.tolist()

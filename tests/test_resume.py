@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 import unittest.mock
 from collections.abc import Iterator
 from functools import partial
@@ -27,13 +24,20 @@ import torch
 
 from configs.base import Config
 from tests.conftest import RankFailure, Ranks
-from tests.test_train import write_pairs
+from tests.helpers import is_pending, wait_until
+from tests.run_helpers import (
+    CHECKPOINTED_RUN,
+    EXACT,
+    assert_same,
+    copy_of_run,
+    whole_run,
+    write_pairs,
+)
 from train_v2 import run_on
 from training.checkpoint import checkpointer as checkpoints
 from training.checkpoint.checkpointer import (
     FOLDER,
     Checkpoint,
-    Checkpointer,
     Manifest,
     list_checkpoints,
     resolve_pointer,
@@ -46,72 +50,6 @@ from training.validation import Validation
 from utils.distributed import DistContext
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY: dict[str, Any] = {
-    "rec": "synthetic",
-    "num_classes": 23,
-    "num_image": 96,
-    "network": "r_nano",
-    "embedding_size": 16,
-    "input_size": 32,
-    "batch_size": 12,
-    "num_epoch": 2,
-    "lr": 0.05,
-    "frequent": 1,
-    "verbose": 0,
-    "num_workers": 1,
-    "scale": 16.0,
-    "margin_list": (1.0, 0.0, 0.2),
-    "device": "cpu",
-    "checkpoint_every": 5,
-    "keep_checkpoints": 100,
-}
-EXACT = {"precision": "fp64", "freeze_batch_norm": True}
-
-
-class Unhurried(Checkpointer):
-    """Waits for every save: such short steps would leave checkpoints out, here or there."""
-
-    def save(self, *arguments: Any, **options: Any) -> None:
-        super().save(*arguments, **{**options, "wait": True})
-
-
-def whole_run(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """A run in this process: its losses by step, and its final weights."""
-    settings = {**TINY, "batch_size": 12 // world_size, "output": folder, **changes}
-    cfg = Config(**settings)
-    assert not cfg.problems()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    world = DistContext(rank, rank, world_size, torch.device("cpu"))
-    with unittest.mock.patch("train_v2.Checkpointer", Unhurried):
-        parts = run_on(cfg, world, Path(folder))
-    backbone = hashlib.sha256()
-    for value in parts.backbone.state_dict().values():
-        backbone.update(value.numpy().tobytes())
-    state = [p.detach().clone() for p in parts.head.parameters()]
-    for parameter, rule in parts.head.optimized_parameters():
-        state += [value.clone() for value in rule.state(parameter).values()]
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
-    losses = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
-    return {"losses": losses, "backbone": backbone.hexdigest(), "head": state}
-
-
-def copy_of_run(run: Path, target: Path, step: int) -> Path:
-    """The run's folder as it was left just after the checkpoint of `step`."""
-    shutil.copytree(run, target)
-    for path in list_checkpoints(target / FOLDER):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    return target
-
-
-def assert_same(run: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
-    for one, two in zip(run, other, strict=True):
-        assert one["losses"] == two["losses"]
-        assert one["backbone"] == two["backbone"]
-        for part, expected in zip(one["head"], two["head"], strict=True):
-            assert torch.equal(part, expected)
-
-
 LONG = partial(pytest.param, marks=pytest.mark.slow)  # run by `make test-all` only
 LONG_VARIANTS = ("softmax with bias, clipped, fp16", "magface, host centers")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -311,7 +249,7 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(ranks: Ranks, tmp_pa
 
 
 def command(folder: Path, *words: str) -> list[str]:
-    settings = {**TINY, "output": folder, "margin_list": "[1,0,0.2]"}
+    settings = {**CHECKPOINTED_RUN, "output": folder, "margin_list": "[1,0,0.2]"}
     return [
         sys.executable,
         "train_v2.py",
@@ -329,12 +267,8 @@ def environment(**more: str) -> dict[str, str]:
 
 def wait_for_step(folder: Path, step: int) -> None:
     """Until the run has logged `step`."""
-    for _ in range(1200):
-        path = folder / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} never came")
+    path = folder / "metrics.jsonl"
+    wait_until(lambda: path.exists() and f'"step": {step},' in path.read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, LONG(signal.SIGINT), LONG(signal.SIGUSR1)])
@@ -468,7 +402,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGSTOP)  # both arrive before a step can end
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
-    time.sleep(0.01)
+    wait_until(lambda: not is_pending(process.pid, signal.SIGINT))  # they do not become one
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
@@ -479,7 +413,8 @@ def run_that_is_stopped_while_verifying(
 ) -> int:
     """A signal reaches the last rank at its second batch of the verification of step 6."""
     world = DistContext(rank, rank, world_size, torch.device("cpu"))
-    cfg = Config(**{**TINY, "batch_size": 12 // world_size, "output": folder, **changes})
+    own = {"batch_size": 12 // world_size, "output": folder}
+    cfg = Config(**{**CHECKPOINTED_RUN, **own, **changes})
     Path(folder).mkdir(exist_ok=True)
     asked: list[int] = []
     progress: list[Progress] = []
@@ -611,9 +546,9 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Pat
         ["pgrep", "-f", f"output={tmp_path / 'run'}"], capture_output=True, text=True
     )
     workers = [int(pid) for pid in listed.stdout.split() if int(pid) != process.pid]
-    while not list_checkpoints(tmp_path / "run" / FOLDER):  # written beside the steps
-        assert process.poll() is None
-        time.sleep(0.01)
+    saved = tmp_path / "run" / FOLDER  # written beside the steps
+    wait_until(lambda: process.poll() is not None or bool(list_checkpoints(saved)))
+    assert process.poll() is None
     os.kill(workers[-1], signal.SIGKILL)
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0, text.decode()

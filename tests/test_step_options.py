@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from configs.base import Config
 from tests.conftest import Ranks
-from tests.test_train import TINY, losses_on, run_training
+from tests.run_helpers import TINY_RUN, losses_on, run_training
 from training import build as building
 from training import setup
 from training.batch_norm import BatchNormStatistics
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts_of(folder: Path, **changes: Any) -> building.TrainComponents:
-    parts = build(Config(**{**TINY, "output": str(folder), **changes}), ALONE)
+    parts = build(Config(**{**TINY_RUN, "output": str(folder), **changes}), ALONE)
     parts.step.model.train()
     return parts
 
@@ -96,7 +96,7 @@ def test_a_step_never_asks_the_device_for_a_number(tmp_path, waits, changes):
     parts = parts_of(tmp_path, **changes)
     batches = iter(parts.loader)
     for _ in range(3):
-        group = list(islice(batches, parts.global_batch // TINY["batch_size"]))
+        group = list(islice(batches, parts.global_batch // TINY_RUN["batch_size"]))
         waits.seen.clear()  # before the first step optimizers make their state
         # The check of labels waits on CPUs alone.
         with patch("arcshard.head.batch.BatchGatherer._refuse_unknown", return_value=None):
@@ -238,7 +238,7 @@ def test_gradients_added_up_in_fp16_are_near_and_not_the_same(ranks, tmp_path):
 
 
 def build_two(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> str:
-    cfg = Config(**{**TINY, "output": folder, **changes})
+    cfg = Config(**{**TINY_RUN, "output": folder, **changes})
     with pytest.raises(SetupError) as caught:
         build(cfg, DistContext(rank, rank, world_size, torch.device("cpu")))
     return str(caught.value)
@@ -253,7 +253,7 @@ def test_bf16_sums_on_cpus_are_refused_before_anything_starts(ranks: Ranks, tmp_
 def calls_of_the_compiled(rank: int, world_size: int, folder: str) -> int:
     """Of DDP itself, which is what `compile` compiles, in a step that embeds everything twice."""
     changes: dict[str, Any] = {"output": folder, "loss": "adaface", "gradient_acc": 2}
-    cfg = Config(**{**TINY, **changes})
+    cfg = Config(**{**TINY_RUN, **changes})
     parts = build(cfg, DistContext(rank, rank, world_size, torch.device("cpu")))
     parts.step.model.train()
     with patch.object(parts.step.model, "_call_impl", wraps=parts.step.model._call_impl) as call:
@@ -283,7 +283,7 @@ def test_a_captured_step_equals_the_plain_one(tmp_path, captured, changes):
     for compiled in (False, True):
         parts = parts_of(tmp_path, compile=compiled, precision="fp64", **changes)
         batches = iter(parts.loader)
-        count = parts.global_batch // TINY["batch_size"]
+        count = parts.global_batch // TINY_RUN["batch_size"]
         losses[compiled] = torch.stack(
             [parts.step(list(islice(batches, count)), 0.05).loss for _ in range(3)]
         )
@@ -329,7 +329,7 @@ def test_compiling_for_a_gpu_needs_a_c_compiler(monkeypatch):
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: name)
     on_gpu = DistContext(0, 0, 1, torch.device("cuda", 0))
     with pytest.raises(SetupError, match=r"compile=True.*C compiler.*CC"):
-        setup.check_step_options(Config(**{**TINY, "compile": True}), on_gpu)
+        setup.check_step_options(Config(**{**TINY_RUN, "compile": True}), on_gpu)
 
 
 class Floats(nn.Module):

@@ -14,53 +14,19 @@ import torch
 from backbones import get_model
 from backbones.weights import ModelMetadata, load_model, save_model
 from configs.base import LOSSES, Config
-from eval.verification_sets import VerificationSet
-from tests.conftest import Ranks
+from tests.run_helpers import (
+    TINY_RUN,
+    losses_on,
+    read_metrics,
+    run_training,
+    weights_after_one_step,
+    write_pairs,
+)
 from train_v2 import main, run_on
 from training.build import build
 from training.precision import batch_norms
 from training.setup import SetupError
 from utils.distributed import DistContext
-
-TINY = {
-    "rec": "synthetic",
-    "num_classes": 23,
-    "num_image": 240,
-    "network": "r_nano",
-    "embedding_size": 16,
-    "input_size": 32,
-    "batch_size": 12,
-    "num_epoch": 4,
-    "lr": 0.05,
-    "frequent": 1,
-    "verbose": 0,
-    "num_workers": 1,
-    "scale": 16.0,
-    "margin_list": (1.0, 0.0, 0.2),
-    "device": "cpu",
-}
-
-
-def run_training(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> list[float]:
-    """A whole run in this process; returns the losses of all steps."""
-    cfg = Config(**{**TINY, "output": folder, **changes})
-    assert not cfg.problems()
-    world = DistContext(rank, rank, world_size, torch.device("cpu"))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    run_on(cfg, world, Path(folder))
-    if rank:
-        return []
-    return [record["loss"] for record in read_metrics(folder) if "loss" in record]
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_on(ranks: Ranks, world_size: int, folder: Path, **changes: Any) -> np.ndarray:
-    changes = {"batch_size": 12 // world_size, **changes}
-    out = str(folder / f"{world_size}_{len(list(folder.iterdir()))}")
-    return np.array(ranks.run(world_size, run_training, out, changes)[0])
 
 
 def test_losses_do_not_depend_on_the_number_of_ranks_in_float64(ranks, tmp_path):
@@ -86,21 +52,6 @@ def test_first_losses_do_not_depend_on_the_number_of_ranks_in_float32(ranks, tmp
 def test_the_same_run_twice_is_bit_identical(ranks, tmp_path):
     first = losses_on(ranks, 2, tmp_path, max_steps=6, sample_rate=0.5)
     assert np.array_equal(first, losses_on(ranks, 2, tmp_path, max_steps=6, sample_rate=0.5))
-
-
-def weights_after_one_step(
-    rank: int, world_size: int, folder: str, changes: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
-    """Backbone and head after one optimizer step, and how often gradients were all-reduced."""
-    cfg = Config(**{**TINY, "output": folder, "freeze_batch_norm": True, **changes})
-    parts = build(cfg, DistContext(rank, rank, world_size, torch.device("cpu")))
-    batches = list(parts.loader)[: cfg.gradient_acc]
-    parts.step.model.train()
-    with torch.profiler.profile() as profile:
-        parts.step(batches, 0.1)
-    calls = {event.key: event.count for event in profile.key_averages()}
-    weights = {k: v.clone() for k, v in parts.backbone.state_dict().items()}
-    return weights, parts.head.weight.detach().clone(), calls.get("c10d::allreduce_", 0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -143,7 +94,7 @@ def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, c
     settings = {"output": str(tmp_path), "loss": loss, "max_steps": 2, "head_workspace_mib": 1}
     if loss != "softmax":
         settings |= {"sample_rate": 0.5, "head_offload": True, "head_state_dtype": "bf16"}
-    cfg = Config(**{**TINY, **settings})
+    cfg = Config(**{**TINY_RUN, **settings})
     world = DistContext(0, 0, 1, torch.device("cpu"))
     with caplog.at_level(logging.INFO):
         parts = run_on(cfg, world, tmp_path)
@@ -171,7 +122,7 @@ def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, c
     ],
 )
 def test_a_head_that_cannot_be_is_refused_before_training(tmp_path, changes, words):
-    cfg = Config(**{**TINY, "num_image": 3000, "output": str(tmp_path), **changes})
+    cfg = Config(**{**TINY_RUN, "num_image": 3000, "output": str(tmp_path), **changes})
     with pytest.raises(SetupError, match=words):
         build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
 
@@ -180,7 +131,7 @@ def test_a_head_that_cannot_be_is_refused_before_training(tmp_path, changes, wor
 def test_accumulation_draws_dropout_once_and_counts_images_once(tmp_path, loss):
     cfg = Config(
         **{
-            **TINY,
+            **TINY_RUN,
             "output": str(tmp_path),
             "loss": loss,
             "gradient_acc": 3,
@@ -216,7 +167,7 @@ def everything(parts: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 def test_nothing_moves_in_a_bad_step(tmp_path, optimizer, sample_rate):
     cfg = Config(
-        **{**TINY, "output": str(tmp_path), "optimizer": optimizer, "sample_rate": sample_rate}
+        **{**TINY_RUN, "output": str(tmp_path), "optimizer": optimizer, "sample_rate": sample_rate}
     )
     parts = build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
     batches = iter(parts.loader)
@@ -250,7 +201,7 @@ def test_a_bad_first_step_leaves_no_trace(tmp_path, optimizer, precision, monkey
     """Optimizer state that the first step creates must not be what lay in memory before."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     settings = {"output": str(tmp_path), "optimizer": optimizer, "precision": precision}
-    parts = build(Config(**{**TINY, **settings}), DistContext(0, 0, 1, torch.device("cpu")))
+    parts = build(Config(**{**TINY_RUN, **settings}), DistContext(0, 0, 1, torch.device("cpu")))
     parts.step.model.train()
     batches = iter(parts.loader)
     weights = [p.detach().clone() for p in parts.backbone.parameters()]
@@ -273,7 +224,7 @@ def test_a_bad_first_step_leaves_no_trace(tmp_path, optimizer, precision, monkey
 
 def test_a_non_finite_loss_moves_nothing_under_the_loss_scaler_either(tmp_path):
     settings = {"output": str(tmp_path), "precision": "fp16"}
-    parts = build(Config(**{**TINY, **settings}), DistContext(0, 0, 1, torch.device("cpu")))
+    parts = build(Config(**{**TINY_RUN, **settings}), DistContext(0, 0, 1, torch.device("cpu")))
     parts.step.model.train()
     batches = list(parts.loader)
     for batch in batches[:10]:
@@ -356,23 +307,6 @@ def verified_training(rank: int, world_size: int, folder: str, data: str) -> lis
     return read_metrics(folder) if rank == 0 else []
 
 
-def write_pairs(folder: Path, size: int = 32) -> VerificationSet:
-    import pickle
-
-    import simplejpeg
-
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(40):
-        small = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        image = np.ascontiguousarray(np.kron(small, np.ones((size // 4, size // 4, 1), np.uint8)))
-        images.append(simplejpeg.encode_jpeg(image, quality=95))
-    issame = [bool(k % 2) for k in range(20)]
-    with (folder / "pairs.bin").open("wb") as file:
-        pickle.dump((images, issame), file)
-    return VerificationSet("pairs", images, np.array(issame))
-
-
 def test_verification_runs_every_so_often_and_at_the_end_on_all_ranks(ranks, tmp_path):
     write_pairs(tmp_path)
     records = ranks.run(2, verified_training, str(tmp_path / "run"), str(tmp_path))[0]
@@ -392,7 +326,7 @@ def run_main(tmp_path, capsys, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     config = tmp_path / "tiny.py"
-    config.write_text(f"config = { ({**TINY, 'output': str(tmp_path / 'run')})!r}\n")
+    config.write_text(f"config = { ({**TINY_RUN, 'output': str(tmp_path / 'run')})!r}\n")
 
     def run(*words: str) -> tuple[int, str]:
         code = main([str(config), *words])

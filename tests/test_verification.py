@@ -29,6 +29,7 @@ from eval.verification_sets import (
     load_verification_set,
 )
 from tests.conftest import RankFailure
+from tests.helpers import GOLDEN
 
 SIZE = 16  # pixels; small, because only arithmetic is at stake
 
@@ -679,9 +680,9 @@ def test_groups_by_pair_and_by_image_number(tmp_path: Path) -> None:
         report_set(one, rows, rows, groups=Groups.read(tmp_path / "c.csv", ("name",)))
 
 
-def test_the_golden_set_has_its_accuracies_and_an_interval_around_them(shared_dir: Path) -> None:
-    one = load_verification_set(shared_dir / "data" / "lfw112" / "lfw_part.bin")
-    with np.load(shared_dir / "golden" / "eval" / "lfw_part.npz") as golden:
+def test_the_golden_set_has_its_accuracies_and_an_interval_around_them() -> None:
+    with np.load(GOLDEN / "eval" / "lfw_part.npz") as golden:
+        one = VerificationSet("lfw_part", [b""] * 1600, golden["issame"])
         report = report_set(one, golden["embeddings"], golden["embeddings_flip"], resamples=200)
     assert (report["accuracy"], report["accuracy_flip"]) == pytest.approx((0.9925, 0.995))
     rate = report["validation_rate"]
@@ -689,6 +690,13 @@ def test_the_golden_set_has_its_accuracies_and_an_interval_around_them(shared_di
     low, high = report["confidence_95"]["accuracy_flip"]
     assert low < 0.995 < high
     assert high - low < 0.02
+
+
+def test_the_labels_of_the_golden_set_are_those_of_its_file(shared_dir: Path) -> None:
+    one = load_verification_set(shared_dir / "data" / "lfw112" / "lfw_part.bin")
+    assert len(one.images) == 1600
+    with np.load(GOLDEN / "eval" / "lfw_part.npz") as golden:
+        np.testing.assert_array_equal(one.issame, golden["issame"])
 
 
 def test_the_command_on_two_ranks_writes_what_it_writes_alone(

@@ -12,7 +12,7 @@ from backbones import model_names
 from backbones.vit import DropPath, VisionTransformer
 from backbones.weights import load_model
 from configs.base import Config
-from tests.test_resume import TINY, copy_of_run
+from tests.run_helpers import CHECKPOINTED_RUN, copy_of_run
 from train_v2 import run_on
 from training.build import TrainComponents
 from training.build_backbone import make_backbone
@@ -20,7 +20,13 @@ from training.checkpoint.checkpointer import CheckpointError
 from training.setup import SetupError
 from utils.distributed import DistContext
 
-VIT = {**TINY, "network": "vit_t_dp005_mask0", "max_steps": 2, "lr": 1e-3, "checkpoint_every": 0}
+VIT = {
+    **CHECKPOINTED_RUN,
+    "network": "vit_t_dp005_mask0",
+    "max_steps": 2,
+    "lr": 1e-3,
+    "checkpoint_every": 0,
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +51,7 @@ def test_the_config_decides_and_none_leaves_what_the_name_says() -> None:
 def test_networks_without_the_option_are_refused_and_those_with_it_named(key: str) -> None:
     able = ", ".join(name for name in model_names() if name.startswith("vit"))
     with pytest.raises(SetupError, match=rf"{key}=0.2: network='r_nano' has no such.*{able}$"):
-        make_backbone(Config(**{**TINY, key: 0.2}))
+        make_backbone(Config(**{**CHECKPOINTED_RUN, key: 0.2}))
     assert any(key in problem for problem in Config(**{**VIT, key: 1.0}).problems())
     with pytest.raises(SetupError, match=r"mask_ratio=0.95 leaves none of 9 patches"):
         make_backbone(Config(**{**VIT, "mask_ratio": 0.95}))

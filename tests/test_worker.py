@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import lives, start_sleeper, wait_until
 from utils.worker import ChildTraceback, Worker, WorkerDied
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,32 +59,10 @@ def make_lock() -> Any:
     return threading.Lock()
 
 
-def start_sleeper(file: str, hang: bool) -> int:
-    """The process id of a child, which is also in the file."""
-    pid = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid
-    Path(file).write_text(str(pid))
-    time.sleep(60 if hang else 0)
-    return pid
-
-
 def child_result() -> int:
     """What a child process of the worker's own says, as a loader's would."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(abs, (-3,))
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -173,7 +151,7 @@ def test_what_cannot_be_pickled_is_said(worker: Worker) -> None:
 
 PARENT = """
 import sys
-from tests.test_worker import start_sleeper
+from tests.helpers import start_sleeper
 from utils.worker import Worker
 
 if __name__ == "__main__":

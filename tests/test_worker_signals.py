@@ -6,21 +6,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import wait_until
+
 ROOT = Path(__file__).resolve().parent.parent
 
 RUN = """
-import os, signal, sys, time
+import os, signal, sys
 from dataset import get_dataloader
 
 if __name__ == "__main__":
-    received = []
+    received, receive = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, lambda number, frame: os.write(receive, b"x"))
     loader = get_dataloader(
         "synthetic", 4, num_classes=5, num_images=400, input_size=16, num_workers=2,
         worker_type="processes",
@@ -28,9 +29,8 @@ if __name__ == "__main__":
     batches = iter(loader)
     next(batches)
     print("begun", flush=True)
-    while not received:
-        time.sleep(0.02)
-    time.sleep(0.3)  # a worker that obeys the signal has done so by now
+    os.read(received, 1)
+    sys.stdin.readline()  # the signal has been sent to every worker
     print(sum(1 for _ in batches) + 1, flush=True)
 """
 
@@ -51,6 +51,7 @@ def test_workers_go_on_when_the_whole_process_group_is_signalled(tmp_path, numbe
     process = subprocess.Popen(
         [sys.executable, str(script)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -59,12 +60,9 @@ def test_workers_go_on_when_the_whole_process_group_is_signalled(tmp_path, numbe
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         os.killpg(process.pid, number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate("sent\n", timeout=60)
         assert (process.returncode, output) == (0, "100\n")
-        deadline = time.monotonic() + 10
-        while _group_lives(process.pid):
-            assert time.monotonic() < deadline, "a worker was left behind"
-            time.sleep(0.1)
+        wait_until(lambda: not _group_lives(process.pid), 10)  # no worker was left behind
     finally:
         if _group_lives(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
