@@ -94,7 +94,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses_on(ranks: RankGroup, world_size: int, folder: Path, **changes: Any) -> np.ndarray:
+def losses_on(ranks: Ranks, world_size: int, folder: Path, **changes: Any) -> np.ndarray:
     """The losses of all steps of a run of TINY_RUN whose global batch is 12."""
     changes = {"batch_size": 12 // world_size, **changes}
     out = str(folder / f"{world_size}_{len(list(folder.iterdir()))}")
