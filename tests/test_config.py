@@ -121,6 +121,51 @@ def test_an_old_spelling_is_the_same_key(write_config):
             load_config(write_config(SMALL), [f"head_workspace_mib={wrong}"])
 
 
+@pytest.mark.parametrize(
+    ("old", "key", "value"),
+    [
+        ("head_device='auto'", "head_offload", False),
+        ("head_device='cpu'", "head_offload", True),
+        ("zero=False", "zero_stage", 0),
+        ("zero=True", "zero_stage", 1),
+        ("all_reduce_dtype='fp16'", "grad_reduce_dtype", "fp16"),
+        ("sub_centres=2", "sub_centers", 2),
+        ("loss='subcentre_arcface'", "loss", "subcenter_arcface"),
+    ],
+)
+def test_an_old_spelling_with_its_old_value_is_the_present_one(write_config, old, key, value):
+    small = SMALL + "config.sample_rate = 0.5\n"
+    from_file = load_config(write_config(f"{small}config.{old}\n"))
+    from_words = load_config(write_config(small), [old.replace("'", "")])
+    for config in (from_file, from_words):
+        assert getattr(config, key) == value
+        assert type(getattr(config, key)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        ("head_device='cuda'", r"head_device='cuda': head_device is head_offload now; known are "),
+        ("head_device=True", r"head_device=True: head_device is head_offload now; "),
+        ("zero=2", r"zero=2: zero is zero_stage now; known are zero=False \(zero_stage=0\), "),
+    ],
+)
+def test_an_old_key_with_a_value_it_never_had_is_explained(write_config, old, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_config(f"{SMALL}config.{old}\n"))
+
+
+def test_an_old_key_on_the_command_line_with_a_wrong_value_is_explained(write_config):
+    with pytest.raises(ConfigError, match="'zero=maybe': bool needed"):
+        load_config(write_config(SMALL), ["zero=maybe"])
+    with pytest.raises(ConfigError, match="head_device is head_offload now"):
+        load_config(write_config(SMALL), ["head_device=gpu"])
+    with pytest.raises(ConfigError, match="zero and zero_stage: two spellings"):
+        load_config(write_config(SMALL + "config.zero = True\nconfig.zero_stage = 1\n"))
+    with pytest.raises(ConfigError, match="zero_stage=2: allowed are 0, 1"):
+        load_config(write_config(SMALL), ["zero_stage=2"])
+
+
 def test_all_problems_are_reported_at_once(write_config):
     path = write_config(SMALL + "config.lrr = 1\nconfig.batch_size = 'x'\nconfig.momentum = 2.0\n")
     with pytest.raises(ConfigError) as error:

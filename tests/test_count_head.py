@@ -246,10 +246,26 @@ def test_a_sampled_head_refuses_a_workspace_without_room_for_a_class_when_it_is_
 
 def test_a_checkpoint_with_the_old_spelling_resumes_without_a_word(caplog):
     facts: dict[str, Any] = {"data": {}, "data set": "the same"}
-    saved, now = {"head_buffer_mib": 256}, {"head_workspace_mib": "auto"}
+    saved = {
+        "head_buffer_mib": 256,
+        "head_device": "cpu",
+        "zero": True,
+        "sub_centres": 2,
+        "loss": "subcentre_arcface",
+        "all_reduce_dtype": "fp16",
+    }
+    now = {
+        "head_workspace_mib": "auto",
+        "head_offload": True,
+        "zero_stage": 1,
+        "sub_centers": 2,
+        "loss": "subcenter_arcface",
+        "grad_reduce_dtype": "fp16",
+    }
     resume.check({"config": saved, **facts}, {"config": now, **facts})
     assert caplog.text == ""
-    assert resume.config_sha256({"head_workspace_mib": 256}) == resume.config_sha256(now)
+    other = {**now, "head_workspace_mib": 256}
+    assert resume.config_sha256(other) == resume.config_sha256(now)
 
 
 # --- the command -----------------------------------------------------------------------------
