@@ -292,7 +292,7 @@ def compare_loaders(root: Path, cores: int, rounds: int) -> list[dict[str, Any]]
 
 
 def open_ours(path: Path, barrier: Any, connection: Any) -> None:
-    """Opens the index, reads all of it, and sends seconds, and PSS once every process has it open."""
+    """Opens the index and reads all of it; sends seconds, and PSS once every process has opened."""
     reader, before = RecordReader(path), pss_mib()
     begin = time.perf_counter()
     index = open_index(path.with_suffix(".idx"), reader)

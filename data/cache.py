@@ -102,7 +102,7 @@ def open_or_build(made_from: Path, suffix: str, stamp: Stamp, build: Callable[[]
     if found is not None:
         return found
     with _one_at_a_time(made_from):
-        found = _first_valid(places, stamp)  # somebody else may have built it by now
+        found = _first_valid(places, stamp)  # another process may have built it by now
         if found is not None:
             return found
         facts, arrays = build()
@@ -126,7 +126,7 @@ def _in_user_folder(made_from: Path, suffix: str) -> Path:
 
 def _first_valid(places: list[Path], stamp: Stamp) -> Cached | None:
     for place in places:
-        # A cache that is missing, unreadable, old or damaged is made anew, so nothing is lost.
+        # A cache that is missing, unreadable, old or damaged is made again, so nothing is lost.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return Cached(str(place), stamp)
     return None

@@ -147,7 +147,7 @@ class BatchLoader:
     def loaded(
         self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]
     ) -> LoadedBatch:
-        """Joins the parts of a batch, in page-locked memory if that was asked for."""
+        """Joins the parts of a batch, in page-locked memory with `pin_memory`."""
         classes = torch.from_numpy(labels)
         if self.pin_memory:
             images, classes = images.pin_memory(), classes.pin_memory()

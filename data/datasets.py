@@ -265,7 +265,7 @@ class RecordDataset(ImageDataset):
             flag, label, _, _ = RECORD_HEADER.unpack_from(payload)
             if flag == 0 and 0 <= label < min(self.num_classes, MAX_EXACT_LABEL):
                 usual = int(label)
-                if usual == label:  # nearly every record; what follows sorts out the others
+                if usual == label:  # nearly every record; the code below handles the others
                     return memoryview(payload)[RECORD_HEADER.size :], usual
         header, encoded = unpack_record(payload, self.reader.where(offset, key))
         return encoded, self._label(header, index, self.num_classes)

@@ -17,7 +17,7 @@ class Sample(NamedTuple):
     Attributes:
         name: Name of the part.
         size: Size in bytes.
-        sha256: Hash of the bytes that were looked at, hexadecimal.
+        sha256: Hash of the bytes that were read, hexadecimal.
     """
 
     name: str

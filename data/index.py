@@ -82,7 +82,7 @@ class ImageIndex:
         cached: Cached | None = None,
     ) -> None:
         self._cached = cached
-        self._offsets = arrays["offsets"]  # int64 [images + 1]: the last says where they end
+        self._offsets = arrays["offsets"]  # int64 [images + 1]: the last is where the images end
         self._keys = arrays.get("keys")  # int64 [images], or None: consecutive from first_key
         self._first_key, self._increasing = int(facts["first_key"]), bool(facts["increasing"])
         if not len(self._offsets) or (
@@ -114,7 +114,7 @@ class ImageIndex:
 
     @property
     def keys(self) -> np.ndarray:
-        """Key of every image's record, int64 [images]; computed anew if they are consecutive."""
+        """Key of every image's record, int64 [images]; computed here if they are consecutive."""
         if self._keys is not None:
             return self._keys
         return np.arange(self._first_key, self._first_key + len(self), dtype=np.int64)

@@ -34,7 +34,7 @@ class Pair:
 
     @property
     def paths(self) -> tuple[str, str]:
-        """Where the two lie in the folder: name/name_0001.jpg, or the path as it was given."""
+        """Paths of both images in the folder: name/name_0001.jpg, or the path as it was given."""
         return _path(self.first), _path(self.second)
 
 

@@ -1,7 +1,8 @@
 """Orders of an epoch: which image stands at which position.
 
 An order is a function of (seed, epoch, position) that needs no state and no list, so any position
-of any epoch costs the same. It does not depend on ranks, batches or workers (data/order.py does).
+of any epoch costs the same. It does not depend on ranks, batches or workers; `batch_positions` in
+data/order.py divides the positions among ranks.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class BlockShuffleSampler(Sampler):
     def __init__(self, num_images: int, seed: int, block: int, window_blocks: int = 64) -> None:
         super().__init__(num_images)
         self._seed, self._block = seed, min(block, num_images)
-        self._blocks = num_images // self._block  # whole ones; what is left makes the last window
+        self._blocks = num_images // self._block  # whole blocks; the rest makes the last window
         self.window_size = self._block * min(window_blocks, self._blocks)
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:

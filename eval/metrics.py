@@ -427,8 +427,7 @@ def bootstrap_intervals(
 
 
 def xnorm(*embeddings: ArrayLike) -> float:
-    """Computes the mean length of all rows of the given arrays [N, D]; NaN if a value is not
-    finite.
+    """Computes the mean length of all rows of the arrays [N, D]; NaN if a value is not finite.
 
     The published log prints it over the plain and the flipped embeddings together.
     """

@@ -240,7 +240,7 @@ def _read_lines(source: Path) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float:
-    """Converts a value to a float; None (how strict JSON spells NaN) and missing values become NaN."""
+    """Converts a value to a float; None (JSON's NaN) and missing values become NaN, a gap."""
     return math.nan if value is None else float(value)
 
 

@@ -61,7 +61,7 @@ class Report:
         checks: {name, passed, found, allowed}; `passed` is None for what is only reported.
         input_mean: Mean with which the checker will normalize pixels; NaN if the graph was not
             read.
-        input_std: Standard deviation, likewise.
+        input_std: Standard deviation with which it will do so; NaN if the graph was not read.
         height: Height of the images that it will feed, in pixels.
         width: Width of these images.
         ms_per_image: Milliseconds on this machine; only an indication of the checker's time.

@@ -41,7 +41,7 @@ from utils.files import write_atomically
 
 
 def read_others(other: Path) -> Others:
-    """Reads hashes of the images and names of the identities of a .bin, a pairs file or a folder."""
+    """Reads image hashes and identity names of a .bin, a pairs file or a folder."""
     if other.suffix == ".bin":
         encoded = load_verification_set(other).images
         hashes = (content_hash(image) for image in encoded if isinstance(image, bytes))

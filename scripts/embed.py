@@ -84,7 +84,7 @@ class _Records:
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Labels, int64 [n]; every access reads all records, so rank 0 does it once, at the end."""
+        """Labels, int64 [n]; every access reads all records. Rank 0 asks for them at the end."""
         every = (self.source.read_encoded(index)[1] for index in range(len(self.source)))
         return np.fromiter(every, np.int64, len(self.source))
 

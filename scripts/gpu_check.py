@@ -356,7 +356,7 @@ def _run_check(check: Check, worker: Worker, deadline: float) -> Row:
 
 
 def needs_new_process(failure: BaseException) -> bool:
-    """Returns whether a failure may be an error of CUDA, after which every call of a process fails."""
+    """Returns whether a failure may be CUDA's, after which every call of its process fails."""
     return not isinstance(failure, (AssertionError, ImportError, torch.OutOfMemoryError))
 
 

@@ -454,7 +454,7 @@ def draw_headwear(canvas: Canvas, person: Identity) -> None:
 
 
 def photograph(image: np.ndarray, canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
-    """Applies light from a side, exposure, a color cast, blur and noise to uint8 [size, size, 3]."""
+    """Applies light, exposure, a color cast, blur and noise to uint8 [size, size, 3]."""
     size = image.shape[0]
     center, reach = canvas.center / _SUPERSAMPLING, canvas.scale / _SUPERSAMPLING
     x = ((np.arange(size, dtype=np.float32) - center[0]) / reach)[None, :]
@@ -566,7 +566,7 @@ def verification_plan(num_pairs: int, seed: int) -> tuple[list[tuple[int, int]],
         for place, step in enumerate(others.tolist()):
             faces += [(people[place], 2), (people[(place + step) % per_fold], 3)]
         same += [True] * per_fold + [False] * per_fold
-    # Two different pairs may show one person's image 3: give each use a number of its own.
+    # Two different pairs may use image 3 of one identity: give each use a separate number.
     seen: dict[tuple[int, int], int] = {}
     numbered: list[tuple[int, int]] = []
     for person, image in faces:

@@ -71,7 +71,7 @@ class PackReport:
     Attributes:
         num_images: Number of images written.
         num_classes: Number of classes.
-        num_reencoded: Number of images that were encoded anew.
+        num_reencoded: Number of images that were encoded again.
         num_skipped: Number of images left out.
         skipped: The first files left out (path: why).
     """

@@ -7,7 +7,7 @@
 
 The command prints memory per rank by part, from the code that allocates; the time of a step, from
 the peaks of the device and assumed shares of them, or with --measure from this machine; samples per
-second and hours. If a config does not fit, it lists what would change that, computed anew for each
+second and hours. If a config does not fit, it lists what would change that, computed for each
 change. The time does not include reading and decoding images, verification and checkpoints.
 docs/speed.md says what is assumed.
 """

@@ -72,7 +72,7 @@ def unpack(data: Path, out: Path) -> int:
 
 
 def _check_names(names: list[str], path: Path) -> None:
-    """Refuses names that lead elsewhere, and one name for two classes: label maps are downloaded."""
+    """Refuses names that lead elsewhere or name two classes, because label maps are downloaded."""
     for name in names:
         inside = os.path.basename(name) == name and not name.startswith(".")
         if not (name and inside and name.isprintable()):

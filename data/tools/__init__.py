@@ -1,1 +1,1 @@
-"""Shared code of the commands that make, check and repair record sets (scripts/pack.py and others)."""
+"""Shared code of the commands that make, check and repair record sets."""

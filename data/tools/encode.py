@@ -20,7 +20,7 @@ class Fitted(NamedTuple):
 
     Attributes:
         encoded: The JPEG file.
-        reencoded: Whether it had to be encoded anew.
+        reencoded: Whether the image had to be encoded again.
     """
 
     encoded: bytes

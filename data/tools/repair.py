@@ -29,8 +29,8 @@ def fix(data: Path, out: Path, *, force: bool = False) -> tuple[Report, int]:
     """Writes what can be read as a new set.
 
     It keeps all images that decode and have a class, in the order of the file, whether the index
-    lists them or not. Index, keys, header record, identity records, property and manifest are made
-    anew. Labels, duplicates and gaps stay as they are, because their repair would be a guess.
+    lists them or not. Index, keys, header record, identity records, property and manifest are newly
+    made. Labels, duplicates and gaps stay as they are, because their repair would be a guess.
 
     Args:
         data: Folder with train.rec, or a .rec file.
