@@ -1,0 +1,1 @@
+"""Benchmarks; each prints ratios against a baseline that it measures in the same run."""

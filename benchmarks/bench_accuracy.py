@@ -1,8 +1,8 @@
-r"""Does an option cost accuracy? The same run with and without it, from several seeds.
+r"""Does an option cost accuracy? Runs training with and without it, from several seeds.
 
-    python -m benchmarks.bench_accuracy configs/demo rec=demo_data num_epoch=1 max_steps=26 \\
+    python -m benchmarks.bench_accuracy configs/demo rec=demo_data num_epoch=1 max_steps=26 \
         --ranks 2 --variant precision=bf16
-    python -m benchmarks.bench_accuracy configs/lfw_nano rec=FOLDER val_dir=... num_epoch=2 \\
+    python -m benchmarks.bench_accuracy configs/lfw_nano rec=FOLDER val_dir=... num_epoch=2 \
         --ranks 2 --variant compile=True --variant "zero_stage=1 static_graph=True"
 
 Every variant is the base with some keys changed. Each is a run of train_v2.py as a process per
@@ -30,19 +30,25 @@ from benchmarks.runs import RunFailed, start_ranks, wait_for
 
 
 class Row(NamedTuple):
-    """A variant: its words ("" for the base), the accuracy of each seed, seconds of all runs."""
+    """A variant and its results.
+
+    Attributes:
+        words: Changed keys, "" for the base.
+        accuracies: Accuracy of each seed.
+        seconds: Time of all runs.
+    """
 
     words: str
     accuracies: list[float]
     seconds: float
 
     def has_fallen(self, base: Row) -> bool:
-        """By more than the seeds of the base differ."""
+        """Returns whether the mean lies below the base's by more than the base's seeds differ."""
         spread = max(base.accuracies) - min(base.accuracies)
         return mean(self.accuracies) < mean(base.accuracies) - spread
 
     def line(self, base: Row) -> str:
-        """Of a Markdown table."""
+        """Formats a line of a Markdown table."""
         each = ", ".join(f"{accuracy:.4f}" for accuracy in self.accuracies)
         difference = mean(self.accuracies) - mean(base.accuracies)
         verdict = "" if self is base else "fallen" if self.has_fallen(base) else "within the spread"
@@ -53,10 +59,10 @@ class Row(NamedTuple):
 
 
 def last_accuracy(metrics: Path) -> float:
-    """Of the last verification, the mean over its sets.
+    """Returns the flip accuracy of a run's last verification, the mean over its sets.
 
     Raises:
-        ValueError: there was none.
+        ValueError: The run has no verification.
     """
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     results = [record["eval"] for record in records if "eval" in record]
@@ -66,7 +72,7 @@ def last_accuracy(metrics: Path) -> float:
 
 
 def train_once(words: Sequence[str], ranks: int) -> float:
-    """A run in a folder of its own, of which nothing stays."""
+    """Trains once in a temporary folder and returns the accuracy."""
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "run"
         with (Path(temporary) / "log").open("w+b") as log:
@@ -80,14 +86,21 @@ def train_once(words: Sequence[str], ranks: int) -> float:
 
 
 def run_variant(words: Sequence[str], variant: str, seeds: Sequence[int], ranks: int) -> Row:
-    """All seeds of one variant."""
+    """Runs all seeds of one variant.
+
+    Args:
+        words: Config and keys of all variants.
+        variant: Keys of this variant, separated by blanks.
+        seeds: The seeds.
+        ranks: Number of ranks.
+    """
     start = time.perf_counter()
     found = [train_once([*words, *variant.split(), f"seed={seed}"], ranks) for seed in seeds]
     return Row(variant, found, time.perf_counter() - start)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 0 if nothing has fallen, 1 otherwise."""
+    """Runs the command and returns 0 if no variant has fallen, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

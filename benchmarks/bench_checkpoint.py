@@ -1,10 +1,10 @@
-"""What keeping a run costs: the steps during a save, and the memory of a save and of a load.
+"""What checkpoints cost: the steps during a save, and the memory of a save and of a load.
 
     python -m benchmarks.bench_checkpoint [--quick] [--json FILE]
 
 steps    configs/demo on 2 ranks as it is, one save every tenth step: a save's steps are those that
-         began before it was written. A step's time is the one that metrics.jsonl says, so the
-         staging copy is in the first step of each save.
+         began before it was written. The time of a step is that in metrics.jsonl, so the staging
+         copy is in the first step of each save.
 memory   the state of C class centers of width D = 512 with momentum and of r_nano, on 1 and 2
          ranks: peak resident memory while saving in one go, while loading, and while saving in the
          background, above what the process held before it built anything, as a multiple of what
@@ -46,7 +46,16 @@ WRITTEN = re.compile(r"checkpoint \S*step_(\d+) written in ([\d.]+) s")
 
 
 def steps_of_saves(metrics: Path, log: str) -> tuple[list[float], list[float], list[float]]:
-    """Median step of each save, all other steps, and how long each save took: seconds."""
+    """Divides the logged steps into those during a save and all others.
+
+    Args:
+        metrics: Path of metrics.jsonl.
+        log: Text of the training log.
+
+    Returns:
+        The median time of the steps of each save and the times of all other steps, both in seconds
+        per sample, and how long each save took in seconds.
+    """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     speed = {line["step"]: line["samples_per_second"] for line in lines if "loss" in line}
     during: list[float] = []
@@ -62,13 +71,13 @@ def steps_of_saves(metrics: Path, log: str) -> tuple[list[float], list[float], l
         if its:
             during.append(statistics.median(its))
             written.append(seconds)
-    first = 5  # the first steps build what later ones use again
+    first = 5  # the first steps build what later ones reuse
     others = [1 / s for step, s in speed.items() if step not in touched and step > first]
     return during, others, written
 
 
 def measure_steps(saves: int) -> dict[str, Any]:
-    """Slow-down of the steps during a save, at the demo's size."""
+    """Measures the slow-down of the steps during a save, at the demo's size."""
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_") as temporary:
         folder = Path(temporary)
         make_synthetic(
@@ -112,7 +121,7 @@ def measure_steps(saves: int) -> dict[str, Any]:
 def measure_memory(
     rank: int, world_size: int, port: int, classes: int, folder: str, queue: Any
 ) -> None:
-    """Peaks of one rank in MiB into the queue; runs in a process of its own."""
+    """Puts the peaks of one rank in MiB into the queue; runs in a separate process."""
     if world_size > 1:
         os.environ.update(
             MASTER_ADDR="127.0.0.1",
@@ -154,7 +163,7 @@ def measure_memory(
 
 
 def _built(classes: int, world: DistContext) -> RunState:
-    """All of a run's state: one step was taken."""
+    """Returns the complete state of a run after one step."""
     cfg = load_config(
         "configs/ms1mv3_r50",
         [
@@ -180,13 +189,13 @@ def _built(classes: int, world: DistContext) -> RunState:
 
 
 def _peak_of(action: Any) -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     action()
     return _peak_mib("cpu")
 
 
 def compare_memory(classes: int, world_size: int) -> dict[str, Any]:
-    """Largest peaks over the ranks, each over its own state."""
+    """Returns the largest peaks over the ranks, each relative to the rank's own state."""
     context = mp.get_context("spawn")
     queue = context.Queue()
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_") as folder:
@@ -216,7 +225,7 @@ def compare_memory(classes: int, world_size: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two saves, 100,000 classes")
     parser.add_argument("--json", type=Path, help="write the rows here")

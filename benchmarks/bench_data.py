@@ -2,20 +2,21 @@
 
     python -m benchmarks.bench_data [--quick] [--json FILE] [--folder FOLDER]
 
-Loaders, all on the same records in one run, each in a process of its own bound to 1 or 2 cores,
-in turn, medians of the rounds: a Pillow loader as users write it (below: a dict of keys, seek and
-read, Pillow, float tensors, PyTorch's DataLoader with one worker per core), libjpeg-turbo alone on
-images in memory, ours with threads and with processes, and DALI on the CPU where it is installed,
-all three of which deliver uint8 and int64. libjpeg-turbo alone is there twice: as anybody calls it,
-into a new array each time, and into one array where it does not write past the cache (as ours does,
-see `empty_pixels` in data/decode.py), the most that any loader could do. Memory is the proportional
-set size (PSS) of the process and its workers at the end, less that before the loader.
+Loaders: all run on the same records in one run, each in a separate process bound to 1 or 2 cores,
+in turn; the figures are medians of the rounds. They are a Pillow loader as users write it (below: a
+dict of keys, seek and read, Pillow, float tensors, PyTorch's DataLoader with one worker per core),
+libjpeg-turbo alone on images in memory, ours with threads and with processes, and DALI on the CPU
+if it is installed. Ours and DALI deliver uint8 and int64. libjpeg-turbo alone is measured twice:
+into a new array each time, as it is usually called, and into one array where it does not write past
+the cache (as ours does, see `empty_pixels` in data/decode.py), which no loader can exceed. Memory
+is the proportional set size (PSS) of the process and its workers at the end, less that before the
+loader.
 
 The records are made here: 112 x 112 JPEG with the power spectrum of natural images (amplitude
 falling as 1 / frequency), quality 85, which makes them as large as aligned faces.
 
-Index: opening `.idx` files of 1,000,000 and 42,474,557 images, by four processes at once, against
-a dict of keys as MXNet's reader holds it, in one process.
+Index: `.idx` files of 1,000,000 and 42,474,557 images are opened by four processes at once, and
+compared with a dict of keys as MXNet's reader holds it, in one process.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ BASELINES = ("pillow", "libjpeg-turbo alone", "the same, cached", "dali")
 
 
 def make_records(folder: Path, count: int) -> None:
-    """Records of `count` images of natural statistics in 100 classes, one after the other."""
+    """Writes records of `count` images of natural statistics in 100 classes, classes in turn."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(112)[:, None], np.fft.rfftfreq(112)[None])
     frequency[0, 0] = np.inf
@@ -89,7 +90,7 @@ def make_records(folder: Path, count: int) -> None:
 
 
 def make_index(folder: Path, images: int) -> Path:
-    """A `.rec` that is sparse but for its ends, and its `.idx` with `images` images."""
+    """Writes a sparse `.rec`, filled only at its ends, and its `.idx` with `images` images."""
     path = folder / f"{images}.rec"
     classes = CLASSES_WEBFACE42M * images // IMAGES_WEBFACE42M
     lines, offset = images + 1 + classes, 40
@@ -112,8 +113,9 @@ def make_index(folder: Path, images: int) -> Path:
 
 
 class PillowSet(torch.utils.data.Dataset):
-    """The published way without MXNet: a dict of keys, one file handle per worker, Pillow, float
-    tensors.
+    """The published way without MXNet.
+
+    It has a dict of keys, one file handle per worker, Pillow, and float tensors.
     """
 
     def __init__(self, root: Path) -> None:
@@ -144,7 +146,13 @@ class PillowSet(torch.utils.data.Dataset):
 
 
 def start(loader: str, root: Path, cores: int) -> Callable[[], Iterable[Any]]:
-    """A function that begins an epoch of the loader by name."""
+    """Prepares a loader and returns a function that begins an epoch of it.
+
+    Args:
+        loader: One of LOADERS.
+        root: Folder of the records.
+        cores: Number of cores, each with one worker.
+    """
     if loader == "pillow":
         batches = torch.utils.data.DataLoader(
             PillowSet(root),
@@ -167,7 +175,7 @@ def start(loader: str, root: Path, cores: int) -> Callable[[], Iterable[Any]]:
 
 
 def decode_only(files: list[bytes], cores: int, cached: bool) -> list[tuple[None, list[bytes]]]:
-    """Decode everything, a part per core; returns it in one piece for counting."""
+    """Decodes all files, a part per core, and returns them as one batch for counting."""
 
     def decode(part: list[bytes]) -> None:
         room = empty_pixels(112, 112, 3) if cached else None
@@ -183,8 +191,15 @@ def decode_only(files: list[bytes], cores: int, cached: bool) -> list[tuple[None
 
 
 def measure_loader(loader: str, root: Path, cores: int, connection: Any) -> None:
-    """Serve in a process: each "go" is answered by images per second, images per second of CPU
-    time, and MiB of the loader.
+    """Measures a loader in a process whenever it gets a "go".
+
+    It answers with images per second, images per second of CPU time, and MiB of the loader.
+
+    Args:
+        loader: One of LOADERS.
+        root: Folder of the records.
+        cores: Number of cores to use.
+        connection: Receives True for "go" and False for the end.
     """
     os.sched_setaffinity(0, range(cores))
     torch.set_num_threads(1)
@@ -202,20 +217,20 @@ def measure_loader(loader: str, root: Path, cores: int, connection: Any) -> None
 
 
 def pss_mib() -> float:
-    """Proportional set size of this process and all its descendants (Linux)."""
+    """Returns the proportional set size of this process and all its descendants (Linux)."""
     rollups = read_of_family("smaps_rollup")
     lines = (line for text in rollups for line in text.splitlines() if line.startswith("Pss:"))
     return sum(int(line.split()[1]) for line in lines) / 1024
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process and all its descendants that live (Linux)."""
+    """Returns the CPU time of this process and all its living descendants (Linux)."""
     fields = (text.rpartition(")")[2].split() for text in read_of_family("stat"))
     return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def read_of_family(name: str) -> list[str]:
-    """/proc/<pid>/<name> of this process and all its descendants."""
+    """Reads /proc/<pid>/<name> of this process and all its descendants."""
     texts, todo = [], [os.getpid()]
     while todo:
         folder = Path(f"/proc/{todo.pop()}")
@@ -229,7 +244,7 @@ def read_of_family(name: str) -> list[str]:
 
 
 def compare_loaders(root: Path, cores: int, rounds: int) -> list[dict[str, Any]]:
-    """One row per loader: medians over rounds in which they take turns."""
+    """Returns one row per loader: medians over rounds in which they take turns."""
     context = mp.get_context("spawn")
     running = {}
     for loader in LOADERS:
@@ -277,7 +292,7 @@ def compare_loaders(root: Path, cores: int, rounds: int) -> list[dict[str, Any]]
 
 
 def open_ours(path: Path, barrier: Any, connection: Any) -> None:
-    """Open the index and touch all of it; seconds, and PSS once every process has."""
+    """Opens the index and reads all of it; sends seconds, and PSS once every process has opened."""
     reader, before = RecordReader(path), pss_mib()
     begin = time.perf_counter()
     index = open_index(path.with_suffix(".idx"), reader)
@@ -289,7 +304,7 @@ def open_ours(path: Path, barrier: Any, connection: Any) -> None:
 
 
 def open_dict(path: Path, barrier: Any, connection: Any) -> None:
-    """A dict of keys, as MXNet's reader makes it."""
+    """Makes a dict of keys, as MXNet's reader does; sends seconds and PSS."""
     before, begin = pss_mib(), time.perf_counter()
     index, keys = {}, []
     with open(path.with_suffix(".idx")) as file:
@@ -301,7 +316,7 @@ def open_dict(path: Path, barrier: Any, connection: Any) -> None:
 
 
 def open_in_processes(target: Callable[..., None], path: Path, count: int) -> tuple[float, float]:
-    """The longest opening and the memory of all, of `count` processes at once."""
+    """Returns the longest opening and the memory of all of `count` processes at once."""
     context = mp.get_context("spawn")
     barrier, running = context.Barrier(count), []
     for _ in range(count):
@@ -316,7 +331,7 @@ def open_in_processes(target: Callable[..., None], path: Path, count: int) -> tu
 
 
 def compare_indexes(folder: Path, images: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows for a dict of keys, for ours at the first opening, and for ours with the cache."""
+    """Returns rows for a dict of keys, for ours at the first opening, and for ours when cached."""
     path = make_index(folder, images)
     dict_seconds, dict_mib = open_in_processes(open_dict, path, 1)
     first = open_in_processes(open_ours, path, 1)
@@ -340,7 +355,7 @@ def compare_indexes(folder: Path, images: int, rounds: int) -> list[dict[str, An
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints tables and optionally writes rows as JSON."""
+    """Runs the command; prints tables and writes rows as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="smaller, about a minute on 2 cores")
     parser.add_argument("--json", type=Path, help="write the rows here")

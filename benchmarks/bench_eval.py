@@ -1,13 +1,14 @@
-"""What evaluation costs after the embeddings are there, against what people run today.
+"""What evaluation costs after the embeddings are computed, against the usual code.
 
     python -m benchmarks.bench_eval [--quick] [--only ijb|pairs] [--json FILE] [--markdown FILE]
 
 IJB at a tenth and at the full size of IJB-C (469,375 images, 23,124 templates, 15,658,489 pairs;
-made-up features of 512 numbers): aggregation, pair scores, TAR at six FARs. The baseline is the
-published scripts' way, written here: float32, template by template, blocks of 100,000 pairs,
-scikit-learn's ROC read at the nearest point. Then the all-to-all protocol against the matmul of the
-upper triangle alone, and against a dense computation. One process per row, in turn, medians of the
-repeats; peak memory above what the process held before its inputs were made, inputs included.
+random features of 512 numbers): aggregation, pair scores, TAR at six FARs. The baseline is the
+published scripts' method, written here: float32, template by template, blocks of 100,000 pairs,
+scikit-learn's ROC read at the nearest point. Then the all-to-all protocol is compared with the
+matmul of the upper triangle alone, and with a dense computation. Each row runs in a separate
+process, in turn, with medians of the repeats. Peak memory is above what the process held before its
+inputs were made, inputs included.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from eval.metrics import tars_at_fars
 
 WIDTH = 512
 FULL = {"images": 469_375, "templates": 23_124, "gallery": 3_531, "pairs": 15_658_489}
-SAME = 19_557  # of IJB-C's pairs
-REPEATS = 3  # of all but the slowest rows, which run once
+SAME = 19_557  # number of IJB-C's same pairs
+REPEATS = 3  # the slowest rows run once
 STEPS = ("templates", "pair scores", "TAR at FAR")
 
 
 def make_set(share: float) -> tuple[np.ndarray, IjbSet]:
-    """(features [n, 512] float32, a made-up set with `share` of IJB-C's sizes).
+    """Makes features [n, 512] float32 and a random set with `share` of IJB-C's sizes.
 
     As in IJB-C, pairs are of some templates (the gallery's) with the others; here in random order.
     """
@@ -70,7 +71,7 @@ def make_set(share: float) -> tuple[np.ndarray, IjbSet]:
 
 
 def run_ours(features: np.ndarray, one: IjbSet) -> tuple[list[float], list[float]]:
-    """(seconds of each step, TARs)."""
+    """Runs our functions; returns the seconds of each step, and the TARs."""
     clock = [time.perf_counter()]
     templates = template_features(features, one)
     clock.append(time.perf_counter())
@@ -82,7 +83,7 @@ def run_ours(features: np.ndarray, one: IjbSet) -> tuple[list[float], list[float
 
 
 def run_loops(features: np.ndarray, one: IjbSet) -> tuple[list[float], list[float]]:
-    """The same the published scripts' way."""
+    """Runs the published scripts' method; returns the same as `run_ours`."""
     from sklearn.metrics import roc_curve
 
     clock = [time.perf_counter()]
@@ -112,7 +113,7 @@ def run_loops(features: np.ndarray, one: IjbSet) -> tuple[list[float], list[floa
 
 
 def measure_ijb(how: str, share: float, repeats: int) -> tuple[list[float], float]:
-    """Medians of the steps' seconds, and peak MiB; in a process."""
+    """Returns medians of the steps' seconds, and peak MiB; runs in a separate process."""
     before = _peak_mib()
     features, one = make_set(share)
     run = run_ours if how == "ours" else run_loops
@@ -122,7 +123,7 @@ def measure_ijb(how: str, share: float, repeats: int) -> tuple[list[float], floa
 
 
 def measure_all_pairs(how: str, count: int, repeats: int) -> tuple[list[float], float]:
-    """Seconds and peak MiB of the protocol, of the matmul alone, or of the dense way."""
+    """Returns seconds and peak MiB of the protocol, of the matmul alone, or of the dense method."""
     before = _peak_mib()
     random = np.random.default_rng(0)
     people = random.integers(0, count // 10, count)
@@ -145,7 +146,7 @@ def measure_all_pairs(how: str, count: int, repeats: int) -> tuple[list[float], 
 
 
 def _upper_triangle(rows: torch.Tensor) -> None:
-    """The products of every pair, in blocks, and nothing else."""
+    """Computes the products of every pair, in blocks, and nothing else."""
     buffer = torch.empty(BLOCK * BLOCK)
     for top in range(0, len(rows), BLOCK):
         for left in range(top, len(rows), BLOCK):
@@ -155,7 +156,7 @@ def _upper_triangle(rows: torch.Tensor) -> None:
 
 
 def _dense(rows: np.ndarray, people: np.ndarray) -> None:
-    """The whole matrix, its upper triangle, and the metrics over it."""
+    """Computes the whole matrix, its upper triangle, and the metrics over it."""
     scores = (torch.from_numpy(rows) @ torch.from_numpy(rows).T).numpy()
     upper = np.triu_indices(len(rows), 1)
     tars_at_fars(scores[upper], people[upper[0]] == people[upper[1]], DEFAULT_FARS)
@@ -166,7 +167,7 @@ def _peak_mib() -> float:
 
 
 def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> None:
-    """Loops and ours at a share of IJB-C's size: a table, and rows for JSON."""
+    """Compares loops and ours at a share of IJB-C's size: adds a table, and rows for JSON."""
     lines += [
         "",
         f"| IJB, {share:g} of IJB-C | templates s | pair scores s | TAR s | sum s | faster "
@@ -196,7 +197,7 @@ def _compare_ijb(share: float, lines: list[str], rows: list[dict[str, Any]]) -> 
 
 
 def _compare_all_pairs(count: int, lines: list[str], rows: list[dict[str, Any]]) -> None:
-    """The matmul alone, the protocol and, where it fits, the dense way: likewise."""
+    """Compares the matmul alone, the protocol and, if it fits, the dense method in the same way."""
     lines += ["", f"| all pairs of {count:,} | s | of the matmul | peak MiB |", "|---|---|---|---|"]
     print(lines[-2], flush=True)
     baseline = 0.0
@@ -218,7 +219,7 @@ def _compare_all_pairs(count: int, lines: list[str], rows: list[dict[str, Any]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints tables, and writes rows as JSON and the report where asked."""
+    """Runs the command; prints tables, and writes rows as JSON and the report on request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth only; about a minute")
     parser.add_argument("--only", choices=("ijb", "pairs"), help="one half of it")

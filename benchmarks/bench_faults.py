@@ -1,18 +1,19 @@
-"""Runs that are killed at random moments, and what the restarted ones end with.
+"""Kills runs at random moments, and compares the final state of the restarted ones.
 
     python -m benchmarks.bench_faults [--quick] [--json FILE] [--seed 0]
 
-Real processes on the CPU, 2 to 4 ranks, drawn faces (scripts/make_synthetic.py), configs/demo made
-small. A run is left to itself until a random moment; then one rank or all are killed (SIGKILL), in
-two of three runs just while a checkpoint is being written. Ranks that are left end by themselves or
-are killed as well. The run is started again with resume=auto:
+The runs are real processes on the CPU, 2 to 4 ranks, on drawn faces (scripts/make_synthetic.py),
+with configs/demo made small. At a random moment one rank or all are killed (SIGKILL), in two of
+three runs while a checkpoint is being written. The remaining ranks end by themselves or are killed
+as well. The run is started again with resume=auto:
 
 same      on the same number of ranks: everything in its last checkpoint (weights, centers,
-          momentum, generators, counts) has to equal, bit for bit, that of the run left alone.
+          momentum, RNG states, counts) has to equal that of the uninterrupted run bit for bit.
 changed   on another number of ranks, in float64 with frozen batch norm: centers, momentum and data
           position have to arrive unchanged, and all losses have to be within 1e-8.
 
-In the end nothing but named checkpoints may lie in the folder. One line per run, and a count.
+In the end the folder may hold only named checkpoints. The command prints one line per run, and a
+count.
 """
 
 from __future__ import annotations
@@ -63,7 +64,19 @@ FP64 = ("precision=fp64", "freeze_batch_norm=True")
 
 @dataclass
 class Result:
-    """One killed run. problems: what was not as it has to be."""
+    """One killed run.
+
+    Attributes:
+        name: Number of the run.
+        kind: "same" or "changed".
+        ranks: Number of ranks before and after.
+        victims: Ranks that were killed.
+        killed_at_step: Last logged step.
+        while_saving: Whether a checkpoint was being written.
+        resumed_at_step: Step of the last intact checkpoint.
+        seconds: Time of the whole comparison.
+        problems: What is not as it has to be.
+    """
 
     name: str
     kind: str
@@ -76,7 +89,7 @@ class Result:
     problems: list[str]
 
     def line(self) -> str:
-        """For the table."""
+        """Formats a line of the table."""
         moment = "saving" if self.while_saving else "between"
         return (
             f"{self.name:>4} {self.kind:8} {self.ranks:>6} {self.victims:>7} {moment:>8} "
@@ -86,7 +99,15 @@ class Result:
 
 
 class Run:
-    """The ranks of one training run, as processes."""
+    """The ranks of one training run, as processes.
+
+    Args:
+        output: Folder of the run.
+        data: Folder of the records.
+        world_size: Number of ranks.
+        words: Further key=value words.
+        settings: Config and its words; None means SETTINGS.
+    """
 
     def __init__(
         self,
@@ -104,13 +125,13 @@ class Run:
         self.processes = start_ranks(words, world_size, self.log, threads=1)
 
     def wait(self) -> list[int]:
-        """Exit codes; ranks that outlive the others by too long are killed."""
+        """Returns exit codes; ranks that outlive a failed one by too long are killed."""
         codes = wait_for(self.processes)
         self.log.close()
         return codes
 
     def step(self) -> int:
-        """The last logged step."""
+        """Returns the last logged step."""
         path = self.output / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         for line in reversed(lines):
@@ -121,12 +142,18 @@ class Run:
         return 0
 
     def is_saving(self) -> bool:
-        """A checkpoint is being written just now."""
+        """Returns whether a checkpoint is being written now."""
         return any(self.output.glob(f"{FOLDER}/*.saving"))
 
 
 def kill_at_random(run: Run, rng: random.Random, while_saving: bool) -> tuple[str, int]:
-    """Kill one rank or all; returns whom, and the last logged step."""
+    """Kills one rank or all; returns which, and the last logged step.
+
+    Args:
+        run: The run.
+        rng: Decides step, moment and ranks.
+        while_saving: Whether to wait until a checkpoint is being written.
+    """
     wanted_step = rng.randrange(1, STEPS - 4)
     while run.step() < wanted_step:
         if any(process.poll() is not None for process in run.processes):
@@ -150,7 +177,7 @@ def kill_at_random(run: Run, rng: random.Random, while_saving: bool) -> tuple[st
 
 
 def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole."""
+    """Reads every tensor of a checkpoint, unsharded."""
     state = {
         name: TensorShard.whole(torch.empty(shape, dtype=dtype), False)
         for name, (shape, dtype) in sharded_io.describe(checkpoint).items()
@@ -160,20 +187,20 @@ def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(output: Path) -> dict[int, float]:
-    """Loss of every logged step."""
+    """Returns the loss of every logged step."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Equal to the last bit, NaN included."""
+    """Returns whether two tensors are equal to the last bit, NaN included."""
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
 
 
 def differences(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not bit for bit the same."""
+    """Returns names of tensors that are not bit for bit the same."""
     return sorted(
         name
         for name in one.keys() | two.keys()
@@ -182,7 +209,7 @@ def differences(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> l
 
 
 def leftovers(output: Path) -> list[str]:
-    """What lies beside named, intact checkpoints."""
+    """Returns what lies in the folder besides named, intact checkpoints."""
     folder = output / FOLDER
     known = {LATEST, *(path.name for path in list_checkpoints(folder))}
     found = [path.name for path in folder.iterdir() if path.name not in known]
@@ -196,7 +223,7 @@ def leftovers(output: Path) -> list[str]:
 def arrives_unchanged(
     checkpoint: Path, data: Path, world_size: int, words: Sequence[str]
 ) -> list[str]:
-    """What is not the same after `world_size` ranks have loaded a checkpoint and saved it again."""
+    """Loads a checkpoint on `world_size` ranks, saves it again, and returns what differs."""
     step = step_of(checkpoint)
     output = checkpoint.parent.parent.with_name(f"{checkpoint.parent.parent.name}_resharded")
     words = (*words, f"resume={checkpoint}", f"max_steps={step}")
@@ -221,7 +248,18 @@ def one_run(
     while_saving: bool,
     reference: Path,
 ) -> Result:
-    """Start, kill, start again, compare."""
+    """Starts a run, kills it, starts it again, and compares it.
+
+    Args:
+        number: Number of the run.
+        folder: Folder of all runs.
+        data: Folder of the records.
+        before: Number of ranks before the kill.
+        after: Number of ranks after it.
+        rng: Decides step, moment and ranks.
+        while_saving: Whether it is killed while a checkpoint is being written.
+        reference: Folder of the uninterrupted run.
+    """
     start = time.monotonic()
     kind = "same" if before == after else "changed"
     words = FP64 if kind == "changed" else ()
@@ -274,7 +312,7 @@ def one_run(
 
 
 def reference_run(folder: Path, data: Path, world_size: int, words: Sequence[str]) -> Path:
-    """A run that is left alone."""
+    """Runs without interruption, once per setting, and returns the folder."""
     output = folder / f"reference_{world_size}{'_fp64' if words else ''}"
     if not output.exists():
         codes = Run(output, data, world_size, words).wait()
@@ -284,7 +322,7 @@ def reference_run(folder: Path, data: Path, world_size: int, words: Sequence[str
 
 
 def campaign(same: int, changed: int, seed: int, folder: Path, data: Path) -> list[Result]:
-    """`same` and `changed` killed runs, two of three while saving; prints a line for each."""
+    """Kills `same` and `changed` runs, two of three while saving, and prints a line for each."""
     rng = random.Random(seed)
     print(
         f"{'run':>4} {'kind':8} {'ranks':>6} {'killed':>7} {'moment':>8} {'step':>6} "
@@ -305,7 +343,7 @@ def campaign(same: int, changed: int, seed: int, folder: Path, data: Path) -> li
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 1 if anything was lost."""
+    """Runs the command; returns 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three runs, about two minutes")
     parser.add_argument("--seed", type=int, default=0)

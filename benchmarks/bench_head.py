@@ -1,24 +1,24 @@
-"""What a step of the head costs: forward, backward and update, against the heads of today.
+"""What a step of the head costs: forward, backward and update, against the usual heads.
 
     python -m benchmarks.bench_head [--quick] [--json FILE] [--plot FILE] [--device cuda]
         [--classes N ...] [--batch N ...] [--rate R ...] [--head NAME ...] [--workspace-mib N]
     python -m benchmarks.bench_head --count --classes 2000000 --batch 1024 [--optimizer adamw]
         [--rate R] [--weight-dtype bf16] [--state-dtype bf16] [--memory-gib 80] [--json FILE]
 
-The second command needs no GPU: it counts what a step would start, move and multiply on one
-(benchmarks/count_head.py) and predicts its time. The first measures.
+The first command measures. The second needs no GPU: it counts what a step would start, move and
+multiply on one (benchmarks/count_head.py) and predicts its time.
 
-In one run, each in a process of its own: plain data parallel (the whole weight on every rank,
+One run compares, each in a separate process: plain data parallel (the whole weight on every rank,
 out-of-place autograd), the dense sharded head as users have it (tests/reference.py DenseHead),
 torch's linear_cross_entropy (no margin, plain softmax; since torch 2.13), our readable autograd
 path and our fused one.
-Units: one matmul [B, D] x [D, C] over all classes, measured between the steps; and the limit, which
-is 6 B S D FLOPs at the measured matmul rate plus the bytes that must move (centers read twice and
-written, momentum read and written) at the measured copy rate. Medians after a warm-up;
-peak memory above weights and momentum. The heads of today run with the allocator as it is, ours
-with utils/memory.py, as train_v2.py sets it; "dense, memory kept" tells the two apart (CPU only).
-On a GPU the products of the heads of today are fp16, as arcface_torch has them with fp16=True, ours
-bf16, and the matmul of the unit is bf16 for all.
+The units are one matmul [B, D] x [D, C] over all classes, measured between the steps, and the
+limit, which is 6 B S D FLOPs at the measured matmul rate plus the bytes that must move (centers
+read twice and written, momentum read and written) at the measured copy rate. Figures are medians
+after a warm-up; peak memory is above weights and momentum. The usual heads run with the unchanged
+allocator, ours with utils/memory.py, as train_v2.py sets it; "dense, memory kept" shows the
+difference (CPU only). On a GPU the products of the usual heads are fp16, as in arcface_torch with
+fp16=True, ours bf16, and the matmul of the unit is bf16 for all.
 
 A row takes some ten seconds on a GPU, most of them to start: --classes, --batch, --rate and --head
 choose among the rows (a row "of dense" needs the dense one); the files are written after each.
@@ -80,7 +80,17 @@ COLUMNS = (
 
 
 class Case(NamedTuple):
-    """One row of the table; the last three are of the fused head."""
+    """One row of the table.
+
+    Attributes:
+        head: Name of the head.
+        num_classes: C.
+        batch: B.
+        sample_rate: r.
+        optimizer: "sgd" or "adamw", for the fused head.
+        weight_dtype: "fp32" or "bf16", for the fused head.
+        state_dtype: "fp32" or "bf16", for the fused head.
+    """
 
     head: str
     num_classes: int
@@ -92,7 +102,14 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Medians in seconds; memory in MiB."""
+    """Medians of one row.
+
+    Attributes:
+        step: Seconds of a step.
+        matmul: Seconds of the matmul.
+        limit: Seconds of the limit.
+        peak_mib: Peak memory in MiB.
+    """
 
     step: float
     matmul: float
@@ -101,7 +118,10 @@ class Result(NamedTuple):
 
 
 def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
-    """All combinations that fit; the dense heads need about 8 B C bytes beside their weights."""
+    """Returns all combinations that fit into memory.
+
+    The dense heads need about 8 B C bytes beside their weights.
+    """
     rates: tuple[float, ...] = (1.0, 0.3, 0.1)
     if quick:
         sizes, rates = [(100_000, 128)], (1.0, 0.1)
@@ -123,7 +143,7 @@ def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
                 ("fused", weights + 0.5, False),
             ):
                 if head == "dense, memory kept" and device != "cpu":
-                    continue  # the same as "dense"
+                    continue  # on a GPU it is the same as "dense"
                 is_long = num_classes * batch > 60_000_000 and device == "cpu"
                 if is_long and head not in ("dense", "fused"):
                     continue  # minutes per row
@@ -137,14 +157,14 @@ def cases(quick: bool, device: str, memory_gib: float) -> list[Case]:
 
 
 def growth_cases(quick: bool, memory_gib: float) -> list[Case]:
-    """The fused head at a fixed number of sampled classes, 20,000, as C grows."""
+    """Returns cases of the fused head with 20,000 sampled classes each, as C grows."""
     sizes = [100_000, 400_000] if quick else [100_000, 400_000, 1_000_000, 4_000_000]
     fitting = [c for c in sizes if 8 * WIDTH * c / 2**30 < 0.75 * memory_gib]
     return [Case("fused", c, 128, 20_000 / c) for c in fitting]
 
 
 def make_step(case: Case, device: str, workspace_mib: float | str) -> Callable[[], None]:
-    """A function that does one step of the head, on fixed random input."""
+    """Returns a function that does one step of the head, on fixed random input."""
     drawn: dict[str, Any] = {
         "generator": torch.Generator(device).manual_seed(0),
         "device": device,
@@ -182,7 +202,7 @@ def make_step(case: Case, device: str, workspace_mib: float | str) -> Callable[[
 def _our_step(
     case: Case, embeddings: Tensor, labels: Tensor, device: str, workspace_mib: float | str
 ) -> Callable[[], None]:
-    # Centers drawn on the device: a CPU takes 10 s for 2 million, and their values do not matter.
+    # Draws centers on the device: a CPU takes 10 s for 2 million, and their values do not matter.
     with mock.patch.object(partial_fc, "init_centers", _fill_on_the_device):
         head = partial_fc.PartialFC(
             ArcFace(gradient="straight_through"),
@@ -220,7 +240,7 @@ def _clear(embeddings: Tensor, loss: Tensor) -> None:
 
 
 def measure(case: Case, device: str, repeats: int, workspace_mib: float | str) -> Result:
-    """One case; in a process of its own, where the peak of a CPU's memory counts."""
+    """Measures one case; runs in a separate process, because a CPU's peak memory counts."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left = torch.randn(case.batch, WIDTH, device=device, dtype=dtype)
     right = torch.randn(min(case.num_classes, 1_000_000), WIDTH, device=device, dtype=dtype)
@@ -237,13 +257,13 @@ def measure(case: Case, device: str, repeats: int, workspace_mib: float | str) -
 def time_step(
     case: Case, device: str, repeats: int, workspace_mib: float | str
 ) -> tuple[float, float]:
-    """Median seconds of a step, and MiB of its peak above the centers and their state."""
+    """Returns median seconds of a step, and MiB of its peak above the centers and their state."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         if case.head in ("autograd", "fused", "dense, memory kept"):
             keep_freed_memory()
     before = _used_mib(device)
@@ -254,14 +274,14 @@ def time_step(
 
 
 def held_mib(case: Case) -> float:
-    """Class centers and the state of their optimizer."""
+    """Returns MiB of the class centers and the state of their optimizer."""
     averages = 1 if case.optimizer == "sgd" else 2
     sizes = DTYPES[case.weight_dtype].itemsize + averages * DTYPES[case.state_dtype].itemsize
     return case.num_classes * WIDTH * sizes / 2**20
 
 
 def _matmul_and_copy(left: Tensor, right: Tensor, device: str, repeats: int) -> tuple[float, float]:
-    """Seconds of left @ right.T into a given result, and of copying `right`."""
+    """Returns seconds of left @ right.T into a given result, and of copying `right`."""
     product, copied = left.new_empty(len(left), len(right)), torch.empty_like(right)
     return (
         median_seconds(lambda: torch.mm(left, right.t(), out=product), device, repeats),
@@ -270,7 +290,7 @@ def _matmul_and_copy(left: Tensor, right: Tensor, device: str, repeats: int) -> 
 
 
 def median_seconds(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Of `repeats` calls after a warm-up, each waited for."""
+    """Returns the median of `repeats` calls after a warm-up, each waited for."""
     times = []
     function()
     for _ in range(repeats):
@@ -285,7 +305,7 @@ def median_seconds(function: Callable[[], object], device: str, repeats: int) ->
 
 
 def _used_mib(device: str) -> float:
-    """What this process holds now (resident memory on Linux, or the GPU's allocations)."""
+    """Returns what this process holds now (resident memory on Linux, or the GPU's allocations)."""
     if device == "cuda":
         return torch.cuda.memory_allocated() / 2**20
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -300,7 +320,7 @@ def _peak_mib(device: str) -> float:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Step time in matmuls and peak memory of every head, and growth with C at fixed S."""
+    """Draws step time in matmuls and peak memory of every head, and growth with C at fixed S."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -340,7 +360,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints a table and optionally writes rows as JSON and a plot."""
+    """Runs the command; prints a table and writes rows as JSON and a plot on request."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -436,12 +456,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def mib(text: str) -> float | str:
-    """A size in MiB, or "auto"; of a command line."""
+    """Parses a size in MiB, or "auto", for argparse."""
     return text if text == "auto" else float(text)
 
 
 def report_counts(options: argparse.Namespace) -> int:
-    """`--count`: a table for every combination asked for, and rows as JSON."""
+    """Does the work of `--count`: prints a table per combination, and writes rows as JSON."""
     given = (options.matmul_tflops, options.copy_gigabytes)
     if any(peak is not None and not peak > 0 for peak in given) or (None in given) != (
         given == (None, None)
@@ -487,7 +507,7 @@ def report_counts(options: argparse.Namespace) -> int:
                     rows.append(row)
                     if options.json:
                         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-                except (ValueError, OSError) as error:  # outside its domain; not to be written
+                except (ValueError, OSError) as error:  # a wrong value, or a file error
                     print(f"error: {error}", file=sys.stderr)
                     return 2
                 print(table(row), end="\n\n", flush=True)

@@ -1,13 +1,14 @@
-"""What 40 % wrong labels cost, and what inter-class filtering with sampling gives back.
+"""What 40 % wrong labels cost, and what inter-class filtering with sampling recovers.
 
     python -m benchmarks.bench_noise [--quick] [--json FILE]
 
-The published noisy-label experiment (WF12M-Flip) at a size for a CPU: drawn faces
-(scripts/make_synthetic.py), 40 % of the labels flipped (scripts/make_noise.py), configs/demo for
-two epochs with the plain head (the baseline) and with the published remedy, a tenth of the classes
-sampled and those beyond a cosine of 0.4 filtered. The same faces, flips, initial weights and order
-for both; another seed changes all four. Accuracy (flip) is that on pairs of people not in training,
-whose labels are right. Medians over seeds; the margin is the difference in accuracy.
+This is the published noisy-label experiment (WF12M-Flip) at a size for a CPU: drawn faces
+(scripts/make_synthetic.py) with 40 % of the labels flipped (scripts/make_noise.py). configs/demo
+trains for two epochs with the plain head (the baseline) and with the published remedy: a tenth of
+the classes sampled and those beyond a cosine of 0.4 filtered. Both use the same faces, flips,
+initial weights and order; another seed changes all four. Accuracy (flip) is that on pairs of
+identities not in training, whose labels are right. Figures are medians over seeds; the margin is
+the difference in accuracy.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ HEADS = {
 
 
 def train(data: Path, faces: Path, output: Path, words: Sequence[str]) -> dict[str, float]:
-    """One run of train_v2.py as a process: accuracy_flip, seconds, images per second, peak MiB."""
+    """Runs train_v2.py as a process; returns accuracy, seconds, images per second, peak MiB."""
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [
@@ -64,7 +65,7 @@ def train(data: Path, faces: Path, output: Path, words: Sequence[str]) -> dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints a table and optionally writes rows as JSON."""
+    """Runs the command; prints a table and writes rows as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, few people, one minute")
     parser.add_argument("--json", type=Path, help="write the rows here")

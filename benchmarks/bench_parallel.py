@@ -3,7 +3,7 @@
     python -m benchmarks.bench_parallel [--quick] [--json FILE] [--markdown FILE] [--plot FILE]
 
 A step is forward, cross-entropy, backward and SGD on a global batch of 32 rows, on 1, 2 and 4
-gloo ranks of this machine, one thread each, every case in processes of its own:
+gloo ranks of this machine, one thread each, every case in separate processes:
 
     nn.Linear    the baseline: the whole layer and cross_entropy on one rank, nothing shared
     replicated   ParallelLinear(dim=None) under DDP, each rank its part of the batch
@@ -12,9 +12,9 @@ gloo ranks of this machine, one thread each, every case in processes of its own:
 
 Memory is the peak above what the process held once torch was loaded and the group had met, the
 largest over the ranks; "of baseline" is against nn.Linear with the same classes and settings.
-Settings: fp32 (SGD), amp (bf16 autocast, SGD), zero (momentum; ZeroRedundancyOptimizer where the
-layer is replicated, a plain SGD on the parts where it is split: the same state per rank, spread).
-Cases that would need more than --memory-gib over all ranks are left out, and so they say.
+The settings are fp32 (SGD), amp (bf16 autocast, SGD) and zero (momentum; ZeroRedundancyOptimizer if
+the layer is replicated, a plain SGD on the parts if it is split: the same state per rank, spread).
+Cases that would need more than --memory-gib over all ranks are left out, and the table says so.
 """
 
 from __future__ import annotations
@@ -57,7 +57,15 @@ HEADER = (
 
 
 class Case(NamedTuple):
-    """One row of the tables."""
+    """One row of the tables.
+
+    Attributes:
+        layout: "nn.Linear", "replicated", "column" or "row".
+        num_classes: C.
+        width: D.
+        ranks: Number of ranks.
+        setting: "fp32", "amp" or "zero".
+    """
 
     layout: str
     num_classes: int
@@ -67,7 +75,7 @@ class Case(NamedTuple):
 
     @property
     def gib_in_all(self) -> float:
-        """What all ranks together will hold: weight, gradient, state, half copies, logits."""
+        """GiB that all ranks together will hold: weight, gradient, state, half copies, logits."""
         copies = {"fp32": 2.0, "amp": 3.0, "zero": 3.0}[self.setting]
         if self.layout == "replicated":
             copies *= self.ranks
@@ -76,7 +84,7 @@ class Case(NamedTuple):
 
 
 def cases(quick: bool) -> list[Case]:
-    """All of them, in the order of the tables; the baseline of each size comes first."""
+    """Returns all cases in the order of the tables; the baseline of each size comes first."""
     groups: list[tuple[int, int, str, tuple[int, ...]]] = [
         (10_000, 2048, "fp32", (2,) if quick else (1, 2, 4)),
         (100_000, 2048, "fp32", (2,) if quick else (1, 2, 4)),
@@ -94,7 +102,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 class Stepper:
-    """One rank's classifier and what it takes to step it."""
+    """One rank's classifier with its input, loss and optimizer."""
 
     def __init__(self, case: Case, rank: int) -> None:
         self.case, self.rank = case, rank
@@ -129,7 +137,7 @@ class Stepper:
         self.loss_of = ParallelCrossEntropyLoss()
 
     def step(self) -> None:
-        """Forward, loss, backward, update."""
+        """Does forward, loss, backward and update."""
         half = torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
         with half:
             x = gather(self.x, 0, sizes=[len(self.x)] * self.case.ranks) if self.gathers else self.x
@@ -148,13 +156,13 @@ class Stepper:
 
 
 def measure(rank: int, case: Case, repeats: int, store: str, queue: Any) -> None:
-    """(seconds, MiB) of one rank into the queue; runs in a process of its own."""
+    """Puts (seconds, MiB) of one rank into the queue; runs in a separate process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=case.ranks)
     small = Stepper(case._replace(num_classes=64, width=64), rank)
-    small.step()  # threads, connections and kernels are there before memory is counted
+    small.step()  # creates threads, connections and kernels before memory is counted
     del small
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _used_mib("cpu")
     stepper = Stepper(case, rank)
     stepper.step()
@@ -170,7 +178,7 @@ def measure(rank: int, case: Case, repeats: int, store: str, queue: Any) -> None
 
 
 def run(case: Case, repeats: int) -> tuple[float, float]:
-    """The slowest rank's median in seconds, the largest peak in MiB."""
+    """Returns the slowest rank's median in seconds, and the largest peak in MiB."""
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
@@ -182,7 +190,7 @@ def run(case: Case, repeats: int) -> tuple[float, float]:
 def compare(
     chosen: Sequence[Case], repeats: int, memory_gib: float
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """(lines of the report, rows for JSON); prints as it goes."""
+    """Runs the cases and prints as it goes; returns lines of the report, and rows for JSON."""
     lines: list[str] = []
     rows: list[dict[str, Any]] = []
     baseline: tuple[float, float] | None = None
@@ -230,7 +238,7 @@ def compare(
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Memory per rank and step time of every layout against the ranks, fp32."""
+    """Draws memory per rank and step time of every layout against the ranks, fp32."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -269,7 +277,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; prints tables, and writes rows, report and plot where asked."""
+    """Runs the command; prints tables, and writes rows, report and plot on request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two sizes, about a minute")
     parser.add_argument("--json", type=Path, help="write the rows here")

@@ -1,14 +1,15 @@
-"""How near scripts/plan.py comes: its memory against a real step's peak, its time against a run.
+"""Compares scripts/plan.py with reality: its memory with a step's peak, its time with a run.
 
     python -m benchmarks.bench_plan [--quick] [--only memory|time] [--network NAME ...]
         [--device cuda] [--json FILE] [--markdown FILE]
 
 Memory: for each network and number of classes the parts of a run are built and make a few steps in
-a process of their own. On a CPU: the peak of resident memory above what the process held before,
-with libraries loaded and used once by a tiny run, the median of three processes (the heap's holes
-differ from one to the next); on a GPU: the peak of PyTorch's allocations.
-Time: `plan.py --measure` against train_v2.py as a process with the same config, samples per second
-from its metrics.jsonl. Input is generated.
+a separate process. On a CPU the figure is the peak of resident memory above what the process held
+before, with libraries loaded and used once by a tiny run; it is the median of three processes,
+because the heap's holes differ from one to the next. On a GPU it is the peak of PyTorch's
+allocations.
+Time: `plan.py --measure` is compared with train_v2.py as a process with the same config, by the
+samples per second of its metrics.jsonl. Input is generated.
 """
 
 from __future__ import annotations
@@ -38,14 +39,21 @@ from utils.distributed import DistContext
 from utils.memory import keep_freed_memory
 
 STEPS = 4
-# Allowed difference of the memory from the peak, and of the time from the run.
+# Allowed relative difference of the memory from the peak, and of the time from the run.
 MEMORY_WITHIN = {"cpu": 0.15, "cuda": 0.10}
 TIME_WITHIN = 0.30
 CLASSES = (10_000, 100_000, 400_000)
 
 
 class Case(NamedTuple):
-    """One row: network, C, batch per rank, and keys beyond."""
+    """One row.
+
+    Attributes:
+        network: Name of the network.
+        num_classes: C.
+        batch_size: Batch per rank.
+        more: Further keys of the config.
+    """
 
     network: str
     num_classes: int
@@ -53,7 +61,7 @@ class Case(NamedTuple):
     more: tuple[tuple[str, Any], ...] = ()
 
     def config(self, device: str) -> Config:
-        """Of a run on generated images."""
+        """Returns the config of a run on generated images."""
         values: dict[str, Any] = {
             "rec": "synthetic",
             "num_image": 100 * self.batch_size,
@@ -67,12 +75,12 @@ class Case(NamedTuple):
         return {k: v for k, v in self._asdict().items() if k != "more"}
 
     def keys(self) -> dict[str, Any]:
-        """For the command line of train_v2.py."""
+        """Returns the keys for the command line of train_v2.py."""
         return {**self._asdict_of_config(), **dict(self.more)}
 
 
 def memory_cases(quick: bool, device: str) -> list[Case]:
-    """Three networks, three numbers of classes, and options that move memory about."""
+    """Returns three networks, three numbers of classes, and options that change memory."""
     scale = 1 if device == "cpu" else 8
     batches = {"r_nano": 64 * scale, "r50": 16 * scale, "vit_b": 16 * scale}
     if quick:
@@ -93,14 +101,14 @@ def memory_cases(quick: bool, device: str) -> list[Case]:
 
 
 def time_cases(quick: bool, device: str) -> list[Case]:
-    """The same networks with smaller batches: a step of a few seconds on one core."""
+    """Returns the same networks with smaller batches: a step of a few seconds on one core."""
     batches = {"r_nano": 32} if quick else {"r_nano": 32, "r50": 4, "vit_b": 2}
     scale, more = (1, ()) if device == "cpu" else (32, (("precision", "bf16"),))
     return [Case(n, CLASSES[1], scale * batch, more) for n, batch in batches.items()]
 
 
 def measure_memory(case: Case, device: str) -> float:
-    """The peak in MiB; in a process of its own."""
+    """Returns the peak in MiB; runs in a separate process."""
     world = DistContext(0, 0, 1, torch.device(device))
     if device == "cpu":
         keep_freed_memory()
@@ -110,7 +118,7 @@ def measure_memory(case: Case, device: str) -> float:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _used_mib(device)
     _steps(case, world)
     return _peak_mib(device) - before
@@ -128,7 +136,7 @@ def _steps(case: Case, world: DistContext) -> None:
 
 
 def run_memory(case: Case, device: str, repeats: int) -> tuple[list[float], dict[str, float]]:
-    """Measured peaks in MiB, and the plan's parts in MiB."""
+    """Returns measured peaks in MiB, and the plan's parts in MiB."""
     setting = Setting(choose_machine(None), 1, Links(), case.num_classes, 100 * case.batch_size)
     footprint = make_plan(case.config(device), setting).needs.footprint
     parts = {name: size / 2**20 for name, size in footprint.parts().items()}
@@ -136,10 +144,10 @@ def run_memory(case: Case, device: str, repeats: int) -> tuple[list[float], dict
 
 
 def run_time(case: Case, device: str, seconds: float) -> tuple[float, float]:
-    """Samples per second of a run of train_v2.py, and of the plan's measurement."""
+    """Returns samples per second of a run of train_v2.py, and of the plan's measurement."""
     machine = dataclasses.replace(choose_machine(None), memory_gib=1e6)
     setting = Setting(machine, 1, Links(), case.num_classes, 100 * case.batch_size, seconds)
-    # Threads and memory of its own, as the run has.
+    # A separate process has its own threads and memory, as the run has.
     planned = in_a_process(_planned_speed, case, device, setting)
     steps = max(12, round(seconds * planned / case.batch_size))
     run = run_training(
@@ -159,7 +167,7 @@ def _planned_speed(case: Case, device: str, setting: Setting) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 0 if everything is within its limit, 1 otherwise."""
+    """Runs the command; returns 0 if everything is within its limit, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="r_nano only, less than a minute")
     parser.add_argument("--only", choices=("memory", "time"), help="one of the two tables")

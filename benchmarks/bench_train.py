@@ -11,15 +11,15 @@ a row take turns; a ratio is the median of those of neighboring runs, with the l
 
 Plain: the same program with NCHW, every logit and the whole gradient of the class centers in memory
 (autograd), no torch.compile; on a GPU fp16 with a loss scaler and fp16 all-reduce, on a CPU fp32.
-Ours: compiled, bf16 on a GPU, fp32 on a CPU. A row each has ours without the compiler, and on a CPU
-plain with the C library's allocator as other programs have it (slower, smaller).
+Ours: compiled, bf16 on a GPU, fp32 on a CPU. One row has ours without the compiler, and on a CPU
+one row has plain with the C library's allocator as other programs have it (slower, smaller).
 
 Memory: rank 0's peak of the whole process on a CPU, of PyTorch's reserved memory on a GPU. "Above
 start" leaves out the whole peak of a tiny run (r_nano, 64 classes, batch 4); on a GPU nothing.
-MFU: 3 x 2 x MACs x images/s over the measured peak of a large matmul in the side's precision. The
-head's FLOPs are not in it; "with head" adds its three products, 3 x 2 x D x C x r per image.
+MFU: 3 x 2 x MACs x images/s over the measured peak of a large matmul in the side's precision. It
+does not include the head's FLOPs; "with head" adds its three products, 3 x 2 x D x C x r per image.
 
-Exit code 1 if a target of a row is missed.
+The exit code is 1 if a target of a row is missed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def rows(device: str, which: str, more: Keys) -> list[Row]:
-    """The first table. which: "quick", "must" or "all"; more: keys of our side."""
+    """Returns the rows of the first table.
+
+    Args:
+        device: "cpu" or "cuda".
+        which: "quick", "must" or "all".
+        more: Keys of our side.
+    """
     uncompiled = plain(device), Side("ours, not compiled", {**OURS[device], **more})
     if which == "quick":
         return [Row(*uncompiled, "r_nano", 2_000, 8)]
@@ -102,8 +108,15 @@ def rows(device: str, which: str, more: Keys) -> list[Row]:
 
 
 def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]:
-    """The second table: ours against ours with one key changed; few classes, so that the backbone
-    is most of the step, but for the head's own option.
+    """Returns the rows of the second table: ours against ours with one key changed.
+
+    They have few classes, so that the backbone is most of the step, but for the head's own option.
+
+    Args:
+        device: "cpu" or "cuda".
+        network: Name of the network.
+        quick: Whether the sizes are tiny.
+        more: Keys of our side.
     """
     few, many, batch = (2_000, 2_000, 8) if quick else (2_000, 100_000, 64)
     keys = {**OURS[device], **more}
@@ -124,7 +137,7 @@ def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]
     found.append(Row(ours, changed(head_update="autograd"), network, many, batch))
     if device == "cuda":
         return found  # with one GPU there are no ranks to exchange anything
-    # bf16 sums need NCCL.
+    # A sum in bf16 needs NCCL, so the reduced dtype on a CPU is fp16.
     together = [
         changed(zero_stage=1),
         changed(static_graph=True),
@@ -137,8 +150,13 @@ def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]
 
 
 class Bench:
-    """Compares rows on one device. steps: per log interval. records: a folder, or None for
-    generated input.
+    """Compares rows on one device.
+
+    Args:
+        device: "cpu" or "cuda".
+        steps: Steps per log interval.
+        repeats: Runs of each side.
+        records: Folder of records, or None for generated input.
     """
 
     def __init__(self, device: str, steps: int, repeats: int, records: Path | None) -> None:
@@ -147,7 +165,7 @@ class Bench:
         self._start_mib: float | None = None
 
     def keys(self, row: Row) -> Keys:
-        """What both sides of a row share."""
+        """Returns the keys that both sides of a row share."""
         steps = self.steps * INTERVALS
         return {
             "network": row.network,
@@ -164,7 +182,7 @@ class Bench:
         }
 
     def compare(self, row: Row) -> Comparison:
-        """Both sides in turn, `repeats` times."""
+        """Runs both sides in turn, `repeats` times."""
         keys = self.keys(row)
         pairs = [
             (row.baseline.run(keys, row.ranks), row.changed.run(keys, row.ranks))
@@ -197,7 +215,7 @@ class Bench:
         )
 
     def start_mib(self) -> float:
-        """What a process holds that trains next to nothing; 0 on a GPU."""
+        """Returns the peak of a process that trains next to nothing; 0 on a GPU."""
         if self._start_mib is None:
             tiny = {
                 "network": "r_nano",
@@ -213,8 +231,10 @@ class Bench:
         return self._start_mib
 
     def matmul_peak(self, precision: str) -> float:
-        """FLOP/s, measured once per precision in a process of its own (whose memory a run that is
-        started from here would otherwise count as its own peak).
+        """Returns FLOP/s of a matmul, measured once per precision.
+
+        It is measured in a separate process, because a run that is started from here would
+        otherwise count its memory as its own peak.
         """
         if precision not in self.peaks:
             self.peaks[precision] = in_a_process(measure_matmul, self.device, precision)
@@ -222,7 +242,7 @@ class Bench:
 
 
 def measure_matmul(device: str, precision: str) -> float:
-    """FLOP/s of a large square matmul, the best of ten."""
+    """Returns FLOP/s of a large square matmul, the best of ten."""
     size = 2048 if device == "cpu" else 8192
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     left = torch.randn(size, size, device=device).to(DTYPES.get(precision, torch.float32))
@@ -239,9 +259,16 @@ def measure_matmul(device: str, precision: str) -> float:
 def utilization(
     network: str, num_classes: float, samples_per_second: float, peak: float
 ) -> tuple[float, float]:
-    """Share of `peak` FLOP/s that the backbone's products take, and with the head's.
+    """Returns the share of `peak` FLOP/s that the backbone's products take, and with the head's.
 
-    Backward counts twice the forward pass, recomputation not; a ViT's masked patches are counted.
+    The backward pass counts as two forward passes, and recomputation does not count; a ViT's masked
+    patches are counted.
+
+    Args:
+        network: Name of the network.
+        num_classes: Classes in a step.
+        samples_per_second: Measured speed.
+        peak: FLOP/s.
     """
     width = Config.embedding_size
     backbone = 3 * describe(network, {"num_features": width})["flops"]
@@ -254,7 +281,7 @@ def utilization(
 
 
 def values(words: Sequence[str]) -> Keys:
-    """Of key=value words; what is no Python value is text."""
+    """Parses key=value words; what is not a Python value is text."""
     found: Keys = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -268,7 +295,7 @@ def values(words: Sequence[str]) -> Keys:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -290,7 +317,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 1 if a target is missed."""
+    """Runs the command; returns 1 if a target is missed."""
     options = parse(arguments)
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -319,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(bench: Bench, chosen: Sequence[Row], options: argparse.Namespace) -> int:
-    """Measure and tell, writing after every row: a table that is cut short is a table."""
+    """Measures the rows and reports each at once, so that an interrupted table is still a table."""
     where = torch.cuda.get_device_name() if bench.device == "cuda" else platform.machine()
     source = "JPEG records" if bench.records else "generated input"
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())

@@ -1,4 +1,4 @@
-"""Two configurations of train_v2.py side by side: what is compared, and how the result is told."""
+"""Compares two configurations of train_v2.py: defines the rows and formats the results."""
 
 from __future__ import annotations
 
@@ -32,25 +32,43 @@ OPTIONS_HEADER = (
 
 
 class Side(NamedTuple):
-    """One of the two configurations of a row."""
+    """One of the two configurations of a row.
+
+    Attributes:
+        name: Name in the table.
+        keys: Keys of the config.
+        own_allocator: Whether the allocator is set by utils/memory.py, as train_v2.py does.
+    """
 
     name: str
     keys: Keys
     own_allocator: bool = True
 
     def run(self, keys: Keys, ranks: int) -> Reading:
-        """Train once with `keys`, and what this side changes of them."""
+        """Trains once with `keys` and the changes of this side."""
         door = DOOR if self.own_allocator else DOOR_PLAIN_ALLOCATOR
         return run_training({**keys, **self.keys}, ranks=ranks, door=door)
 
 
 def plain(device: str) -> Side:
-    """The configuration that users run today."""
+    """Returns the configuration that users run today."""
     return Side("plain", {**PLAIN_EVERYWHERE, **PLAIN[device]})
 
 
 class Row(NamedTuple):
-    """What is compared: `batch_size` is per rank; targets are of ours / plain."""
+    """What is compared; targets are of ours / plain.
+
+    Attributes:
+        baseline: First side.
+        changed: Second side.
+        network: Name of the network.
+        num_classes: C.
+        batch_size: Batch per rank.
+        sample_rate: r.
+        ranks: Number of ranks.
+        least_speed: Smallest ratio of speeds that meets the target, or None.
+        most_memory: Largest ratio of peaks that meets the target, or None.
+    """
 
     baseline: Side
     changed: Side
@@ -64,7 +82,7 @@ class Row(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """For the table."""
+        """Settings of the row in words."""
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
         return (
             f"{self.network}, C = {self.num_classes:,}, B = {self.batch_size}, "
@@ -73,7 +91,16 @@ class Row(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Medians over the repeats of one side, and its utilization: (without, with the head)."""
+    """Medians over the repeats of one side.
+
+    Attributes:
+        speed: Samples per second.
+        peak_mib: Peak memory in MiB.
+        above_mib: Peak memory above a tiny run's, in MiB.
+        data_wait_share: Share of the time that waits for data.
+        compile_seconds: Time of compiling, or None.
+        utilization: Share of the peak FLOP/s without and with the head.
+    """
 
     speed: float
     peak_mib: float
@@ -84,7 +111,14 @@ class Result(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Ratios are changed / baseline; speed_ratio: (median, least, most) of neighboring runs."""
+    """Results of a row; ratios are changed / baseline.
+
+    Attributes:
+        row: The row.
+        baseline: Result of the first side.
+        changed: Result of the second side.
+        speed_ratio: (median, least, most) of neighboring runs.
+    """
 
     row: Row
     baseline: Result
@@ -93,17 +127,17 @@ class Comparison(NamedTuple):
 
     @property
     def memory_ratio(self) -> float:
-        """Of the whole peaks."""
+        """Ratio of the whole peaks."""
         return self.changed.peak_mib / self.baseline.peak_mib
 
     @property
     def above_ratio(self) -> float | None:
-        """Of the peaks above start; None where the baseline has none."""
+        """Ratio of the peaks above start; None if the baseline has none."""
         base = self.baseline.above_mib
         return self.changed.above_mib / base if base > 0 else None
 
     def missed(self) -> list[str]:
-        """Targets that were not met, a sentence each."""
+        """Returns targets that were not met, a sentence each."""
         row, speed, found = self.row, self.speed_ratio[0], []
         if row.least_speed is not None and speed < row.least_speed:
             found.append(f"{row.setting}: {speed:.2f} x samples/s, wanted {row.least_speed:g} x")
@@ -116,13 +150,13 @@ class Comparison(NamedTuple):
 
 
 def ratio_of_pairs(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """(median, least, most) of after / before."""
+    """Returns (median, least, most) of after / before."""
     ratios = [after / before for before, after in pairs]
     return median(ratios), min(ratios), max(ratios)
 
 
 def line(found: Comparison) -> str:
-    """A row of the first table."""
+    """Formats a row of the first table."""
     row, (before, after) = found.row, found[1:3]
     sides = (f"{side.name} ({side.keys['precision']})" for side in (row.baseline, row.changed))
     return table_row(
@@ -142,7 +176,7 @@ def line(found: Comparison) -> str:
 
 
 def option_line(found: Comparison) -> str:
-    """A row of the second table."""
+    """Formats a row of the second table."""
     row, seconds = found.row, found.changed.compile_seconds
     return table_row(
         [
@@ -172,12 +206,12 @@ def _speed_and_memory(found: Comparison) -> list[str]:
 
 
 def table_row(cells: Sequence[Any]) -> str:
-    """One line of a Markdown table."""
+    """Formats one line of a Markdown table."""
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """One row of the benchmark's JSON."""
+    """Returns one row of the benchmark's JSON."""
     row = found.row
     return {
         "name": row.changed.name,
@@ -206,7 +240,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Samples per second and peak memory of both sides of every row, the ratio above ours."""
+    """Draws samples per second and peak memory of both sides of every row, with their ratio."""
     import matplotlib
 
     matplotlib.use("Agg")

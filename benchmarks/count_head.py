@@ -9,9 +9,9 @@ parts:
     around   gathering and normalizing the batch, finding its targets, drawing the sample
 
 launches: operations that start a kernel; a few, such as sorting, start more than one.
-gigabytes_moved: what they read and write. gigabytes: the tensors that they are given and return,
-which leaves out what a fused optimizer writes, and counts what a copy overwrites.
-products: of 2 B S D floating-point operations, the batch with all S classes of the step.
+gigabytes_moved: bytes that they read and write. gigabytes: the tensors that they are given and
+return, which leaves out what a fused optimizer writes, and counts what a copy overwrites.
+products: units of 2 B S D floating-point operations, the batch with all S classes of the step.
 The limit to compare with is 3 products at the rate of a large matmul plus, as if one came after the
 other, the bytes that must move at the rate of a copy: centers read twice and written once,
 optimizer state read and written once.
@@ -37,7 +37,7 @@ WIDTH = 512
 LEARNING_RATE = 0.1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREDICTED = ("h100", "h200", "a100")
-# Assumed: what the head's products and large elementwise kernels reach of a GPU's data sheet.
+# Assumed shares of a GPU's data sheet that the head's products and elementwise kernels reach.
 REACHED = {"products": 0.6, "memory": 0.9}
 KINDS = {
     "matrix products": {"addmm", "baddbmm", "bmm", "dot", "mm", "mv"},
@@ -83,7 +83,13 @@ OTHERS = "elementwise"
 
 
 class Peaks(NamedTuple):
-    """What a GPU reaches: FLOP/s of bf16 products, bytes per second read and written."""
+    """What a GPU reaches.
+
+    Attributes:
+        name: Name of the GPU.
+        flops: FLOP/s of bf16 products.
+        bytes_per_second: Bytes read and written per second.
+    """
 
     name: str
     flops: float
@@ -91,7 +97,7 @@ class Peaks(NamedTuple):
 
 
 def peaks_of(machine: Machine) -> Peaks:
-    """Assumed from the data sheet."""
+    """Returns what a GPU is assumed to reach, from its data sheet."""
     return Peaks(
         machine.name,
         REACHED["products"] * machine.half * 1e12,
@@ -100,7 +106,12 @@ def peaks_of(machine: Machine) -> Peaks:
 
 
 def make_row_update(optimizer: str, state_dtype: str) -> RowOptimizer:
-    """The rule of the centers. optimizer: "sgd" or "adamw"; state_dtype: "fp32" or "bf16"."""
+    """Makes the update rule of the centers.
+
+    Args:
+        optimizer: "sgd" or "adamw".
+        state_dtype: "fp32" or "bf16".
+    """
     dtype = torch.bfloat16 if state_dtype == "bf16" else None
     return SGDRows(state_dtype=dtype) if optimizer == "sgd" else AdamWRows(state_dtype=dtype)
 
@@ -113,10 +124,15 @@ def limit_seconds(
     weight_dtype: str = "fp32",
     state_dtype: str = "fp32",
 ) -> float:
-    """3 products, and then the bytes that must move.
+    """Returns the time of 3 products, and then of the bytes that must move.
 
     Args:
-        num_classes: that take part in the step, S.
+        peaks: Rates of the GPU.
+        batch: B.
+        num_classes: Classes that take part in the step, S.
+        optimizer: "sgd" or "adamw".
+        weight_dtype: Dtype of the centers, "fp32" or "bf16".
+        state_dtype: Dtype of the optimizer state, "fp32" or "bf16".
     """
     state = (1 if optimizer == "sgd" else 2) * DTYPES[state_dtype].itemsize
     moved = num_classes * WIDTH * (3 * DTYPES[weight_dtype].itemsize + 2 * state)
@@ -133,11 +149,17 @@ def count(
     state_dtype: str = "fp32",
     peaks: Iterable[Peaks] = (),
 ) -> dict[str, Any]:
-    """One row: what a step of the head on one GPU starts, moves and multiplies.
+    """Counts what a step of the head on one GPU starts, moves and multiplies, as one row.
 
     Args:
-        num_classes: C, of this GPU. batch: B, the global one. rate: r.
-        workspace_mib: of the head. peaks: of the GPUs to predict times for.
+        num_classes: C of this GPU.
+        batch: B, the global batch.
+        rate: r.
+        workspace_mib: Workspace of the head in MiB.
+        optimizer: "sgd" or "adamw".
+        weight_dtype: Dtype of the centers, "fp32" or "bf16".
+        state_dtype: Dtype of the optimizer state, "fp32" or "bf16".
+        peaks: Rates of the GPUs for which times are predicted.
     """
 
     def make(classes: int) -> PartialFC:
@@ -193,8 +215,13 @@ def count(
 
 
 def predict(peaks: Peaks, counted: HeadOperations) -> dict[str, float]:
-    """Milliseconds of the host, which starts the kernels, and of the device, which runs them; the
-    step takes the longer of the two.
+    """Predicts milliseconds of the host, which starts the kernels, and of the device.
+
+    The step takes the longer of the two.
+
+    Args:
+        peaks: Rates of the GPU.
+        counted: Operations of the step.
     """
     host = launch_seconds(counted)
     device = counted.total(
@@ -207,7 +234,7 @@ def predict(peaks: Peaks, counted: HeadOperations) -> dict[str, float]:
 
 
 def _trace_loop(head: PartialFC) -> list[Operation]:
-    """Operations of the passes over the classes alone."""
+    """Returns the operations of the passes over the classes alone."""
     batch = head.batch_size_per_rank
     assert batch is not None
     assert head.fused is not None
@@ -228,7 +255,7 @@ def _trace_loop(head: PartialFC) -> list[Operation]:
 
 
 def kind_of(operation: Operation) -> str:
-    """The line of the table it belongs to."""
+    """Returns the line of the table that an operation belongs to."""
     return next((kind for kind, names in KINDS.items() if operation.name in names), OTHERS)
 
 
@@ -251,7 +278,7 @@ def _bytes_moved(kind: str, operations: Sequence[Operation]) -> int:
 
 
 def table(row: dict[str, Any]) -> str:
-    """A counted row as text."""
+    """Formats a counted row as text."""
     params = row["params"]
     lines = [
         f"C = {params['num_classes']:,}, B = {params['batch']:,}, D = {WIDTH}, "
@@ -284,5 +311,5 @@ def table(row: dict[str, Any]) -> str:
 
 
 def assumed_peaks() -> list[Peaks]:
-    """Of the GPUs that times are predicted for."""
+    """Returns the assumed rates of the GPUs for which times are predicted."""
     return [peaks_of(GPUS[name]) for name in PREDICTED]

@@ -7,19 +7,20 @@
 
 OUT gets rows.jsonl (one JSON object per line, written when its row is done), report.md (tables
 made of them, replaced after every row) and trace.json.gz (a profile). A run that is cut off loses
-the row in work and nothing else. Every row has a time limit and runs in a child process: an error,
-a hang or a lack of memory costs that row. A row that does not fit into the time left is named and
+only the row in progress. Every row has a time limit and runs in a child process: an error, a hang
+or a lack of memory costs only that row. A row that does not fit into the time left is named and
 left out.
 
-Sections, in this order: environment; ceilings (a large product, a copy); check (what
+The sections are, in this order: environment; ceilings (a large product, a copy); check (what
 scripts/gpu_check.py checks; the long ones come after step); head (benchmarks/bench_head.py, against
 the limit of this card); product (a ceiling for each shape of the head's products); step
 (train_v2.py in the plain configuration and in ours); published (img/s and MiB against the number of
 identities, as published for eight V100); dali.
 
-All sections take about half an hour on one H100 (worked out, not measured): a shorter run has the
-first of them, and --sections chooses others. Exit code 0, also where rows failed, which the report
-names; 2 where there is no GPU, for options that do not fit and for an OUT that has rows already.
+All sections take about half an hour on one H100 (calculated, not measured): a shorter run has the
+first of them, and --sections chooses others. The exit code is 0 even if rows failed, which the
+report names; 2 if there is no GPU, for options that do not fit and for an OUT that has rows
+already.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ from utils.worker import Worker
 ROWS, REPORT, TRACE = "rows.jsonl", "report.md", "trace.json.gz"
 SECTIONS = ("environment", "ceilings", "check", "head", "product", "step", "published", "dali")
 LEAST_SECONDS = 2.0  # nothing starts later than this before the end
-SMOKE_MINUTES = 1  # up to here only the head is looked at, at small size
+SMOKE_MINUTES = 1  # up to here only the head is measured, at small size
 CHECK_SHARE = 0.25  # of the time, for checks that come before everything else
 LONG_CHECK_SECONDS = 10.0  # checks that take longer, about, come at the end
 STEPS_PER_INTERVAL, PROFILED_STEPS = 10, 4  # profiled after the first five
-# Where a row's time is not measured yet: starting train_v2.py with its first steps, drawing a
-# million class centers (on a CPU), compiling r50, images per second.
+# Assumed times: starting train_v2.py with its first steps, drawing a million class centers (on a
+# CPU), compiling r50, and images per second.
 START_SECONDS, MILLION_SECONDS, COMPILE_SECONDS = 20.0, 5.0, 75.0
 ASSUMED_SPEED = {"r50": 2500.0, "r100": 1400.0, "r_nano": 100.0}
 IDENTITIES = (125_000, 1_400_000, 5_500_000, 8_000_000, 16_000_000, 29_000_000)
@@ -77,10 +78,17 @@ IDENTITIES = (125_000, 1_400_000, 5_500_000, 8_000_000, 16_000_000, 29_000_000)
 class Task(NamedTuple):
     """A row to be measured.
 
-    function, arguments: called in the child process, give the row's figures. expected: seconds it
-    takes, about; it starts only if they are left. limit: seconds after which it is given up.
-    is_alone: it starts a process of its own that uses the GPU, whose memory nothing else may hold
-    then. missing: what it lacks here, so that it is left out; "" for nothing.
+    Attributes:
+        section: Section of the report.
+        name: Name of the row.
+        params: Settings of the row.
+        function: Is called in the child process and gives the row's figures.
+        arguments: Arguments of `function`.
+        expected: Seconds that it takes, about; it starts only if they are left.
+        limit: Seconds after which it is given up.
+        is_alone: Whether it starts another process that uses the GPU, so that nothing else may hold
+            the GPU's memory then.
+        missing: What it lacks here, so that it is left out; "" for nothing.
     """
 
     section: str
@@ -98,10 +106,11 @@ class Bench:
     """Runs tasks until the time is over, and writes each row when it is done.
 
     Args:
-        folder: of the results; made here. seconds: for everything.
+        folder: Folder of the results, made here.
+        seconds: Time for everything.
 
     Raises:
-        FileExistsError: the folder has the rows of another run, or is a file.
+        FileExistsError: The folder has the rows of another run, or is a file.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -120,11 +129,11 @@ class Bench:
 
     @property
     def seconds_left(self) -> float:
-        """Until the end of the time."""
+        """Seconds until the end of the time."""
         return self.seconds - (time.monotonic() - self.start)
 
     def run(self, task: Task) -> dict[str, Any]:
-        """Measure one row, or say why not; returns its figures."""
+        """Measures one row, or says why not; returns its figures."""
         left = self.seconds_left
         if task.missing:
             return self._write(task, {"left_out": task.missing}, 0.0)
@@ -135,7 +144,7 @@ class Bench:
         if task.is_alone and self._holds_memory:
             self.worker.close()
         self._holds_memory = not task.is_alone
-        # A row that takes far longer than it should is given up for the sake of the others.
+        # A row that takes far longer than expected is given up, to leave time for the others.
         limit = min(task.limit, 3 * task.expected + 20, left)
         try:
             found = self.worker.run(task.function, *task.arguments, seconds=limit)
@@ -146,7 +155,7 @@ class Bench:
         return self._write(task, found, time.monotonic() - begun)
 
     def close(self) -> None:
-        """End the child process."""
+        """Ends the child process."""
         self.worker.close()
 
     def _write(self, task: Task, found: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -161,7 +170,7 @@ class Bench:
         try:
             append_line(self.folder / ROWS, json.dumps(without_nan(row)))
             write_whole(self.folder / REPORT, report(self.rows).encode())
-        except OSError as error:  # such as a full disk: the row is printed, the next one may fit
+        except OSError as error:  # such as a full disk: the row is printed, a later one may fit
             print(f"error: not written: {error}", file=sys.stderr, flush=True)
         print(
             f"{self.seconds - self.seconds_left:5.0f} s  {task.section}: {title(row)}: "
@@ -172,10 +181,10 @@ class Bench:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Write a line behind the others in one call: a kill finds it whole or not at all.
+    """Appends a line to a file in one call, so that a kill leaves all of it or nothing.
 
     Raises:
-        OSError: it does not fit on the disk; the file is as it was.
+        OSError: The line does not fit on the disk; the file is as it was.
     """
     content = (line + "\n").encode()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -204,13 +213,13 @@ def _in_a_line(found: Mapping[str, Any]) -> str:
 
 
 def run_check(check: Check) -> dict[str, Any]:
-    """A check as a row, which has no figures; an exception is its failure."""
+    """Runs a check as a row, which has no figures; an exception is its failure."""
     check.function()
     return {}
 
 
 def check_tasks(device: str, is_quick: bool, is_rehearsal: bool) -> tuple[list[Task], list[Task]]:
-    """Checks that come first, and the long ones that come last."""
+    """Returns checks that come first, and the long ones that come last."""
     where = "cuda:0" if device == "cuda" else "cpu"
     missing = "not rehearsed" if is_rehearsal else triton_problem() or ""
     checks = quick_checks(where) if is_quick else all_checks(where, missing)
@@ -236,7 +245,7 @@ def check_tasks(device: str, is_quick: bool, is_rehearsal: bool) -> tuple[list[T
 def head_tasks(
     device: str, is_quick: bool, is_rehearsal: bool, measured: Mapping[str, float]
 ) -> list[Task]:
-    """Ours against the dense head that users have, the largest first."""
+    """Returns rows of ours and of the dense head that users have, the largest first."""
     sizes: tuple[int, ...] = (2_000_000, 1_000_000, 100_000)
     batch, many = 1024, (29_000_000, 512)
     if is_rehearsal:
@@ -271,7 +280,7 @@ def head_tasks(
 
 
 def product_tasks(device: str, is_rehearsal: bool) -> list[Task]:
-    """The shapes of blocks of several sizes at B = 1024."""
+    """Returns rows of the products of blocks of several sizes at B = 1024."""
     batch, sizes = (16, (256,)) if is_rehearsal else (1024, (32_768, 125_000))
     tasks = []
     for rows in sizes:
@@ -284,7 +293,7 @@ def product_tasks(device: str, is_rehearsal: bool) -> list[Task]:
 def training_keys(
     device: str, network: str, num_classes: int, batch: int, rate: float
 ) -> dict[str, Any]:
-    """What both configurations of a row share; the first log interval is left out."""
+    """Returns the keys that both configurations of a row share."""
     steps, toy = STEPS_PER_INTERVAL, {"input_size": 32} if network == "r_nano" else {}
     return {
         "network": network,
@@ -304,7 +313,7 @@ def training_keys(
 def step_tasks(
     device: str, is_rehearsal: bool, measured: Mapping[str, float], trace: Path
 ) -> list[Task]:
-    """Whole steps: ours, plain, ours compiled; once a profile of ours."""
+    """Returns rows of whole steps: ours, plain, ours compiled; one of them is a profile of ours."""
     networks, sizes, batch = ["r50", "r100"], [2_000_000, 360_000], 512
     if is_rehearsal:
         networks, sizes, batch = ["r_nano"], [300], 4
@@ -322,7 +331,7 @@ def step_tasks(
                 _training("step", name, {**shared, **keys}, measured, None, is_rehearsal)
                 for name, keys in sides.items()
             ]
-            if len(tasks) == len(sides):  # a run of its own, since watching slows it
+            if len(tasks) == len(sides):  # a separate run, because profiling slows it
                 steps = 2 * STEPS_PER_INTERVAL
                 keys = {**shared, **ours, "profile": PROFILED_STEPS, "max_steps": steps}
                 tasks.append(
@@ -332,7 +341,7 @@ def step_tasks(
 
 
 def published_tasks(device: str, is_rehearsal: bool, measured: Mapping[str, float]) -> list[Task]:
-    """The rows of the published table; all identities on this one GPU."""
+    """Returns the rows of the published table, with all identities on this one GPU."""
     identities, batch, network = list(IDENTITIES), 128, "r50"
     if is_rehearsal:
         identities, batch, network = [500], 4, "r_nano"
@@ -377,7 +386,7 @@ def _training(
 
 
 def dali_task(device: str, is_rehearsal: bool, measured: Mapping[str, float]) -> Task:
-    """Records decoded on the GPU, where DALI is installed."""
+    """Returns the row of records that DALI decodes on the GPU."""
     network, batch = ("r_nano", 4) if is_rehearsal else ("r50", 128)
     keys = training_keys(device, network, 100, batch, 1.0) | OURS[device] | {"input_size": 112}
     arguments = ({**keys, "dali": True}, keys["num_image"], measured)
@@ -396,7 +405,7 @@ def dali_task(device: str, is_rehearsal: bool, measured: Mapping[str, float]) ->
 
 
 def has_dali() -> bool:
-    """nvidia.dali can be imported."""
+    """Returns whether nvidia.dali can be imported."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -407,14 +416,14 @@ def has_dali() -> bool:
 
 
 def measure(bench: Bench, device: str, sections: Sequence[str], is_rehearsal: bool) -> None:
-    """All tasks of the sections, in order of value."""
+    """Runs all tasks of the sections, in order of value."""
     is_quick = bench.seconds <= 60 * SMOKE_MINUTES and not is_rehearsal
     command = f"python -m benchmarks.gpu_bench OUT --minutes {bench.seconds / 60:g}"
     command += " --rehearse" if is_rehearsal else ""
     command += "" if tuple(sections) == SECTIONS else f" --sections {' '.join(sections)}"
     words = {"date": time.strftime("%Y-%m-%d"), "command": command, "rehearsal": is_rehearsal}
     bench.run(Task("environment", "environment", words, describe_environment, (), 15.0))
-    # Other sections are told against these.
+    # Other sections are compared with these.
     measured = bench.run(
         Task("ceilings", "ceilings", {}, gpu_rows.ceilings, (device, is_rehearsal), 10.0)
     )
@@ -443,7 +452,7 @@ def measure(bench: Bench, device: str, sections: Sequence[str], is_rehearsal: bo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

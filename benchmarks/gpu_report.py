@@ -1,4 +1,4 @@
-"""The rows of benchmarks/gpu_bench.py as tables to read."""
+"""Formats the rows of benchmarks/gpu_bench.py as tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Row = Mapping[str, Any]
 
 
 def report(rows: Sequence[Row]) -> str:
-    """Markdown: what it ran on, a table per section, and what was left out or failed."""
+    """Formats rows as Markdown: environment, tables per section, what was left out or failed."""
     facts = next((row for row in rows if row["section"] == "environment"), {})
     heading = "GPU benchmark"
     if facts.get("params", {}).get("rehearsal"):
@@ -40,7 +40,7 @@ def report(rows: Sequence[Row]) -> str:
     return "\n\n".join([*parts, *_checks(rows), *_not_done(rows)]) + "\n"
 
 
-# What tells rows of one name apart.
+# Settings that distinguish rows of one name, and their format.
 NAMED = {
     "network": "{}",
     "num_classes": "C = {:,}",
@@ -48,7 +48,7 @@ NAMED = {
     "optimizer": "{}",
     "workspace_mib": "workspace {}",
 }
-# Against the row of the same settings with this name: the figure, which is better if it is smaller.
+# Section: (baseline's name, figure to compare at the same settings, whether smaller is better).
 RATIOS = {"head": ("dense", "step_ms", True), "step": ("plain", "samples_per_second", False)}
 SETTINGS = (
     "num_classes",
@@ -100,7 +100,7 @@ TRAINING = (
 def _ratio(
     row: Row, rows: Sequence[Row], baseline: str, key: str, smaller_is_better: bool
 ) -> float | None:
-    """How many times better than the baseline, if that was measured."""
+    """Returns how many times better than the baseline a row is, if that was measured."""
     for other in rows:
         is_same = all(row["params"].get(k) == other["params"].get(k) for k in SETTINGS)
         if other["name"] == baseline and is_same and row["name"] != baseline:
@@ -134,7 +134,7 @@ def _environment(row: Row) -> str:
 
 
 def _products(rows: Sequence[Row]) -> list[str]:
-    """Of every shape of every size of block."""
+    """Formats the table of all shapes of products and sizes of blocks."""
     lines = []
     for row in rows:
         if row["section"] == "product" and _is_done(row):
@@ -177,7 +177,7 @@ def _outcome(row: Row) -> str:
 
 
 def _not_done(rows: Sequence[Row]) -> list[str]:
-    """What failed, with the end of its error, and what was left out, with the reason."""
+    """Formats what failed, with the end of its error, and what was left out, with the reason."""
     failed = [row for row in rows if "error" in row]
     left_out = [row for row in rows if "left_out" in row and row["section"] != "check"]
     parts = []
@@ -191,7 +191,7 @@ def _not_done(rows: Sequence[Row]) -> list[str]:
 
 
 def title(row: Row) -> str:
-    """A row's name and what tells it apart."""
+    """Returns a row's name with the settings that distinguish it."""
     known = {key: value for key, value in row["params"].items() if value is not None}
     told = [form.format(known[key]) for key, form in NAMED.items() if key in known]
     return f"{row['name']} ({', '.join(told)})" if told else str(row["name"])

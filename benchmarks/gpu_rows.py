@@ -1,8 +1,8 @@
-"""What benchmarks/gpu_bench.py measures: each function gives the figures of one row.
+"""Measures the rows of benchmarks/gpu_bench.py: each function gives the figures of one row.
 
-They are called in a child process with plain arguments, and run on a CPU as well, where their
-figures mean nothing and only prove that the code runs. What needs more packages than PyTorch is
-imported by the row that needs it.
+The functions are called in a child process with plain arguments. They also run on a CPU, where
+their figures mean nothing and only prove that the code runs. A module that needs more packages than
+PyTorch is imported by the row that needs it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ SECONDS_TO_WARM_UP = 1.0
 
 
 def ceilings(device: str, is_rehearsal: bool) -> dict[str, Any]:
-    """What this card reaches: a large bf16 product of random numbers, and a copy.
+    """Measures what this card reaches: a large product of random numbers, and a copy.
+
+    Args:
+        device: "cuda" or "cpu".
+        is_rehearsal: Whether the sizes are tiny.
 
     Returns:
-        matmul_tflops, fp32_tflops; copy_gigabytes_per_second, read and written.
+        matmul_tflops (bf16), fp32_tflops, and copy_gigabytes_per_second, read and written.
     """
     _clean(device)
     size, numbers, repeats = (256, 2**20, 3) if is_rehearsal else (8192, 2**30, 10)
@@ -61,10 +65,14 @@ def head(
     workspace_mib: float | str,
     measured: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One head (benchmarks/bench_head.py) against the limit of this card.
+    """Measures one head (benchmarks/bench_head.py) against the limit of this card.
 
     Args:
-        case: a `Case`. workspace_mib: of the fused head. measured: `ceilings`.
+        case: Fields of a `Case`.
+        device: "cuda" or "cpu".
+        repeats: Number of measured steps.
+        workspace_mib: Workspace of the fused head in MiB, or "auto".
+        measured: Result of `ceilings`.
     """
     one = Case(*case)
     _clean(device)
@@ -89,10 +97,15 @@ def head(
 
 
 def products(device: str, batch: int, rows: int) -> dict[str, Any]:
-    """Milliseconds and TFLOP/s of the head's products of one block: a ceiling for each shape.
+    """Measures the head's products of one block: a ceiling for each shape.
 
     Args:
-        batch: B. rows: n, classes of the block; n x B numerators.
+        device: "cuda" or "cpu".
+        batch: B.
+        rows: n, classes of the block; it has n x B numerators.
+
+    Returns:
+        Milliseconds and TFLOP/s of each shape, and the extremes.
     """
     _clean(device)
     weight = torch.randn(rows, WIDTH, device=device).bfloat16()
@@ -126,11 +139,12 @@ def products(device: str, batch: int, rows: int) -> dict[str, Any]:
 def training(
     keys: Mapping[str, Any], measured: Mapping[str, float], profile_to: str | None = None
 ) -> dict[str, Any]:
-    """A run of train_v2.py as a process, by its metrics.jsonl.
+    """Runs train_v2.py as a process and reads its metrics.jsonl.
 
     Args:
-        keys: of the config. measured: `ceilings`.
-        profile_to: a file for the trace, where `keys` ask for a profile; its page is in the result.
+        keys: Keys of the config.
+        measured: Result of `ceilings`.
+        profile_to: File for the trace if `keys` ask for a profile, whose page is in the result.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "profile") if profile_to else None
@@ -154,7 +168,7 @@ def training(
 
 
 def _profile(folder: Path, trace_to: Path) -> dict[str, Any]:
-    """The page that the profiler wrote; its trace, if that is small enough, goes to a file."""
+    """Returns the page that the profiler wrote, and copies its trace to a file if it is small."""
     page, trace = folder / "summary.txt", folder / "trace.json.gz"
     found = {"profile": page.read_text() if page.exists() else "no page was written\n"}
     size = trace.stat().st_size if trace.exists() else 0
@@ -165,7 +179,7 @@ def _profile(folder: Path, trace_to: Path) -> dict[str, Any]:
 
 
 def dali(keys: Mapping[str, Any], images: int, measured: Mapping[str, float]) -> dict[str, Any]:
-    """`training` from JPEG records, decoded by DALI on the GPU."""
+    """Does `training` from JPEG records that DALI decodes on the GPU."""
     from benchmarks.bench_data import make_records
 
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +188,7 @@ def dali(keys: Mapping[str, Any], images: int, measured: Mapping[str, float]) ->
 
 
 def _clean(device: str) -> None:
-    """Give back what the row before has left."""
+    """Frees the memory that the previous row has left."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

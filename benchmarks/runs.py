@@ -1,6 +1,6 @@
-"""Runs of train_v2.py as processes, and what their files say: no benchmark has a second loop.
+"""Runs train_v2.py as processes and reads their files, so that no benchmark has a second loop.
 
-And `in_a_process`, for what is measured without the loop.
+`in_a_process` serves what is measured without the loop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.worker import Worker
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECONDS_TO_END = 30  # for ranks whose peer is gone, as torchrun gives them
 DOOR = ("train_v2.py",)
-# The same, with glibc's allocator as other programs have it (utils/memory.py says what we change).
+# The same with glibc's default allocator settings (utils/memory.py says what we change).
 DOOR_PLAIN_ALLOCATOR = (
     "-c",
     "import sys, utils.memory; utils.memory.keep_freed_memory = lambda: False; "
@@ -35,25 +35,30 @@ _CONFIG = "config = dict(rec='synthetic', verbose=0, keep_checkpoints=0)\n"
 
 
 def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` of a process of its own, which has ended when this returns.
+    """Computes `function(*arguments)` in a separate process, which has ended when this returns.
+
+    Errors of `function` are raised here.
 
     Raises:
-        WorkerDied: it was killed, as for want of memory. What `function` raises comes too.
+        WorkerDied: The process was killed, for example for lack of memory.
     """
     with Worker() as worker:
         return worker.run(function, *arguments)
 
 
 class RunFailed(RuntimeError):
-    """A training run did not end well; the message has the end of its log."""
+    """A training run failed; the message has the end of its log."""
 
 
 class Reading(NamedTuple):
-    """What a run says of itself, its first log interval left out.
+    """Figures of a run, without its first log interval.
 
-    samples_per_second: over all ranks, the median of the intervals; data_wait_share: their mean.
-    peak_mib: of rank 0 from start to end: the whole process on a CPU, PyTorch's reserved memory on
-    a GPU. compile_seconds: where the log says it (compile=True).
+    Attributes:
+        samples_per_second: Over all ranks, the median of the intervals.
+        data_wait_share: Share of the time that waits for data, the mean of the intervals.
+        peak_mib: Peak of rank 0 from start to end: the whole process on a CPU, PyTorch's reserved
+            memory on a GPU.
+        compile_seconds: Time of compiling if the log states it (compile=True), else None.
     """
 
     samples_per_second: float
@@ -63,10 +68,14 @@ class Reading(NamedTuple):
 
 
 def read_metrics(lines: Sequence[str], log: str = "") -> Reading:
-    """Of the lines of metrics.jsonl, and of the text of training.log.
+    """Reads the figures of a run.
+
+    Args:
+        lines: Lines of metrics.jsonl.
+        log: Text of training.log.
 
     Raises:
-        ValueError: fewer than two log intervals, of which the first has the start in it.
+        ValueError: There are fewer than two log intervals; the first contains the start.
     """
     logged = [record for record in map(json.loads, lines) if "samples_per_second" in record]
     if len(logged) < 2:
@@ -91,11 +100,16 @@ def run_training(
     door: Sequence[str] = DOOR,
     profile_to: Path | None = None,
 ) -> Reading:
-    """Train on generated images (unless `keys` has rec), without verification and checkpoints.
+    """Trains on generated images (unless `keys` has rec), without verification and checkpoints.
 
-    keys: of the config. ranks: more than one have a thread each. profile_to: a folder for what
-    the key `profile` makes the run write.
-    Raises RunFailed where a rank ends otherwise than with 0.
+    Args:
+        keys: Keys of the config.
+        ranks: Number of ranks; more than one have a thread each.
+        door: Arguments of Python that start the training.
+        profile_to: Folder for what the key `profile` makes the run write.
+
+    Raises:
+        RunFailed: A rank ends with an exit code other than 0.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -108,7 +122,7 @@ def run_training(
                 codes = wait_for(processes)
             finally:
                 for process in processes:
-                    process.kill()  # of a process that has ended: nothing
+                    process.kill()  # has no effect on a process that has ended
         if any(codes):
             end = (folder / "log").read_text(errors="replace")[-2000:]
             raise RunFailed(f"exit codes {codes} of train_v2.py {' '.join(words)}:\n{end}")
@@ -124,8 +138,13 @@ def run_training(
 def start_ranks(
     words: Sequence[str], world_size: int, log: Any, threads: int | None
 ) -> list[subprocess.Popen[bytes]]:
-    """A Python process per rank with these words, in the repository's folder. A run without
-    threads and with one rank has the environment as it is.
+    """Starts a Python process per rank with these words, in the repository's folder.
+
+    Args:
+        words: Arguments of Python.
+        world_size: Number of ranks.
+        log: File for stdout and stderr.
+        threads: Threads per rank; None leaves the environment as it is, for one rank.
     """
     shared = dict(os.environ)
     if threads is not None:
@@ -151,7 +170,7 @@ def start_ranks(
 
 
 def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes; ranks that outlive a failed one by too long are killed."""
+    """Returns exit codes; ranks that outlive a failed one by too long are killed."""
     deadline = None
     while any(process.poll() is None for process in processes):
         failed = any(process.poll() for process in processes)
@@ -165,7 +184,7 @@ def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
+    """Returns a TCP port that no process listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

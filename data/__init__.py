@@ -1,0 +1,1 @@
+"""Data sets of images, the order of training, augmentation, and loaders of batches."""

@@ -1,10 +1,9 @@
-"""Faces to one frame: five landmarks onto fixed places by a similarity transform.
+"""Aligns faces: a similarity transform maps five landmarks onto fixed places.
 
 A similarity (rotation, one scale, translation; no mirror image) of the plane is z -> alpha z + beta
-on complex numbers, so the one that is best in the sense of least squares is a regression with one
-complex slope: alpha = sum conj(z_i - mean z) (w_i - mean w) / sum |z_i - mean z|^2. That is what
-Umeyama's formula (PAMI 1991, eq. 40 to 42) gives by a singular value decomposition; the tests
-compare the two.
+on complex numbers. So the best one in the sense of least squares is a regression with one complex
+slope: alpha = sum conj(z_i - mean z) (w_i - mean w) / sum |z_i - mean z|^2. Umeyama's formula (PAMI
+1991, eq. 40 to 42) gives the same by a singular value decomposition; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 
 # Eyes, nose tip, corners of the mouth, left before right as seen in the image: x, y in pixels of a
-# 112 x 112 crop, origin at the center of the top left pixel. What ArcFace weights are trained on.
+# 112 x 112 crop, origin at the center of the top left pixel. ArcFace weights are trained on these.
 ARCFACE_112 = np.array(
     [
         [38.2946, 51.6963],
@@ -27,14 +26,24 @@ _SMALLEST_SPREAD = 1e-6  # pixels; below it the points are one point
 
 
 class AlignmentError(ValueError):
-    """Landmarks or an image from which no aligned face can be made; says what came."""
+    """No aligned face can be made from the landmarks or the image; the message says what came."""
 
 
 def similarity_transform(points: np.ndarray, reference: np.ndarray = ARCFACE_112) -> np.ndarray:
-    """The similarity that takes `points` closest to `reference`: float64 [2, 3], for warpAffine.
+    """Computes the similarity that takes `points` closest to `reference`, for cv2.warpAffine.
 
-    points, reference: [n, 2] pixels (x, y), n >= 2, in the same order. The sum of squared
-    distances is the least that rotation, scale and translation can reach. Raises AlignmentError.
+    Rotation, scale and translation can reach no smaller sum of squared distances.
+
+    Args:
+        points: [n, 2] pixels (x, y), n >= 2.
+        reference: [n, 2] pixels (x, y), in the same order.
+
+    Returns:
+        float64 [2, 3].
+
+    Raises:
+        AlignmentError: The points have another shape than `reference`, are not finite, or determine
+            no rotation and scale.
     """
     points = np.asarray(points, dtype=np.float64)
     reference = np.asarray(reference, dtype=np.float64)
@@ -61,11 +70,19 @@ def similarity_transform(points: np.ndarray, reference: np.ndarray = ARCFACE_112
 
 
 def align(image: np.ndarray, points: np.ndarray, size: int = 112) -> np.ndarray:
-    """The aligned face: uint8 [size, size, 3], bilinear, black outside of the image.
+    """Cuts the aligned face out of an image: bilinear, black outside of the image.
 
-    image: uint8 [H, W, 3], RGB (or any order of channels: they are not mixed).
-    points: [5, 2] pixels (x, y) in the image. `ARCFACE_112` is scaled by size / 112.
-    Raises AlignmentError.
+    Args:
+        image: uint8 [H, W, 3] in RGB, or in any other order of channels: they are not mixed.
+        points: [5, 2] pixels (x, y) in the image.
+        size: Side of the result in pixels. `ARCFACE_112` is scaled by size / 112.
+
+    Returns:
+        uint8 [size, size, 3].
+
+    Raises:
+        AlignmentError: The image is not uint8 [H, W, 3], or `similarity_transform` refuses the
+            points.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise AlignmentError(

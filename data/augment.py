@@ -1,12 +1,12 @@
-"""From decoded images to what the network sees: augmentation on the host, normalization after.
+"""Turns decoded images into what the network sees: host augmentation, then normalization.
 
-Which image is changed how is drawn per (seed, epoch, image), for a whole batch at once: `draw`.
+`draw` decides for a whole batch at once which image is changed and how, per (seed, epoch, image).
 The draws are plain numbers, and both loaders obey the same ones: `apply` with OpenCV, data/dali.py
 with DALI's operators.
 
-In this order: crop, resize or low_res, blur, colors (hsv, photometric, gray: one affine map of
-RGB), erase, flip. Sources: the published DALI pipeline (`dali_aug` of arcface_torch); AdaFace (Kim,
-Jain, Liu 2022) for crop, low_res and photometric; Random Erasing (Zhong et al. 2020).
+The order is: crop, resize or low_res, blur, colors (hsv, photometric, gray: one affine map of RGB),
+erase, flip. Sources: the published DALI pipeline (`dali_aug` of arcface_torch); AdaFace (Kim, Jain,
+Liu 2022) for crop, low_res and photometric; Random Erasing (Zhong et al. 2020).
 """
 
 from __future__ import annotations
@@ -55,12 +55,18 @@ _IDENTITY = np.eye(3, 4, dtype=np.float32)
 class Augmentation:
     """Probability of each change, per image and epoch.
 
-    crop: a box of 20 to 100 % of the area and 3/4 to 4/3 of its shape stays, the rest is black.
-    resize: down to 50 to 80 % of the side and up again, linear. low_res: the same from 20 to
-    100 %, each way nearest, linear or cubic. blur: Gaussian, window 3 or 5. hsv: hue turned by 0
-    to 20 degrees, saturation times 1 to 1.2. gray: luma in all channels. photometric: brightness,
-    contrast (about 127.5) and saturation each times 0.5 to 1.5. erase: a box of 2 to 33 % of the
-    area and 0.3 to 3.3 of its shape becomes gray. flip: left and right exchanged.
+    Attributes:
+        flip: Left and right are exchanged.
+        crop: A box of 20 to 100 % of the area and an aspect ratio of 3/4 to 4/3 stays; the rest
+            becomes black.
+        resize: The image is scaled down to 50 to 80 % of the side and up again, linearly.
+        low_res: The same as resize from 20 to 100 %, each way nearest, linear or cubic.
+        blur: Gaussian blur with a window of 3 or 5 pixels.
+        hsv: The hue is rotated by 0 to 20 degrees, the saturation multiplied by 1 to 1.2.
+        gray: All channels become the luma.
+        photometric: Brightness, contrast (about 127.5) and saturation are each multiplied by 0.5 to
+            1.5.
+        erase: A box of 2 to 33 % of the area and an aspect ratio of 0.3 to 3.3 becomes gray.
     """
 
     flip: float = 0.5
@@ -75,19 +81,24 @@ class Augmentation:
 
     @property
     def only_flips(self) -> bool:
-        """Whether nothing but flips can happen."""
+        """Whether flips are the only possible change."""
         return self == Augmentation(flip=self.flip)
 
     @property
     def changes_colors(self) -> bool:
-        """Whether `Draws.color` is ever anything but the identity."""
+        """Whether `Draws.color` can differ from the identity."""
         return max(self.hsv, self.gray, self.photometric) > 0
 
 
 def parse_augmentation(words: Sequence[str], flip: bool = True) -> Augmentation:
-    """From names ("blur"), names with a probability ("erase=0.3") and presets ("adaface").
+    """Makes an Augmentation from the words of a config.
 
-    Raises ValueError naming the word and what is allowed.
+    Args:
+        words: Names ("blur"), names with a probability ("erase=0.3") and presets ("adaface").
+        flip: Whether half of the images are mirrored.
+
+    Raises:
+        ValueError: A word is unknown, or its probability is outside [0, 1].
     """
     chosen = Augmentation(flip=0.5 if flip else 0.0)
     for word in words:
@@ -114,11 +125,19 @@ def parse_augmentation(words: Sequence[str], flip: bool = True) -> Augmentation:
 
 @dataclass
 class Draws:
-    """What happens to each of b images of `size` pixels a side. Boxes are top, left, height, width.
+    """The changes of each of b images of `size` x `size` pixels.
 
-    flip: bool [b]. crop, erase: int32 [b, 4]; the whole image and an empty box mean none. side:
-    int32 [b], `size` means none; down, up: int32 [b], NEAREST, LINEAR or CUBIC. blur: int32 [b],
-    the window, 1 means none. color: float32 [b, 3, 4], the affine map of (R, G, B, 1).
+    A box is (top, left, height, width).
+
+    Attributes:
+        flip: [b] boolean.
+        crop: [b, 4] int32 box that stays; the whole image means no crop.
+        side: [b] int32 pixels to scale down to; `size` means no scaling.
+        down: [b] int32 interpolation on the way down: NEAREST, LINEAR or CUBIC.
+        up: [b] int32 interpolation on the way up.
+        blur: [b] int32 window in pixels; 1 means no blur.
+        color: [b, 3, 4] float32 affine map of (R, G, B, 1).
+        erase: [b, 4] int32 box; an empty one means no erasing.
     """
 
     flip: np.ndarray
@@ -134,7 +153,15 @@ class Draws:
 def draw(
     augmentation: Augmentation, indices: np.ndarray, seed: int, epoch: int, size: int
 ) -> Draws:
-    """The draws of images `indices` (int64 [b]) in an epoch: a function of its arguments only."""
+    """Draws the changes of some images in an epoch, as a function of the arguments only.
+
+    Args:
+        augmentation: Probability of each change.
+        indices: [b] int64 image numbers.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        size: Side of the images in pixels.
+    """
     count = len(indices)
     names = [field.name for field in fields(Augmentation)]
 
@@ -216,7 +243,7 @@ def _draw_colors(
 
 
 def _saturated(factor: np.ndarray) -> np.ndarray:
-    """RGB moved away from its luma by factors [k]: 0 gives gray, 1 changes nothing. [k, 3, 3]."""
+    """Moves RGB away from its luma by factors [k], [k, 3, 3]: 0 gives gray, 1 changes nothing."""
     each = factor[:, None, None]
     return each * np.eye(3) + (1 - each) * np.tile(_LUMA, (3, 1))
 
@@ -224,19 +251,25 @@ def _saturated(factor: np.ndarray) -> np.ndarray:
 def _then(
     color: np.ndarray, rows: np.ndarray, matrix: np.ndarray, shift: np.ndarray | float = 0.0
 ) -> None:
-    """Let `matrix` [k, 3, 3] x + `shift` [k] follow what rows [k] of `color` do already."""
+    """Composes the map x -> matrix x + shift onto the maps in rows [k] of `color`, in place."""
     after = matrix @ color[rows]
     after[:, :, 3] += np.reshape(shift, (-1, 1))
     color[rows] = after
 
 
 def blur_sigma(window: np.ndarray) -> np.ndarray:
-    """Standard deviation, in pixels, of the Gaussian of a window (OpenCV's rule)."""
+    """Returns the standard deviation, in pixels, of the Gaussian of a window (OpenCV's rule)."""
     return 0.3 * ((window - 1) * 0.5 - 1) + 0.8
 
 
 def apply(draws: Draws, row: int, image: np.ndarray) -> None:
-    """Change `image`, uint8 [size, size, 3], in place as row `row` of the draws says."""
+    """Changes one image in place.
+
+    Args:
+        draws: Changes of a batch.
+        row: Row of the batch that the image is.
+        image: uint8 [size, size, 3].
+    """
     size = len(image)
     top, left, height, width = draws.crop[row].tolist()
     if height * width < size * size:
@@ -261,14 +294,18 @@ def apply(draws: Draws, row: int, image: np.ndarray) -> None:
 
 
 def mirror(image: np.ndarray) -> None:
-    """Exchange left and right of uint8 [H, W, 3] in place, while it is still in the cache."""
+    """Exchanges left and right of uint8 [H, W, 3] in place, while it is still in the cache."""
     cv2.flip(image, 1, dst=image)  # it swaps pairs of pixels, so source and target may be one
 
 
 def normalize_images(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """(x - 127.5) / 127.5 on the device and in the memory layout of `images` (uint8 [B, 3, H, W]).
+    """Computes (x - 127.5) / 127.5 on the device and in the memory layout of `images`.
 
-    Every uint8 value less 127.5 is exact in bfloat16 and float16 too, so the only rounding is
-    that of the result.
+    Every uint8 value less 127.5 is exact in bfloat16 and float16 too, so the only rounding is that
+    of the result.
+
+    Args:
+        images: [B, 3, H, W] uint8.
+        dtype: Floating dtype of the result.
     """
     return images.to(dtype).sub_(127.5).div_(127.5)

@@ -1,8 +1,8 @@
-"""Arrays worked out from a file once and then shared: memory-mapped, checked by size and time.
+"""Keeps arrays that were computed from a file: memory-mapped, checked by size and time.
 
-A cache lies beside the file it was made from; where that folder cannot be written, in the user's
-cache folder; where that cannot be written either, in memory (an anonymous file, which the workers
-of this process share). Deleting one is always safe.
+A cache lies beside the file that it was made from. Where that folder cannot be written, it lies in
+the user's cache folder. Where that cannot be written either, it is in memory (an anonymous file,
+which the workers of this process share). Deleting a cache is always safe.
 """
 
 from __future__ import annotations
@@ -29,21 +29,32 @@ _MAGIC = b"ArcShard cache 1\n"
 _HEADER_BYTES = 4096
 _DTYPES = ("int64", "int32")
 
-# What a cache was made from: {file name: [size in bytes, modification time in ns]}, and words.
+# What a cache was made from: {file name: [size in bytes, modification time in ns]}, and its kind.
 Stamp = dict[str, Any]
 Built = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 def stamp_of(*paths: Path) -> Stamp:
-    """Sizes and modification times of files, by which a cache knows what it was made from."""
+    """Returns sizes and modification times of files, by which a cache knows its origin."""
     return {path.name: [(status := path.stat()).st_size, status.st_mtime_ns] for path in paths}
 
 
 class Cached:
-    """Facts (JSON) and one-dimensional arrays of one cache; read-only, pickled by its path."""
+    """Facts (JSON) and one-dimensional arrays of one cache; read-only, pickled by its path.
+
+    Attributes:
+        path: Path of the cache.
+        facts: What `build` stated besides the arrays.
+        arrays: Memory-mapped arrays by name.
+    """
 
     def __init__(self, path: str, stamp: Stamp) -> None:
-        """Map an existing cache. Raises OSError, or ValueError when it is not one of `stamp`."""
+        """Maps an existing cache.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The file is not a cache of `stamp`.
+        """
         self.path, self._stamp = path, stamp
         if not Path(path).is_file():  # to open a pipe would wait for ever
             raise ValueError(f"{path} is no file")
@@ -75,17 +86,23 @@ class Cached:
 
 
 def open_or_build(made_from: Path, suffix: str, stamp: Stamp, build: Callable[[], Built]) -> Cached:
-    """The cache `<made_from><suffix>`, from the first place that has it, else built and kept.
+    """Opens the cache `<made_from><suffix>` from the first place that has it, or builds it.
 
     Of several processes that ask at once, one builds and the others wait for it, where the file
     system has locks. Errors of `build` are passed on.
+
+    Args:
+        made_from: File that the arrays are computed from.
+        suffix: What the cache's name adds to the file's.
+        stamp: Sizes and times of the files; a cache with another stamp is not used.
+        build: Computes facts and arrays.
     """
     places = [made_from.with_name(made_from.name + suffix), _in_user_folder(made_from, suffix)]
     found = _first_valid(places, stamp)
     if found is not None:
         return found
     with _one_at_a_time(made_from):
-        found = _first_valid(places, stamp)  # somebody else may have built it by now
+        found = _first_valid(places, stamp)  # another process may have built it by now
         if found is not None:
             return found
         facts, arrays = build()
@@ -109,7 +126,7 @@ def _in_user_folder(made_from: Path, suffix: str) -> Path:
 
 def _first_valid(places: list[Path], stamp: Stamp) -> Cached | None:
     for place in places:
-        # Not there, not readable, old or damaged: it is made anew, so nothing is lost.
+        # A cache that is missing, unreadable, old or damaged is made again, so nothing is lost.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return Cached(str(place), stamp)
     return None
@@ -119,7 +136,7 @@ def _first_valid(places: list[Path], stamp: Stamp) -> Cached | None:
 def _one_at_a_time(made_from: Path) -> Iterator[None]:
     descriptor = os.open(made_from, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # Without locks (some network file systems) everybody builds; the result is the same.
+        # Without locks (some network file systems) every process builds; the result is the same.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -163,7 +180,7 @@ def _in_memory(
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     with open(descriptor, "wb", closefd=False) as file:
         _write_content(file, stamp, facts, arrays)
-    # By this name worker processes of the same user reach it, as long as this process lives.
+    # Worker processes of the same user reach it by this name, as long as this process lives.
     cached = Cached(f"/proc/{os.getpid()}/fd/{descriptor}", stamp)
     weakref.finalize(cached, os.close, descriptor)
     return cached

@@ -1,4 +1,4 @@
-"""What the classes of a set are called: by their folders, or label_map.txt beside the records."""
+"""Names of the classes of a set: from its folders, or from label_map.txt beside the records."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ LABEL_MAP = "label_map.txt"
 
 
 def class_names(source: ImageDataset) -> list[str] | None:
-    """The name of every class by its label, "" where one has none; None where none has any.
+    """Returns the name of every class by its label, or None where no class has a name.
 
-    Of joined sets: one set's names after the other's. There may be fewer names than classes (a
-    head may be padded), never more.
+    A class without a name has "". The names of joined sets follow one another. There may be fewer
+    names than classes (a head may be padded), never more.
 
-    Raises DataError.
+    Args:
+        source: The data set.
+
+    Raises:
+        DataError: The label_map.txt is damaged or names more classes than the set has.
     """
     if isinstance(source, FolderDataset):
         return list(source.class_names)
@@ -44,10 +48,10 @@ def class_names(source: ImageDataset) -> list[str] | None:
 
 
 def label_map_text(names: Sequence[str]) -> str:
-    """The content of a label_map.txt, as `read_label_map` reads it.
+    """Returns the content of a label_map.txt, as `read_label_map` reads it.
 
     Raises:
-        DataError: a name that a line of text cannot hold.
+        DataError: A line of text cannot hold one of the names.
     """
     for label, name in enumerate(names):
         if len(f"-{name}-".splitlines()) > 1 or not _is_text(name):
@@ -56,7 +60,7 @@ def label_map_text(names: Sequence[str]) -> str:
 
 
 def _is_text(name: str) -> bool:
-    """Names of folders may hold bytes that are no text."""
+    """Returns False for a folder name with bytes that are not text."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -65,7 +69,11 @@ def _is_text(name: str) -> bool:
 
 
 def read_label_map(folder: Path) -> list[str] | None:
-    """Class names by label from `label_map.txt`; None where there is none. Raises DataError."""
+    """Reads class names by label from `label_map.txt`; None if the folder has none.
+
+    Raises:
+        DataError: The file is not UTF-8 text, or a line is not the next label and a name.
+    """
     path = folder / LABEL_MAP
     if not path.is_file():
         return None

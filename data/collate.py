@@ -1,4 +1,4 @@
-"""One rank's batches as a pure function of (epoch, step): which images, read and augmented."""
+"""Makes one rank's batches as a function of (epoch, step): choose, read, augment."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from data.order import batch_positions, steps_per_epoch
 from data.recordio import RecordError
 from data.sampling import Sampler
 
-# What a damaged or unsuitable data set raises: the message is for the user, not a traceback.
+# Errors of a damaged or unsuitable data set: the message is for the user, not a traceback.
 DATA_ERRORS = (DataError, RecordError, ImageError)
 ON_BAD_RECORD = ("error", "skip")
 
 
 class LoadedBatch(NamedTuple):
-    """images: uint8 [b, H, W, 3], RGB; labels: int64 [b]; skipped: why each bad image was
-    replaced.
+    """A batch of images on the host.
+
+    Attributes:
+        images: [b, H, W, 3] uint8, RGB.
+        labels: [b] int64.
+        skipped: Why each bad image was replaced.
     """
 
     images: torch.Tensor
@@ -31,12 +35,25 @@ class LoadedBatch(NamedTuple):
 
 
 class BatchLoader:
-    """Calling it with (epoch, step) makes that batch of this rank; threads and processes may.
+    """Makes the batch of this rank when called with (epoch, step), from any thread or process.
 
-    on_bad_record: "error" raises; "skip" puts another image of the same batch (the next good one,
-    with its label) in the place of one that cannot be read, so that batches keep their size and
-    ranks stay in step. A batch without any good image is an error in either case.
-    crop: how pictures of any size come to the network's; None: they have it.
+    Args:
+        source: The data set.
+        order: Which image stands at which position of an epoch.
+        batch_size: Images per rank and step.
+        rank: This rank.
+        world_size: Number of ranks.
+        seed: Seed of the augmentation.
+        augmentation: Probability of each change; None means flips of half of the images.
+        drop_last: Whether the images that do not fill a global batch are left out.
+        on_bad_record: "error" raises. "skip" replaces an image that cannot be read by the next good
+            one of the same batch, with its label, so that batches keep their size and ranks stay in
+            step. A batch without any good image is an error in either case.
+        pin_memory: Whether batches lie in page-locked memory.
+        crop: Random crop of images of any size; None if all images have the network's size.
+
+    Raises:
+        DataError: An argument is not allowed, or no global batch fits into an epoch.
     """
 
     def __init__(
@@ -81,18 +98,22 @@ class BatchLoader:
             )
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
-        """Which images this rank's batch holds: int64 [b], in order."""
+        """Returns the images of this rank's batch, in order: int64 [b]."""
         positions = batch_positions(
             step, self.rank, self.world_size, self.batch_size, len(self.order)
         )
         return self.order(positions, epoch)
 
     def draws(self, epoch: int, indices: np.ndarray) -> Draws:
-        """What happens to these images (int64 [b]) in this epoch."""
+        """Draws the changes of these images (int64 [b]) in this epoch."""
         return draw(self.augmentation, indices, self.seed, epoch, self.source.input_size)
 
     def __call__(self, epoch: int, step: int) -> LoadedBatch:
-        """Read and decode one batch. Raises DATA_ERRORS."""
+        """Reads and decodes one batch.
+
+        Raises:
+            DATA_ERRORS: An image cannot be used, or with "skip" none of the batch.
+        """
         self.fetch_ahead(epoch, step)
         indices = self.indices(epoch, step)
         draws = self.draws(epoch, indices)
@@ -126,15 +147,22 @@ class BatchLoader:
     def loaded(
         self, images: torch.Tensor, labels: np.ndarray, bad: dict[int, Exception]
     ) -> LoadedBatch:
-        """The parts of a batch as one, in page-locked memory where that was asked for."""
+        """Joins the parts of a batch, in page-locked memory with `pin_memory`."""
         classes = torch.from_numpy(labels)
         if self.pin_memory:
             images, classes = images.pin_memory(), classes.pin_memory()
         return LoadedBatch(images, classes, [str(error) for error in bad.values()])
 
     def fetch_ahead(self, epoch: int, step: int, first: bool = False) -> None:
-        """At the start, and whenever a batch enters a new window of a block-wise order: let the
-        source fetch what the next window needs.
+        """Lets the data set fetch what the next window of a block-wise order needs.
+
+        It does so whenever a batch enters a new window.
+
+        Args:
+            epoch: Number of the epoch.
+            step: Number of the batch in the epoch.
+            first: Whether the iteration starts here; then the window of this batch itself is
+                fetched.
         """
         window = self.order.window_size
         if not window:
@@ -147,7 +175,15 @@ class BatchLoader:
 
 
 def replacements(bad: dict[int, Exception], count: int) -> dict[int, int]:
-    """Which good row of a batch takes the place of each bad one. Raises when there is none."""
+    """Returns which good row of a batch takes the place of each bad one.
+
+    Args:
+        bad: Error of each bad row.
+        count: Number of rows.
+
+    Raises:
+        DATA_ERRORS: All rows are bad; the type is that of the first error.
+    """
     if bad and len(bad) == count:
         first = next(iter(bad.values()))
         raise type(first)(f"none of the {count} images of a batch can be used; the first: {first}")

@@ -1,4 +1,4 @@
-"""Several sets as one, and sets with some images left out: sources made of sources."""
+"""Joins several sets into one, and leaves out some images of a set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from data.fingerprint import Sample, sample_bytes
 class ConcatDataset(ImageDataset):
     """Sets one after the other, for one head: the classes of each come after those of the last.
 
-    `label_offsets[i]` is added to the labels of set i.
+    Attributes:
+        sources: The sets.
+        sizes: Number of images of each set.
+        label_offsets: What is added to the labels of each set.
     """
 
     def __init__(self, sources: Sequence[ImageDataset]) -> None:
@@ -30,7 +33,7 @@ class ConcatDataset(ImageDataset):
         return int(self._ends[-1])
 
     def samples(self) -> list[Sample]:
-        """See ImageDataset: of all sets, in their order."""
+        """Returns the samples of all sets, in their order; see ImageDataset."""
         return [
             sample._replace(name=f"{number}: {sample.name}")
             for number, source in enumerate(self.sources)
@@ -42,7 +45,7 @@ class ConcatDataset(ImageDataset):
         return which, index - int(self._ends[which]) + self.sizes[which]
 
     def describe(self, index: int) -> str:
-        """As the set that the image belongs to says."""
+        """Describes the image as the set that it belongs to does."""
         which, local = self._locate(index)
         return self.sources[which].describe(local)
 
@@ -76,10 +79,16 @@ class ConcatDataset(ImageDataset):
 class Subset(ImageDataset):
     """A set without the images and classes that a list names; classes keep their numbers.
 
-    The list is a text file with one entry per line: `image NAME` or `class NAME`; empty lines and
-    lines that begin with # are passed over. In records an image's name is its key and a class's
-    name its number; in folders they are <class folder>/<file> and <class folder>. Raises
-    DataError, naming the line, for whatever is not in the set.
+    The list is a text file with one entry per line: `image NAME` or `class NAME`. Empty lines and
+    lines that begin with # are ignored. In records an image's name is its key and a class's name
+    its number; in folders they are <class folder>/<file> and <class folder>.
+
+    Args:
+        source: The whole set.
+        path_list: Path of the list.
+
+    Raises:
+        DataError: A line names something that is not in the set, or no image is left.
     """
 
     def __init__(self, source: ImageDataset, path_list: str | Path) -> None:
@@ -112,11 +121,11 @@ class Subset(ImageDataset):
         return len(self._kept)
 
     def samples(self) -> list[Sample]:
-        """See ImageDataset: of the whole set, and what is left of it."""
+        """Returns the samples of the whole set, and one of what is left of it; see ImageDataset."""
         return [*self.source.samples(), sample_bytes("kept", self._kept.tobytes())]
 
     def describe(self, index: int) -> str:
-        """As the whole set says."""
+        """Describes the image as the whole set does."""
         return self.source.describe(int(self._kept[index]))
 
     def read_into(self, index: int, out: np.ndarray) -> int:
@@ -137,7 +146,7 @@ class Subset(ImageDataset):
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, "image" or "class", name) of an exclusion list."""
+    """Yields (line number, "image" or "class", name) of an exclusion list."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

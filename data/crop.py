@@ -1,9 +1,9 @@
-"""Pictures of any size to the size a network takes, as ImageNet's users know it.
+"""Brings images of any size to the size that a network takes, as is usual for ImageNet.
 
-While training a box of random area and shape is cut out and resized (Szegedy et al. 2015, "Going
-Deeper with Convolutions"); for scoring the short side is resized and the middle cut out. Both
-resize bilinearly with a filter as wide as the shrinking asks for, which is what Pillow and
-torchvision do: published weights see the pixels they were trained on.
+During training a box of random area and shape is cut out and resized (Szegedy et al. 2015, "Going
+Deeper with Convolutions"). For scoring the short side is resized and the center cut out. Both
+resize bilinearly with a filter as wide as the shrinking asks for. Pillow and torchvision do the
+same, so published weights see the pixels that they were trained on.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from data.datasets import DataError, FolderDataset, ImageDataset
 from data.decode import decode_image
 from data.order import uniform
 
-ATTEMPTS = 10  # boxes tried before the middle is taken
+ATTEMPTS = 10  # boxes tried before the center is taken
 _CROP = 10  # this file's stream of draws; data/augment.py has 9
 _RESIZED, _CUT = 256, 224  # the usual sides in pixels; other sizes keep their ratio
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random box of each picture, a function of (seed, epoch, image) only.
+    """A random box of each image, a function of (seed, epoch, image) only.
 
     Attributes:
-        area: share of the picture's area, uniform in these bounds.
-        ratio: width / height, log-uniform in these bounds.
+        area: Bounds of the box's share of the image's area, drawn uniformly.
+        ratio: Bounds of width / height, drawn log-uniformly.
     """
 
     area: tuple[float, float] = (0.08, 1.0)
@@ -41,10 +41,17 @@ class RandomResizedCrop:
     def box(
         self, index: int, seed: int, epoch: int, height: int, width: int
     ) -> tuple[int, int, int, int]:
-        """Top, left, height, width of the box of image `index`, in a picture of this size.
+        """Returns top, left, height and width of the box of an image, in pixels.
 
-        The first of ATTEMPTS draws that fits; if none does, the largest box in the middle whose
-        shape is allowed.
+        The box is the first of ATTEMPTS draws that fits. If none does, it is the largest centered
+        box whose shape is allowed.
+
+        Args:
+            index: Number of the image.
+            seed: Seed of the run.
+            epoch: Number of the epoch.
+            height: Height of the image.
+            width: Width of the image.
         """
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for attempt in range(ATTEMPTS):
@@ -68,9 +75,19 @@ class RandomResizedCrop:
     def read_into(
         self, source: ImageDataset, index: int, out: np.ndarray, seed: int, epoch: int
     ) -> int:
-        """Decode picture `index`, cut and resize it into `out`, uint8 [size, size, 3]; its label.
+        """Decodes an image, crops and resizes it, and returns its label.
 
-        Raises DataError, ImageError.
+        Args:
+            source: The data set.
+            index: Number of the image.
+            out: uint8 [size, size, 3], which receives the pixels.
+            seed: Seed of the run.
+            epoch: Number of the epoch.
+
+        Raises:
+            DataError: The label does not fit.
+            RecordError: The record is damaged.
+            ImageError: The image cannot be decoded.
         """
         encoded, label = source.read_encoded(index)
         picture = decode_image(encoded, source.describe(index))
@@ -81,16 +98,21 @@ class RandomResizedCrop:
 
 
 def short_side_for(input_size: int) -> int:
-    """The usual side before the middle is cut out: 256 for 224."""
+    """Returns the usual short side before the center is cut out: 256 for 224."""
     return round(input_size * _RESIZED / _CUT)
 
 
 def center_crop(picture: np.ndarray, input_size: int, short_side: int | None = None) -> np.ndarray:
-    """The middle of a picture, uint8 [input_size, input_size, 3].
+    """Cuts the center out of a resized image.
 
     Args:
         picture: uint8 [H, W, 3].
-        short_side: it is resized to this first, in pixels, at least input_size; None: the usual.
+        input_size: Height and width of the result in pixels.
+        short_side: The short side is resized to this first, in pixels, at least input_size; None
+            means the usual one.
+
+    Returns:
+        uint8 [input_size, input_size, 3].
     """
     short = short_side_for(input_size) if short_side is None else short_side
     height, width = picture.shape[:2]
@@ -104,7 +126,7 @@ def center_crop(picture: np.ndarray, input_size: int, short_side: int | None = N
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, 3] to uint8 [height, width, 3], bilinear, low-pass filtered where it shrinks."""
+    """Resizes uint8 [H, W, 3] to [height, width, 3], bilinear, low-pass filtered if it shrinks."""
     if picture.shape[:2] == (height, width):
         return picture
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
@@ -115,18 +137,22 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class ImageFolder:
-    """The pictures of `root/<class>/<picture>` with their labels, to be scored.
+    """The images of `root/<class>/<image>` with their labels, to be scored.
 
     Args:
-        root: the class folders.
-        class_names: whose order gives the labels, as the training folder's; None: the folders' own.
-        input_size: height and width that the network takes. short_side: see `center_crop`.
+        root: Folder of the class folders.
+        input_size: Height and width that the network takes.
+        class_names: Class names whose order gives the labels, such as the training set's; None
+            means the folders' own order.
+        short_side: See `center_crop`.
 
     Attributes:
-        name: of the set, for logs. labels: int64 [pictures]. num_classes: the labels' range.
+        name: Name of the set, for logs.
+        labels: [images] int64.
+        num_classes: Number of `class_names`; the labels are below it.
 
     Raises:
-        DataError: a class folder that is not among `class_names`; names it.
+        DataError: A class folder is not among `class_names`.
     """
 
     def __init__(
@@ -157,10 +183,22 @@ class ImageFolder:
         return len(self.source)
 
     def encoded(self, index: int) -> bytes:
-        """The file. Raises ImageError."""
+        """Reads the file of an image.
+
+        Raises:
+            ImageError: The file cannot be read.
+        """
         return bytes(self.source.read_encoded(index)[0])
 
     def pixels(self, index: int, encoded: bytes) -> np.ndarray:
-        """What the network sees of picture `index`: uint8 [input_size, input_size, 3], RGB."""
+        """Decodes what the network sees of an image: uint8 [input_size, input_size, 3], RGB.
+
+        Args:
+            index: Number of the image, for errors.
+            encoded: Content of its file.
+
+        Raises:
+            ImageError: The image cannot be decoded.
+        """
         picture = decode_image(encoded, self.source.describe(index))
         return center_crop(picture, self.input_size, self.short_side)

@@ -1,11 +1,11 @@
 """Batches decoded and augmented by NVIDIA DALI, on the GPU or (device_id=None) on CPU cores.
 
-DALI's own `readers.mxnet` goes by the order of the file whatever the index says, shuffles
-differently for every number of shards and returns float32 labels. So our reader feeds DALI, through
+DALI's own `readers.mxnet` follows the order of the file whatever the index says, shuffles
+differently for every number of shards and returns float32 labels. So our reader feeds DALI through
 `external_source`: the same order, int64 labels and the same draws of augmentation as the CPU
-loader, and therefore the same position on resume. Read-ahead is one thread, decoding is DALI's.
+loader, and therefore the same position on resume. One thread reads ahead; DALI decodes.
 
-Optional: `pip install nvidia-dali-cuda120` (or -cuda130); see docs/installing_dali.md.
+DALI is optional: `pip install nvidia-dali-cuda120` (or -cuda130); see docs/installing_dali.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
 def dali_is_installed() -> bool:
-    """Whether `import nvidia.dali` would find it."""
+    """Returns whether `import nvidia.dali` would find it."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # not even its parent
@@ -39,7 +39,7 @@ def dali_is_installed() -> bool:
 
 @dataclass
 class _Encoded:
-    """A batch on its way: what goes into the pipeline, and what comes out beside it."""
+    """A batch that was read: the inputs of the pipeline, and what its output is joined with."""
 
     indices: np.ndarray  # int64 [b]
     files: list[np.ndarray]  # uint8 [bytes] each
@@ -49,7 +49,7 @@ class _Encoded:
 
 
 class _Feed:
-    """What DALI calls for the next batch. It works ahead, so some batches are in flight."""
+    """Gives DALI the next batch. DALI works ahead, so some batches are in flight."""
 
     def __init__(self, reader: Iterator[_Encoded]) -> None:
         self._reader = reader
@@ -59,11 +59,15 @@ class _Feed:
         self.error: Exception | None = None  # of the batch after those in flight
 
     def start_again(self) -> None:
-        """Give the batches in flight to a new pipeline."""
+        """Gives the batches in flight to a new pipeline."""
         self._again, self.in_flight = self.in_flight, deque()
 
     def next(self) -> _Encoded:
-        """The next batch; StopIteration at the end, and before a batch that cannot be read."""
+        """Returns the next batch.
+
+        Raises:
+            StopIteration: The batches are at an end, or the next one is empty or cannot be read.
+        """
         if self._again:
             batch = self._again.popleft()
         elif self.error is not None or self.empty is not None:
@@ -82,11 +86,19 @@ class _Feed:
 
 
 class DaliPool:
-    """Runs one DALI pipeline over the batches of `make`.
+    """Runs one DALI pipeline over the batches of a BatchLoader.
 
-    num_threads: DALI's decoding threads. device: a CUDA device, on which the batches then lie;
-    anything else decodes on the CPU. An image that DALI cannot decode is looked for with our own
-    decoder, which names it; the pipeline, unusable after an error, is built again.
+    If DALI fails on a batch, our own decoder looks for the damaged image and names it. The pipeline
+    is unusable after an error and is built again.
+
+    Args:
+        make: Says which images a batch has and how they are changed.
+        num_threads: Number of DALI's decoding threads.
+        device: CUDA device, on which the batches then lie. Any other device, or None, decodes on
+            the CPU.
+
+    Raises:
+        DataError: DALI cannot be imported.
     """
 
     def __init__(
@@ -109,7 +121,7 @@ class DaliPool:
         self._feed: _Feed | None = None
 
     def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
-        """The batches of these steps in order; an error comes in the place of its batch."""
+        """Yields the batches of these steps in order; an error is raised in place of its batch."""
         reader = OrderedPrefetch(lambda step: self._read(epoch, step), steps, num_workers=1)
         feed = self._feed = _Feed(reader)
         pipeline, self._pipeline = self._pipeline, None  # kept only if this iteration ends well
@@ -122,7 +134,7 @@ class DaliPool:
                     break
                 except RuntimeError as error:
                     if not feed.in_flight:
-                        raise  # not about any batch
+                        raise  # the error concerns no batch
                     self._repair(feed.in_flight[0], error)
                     feed.start_again()
                     pipeline = None
@@ -139,7 +151,7 @@ class DaliPool:
             reader.close()
 
     def _repair(self, batch: _Encoded, error: RuntimeError) -> None:
-        """Name what made a batch fail, by an error or, where that is asked for, by replacing it."""
+        """Replaces the damaged images of a failed batch, or without "skip" raises an error."""
         bad = self._probe(batch)
         if not bad:
             where = self._make.source.describe(int(batch.indices[0]))
@@ -153,9 +165,7 @@ class DaliPool:
         _replace_bad(batch)
 
     def _read(self, epoch: int, step: int) -> _Encoded:
-        """The encoded images of a batch; what cannot be read, or was cut off, or has another size,
-        is found now.
-        """
+        """Reads the encoded images of a batch and finds those that cannot be used."""
         make = self._make
         make.fetch_ahead(epoch, step)
         indices = make.indices(epoch, step)
@@ -176,9 +186,7 @@ class DaliPool:
         return batch
 
     def _check(self, encoded: bytes | memoryview, index: int) -> None:
-        """Refuse what DALI would take all the same: other sizes, and a JPEG that was cut off, of
-        which it makes up the rest.
-        """
+        """Refuses what DALI would accept: other sizes, and truncated JPEGs, which it fills up."""
         where, wanted = self._make.source.describe(index), self._make.source.input_size
         height, width = image_size(memoryview(encoded), where)
         if (height, width) != (wanted, wanted):
@@ -192,7 +200,7 @@ class DaliPool:
             decode_into(file, empty_pixels(wanted, wanted, 3), where)
 
     def _probe(self, batch: _Encoded) -> dict[int, Exception]:
-        """Which images of a batch our own decoder refuses, and why."""
+        """Returns the images of a batch that our own decoder refuses, by row, and why."""
         size = self._make.source.input_size
         found: dict[int, Exception] = {}
         scratch = np.empty((size, size, 3), np.uint8)
@@ -204,7 +212,7 @@ class DaliPool:
         return found
 
     def _outputs(self, pipeline: Any) -> torch.Tensor:
-        """The images of the oldest batch in flight: uint8 [b, H, W, 3]."""
+        """Returns the images of the oldest batch in flight: uint8 [b, H, W, 3]."""
         if self._stream is None:
             (images,) = pipeline.run()
             return torch.from_numpy(np.array(images.as_array()))  # a copy: DALI reuses its memory
@@ -224,7 +232,7 @@ class DaliPool:
     # ---------------------------------------------------------------- the pipeline
 
     def _inputs(self, draws: Draws) -> dict[str, np.ndarray]:
-        """The draws as the pipeline takes them: float32 or int32 [b, ...], one row per image."""
+        """Converts the draws to inputs of the pipeline: float32 or int32, one row per image."""
         wanted, size = self._make.augmentation, self._make.source.input_size
         inputs = {"flip": draws.flip.astype(np.int32)}
         if wanted.crop:
@@ -318,8 +326,14 @@ def _replace_bad(batch: _Encoded) -> None:
 
 
 def _outside(boxes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What lies around each box (top, left, height, width), int32 [b, 4], as four boxes: their
-    corners and sizes (y, x), float32 [b, 8] each.
+    """Returns the area around each box as four boxes.
+
+    Args:
+        boxes: [b, 4] int32 (top, left, height, width).
+        size: Side of the images in pixels.
+
+    Returns:
+        Corners and sizes (y, x) of the four boxes, float32 [b, 8] each.
     """
     top, left, height, width = boxes.T
     zero, whole = np.zeros_like(top), np.full_like(top, size)

@@ -1,7 +1,7 @@
-"""Where images come from: records, class folders, a generator. Each gives (image, label) by index.
+"""Data sets of images by index: records, class folders, a generator.
 
-A source is shared by threads: after construction it only reads. It never resizes, relabels or
-skips; what does not fit is an error that names the file, the record and the way out.
+Threads share a data set: after construction it only reads. It never resizes, relabels or skips.
+What does not fit is an error that names the file, the record and the remedy.
 """
 
 from __future__ import annotations
@@ -41,72 +41,99 @@ _PROGRESS_FROM = 200_000  # records from which counting labels takes long enough
 
 
 class DataError(ValueError):
-    """A data set that cannot be trained on as it is; says what to change."""
+    """The data set cannot be trained on as it is; the message says what to change."""
 
 
 class MissingDataError(DataError, FileNotFoundError):
-    """A file or folder of a data set is not there."""
+    """A file or folder of a data set does not exist."""
 
 
 class ImageDataset(ABC):
-    """Numbered images with labels: what the loaders need. Threads share one: it only reads."""
+    """Numbered images with labels, as the loaders need them. Threads share one: it only reads.
+
+    Attributes:
+        num_classes: Number of classes; labels are in [0, num_classes).
+        input_size: Height and width of the images in pixels.
+    """
 
     num_classes: int
     input_size: int  # height and width in pixels
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Where image `index` comes from, as errors name it."""
+        """Says where image `index` comes from, as errors name it."""
 
     @abstractmethod
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """Decode image `index` as RGB into `out`, uint8 [input_size, input_size, 3]; its label in
-        [0, num_classes).
+        """Decodes image `index` as RGB and returns its label in [0, num_classes).
+
+        Args:
+            index: Number of the image.
+            out: uint8 [input_size, input_size, 3], which receives the pixels.
         """
 
     @abstractmethod
     def labels(self) -> np.ndarray:
-        """The label of every image, int32 or int64 [images]; read-only. May take long at first."""
+        """Returns the label of every image, int32 or int64 [images], read-only.
+
+        The first call may take long.
+        """
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """The encoded bytes of image `index` and its label in [0, num_classes)."""
+        """Reads the encoded bytes of image `index` and its label in [0, num_classes)."""
         raise NotImplementedError(f"{self.describe(index)} has no encoded bytes")
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        """Image `index` as RGB uint8 [input_size, input_size, 3], and its label."""
+        """Reads image `index` as RGB uint8 [input_size, input_size, 3], and its label."""
         image = empty_pixels(self.input_size, self.input_size, 3)
         return image, self.read_into(index, image)
 
     def samples(self) -> list[Sample]:
-        """What tells this set from others, without reading it (data/fingerprint.py)."""
+        """Returns what tells this set from others, reading little (data/fingerprint.py)."""
         return [sample_bytes(type(self).__name__, f"{len(self)} {self.num_classes}".encode())]
 
     def find(self, name: str) -> int:
-        """The number of the image that an exclusion list calls `name`. Raises DataError."""
+        """Returns the number of the image that an exclusion list calls `name`.
+
+        Raises:
+            DataError: The set has no such image.
+        """
         raise DataError(f"image {name!r}: these images have no names")
 
     def find_class(self, name: str) -> int:
-        """The label that an exclusion list calls `name`: a number. Raises DataError."""
+        """Returns the label that an exclusion list calls `name`; here a name is a number.
+
+        Raises:
+            DataError: The set has no such class.
+        """
         if not (name.isdigit() and int(name) < self.num_classes):
             raise DataError(f"class {name!r}: allowed are 0 to {self.num_classes - 1}")
         return int(name)
 
     def will_need(self, begin: int, end: int) -> None:  # noqa: B027 - nothing to do is right
-        """The images begin..end-1 are wanted soon; a source on a slow disk may fetch them."""
+        """Announces that images begin..end-1 are wanted soon, so that they may be fetched."""
 
 
 class RecordDataset(ImageDataset):
-    """Images of `train.rec` with `train.idx` and, where there is one, `property`.
+    """Images of `train.rec` with `train.idx` and, if it exists, `property`.
 
-    root: the folder that holds them, or the path of a `.rec` file with its `.idx` beside it.
-    input_size: height and width that every image, and `property`, must have.
-    num_classes: what labels are checked against, record by record; None takes it from `property`,
-    or, without one, from the largest label (reading every record's header).
-    The class of a record with several labels is its first.
+    The class of a record with several labels is the first label.
+
+    Args:
+        root: Folder that holds the files, or the path of a `.rec` file with its `.idx` beside it.
+        num_classes: Number of classes against which labels are checked, record by record. None
+            takes it from `property` or, without one, from the largest label, which reads every
+            record's header.
+        input_size: Height and width in pixels that every image, and `property`, must have.
+
+    Raises:
+        DataError: The set is empty or does not fit the arguments.
+        MissingDataError: A file does not exist.
+        RecordError: A file is damaged.
     """
 
     def __init__(
@@ -159,21 +186,21 @@ class RecordDataset(ImageDataset):
         )
 
     def _count_classes(self) -> int:
-        self.num_classes = 2**63  # until it is known, any label is one
+        self.num_classes = 2**63  # until it is known, every label is allowed
         return int(self.labels().max()) + 1
 
     @property
     def keys(self) -> np.ndarray:
-        """Keys of the images' records: int64 [images]."""
+        """Keys of the images' records, int64 [images]."""
         return self.index.keys
 
     @property
     def offsets(self) -> np.ndarray:
-        """Byte offsets of the images' records: int64 [images]."""
+        """Byte offsets of the images' records, int64 [images]."""
         return self.index.offsets
 
     def labels(self) -> np.ndarray:
-        """See ImageDataset. Read from every record's header once, then kept in a cache."""
+        """Reads the labels from every record's header once and caches them; see ImageDataset."""
         if len(self) < _KEEP_LABELS_FROM:
             return self._read_labels()
         stamp = {"of": "labels", **stamp_of(self.path_rec, self.path_idx)}
@@ -209,23 +236,28 @@ class RecordDataset(ImageDataset):
         return len(self.index)
 
     def samples(self) -> list[Sample]:
-        """See ImageDataset: beginning and end of each file."""
+        """Samples the beginning and end of each file; see ImageDataset."""
         files = (self.path_rec, self.path_idx, self.path_rec.with_name("property"))
         return [sample_file(path) for path in files if path.is_file()]
 
     def describe(self, index: int) -> str:
-        """File, key and byte offset of image `index`."""
+        """Returns file, key and byte offset of image `index`."""
         return self.reader.where(int(self.index.offsets[index]), self.index.key(index))
 
     def find(self, name: str) -> int:
-        """See ImageDataset: a record is called by its key."""
+        """Finds an image by the key of its record; see ImageDataset."""
         index = self.index.find(int(name)) if name.isdigit() else None
         if index is None:
             raise DataError(f"image {name!r}: no image has this key in {self.path_idx}")
         return index
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """See ImageDataset. Raises RecordError, DataError."""
+        """See ImageDataset.
+
+        Raises:
+            RecordError: The record is damaged.
+            DataError: The label does not fit.
+        """
         offset, end = self.index.place(index)
         key = self.index.key(index)
         payload = self.reader.read_at(offset, key, end)
@@ -233,19 +265,25 @@ class RecordDataset(ImageDataset):
             flag, label, _, _ = RECORD_HEADER.unpack_from(payload)
             if flag == 0 and 0 <= label < min(self.num_classes, MAX_EXACT_LABEL):
                 usual = int(label)
-                if usual == label:  # nearly every record; what follows sorts out the others
+                if usual == label:  # nearly every record; the code below handles the others
                     return memoryview(payload)[RECORD_HEADER.size :], usual
         header, encoded = unpack_record(payload, self.reader.where(offset, key))
         return encoded, self._label(header, index, self.num_classes)
 
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """See ImageDataset. Raises RecordError, ImageError, DataError."""
+        """See ImageDataset.
+
+        Raises:
+            RecordError: The record is damaged.
+            ImageError: The image cannot be decoded.
+            DataError: The label or the size of the image does not fit.
+        """
         encoded, label = self.read_encoded(index)
         _decode(encoded, out, self, index)
         return label
 
     def will_need(self, begin: int, end: int) -> None:
-        """See ImageDataset: the kernel reads these records ahead, in one go."""
+        """Lets the kernel read these records ahead in one request; see ImageDataset."""
         self.reader.will_need(*self.index.span(begin, end))
 
     def _label(self, header: RecordHeader, index: int, num_classes: int | None) -> int:
@@ -255,9 +293,17 @@ class RecordDataset(ImageDataset):
 class FolderDataset(ImageDataset):
     """Images of `root/<class>/<image>`: the class folders in sorted order get the labels 0, 1, ...
 
-    Hidden files are passed over; what else is no image is counted in a warning.
-    `class_names[label]` is the folder's name. Meant for up to some millions of images; pack
-    larger sets (scripts/pack.py).
+    Hidden files are ignored. Other files that are not images are counted in a warning. The class is
+    meant for up to some millions of images; pack larger sets (scripts/pack.py).
+
+    Args:
+        root: Folder of the class folders.
+        num_classes: Number of classes, at least the number of folders; None means that number.
+        input_size: Height and width in pixels that every image must have.
+
+    Attributes:
+        class_names: Folder name of each label.
+        files: File name of each image.
     """
 
     def __init__(
@@ -278,16 +324,16 @@ class FolderDataset(ImageDataset):
         return len(self.files)
 
     def samples(self) -> list[Sample]:
-        """See ImageDataset: all names of classes and files, and how many belong together."""
+        """Hashes all names of classes and files, and which belong together; see ImageDataset."""
         names = "\n".join((*self.class_names, *self.files)).encode(errors="surrogateescape")
         return [sample_bytes("class folders", names + self._labels.tobytes())]
 
     def describe(self, index: int) -> str:
-        """Path of image `index`."""
+        """Returns the path of image `index`."""
         return str(self.path(index))
 
     def path(self, index: int) -> Path:
-        """Path of image `index`."""
+        """Returns the path of image `index`."""
         return self.root / self.class_names[self._labels[index]] / self.files[index]
 
     def labels(self) -> np.ndarray:
@@ -295,7 +341,7 @@ class FolderDataset(ImageDataset):
         return self._labels
 
     def find(self, name: str) -> int:
-        """See ImageDataset: an image is called <class folder>/<file>."""
+        """Finds an image by <class folder>/<file>; see ImageDataset."""
         folder, _, file = name.partition("/")
         label = self.find_class(folder)
         begin, end = np.searchsorted(self._labels, (label, label + 1))
@@ -305,33 +351,48 @@ class FolderDataset(ImageDataset):
         return at
 
     def find_class(self, name: str) -> int:
-        """See ImageDataset: a class is called by its folder."""
+        """Finds a class by the name of its folder; see ImageDataset."""
         at = bisect.bisect_left(self.class_names, name)
         if at == len(self.class_names) or self.class_names[at] != name:
             raise DataError(f"class {name!r}: there is no such folder in {self.root}")
         return at
 
     def read_encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """See ImageDataset. Raises ImageError."""
+        """See ImageDataset.
+
+        Raises:
+            ImageError: The file cannot be read.
+        """
         return read_image_file(self.path(index)), int(self._labels[index])
 
     def read_into(self, index: int, out: np.ndarray) -> int:
-        """See ImageDataset. Raises ImageError, DataError."""
+        """See ImageDataset.
+
+        Raises:
+            ImageError: The image cannot be read or decoded.
+            DataError: The size of the image does not fit.
+        """
         encoded, label = self.read_encoded(index)
         _decode(encoded, out, self, index)
         return label
 
 
 class SyntheticDataset(ImageDataset):
-    """Images made of noise, for benchmarks and smoke runs: image and label depend on index only.
+    """Images made of noise, for benchmarks and smoke runs.
 
-    Half of each image is its class's own pattern, so that a network can learn it.
+    Image and label depend on the index only. Half of each image is its class's own pattern, so that
+    a network can learn it.
+
+    Args:
+        num_classes: Number of classes.
+        num_images: Number of images.
+        input_size: Height and width of the images in pixels.
     """
 
     def __init__(self, num_classes: int, num_images: int, input_size: int = 112) -> None:
         self.num_classes, self.num_images, self.input_size = num_classes, num_images, input_size
         self._pixels = input_size * input_size * 3
-        # One block of noise; every image is a mixture of two places in it.
+        # One block of noise; every image is a mixture of two slices of it.
         self._num_places = 1 << 18
         rng = np.random.default_rng(0)
         self._noise = rng.integers(0, 256, self._num_places + self._pixels, dtype=np.uint8)
@@ -340,7 +401,7 @@ class SyntheticDataset(ImageDataset):
         return self.num_images
 
     def describe(self, index: int) -> str:
-        """Its number: there is no file."""
+        """Names the number of the image, since there is no file."""
         return f"synthetic image {index}"
 
     def labels(self) -> np.ndarray:
@@ -359,7 +420,7 @@ class SyntheticDataset(ImageDataset):
         return label
 
     def samples(self) -> list[Sample]:
-        """See ImageDataset. Checkpoints hold the class's first name."""
+        """See ImageDataset. The name is this class's first name, because checkpoints hold it."""
         return [sample_bytes("SyntheticSource", f"{len(self)} {self.num_classes}".encode())]
 
     def _slice(self, place: int) -> np.ndarray:
@@ -368,7 +429,16 @@ class SyntheticDataset(ImageDataset):
 
 
 def list_class_names(root: Path, include: tuple[str, ...] = ("*",)) -> list[str]:
-    """Names of the class folders matching a pattern, sorted. Raises MissingDataError, DataError."""
+    """Returns the names of the class folders that match a pattern, sorted.
+
+    Args:
+        root: Folder of the class folders.
+        include: Shell patterns; a folder has to match one of them.
+
+    Raises:
+        MissingDataError: `root` is not a folder.
+        DataError: No class folder matches, or the folder cannot be listed.
+    """
     if not root.is_dir():
         raise MissingDataError(
             f"{root} is not a folder. Expected FOLDER/<class>/<image>, one folder per identity, or "
@@ -390,10 +460,19 @@ def list_class_names(root: Path, include: tuple[str, ...] = ("*",)) -> list[str]
 def list_class_folders(
     root: Path, include: tuple[str, ...] = ("*",)
 ) -> tuple[list[str], list[str], np.ndarray]:
-    """Class folders matching a pattern, and their images, both in sorted order.
+    """Lists the class folders that match a pattern, and their images, both in sorted order.
 
-    Returns the names of the classes, the file name of every image, and the label of every image
-    (int64). Raises MissingDataError, DataError.
+    Args:
+        root: Folder of the class folders.
+        include: Shell patterns; a folder has to match one of them.
+
+    Returns:
+        The names of the classes, the file name of every image, and the label of every image
+        (int64).
+
+    Raises:
+        MissingDataError: `root` is not a folder.
+        DataError: No class folder matches, one has no image, or a folder cannot be listed.
     """
     names = list_class_names(root, include)
     files: list[str] = []
@@ -428,8 +507,9 @@ def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By its name, unless it is a folder, a pipe, ... What cannot be looked at stays an image: to
-    read it is the error that says why.
+    """Judges by the file's name, unless it is a folder, a pipe or the like.
+
+    An entry that cannot be examined counts as an image: reading it gives the error that says why.
     """
     if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
         return False
@@ -440,9 +520,15 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def check_label(label: float, num_classes: int | None, describe: Callable[[], str]) -> int:
-    """A record's class (from `class_of`) as an int in [0, num_classes), exact beyond 2**24 too.
+    """Converts a record's class to an int in [0, num_classes), exact beyond 2**24 too.
 
-    `describe()` names the record in errors. Raises DataError.
+    Args:
+        label: Class from `class_of`.
+        num_classes: Number of classes; None allows any whole number from 0 on.
+        describe: Names the record in errors.
+
+    Raises:
+        DataError: The label is not a class in that range.
     """
     wide = isinstance(label, float) and MAX_EXACT_LABEL < label < 2.0**63
     limit = 2**63 if num_classes is None else num_classes
@@ -464,7 +550,16 @@ def check_label(label: float, num_classes: int | None, describe: Callable[[], st
 
 
 def check_num_classes(wanted: int, needed: int, where: str) -> None:
-    """Refuse fewer classes than a set has. More are allowed: people pad to a round number."""
+    """Refuses fewer classes than a set has. More are allowed, for padding to a round number.
+
+    Args:
+        wanted: Number of classes in the config.
+        needed: Number of classes of the set.
+        where: Name of the set in the error.
+
+    Raises:
+        DataError: `wanted` is less than `needed`.
+    """
     if wanted < needed:
         raise DataError(
             f"num_classes={wanted}, but {where} has {needed} classes. Set num_classes={needed} "
@@ -476,7 +571,7 @@ def _decode(encoded: bytes | memoryview, out: np.ndarray, source: ImageDataset, 
     try:
         decode_into(encoded, out, "")
     except ImageError:
-        try:  # once more, for an error that names it: naming every image would cost time
+        try:  # again, for an error that names the image: naming every image would cost time
             decode_into(encoded, out, source.describe(index))
         except ImageSizeError as error:
             raise DataError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Encoded bytes to RGB pixels; what is damaged or unreasonably large is refused."""
+"""Decodes images to RGB pixels and refuses those that are damaged or unreasonably large."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ import cv2
 import numpy as np
 import simplejpeg
 
-# 40 million pixels are 120 MB decoded: above any photograph a set is made from, below what hurts.
+# 40 million pixels are 120 MB decoded: more than any photograph of a set, few enough for memory.
 MAX_PIXELS = 40_000_000
 _FORMATS = "JPEG, PNG, BMP or WebP"
 
 
 class ImageError(ValueError):
-    """A file or bytes that are no image we decode; the message begins with where they came from."""
+    """The bytes are no image that we decode; the message begins with where they came from."""
 
 
 class ImageSizeError(ImageError):
-    """A sound image of another size than the network takes."""
+    """An undamaged image has another size than the network takes."""
 
 
 def read_image_file(path: Path, where: str | None = None) -> bytes:
-    """The bytes of an image file. Raises ImageError beginning with `where`, or with the path."""
+    """Reads the bytes of an image file.
+
+    Args:
+        path: Path of the file.
+        where: Beginning of the error message; None means the path.
+
+    Raises:
+        ImageError: The file cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -35,12 +43,13 @@ def read_image_file(path: Path, where: str | None = None) -> bytes:
 
 
 def empty_pixels(*shape: int) -> np.ndarray:
-    """Room for decoded pixels: uint8 of `shape`, not initialized, 8 bytes past a multiple of 16.
+    """Allocates uint8 memory of `shape` for decoded pixels, not initialized.
 
-    libjpeg-turbo writes rows that begin at a multiple of 32 bytes (16 without AVX2) past the cache
-    into memory: of 112 x 112 images in an ordinary array every second row. Here no row of an image
-    whose width is a multiple of 16 does. Decoding such a face took 79 us instead of 110, a flip
-    after it 3 us instead of 12; larger images take as long as before.
+    It begins 8 bytes past a multiple of 16. libjpeg-turbo writes rows that begin at a multiple of
+    32 bytes (16 without AVX2) past the cache into memory: every second row of a 112 x 112 image in
+    an ordinary array. Here no row of an image whose width is a multiple of 16 begins there.
+    Decoding such a face took 79 us instead of 110, a flip after it 3 us instead of 12; larger
+    images take as long as before.
     """
     size = math.prod(shape)
     memory = np.empty(size + 16, np.uint8)
@@ -49,12 +58,21 @@ def empty_pixels(*shape: int) -> np.ndarray:
 
 
 def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: str) -> np.ndarray:
-    """Decode JPEG, PNG, BMP or WebP to RGB: uint8 [H, W, 3], freshly allocated, contiguous.
+    """Decodes JPEG, PNG, BMP or WebP to RGB.
 
-    Gray becomes three equal channels, CMYK is converted, transparency is dropped.
-    `where` names the image in errors (file, record). JPEG goes through libjpeg-turbo, which
-    releases the GIL, and strictly: a truncated image is an error, not a gray lower half.
-    Raises ImageError.
+    Gray becomes three equal channels, CMYK is converted, transparency is dropped. JPEG is decoded
+    strictly by libjpeg-turbo, which releases the GIL: a truncated image is an error, not a gray
+    lower half.
+
+    Args:
+        encoded: Content of the file.
+        where: Name of the image in errors (file, record).
+
+    Returns:
+        uint8 [H, W, 3], freshly allocated, contiguous.
+
+    Raises:
+        ImageError: The image is damaged, of another format, or has more than MAX_PIXELS.
     """
     data = memoryview(encoded).cast("B")
     height, width = image_size(data, where)
@@ -86,9 +104,16 @@ def decode_image(encoded: bytes | bytearray | memoryview | np.ndarray, where: st
 def decode_into(
     encoded: bytes | bytearray | memoryview | np.ndarray, out: np.ndarray, where: str
 ) -> None:
-    """Decode into `out`, uint8 [H, W, 3], contiguous. JPEG is written there without a copy.
+    """Decodes an image into an array. A JPEG is written there without a copy.
 
-    Raises ImageError, and ImageSizeError when the image has another size than `out`.
+    Args:
+        encoded: Content of the file.
+        out: uint8 [H, W, 3], contiguous.
+        where: Name of the image in errors.
+
+    Raises:
+        ImageError: The image cannot be decoded.
+        ImageSizeError: The image has another size than `out`.
     """
     data = memoryview(encoded).cast("B")
     if not _is_jpeg(data):
@@ -120,7 +145,15 @@ def _check_shape(found: tuple[int, ...], out: np.ndarray, where: str) -> None:
 
 
 def image_size(data: memoryview, where: str) -> tuple[int, int]:
-    """Height and width in pixels from the header alone. Raises ImageError."""
+    """Reads height and width in pixels from the header alone.
+
+    Args:
+        data: Content of the file.
+        where: Name of the image in errors.
+
+    Raises:
+        ImageError: The header is damaged or of another format.
+    """
     head = bytes(data[:32])
     try:
         if _is_jpeg(data):
@@ -150,8 +183,10 @@ def _is_cmyk(data: memoryview) -> bool:
 
 
 def _rgb_of_cmyk(inks: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 4] as JPEGs have them, 255 for no ink (Adobe's habit), to RGB without a
-    color profile: what is left of the light after its own ink and black.
+    """Converts uint8 [H, W, 4] CMYK of a JPEG to RGB without a color profile.
+
+    255 means no ink (Adobe's convention). A channel is what its own ink and black leave of the
+    light.
     """
     black = inks[:, :, 3:].astype(np.uint16)
     return ((inks[:, :, :3] * black + 127) // 255).astype(np.uint8)
@@ -162,7 +197,7 @@ def _is_jpeg(data: memoryview) -> bool:
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
-    """Height and width of the three kinds of WebP. Source: RFC 9649, sections 2.5 to 2.7."""
+    """Reads height and width of the three kinds of WebP. Source: RFC 9649, sections 2.5 to 2.7."""
     kind = head[12:16]
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", head, 26)

@@ -1,4 +1,4 @@
-"""The next batch on its way to the device while the current one is used."""
+"""Copies the next batch to the device while the current one is used."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ T = TypeVar("T", bound=tuple[torch.Tensor, ...])
 
 
 def prefetch_to_device(batches: Iterator[T], device: torch.device) -> Iterator[T]:
-    """`batches` (named tuples of tensors) on `device`, copied on a stream of their own one batch
-    ahead; their order is kept, and an error comes after the batches before it.
+    """Yields the batches on `device`, copied on a separate stream one batch ahead.
 
-    The copies overlap with computing only from page-locked memory. The consumer's stream waits
-    for the copy, not the host. The memory of a batch is given back only when the work on it that
-    was queued on the consumer's stream is done. On a CPU the batches pass through.
+    Their order is kept, and an error is raised after the batches before it. The copies overlap with
+    computing only from page-locked memory. The consumer's stream waits for the copy, not the host.
+    The memory of a batch is given back only when the work on it that was queued on the consumer's
+    stream is done. On a CPU the batches are passed on as they are.
+
+    Args:
+        batches: Named tuples of tensors.
+        device: Target of the copies.
     """
     if device.type != "cuda":
         yield from batches
@@ -28,7 +32,7 @@ def prefetch_to_device(batches: Iterator[T], device: torch.device) -> Iterator[T
         nonlocal error
         try:
             batch = next(batches, None)
-        except Exception as caught:  # raised when its turn comes
+        except Exception as caught:  # raised after the batches before it
             error = caught
             return None
         if batch is None:

@@ -1,4 +1,4 @@
-"""One word for a data set: the same for copies on two machines, another where anything shows."""
+"""Identifies a data set: copies on two machines have equal fingerprints, visible changes differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ SAMPLE_BYTES = 2**20
 
 
 class Sample(NamedTuple):
-    """What is looked at of one part of a set: its name, its size, a hash."""
+    """What a fingerprint holds of one part of a set.
+
+    Attributes:
+        name: Name of the part.
+        size: Size in bytes.
+        sha256: Hash of the bytes that were read, hexadecimal.
+    """
 
     name: str
     size: int
@@ -20,13 +26,15 @@ class Sample(NamedTuple):
 
 
 def sample_bytes(name: str, content: bytes) -> Sample:
-    """All of some bytes."""
+    """Hashes all of `content`."""
     return Sample(name, len(content), hashlib.sha256(content).hexdigest())
 
 
 def sample_file(path: Path) -> Sample:
-    """Name, bytes, hash of the first and last MiB: tells two data sets apart without reading
-    them, and says the same of two copies on two machines, as a time of change would not.
+    """Takes name, size and a hash of the first and last MiB of a file.
+
+    This tells two data sets apart without reading them. Two copies on two machines are equal, which
+    a modification time would not give.
     """
     size = path.stat().st_size
     digest = hashlib.sha256()
@@ -39,7 +47,7 @@ def sample_file(path: Path) -> Sample:
 
 
 def join_samples(samples: Iterable[Sample]) -> str:
-    """One word for all parts of a set, in any order."""
+    """Joins the samples of all parts of a set, in any order, into one line."""
     listing = sorted(samples)
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return f"{', '.join(dict.fromkeys(sample.name for sample in listing))} ({digest[:16]})"

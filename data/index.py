@@ -1,4 +1,4 @@
-"""Which records of a set are images: the `.idx` file, the header record, the `property` file."""
+"""Finds the records of a set that are images: `.idx` file, header record, `property` file."""
 
 from __future__ import annotations
 
@@ -29,20 +29,31 @@ _CHUNK_BYTES = 16 * 1024 * 1024
 _CHECKED_AT_ONCE = 1 << 20  # lines
 _PROGRESS_FROM_BYTES = 64 * 1024 * 1024
 CACHE_FROM_BYTES = 1024 * 1024  # a smaller index is parsed in milliseconds
-_MAX_DIGITS = 18  # 10**18 fits int64 with room to spare
+_MAX_DIGITS = 18  # 10**18 fits int64
 _EXACT_FLOAT32 = 2**24
 _TAB, _NEWLINE, _ZERO, _NINE = 9, 10, 48, 57
 
 
 class RecordIndex(NamedTuple):
-    """keys, offsets (bytes): int64 [number of records], in the order of the lines."""
+    """Keys and places of records, in the order of the index's lines.
+
+    Attributes:
+        keys: [records] int64.
+        offsets: [records] int64, in bytes.
+    """
 
     keys: np.ndarray
     offsets: np.ndarray
 
 
 class Property(NamedTuple):
-    """What a `property` file states; height and width in pixels."""
+    """Content of a `property` file.
+
+    Attributes:
+        num_classes: Number of classes.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+    """
 
     num_classes: int
     height: int
@@ -52,9 +63,16 @@ class Property(NamedTuple):
 class ImageIndex:
     """Key and place of every image of a set, in the order of the index; shared and read-only.
 
-    Opened from a cache beside the files (data/cache.py) where the index is large: then all
-    workers and ranks of a host map the same memory, 8 bytes per image (16 where the keys are not
-    consecutive).
+    A large index is opened from a cache beside the files (data/cache.py). All workers and ranks of
+    a host then map the same memory, 8 bytes per image (16 if the keys are not consecutive).
+
+    Args:
+        arrays: "offsets", and "keys" if they are not consecutive.
+        facts: "first_key", and whether offsets are "increasing".
+        cached: Cache that holds both, if there is one.
+
+    Raises:
+        RecordError: The arrays do not fit each other.
     """
 
     def __init__(
@@ -64,7 +82,7 @@ class ImageIndex:
         cached: Cached | None = None,
     ) -> None:
         self._cached = cached
-        self._offsets = arrays["offsets"]  # int64 [images + 1]: the last says where they end
+        self._offsets = arrays["offsets"]  # int64 [images + 1]: the last is where the images end
         self._keys = arrays.get("keys")  # int64 [images], or None: consecutive from first_key
         self._first_key, self._increasing = int(facts["first_key"]), bool(facts["increasing"])
         if not len(self._offsets) or (
@@ -74,7 +92,7 @@ class ImageIndex:
 
     @classmethod
     def of(cls, cached: Cached) -> ImageIndex:
-        """The index in a cache; pickled by the cache's path."""
+        """Makes the index from a cache; it is pickled by the cache's path."""
         return cls(cached.arrays, cached.facts, cached)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,27 +109,27 @@ class ImageIndex:
 
     @property
     def offsets(self) -> np.ndarray:
-        """Byte offset of every image's record: int64 [images]."""
+        """Byte offset of every image's record, int64 [images]."""
         return self._offsets[:-1]
 
     @property
     def keys(self) -> np.ndarray:
-        """Key of every image's record: int64 [images]; made anew where they are consecutive."""
+        """Key of every image's record, int64 [images]; computed here if they are consecutive."""
         if self._keys is not None:
             return self._keys
         return np.arange(self._first_key, self._first_key + len(self), dtype=np.int64)
 
     def key(self, image: int) -> int:
-        """Key of the record of image `image`."""
+        """Returns the key of the record of image `image`."""
         return self._first_key + image if self._keys is None else int(self._keys[image])
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
-        """The bytes (first, end) within which the records of images begin..end-1 lie."""
+        """Returns the bytes (first, end) within which the records of images begin..end-1 lie."""
         places = self._offsets[begin : end + (1 if self._increasing else 0)]
         return int(places.min()), int(places.max())
 
     def find(self, key: int) -> int | None:
-        """The image whose record has this key, or None."""
+        """Returns the image whose record has this key, or None."""
         if self._keys is None:
             image = key - self._first_key
             return image if 0 <= image < len(self) else None
@@ -119,8 +137,12 @@ class ImageIndex:
         return int(found[0]) if len(found) else None
 
     def place(self, image: int) -> tuple[int, int | None]:
-        """Byte offset of the record of image `image`, and where the index starts the next record
-        (None where the records are not in the order of their keys). Raises RecordError.
+        """Returns the byte offset of an image's record, and the offset of the next record.
+
+        The second is None if the offsets of the index do not increase.
+
+        Raises:
+            RecordError: The cached offsets are not in order.
         """
         offset = int(self._offsets[image])
         if not self._increasing:
@@ -135,8 +157,14 @@ class ImageIndex:
 
 
 def open_index(path_idx: str | os.PathLike[str], reader: RecordReader) -> ImageIndex:
-    """Which records of `reader` are images, by the index at `path_idx`, from a cache where there
-    is one. Raises RecordError.
+    """Finds the images of a `.rec` by its index, from a cache if the index is large.
+
+    Args:
+        path_idx: Path of the `.idx` file.
+        reader: Reader of the `.rec` file.
+
+    Raises:
+        RecordError: A file is damaged or cannot be read.
     """
     path = Path(path_idx)
     try:
@@ -167,8 +195,12 @@ def _index_images(path: Path, reader: RecordReader) -> Built:
 
 
 def _check_end(path: Path, index: RecordIndex, reader: RecordReader) -> None:
-    """A file that was cut off is found when it is opened, by its last record; any other damage of
-    that record is an error, or skipped, when it is read. Raises TruncatedError.
+    """Finds by its last record that a file was truncated, already when it is opened.
+
+    Any other damage of that record is only logged: it is an error, or skipped, when it is read.
+
+    Raises:
+        TruncatedError: The last record reaches past the end of the file.
     """
     last = int(index.offsets.argmax())
     offset, key = int(index.offsets[last]), int(index.keys[last])
@@ -191,7 +223,7 @@ def _check_end(path: Path, index: RecordIndex, reader: RecordReader) -> None:
 
 
 def _increases(values: np.ndarray) -> bool:
-    """Whether every value is larger than the one before, looked at a piece at a time."""
+    """Returns whether every value is larger than the one before, looking at one piece at a time."""
     piece = 1 << 20
     return all(
         bool((np.diff(values[begin : begin + piece + 1]) > 0).all())
@@ -200,10 +232,17 @@ def _increases(values: np.ndarray) -> bool:
 
 
 def read_index(path_idx: str | os.PathLike[str], rec_size: int) -> RecordIndex:
-    """Parse and check an `.idx` file: lines `key<tab>offset` for a `.rec` of `rec_size` bytes.
+    """Parses and checks an `.idx` file of lines `key<tab>offset`.
 
-    Offsets must be multiples of 4 inside the file; keys and offsets must be distinct; neither has
-    to be sorted. Raises RecordError naming the line.
+    Offsets must be multiples of 4 inside the `.rec` file. Keys and offsets must be distinct;
+    neither has to be sorted.
+
+    Args:
+        path_idx: Path of the file.
+        rec_size: Size of the `.rec` file in bytes.
+
+    Raises:
+        RecordError: The file cannot be read, or a line is wrong; the message names it.
     """
     path = Path(path_idx)
     try:
@@ -238,9 +277,11 @@ def read_index(path_idx: str | os.PathLike[str], rec_size: int) -> RecordIndex:
 
 
 def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and offsets, int64 [lines] each, a chunk of the file at a time.
+    """Reads keys and offsets, int64 [lines] each, one chunk of the file at a time.
 
-    Raises RecordError, OSError.
+    Raises:
+        RecordError: A line is wrong.
+        OSError: The file cannot be read.
     """
     lines, rest = 0, b""
     with open(path, "rb") as file:
@@ -282,7 +323,7 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parse_lines(text: bytes, path: Path, lines_before: int) -> np.ndarray:
-    """int64 [lines, 2] from whole lines. The usual form vectorized, any other line by line."""
+    """Parses whole lines to int64 [lines, 2]: the usual form vectorized, other lines one by one."""
     raw = np.frombuffer(text, np.uint8)
     separators = np.flatnonzero((raw < _ZERO) | (raw > _NINE))
     kinds = raw[separators]
@@ -309,19 +350,33 @@ def _parse_lines(text: bytes, path: Path, lines_before: int) -> np.ndarray:
 
 
 def is_header_record(header: RecordHeader, payload_length: int) -> bool:
-    """Whether a record only describes others: two labels and no image after them.
+    """Returns whether a record only describes others: it has two labels and no image after them.
 
     A set with two labels per image (im2rec) also has flag 2 at key 0, but an image follows.
+
+    Args:
+        header: Header of the record.
+        payload_length: Length of its payload in bytes.
     """
     return header.flag == 2 and payload_length == 24 + 8
 
 
 def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
-    """Which lines of the index are images: a slice where they are neighbors, else positions.
+    """Finds the lines of the index that are images.
 
-    InsightFace style (the record with key 0 is a header record with labels (n, m)): images are
-    the keys 1..n-1, and keys n..m-1 describe identities. Any other set: every line is an image.
-    Raises RecordError when the index lacks some of the keys that the header record promises.
+    In InsightFace style the record with key 0 is a header record with labels (n, m): images are the
+    keys 1..n-1, and keys n..m-1 describe identities. In any other set every line is an image.
+
+    Args:
+        index: All lines of the index.
+        reader: Reader of the `.rec` file.
+
+    Returns:
+        A slice if the lines are neighbors, else their positions.
+
+    Raises:
+        RecordError: The header record is damaged, or the index lacks some of the keys that it
+            promises.
     """
     keys, offsets = index
     zero = np.flatnonzero(keys == 0)
@@ -365,8 +420,12 @@ def image_lines(index: RecordIndex, reader: RecordReader) -> np.ndarray | slice:
 
 
 def _check_boundary(index: RecordIndex, reader: RecordReader, num_keys: int) -> None:
-    """Where images end and identities begin has to be where the header record says: a damaged
-    count must not make the set silently smaller. Raises RecordError.
+    """Checks that images end and identities begin where the header record says.
+
+    A damaged count must not make the set silently smaller.
+
+    Raises:
+        RecordError: The records at the boundary contradict the header record.
     """
     for key, is_image in ((num_keys - 1, True), (num_keys, False)):
         lines = np.flatnonzero(index.keys == key)
@@ -379,17 +438,19 @@ def _check_boundary(index: RecordIndex, reader: RecordReader, num_keys: int) -> 
 
 
 def _is_header_record_at(index: RecordIndex, reader: RecordReader, line: int) -> bool | None:
-    """Whether the record of a line has two labels and no image; None if it cannot be read."""
+    """Returns whether the record of a line has two labels and no image, None if unreadable."""
     offset, key = int(index.offsets[line]), int(index.keys[line])
     try:
         return is_header_record(reader.read_header(offset, key), len(reader.read_at(offset, key)))
     except RecordError:
-        return None  # an error of its own, where that record is used
+        return None  # whoever uses that record gets the error
 
 
 def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:
-    """The first key that is no image. `stated` comes from a float32: beyond 2**24 it may be off by
-    one or two (Glint360K has 17,091,657 images), so the records around it decide.
+    """Returns the first key that is not an image.
+
+    `stated` comes from a float32: beyond 2**24 it may be off by one or two (Glint360K has
+    17,091,657 images), so the records around it decide.
     """
     near = np.flatnonzero((np.abs(index.keys - stated) <= 4) & (index.keys > 0))
     for line in near[np.argsort(index.keys[near])]:
@@ -400,7 +461,11 @@ def _exact_end(index: RecordIndex, reader: RecordReader, stated: int) -> int:
 
 
 def read_property(path: str | os.PathLike[str]) -> Property:
-    """Parse a `property` file, one line `num_classes,height,width`. Raises RecordError."""
+    """Parses a `property` file, one line `num_classes,height,width`.
+
+    Raises:
+        RecordError: The file cannot be read or has another form.
+    """
     try:
         with open(path, "rb") as file:
             line = file.read(200).split(b"\n")[0].strip()

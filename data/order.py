@@ -1,8 +1,9 @@
 """The order of training: which image when, on which rank, flipped or not.
 
-Pure functions of (seed, epoch); nothing is materialized, nothing has a state. A keyed permutation
-of range(n) is evaluated at the positions asked for, so starting at any step of any epoch costs the
-same, for ten images or for forty-two million, and the order knows nothing about ranks or workers.
+All functions are pure functions of (seed, epoch); nothing is materialized and nothing has a state.
+A keyed permutation of range(n) is evaluated at the positions asked for. So starting at any step of
+any epoch costs the same, for ten images or for forty-two million, and the order does not depend on
+ranks or workers.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ _SHUFFLE, _FLIP = 1, 2
 
 
 def _mix(x: int) -> int:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014), on a Python integer below 2**64."""
+    """Applies splitmix64's finalizer (Steele, Lea, Flood 2014) to a Python integer below 2**64."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
 
 
 def derive_key(*parts: int) -> int:
-    """One 64-bit key from several integers; every part and its position matter."""
+    """Derives one 64-bit key from several integers; every part and its position matter."""
     key = 0
     for part in parts:
         key = _mix(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
@@ -35,9 +36,14 @@ def derive_key(*parts: int) -> int:
 
 
 def hash_indices(indices: np.ndarray, key: int | np.ndarray) -> np.ndarray:
-    """A keyed 64-bit hash per index: the same finalizer, vectorized. uint64, shape of `indices`.
+    """Computes a keyed 64-bit hash per index, by the same finalizer, vectorized.
 
-    key: one for all, or uint64 of the same shape.
+    Args:
+        indices: Integers of any shape.
+        key: One key for all, or uint64 keys of the same shape.
+
+    Returns:
+        uint64 of the shape of `indices`.
     """
     keys = np.uint64(key) if isinstance(key, int) else key
     x = np.asarray(indices).astype(np.uint64) ^ keys
@@ -48,11 +54,23 @@ def hash_indices(indices: np.ndarray, key: int | np.ndarray) -> np.ndarray:
 
 
 def shuffled_indices(positions: np.ndarray, num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The images at these positions of an epoch's order: a permutation of range(num_images).
+    """Computes the images at some positions of an epoch's order, a permutation of all images.
 
-    positions: int64 [k], each in [0, num_images). Returns int64 [k]. A Feistel network on pairs
-    (left, right) of a rectangle just larger than num_images; a value that falls outside goes
-    round again until it falls inside (cycle walking), which keeps it a permutation.
+    It is a Feistel network on pairs (left, right) of a rectangle just larger than num_images. A
+    value that falls outside is permuted again until it falls inside (cycle walking), which keeps
+    the map a permutation.
+
+    Args:
+        positions: [k] int64, each in [0, num_images).
+        num_images: Number of images.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+
+    Returns:
+        [k] int64 images in [0, num_images).
+
+    Raises:
+        ValueError: There is no image, or a position is outside.
     """
     positions = np.asarray(positions, dtype=np.int64)
     if num_images < 1:
@@ -76,10 +94,17 @@ def shuffled_indices(positions: np.ndarray, num_images: int, seed: int, epoch: i
 
 
 def shuffled_within(positions: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Element i of a permutation of range(sizes[i]) that belongs to keys[i]; one per element.
+    """Computes for each i one element of a permutation of range(sizes[i]) with the key keys[i].
 
-    positions: int64 [k], in [0, sizes); sizes: int64 [k], 1 or more; keys: uint64 [k].
-    Returns int64 [k]. For many small orders at once: blocks, classes, passes through a set.
+    It serves many small orders at once: blocks, classes, passes through a set.
+
+    Args:
+        positions: [k] int64, each in [0, sizes[i]).
+        sizes: [k] int64, 1 or more.
+        keys: [k] uint64.
+
+    Returns:
+        [k] int64.
     """
     sizes = np.asarray(sizes, np.int64)
     height = np.maximum(np.ceil(np.sqrt(sizes)).astype(np.int64), 1)
@@ -101,10 +126,10 @@ def _permute(
     width: int | np.ndarray,
     keys: Sequence[int | np.ndarray],
 ) -> np.ndarray:
-    """A permutation of range(height * width): uint64 [k] to uint64 [k].
+    """Permutes range(height * width): uint64 [k] to uint64 [k].
 
-    The hash is reduced before it is added, so no sum wraps around 2**64 and each round stays a
-    rotation, which is what makes it invertible.
+    The hash is reduced before it is added. So no sum wraps around 2**64 and each round stays a
+    rotation, which makes it invertible.
     """
     rows, columns = np.uint64(height), np.uint64(width)
     left: np.ndarray = x // columns
@@ -118,31 +143,54 @@ def _permute(
 
 
 def uniform(indices: np.ndarray, *key: int) -> np.ndarray:
-    """A draw in [0, 1) per index, float64 of its shape: a function of index and key only."""
+    """Draws from [0, 1) per index, float64 of its shape, as a function of index and key only."""
     return (hash_indices(indices, derive_key(*key)) >> np.uint64(11)) * 2.0**-53
 
 
 def flip_mask(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Which images are mirrored in this epoch: bool, shape of `indices`, true for half of them.
+    """Returns which images are mirrored in this epoch: about half of them.
 
-    A function of the image, not of its position, so it survives any other order or rank count.
+    It is a function of the image, not of its position, so it stays the same with any other order or
+    number of ranks.
+
+    Args:
+        indices: Image numbers of any shape.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+
+    Returns:
+        Boolean of the shape of `indices`.
     """
     return (hash_indices(indices, derive_key(_FLIP, seed, epoch)) >> np.uint64(63)).astype(bool)
 
 
 def steps_per_epoch(num_images: int, global_batch: int, drop_last: bool = True) -> int:
-    """Global batches in an epoch; what does not fill one is dropped, or is a smaller last one."""
+    """Returns the number of global batches in an epoch.
+
+    Args:
+        num_images: Images of an epoch.
+        global_batch: Images of a global batch.
+        drop_last: Whether images that do not fill a batch are dropped; else they make a smaller
+            last batch.
+    """
     return num_images // global_batch if drop_last else -(-num_images // global_batch)
 
 
 def batch_positions(
     step: int, rank: int, world_size: int, batch_size: int, num_images: int
 ) -> np.ndarray:
-    """Positions of one rank's rows of global batch `step`: int64 [batch_size].
+    """Returns the positions of one rank's rows of global batch `step`, int64 [batch_size].
 
     Global batch g holds the positions from g * B to (g + 1) * B, with B = batch_size * world_size;
-    rank r takes rows r * batch_size onwards. A smaller last batch is shared out evenly, so that
-    with fewer images than ranks in it some ranks get none.
+    rank r takes rows from r * batch_size on. A smaller last batch is divided evenly: if it has
+    fewer images than there are ranks, some ranks get none.
+
+    Args:
+        step: Number of the global batch in the epoch.
+        rank: This rank.
+        world_size: Number of ranks.
+        batch_size: Images per rank.
+        num_images: Images of an epoch.
     """
     begin = step * batch_size * world_size
     rows = max(0, min(batch_size * world_size, num_images - begin))

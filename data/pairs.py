@@ -1,4 +1,4 @@
-"""Verification sets: pairs files in, `.bin` files out."""
+"""Reads files of face pairs and writes `.bin` verification sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ Face = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Pair:
-    """One line of a pairs file: two faces and whether they are the same person."""
+    """One line of a pairs file.
+
+    Attributes:
+        first: First face.
+        second: Second face.
+        same: Whether both show the same identity.
+        line: Number of the line.
+    """
 
     first: Face
     second: Face
@@ -27,18 +34,26 @@ class Pair:
 
     @property
     def paths(self) -> tuple[str, str]:
-        """Where the two lie in the folder: name/name_0001.jpg, or the path as it was given."""
+        """Paths of both images in the folder: name/name_0001.jpg, or the path as it was given."""
         return _path(self.first), _path(self.second)
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Parse a pairs file: the lines of LFW's `pairs.txt` (name n1 n2, or name1 n1 name2 n2, after
-    a line of one or two counts), name1 n1 name2 n2 same, or path1 path2 same (the `pair.list` of
-    TorchShard's ArcFace project). `same` is 1, or 0 or -1 for different people: one of these two
-    throughout a file.
+    """Parses a pairs file.
 
-    Columns are separated by white space, or, in a line that has tabs, by tabs only. Raises
-    DataError naming the line, also for a path that leads out of the folder.
+    Its lines are those of LFW's `pairs.txt` (name n1 n2, or name1 n1 name2 n2, after a line of one
+    or two counts), name1 n1 name2 n2 same, or path1 path2 same (the `pair.list` of TorchShard's
+    ArcFace project). `same` is 1 for one identity; 0 or -1 means different identities, and a file
+    uses one of these two throughout. Columns are separated by white space or, in a line that has
+    tabs, by tabs only.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        MissingDataError: The file does not exist.
+        DataError: A line has another form or names a path outside the folder, both 0 and -1 appear,
+            or there is no pair.
     """
     if not path.is_file():
         raise MissingDataError(f"{path} does not exist; give a pairs file after --pairs")
@@ -100,11 +115,22 @@ def _numbers(*texts: str) -> bool:
 def write_verification_set(
     path: Path, images: Sequence[bytes], same: Sequence[bool], *, force: bool = False
 ) -> None:
-    """Write the `.bin` layout: a pickle of (list of 2N encoded images, list of N bools)."""
+    """Writes the `.bin` layout: a pickle of (list of 2N encoded images, list of N bools).
+
+    Args:
+        path: Path of the file.
+        images: Encoded images, two per pair.
+        same: Whether each pair shows one identity.
+        force: Whether an existing file is replaced.
+
+    Raises:
+        ValueError: The number of images is not twice the number of pairs.
+        DataError: The file exists and `force` is False.
+    """
     if len(images) != 2 * len(same):
         raise ValueError(f"{len(images)} images for {len(same)} pairs; a pair is two images")
     if path.exists() and not force:
         raise DataError(f"{path} already exists; give another name, or --force to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Protocol 4 stores bytes as bytes; below 3 they would become calls that safe readers refuse.
+    # Protocol 4 stores bytes as bytes; below 3 they become calls, which safe readers refuse.
     write_atomically(path, pickle.dumps((list(images), [bool(s) for s in same]), protocol=4))

@@ -1,4 +1,4 @@
-"""Work done ahead by threads, handed over in order, errors included."""
+"""Loads ahead in threads and returns results and errors in order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ T = TypeVar("T")
 
 
 class OrderedPrefetch(Generic[T]):
-    """Iterates `load(i)` for i in `steps`, in order, with `num_workers` threads working ahead.
+    """Iterates over `load(i)` for i in `steps`, in order, with threads that work ahead.
 
     One task is one whole batch: JPEG decoding releases the GIL for too short a time to be worth
-    handing over image by image. At most `num_workers + ahead` results exist or are being made.
-    With num_workers=0 `load` runs in the consumer. An exception in `load(i)` is raised where
-    result i was due, and ends the iteration.
+    handing over image by image. An exception in `load(i)` is raised where result i was due, and
+    ends the iteration.
+
+    Args:
+        load: Makes the result of a step.
+        steps: The steps.
+        num_workers: Number of threads; with 0 `load` runs in the consumer.
+        ahead: At most `num_workers + ahead` results exist or are being made.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class OrderedPrefetch(Generic[T]):
         return self._futures.popleft().result()
 
     def close(self) -> None:
-        """Drop what is planned and let the threads end; waits for nobody. May be called twice."""
+        """Drops what is planned and lets the threads end, without waiting. May be called twice."""
         self._todo = iter(())
         self._futures.clear()
         if self._pool is not None:

@@ -1,4 +1,4 @@
-"""The same batches made by worker processes, for machines where one interpreter is too slow."""
+"""Makes the batches in worker processes, for machines where one interpreter is too slow."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ class _Batches(Dataset[LoadedBatch | Exception]):
 class ProcessPool:
     """PyTorch's worker processes, kept from epoch to epoch; batches come through shared memory.
 
-    Started afresh (forkserver), so that neither CUDA nor threads of this process are copied. The
+    They are started by forkserver, so that neither CUDA nor threads of this process are copied. The
     index of the records is mapped, not copied.
+
+    Args:
+        make: Makes a batch.
+        num_workers: Number of processes.
     """
 
     def __init__(self, make: BatchLoader, num_workers: int) -> None:
@@ -60,10 +64,10 @@ class ProcessPool:
             pin_memory=make.pin_memory,
             worker_init_fn=_begin_worker,
         )
-        make.pin_memory = False  # the loader's own thread does it; workers must not touch CUDA
+        make.pin_memory = False  # the loader's own thread pins; workers must not touch CUDA
 
     def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
-        """The batches of these steps in order; an error comes in the place of its batch."""
+        """Yields the batches of these steps in order; an error is raised in place of its batch."""
         self._steps.pairs = [(epoch, step) for step in steps]
         error: Exception | None = None
         for loaded in self._start():
@@ -84,14 +88,14 @@ class ProcessPool:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes started in here never see the signals that ask a run to stop.
+    """Blocks the signals that ask a run to stop, in all processes started within.
 
-    torchrun, Slurm and a terminal send them to every process there is. Workers, and the server
-    that forks them, would die at once, and with them the steps that are left until all ranks
-    have saved. A blocked signal stays blocked in children, whatever they execute; in this process
-    it is only late.
+    torchrun, Slurm and a terminal send them to every process. Workers, and the server that forks
+    them, would die at once, and the steps that remain until all ranks have saved would be lost. A
+    blocked signal stays blocked in children, whatever they execute; in this process it is only
+    late.
     """
-    resource_tracker.ensure_running()  # as it starts it lets two of the signals through again
+    resource_tracker.ensure_running()  # its start unblocks two of the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -105,7 +109,7 @@ def _begin_worker(number: int) -> None:
 
 
 def _end_when_our_process_says_so() -> None:
-    """The process that reads the batches ends its workers by SIGTERM; nobody else does."""
+    """Exits on a SIGTERM of the process that reads the batches, and on no other one."""
     parent = multiprocessing.parent_process()
     while parent is not None:
         if signal.sigwaitinfo([signal.SIGTERM]).si_pid == parent.pid:

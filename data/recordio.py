@@ -1,23 +1,23 @@
 """RecordIO as MXNet writes it: the framing of records, their header, a reader and a writer.
 
-The format. A file is a row of parts, each starting at a multiple of 4 bytes:
+A file is a row of parts, each starting at a multiple of 4 bytes:
 
     u32 magic 0xced7230a | u32 (continue flag << 29 | length) | payload | zeros up to 4 bytes
 
 Continue flag 0 is a whole record. A record whose payload contains the magic at a multiple of 4
 bytes is cut there into parts with the flags 1 (first), 2 (middle), 3 (last), and the magic itself
 is left out: joining the parts puts it back. So the magic never appears at a multiple of 4 bytes
-except at the start of a part, and whatever follows a whole record is the start of another one or
-the end of the file. The reader insists on that, and on zeros in the padding: it is how a damaged
-length is noticed. Only a length that grows into its own padding cannot be told from a sound one.
-(A whole record that ends where the index starts the next one is not searched for the magic.)
+except at the start of a part, and a whole record is followed by the start of another one or by the
+end of the file. The reader insists on that, and on zeros in the padding, and so notices a damaged
+length. Only a length that grows into its own padding looks valid. (A whole record that ends where
+the index starts the next one is not searched for the magic.)
 
 A record's payload is the struct `<IfQQ` (flag, label, id, id2), then, if flag > 0, flag float32
 labels that replace the scalar one, then the bytes of the image.
 
 Float32 holds every whole number only up to 2**24. A class beyond it is kept twice: rounded as the
-label, which is what readers of labels see, and exactly as `id2`. It is read from id2, and only if
-that rounds to the label. Records of two labels and no image (the header record, the records of
+label, which readers of labels see, and exactly as `id2`. It is read from id2, and only if that
+rounds to the label. Records of two labels and no image (the header record, the records of
 identities) keep both numbers exactly as id and id2 in the same case.
 
 Sources: dmlc-core `recordio.h`, `recordio.cc`; MXNet 1.9.1 `python/mxnet/recordio.py`.
@@ -46,19 +46,26 @@ PART_HEADER = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<IfQQ")
 # One pread of this size covers nearly every 112 x 112 face together with the header that follows.
 _WINDOW_BYTES = 16 * 1024
-_WHOLE_BYTES = 256 * 1024  # where the index says that a record is smaller, it is read exactly
+_WHOLE_BYTES = 256 * 1024  # a record that is smaller by the index is read in one exact pread
 
 
 class RecordError(ValueError):
-    """A record or index file that does not hold what the format says; names file and place."""
+    """A record or index file is not as the format says; the message names file and place."""
 
 
 class TruncatedError(RecordError):
-    """A record that reaches past the end of its file."""
+    """A record reaches past the end of its file."""
 
 
 class RecordHeader(NamedTuple):
-    """flag: number of labels that follow the struct (0: none); labels: float32 [max(flag, 1)]."""
+    """The header of a record.
+
+    Attributes:
+        flag: Number of labels that follow the struct; 0 means none.
+        labels: [max(flag, 1)] float32.
+        id: Unsigned 64-bit integer, usually the key.
+        id2: Unsigned 64-bit integer, the exact class beyond 2**24.
+    """
 
     flag: int
     labels: np.ndarray
@@ -67,7 +74,13 @@ class RecordHeader(NamedTuple):
 
 
 class RecordPlace(NamedTuple):
-    """Where a scan found a record, in bytes: its first part, its joined payload, what follows."""
+    """Where a scan found a record, in bytes.
+
+    Attributes:
+        offset: Start of its first part.
+        payload_length: Length of its joined payload.
+        end: Start of what follows it.
+    """
 
     offset: int
     payload_length: int
@@ -75,7 +88,7 @@ class RecordPlace(NamedTuple):
 
 
 def unreadable(path: Path, error: OSError) -> RecordError:
-    """What to raise when the system does not let a file be read."""
+    """Makes the error of a file that the system does not let us read."""
     return RecordError(
         f"{path}: cannot be read ({error.strerror or error}). Check its permissions and its disk, "
         "or give another path."
@@ -83,17 +96,24 @@ def unreadable(path: Path, error: OSError) -> RecordError:
 
 
 def padded(length: int) -> int:
-    """`length` rounded up to a multiple of 4 bytes."""
+    """Returns `length` rounded up to a multiple of 4 bytes."""
     return (length + 3) & ~3
 
 
 def pack_record(
     image: bytes, label: float | Sequence[float], record_id: int = 0, record_id2: int = 0
 ) -> bytes:
-    """The payload of a record. A sequence of labels is written after the struct (flag > 0).
+    """Makes the payload of a record.
 
-    A (first) label that is an integer beyond 2**24 becomes id2 as well, see `class_of`. Raises
-    RecordError when `record_id2` already says something else.
+    Args:
+        image: Encoded image.
+        label: Label, or a sequence of labels, which is written after the struct (flag > 0). A
+            (first) label that is an integer beyond 2**24 becomes id2 as well, see `class_of`.
+        record_id: Value of id.
+        record_id2: Value of id2.
+
+    Raises:
+        RecordError: There is no label, or `record_id2` contradicts a label beyond 2**24.
     """
     several = isinstance(label, Sequence)
     labels = list(label) if isinstance(label, Sequence) else [label]
@@ -113,16 +133,22 @@ def pack_record(
 
 
 def pack_range(first: int, end: int, record_id: int = 0) -> bytes:
-    """The payload of a header or identity record: labels (first, end), no image; see `range_of`."""
+    """Makes the payload of a header or identity record: labels (first, end), no image.
+
+    Args:
+        first: First number.
+        end: Second number; beyond 2**24 both are kept as ids too, see `range_of`.
+        record_id: Value of id otherwise.
+    """
     ids = (first, end) if end > MAX_EXACT_LABEL else (record_id, 0)
     return RECORD_HEADER.pack(2, 0.0, *ids) + np.array([first, end], "<f4").tobytes()
 
 
 def class_of(header: RecordHeader) -> int | float:
-    """The class that a record's header names: its first label, exact beyond 2**24 too.
+    """Returns the class that a record's header names: its first label, exact beyond 2**24 too.
 
-    A float where the label is no class: not whole, not finite, or beyond 2**24 without an id2
-    that rounds to it.
+    The result is a float if the label is not a class: not whole, not finite, or beyond 2**24
+    without an id2 that rounds to it.
     """
     label = float(header.labels[0])
     if MAX_EXACT_LABEL <= label < 2.0**63:
@@ -131,7 +157,10 @@ def class_of(header: RecordHeader) -> int | float:
 
 
 def range_of(header: RecordHeader) -> tuple[float, float]:
-    """Both numbers of a header or identity record, exact beyond 2**24 if `pack_range` made it."""
+    """Returns both numbers of a header or identity record.
+
+    They are exact beyond 2**24 if `pack_range` made the record.
+    """
     first, end = header.labels.tolist()
     if end >= MAX_EXACT_LABEL and np.float32(header.id) == first and np.float32(header.id2) == end:
         return header.id, header.id2
@@ -139,18 +168,29 @@ def range_of(header: RecordHeader) -> tuple[float, float]:
 
 
 def unpack_record(payload: bytes, where: str = "record") -> tuple[RecordHeader, memoryview]:
-    """Split a payload into its header and the bytes of its image (a view, nothing is copied).
+    """Splits a payload into its header and the bytes of its image (a view, nothing is copied).
 
-    Raises RecordError, beginning with `where`, when the payload is shorter than its header says.
+    Args:
+        payload: Payload of the record.
+        where: Beginning of the error message.
+
+    Raises:
+        RecordError: The payload is shorter than its header says.
     """
     header = unpack_header(payload, len(payload), where)
     return header, memoryview(payload)[RECORD_HEADER.size + 4 * header.flag :]
 
 
 def unpack_header(head: bytes, payload_length: int, where: str = "record") -> RecordHeader:
-    """The header from the first bytes of a payload of `payload_length` bytes.
+    """Reads the header from the first bytes of a payload.
 
-    `head` may stop after the first label; `labels` then holds those that are there.
+    Args:
+        head: First bytes. They may stop after the first label; `labels` then holds those present.
+        payload_length: Length of the whole payload in bytes.
+        where: Beginning of the error message.
+
+    Raises:
+        RecordError: The payload is shorter than its header says.
     """
     if len(head) < RECORD_HEADER.size:
         raise RecordError(
@@ -172,7 +212,7 @@ def unpack_header(head: bytes, payload_length: int, where: str = "record") -> Re
 
 
 def frame_record(payload: bytes) -> bytes:
-    """The bytes of a record in the file: one part, or several where the payload has the magic."""
+    """Frames a record for the file: one part, or several if the payload contains the magic."""
     parts: list[bytes] = []
     begin = 0
     while (at := _find_magic(payload, begin)) >= 0:
@@ -183,7 +223,7 @@ def frame_record(payload: bytes) -> bytes:
 
 
 def _find_magic(payload: bytes, begin: int = 0) -> int:
-    """Where from `begin` on the magic stands at a multiple of 4 bytes; -1: nowhere."""
+    """Returns where from `begin` on the magic stands at a multiple of 4 bytes, or -1."""
     at = payload.find(MAGIC_BYTES, begin)
     while at % 4 and at >= 0:
         at = payload.find(MAGIC_BYTES, at + 1)
@@ -203,7 +243,17 @@ def _frame_part(continue_flag: int, data: bytes) -> bytes:
 class RecordReader:
     """Reads records by byte offset. Threads may share one reader: it has no position and no lock.
 
-    Every length is compared with the size of the file before anything of that length exists.
+    Every length is compared with the size of the file before memory of that length is allocated.
+
+    Args:
+        path_rec: Path of the file.
+
+    Attributes:
+        path: Path of the file.
+        size: Size of the file in bytes when it was opened.
+
+    Raises:
+        RecordError: The file cannot be opened.
     """
 
     def __init__(self, path_rec: str | os.PathLike[str]) -> None:
@@ -217,34 +267,50 @@ class RecordReader:
         self._words = np.empty(0, "<u4")  # the mapped file, for read_classes only
 
     def close(self) -> None:
-        """Close the file; reading afterwards is an error. Also happens when nobody needs it."""
+        """Closes the file; it must not be read afterwards. Deleting the reader closes it too."""
         self._descriptor = -1  # the number may soon belong to another file
         self._closer()
 
     def where(self, offset: int, key: int | None = None) -> str:
-        """How errors name a record: file, key where there is one, byte offset."""
+        """Names a record for errors: file, key if it is known, byte offset."""
         name = "record" if key is None else f"record with key {key}"
         return f"{self.path}: {name} at byte {offset}"
 
     def read_at(self, offset: int, key: int | None = None, end: int | None = None) -> bytes:
-        """The joined payload of the record that starts at byte `offset`.
+        """Reads the joined payload of a record.
 
-        `key` is for messages only. `end`, where known, is the offset of the next record that the
-        index lists: this record may not reach past it, and if it ends before, something that is
-        a record has to follow. Raises RecordError.
+        Args:
+            offset: Byte offset of the record.
+            key: Key of the record, for messages only.
+            end: Offset of the next record that the index lists, if known. This record may not reach
+                past it, and if it ends before, another record has to follow.
+
+        Raises:
+            RecordError: The record is damaged.
         """
         limit = self.size if end is None else end
         payload = self._read_usual(offset, limit)
         return self._read(offset, key, limit)[0] if payload is None else payload
 
     def end_of(self, offset: int, key: int | None = None) -> int:
-        """Where the record that starts at byte `offset` ends; it is read. Raises RecordError."""
+        """Reads the record that starts at byte `offset` and returns where it ends.
+
+        Raises:
+            RecordError: The record is damaged.
+        """
         return self._read(offset, key, self.size)[1]
 
     def read_header(self, offset: int, key: int | None = None) -> RecordHeader:
-        """Flag, first label and ids of a record, reading a few dozen bytes of it.
+        """Reads flag, first label and ids of a record, a few dozen bytes of it.
 
-        Labels beyond the first are left out where the record has them. Raises RecordError.
+        Labels beyond the first are left out, unless the record is in several parts.
+
+        Args:
+            offset: Byte offset of the record.
+            key: Key of the record, for messages only.
+
+        Raises:
+            RecordError: The record is damaged.
         """
         where = self.where(offset, key)
         first_bytes = RECORD_HEADER.size + 4
@@ -259,10 +325,17 @@ class RecordReader:
         return unpack_header(head, length, where)
 
     def read_classes(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Classes of many records at once, by a vectorized look at their headers.
+        """Reads the classes of many records at once, by a vectorized look at their headers.
 
-        offsets: int64 [k]. Returns classes int64 [k] and which of them are sure, bool [k]: the
-        others (damaged, in several parts, beyond 2**24, no class at all) need `read_header`.
+        Args:
+            offsets: [k] int64 byte offsets.
+
+        Returns:
+            Classes, int64 [k], and which of them are certain, bool [k]. The others (damaged, in
+            several parts, beyond 2**24, not a class) need `read_header`.
+
+        Raises:
+            RecordError: The size of the file changed.
         """
         if os.fstat(self._descriptor).st_size != self.size:  # a shorter file must not be mapped
             raise RecordError(f"{self.path}: its size changed while it was read")
@@ -292,7 +365,7 @@ class RecordReader:
         return np.where(sure, label, 0).astype(np.int64), sure
 
     def will_need(self, begin: int, end: int) -> None:
-        """Let the kernel read the bytes begin..end-1 into memory ahead of time; only a hint."""
+        """Asks the kernel to read the bytes begin..end-1 ahead of time; this is only a hint."""
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
@@ -300,9 +373,10 @@ class RecordReader:
         return RecordReader, (self.path,)  # a worker process opens the file for itself
 
     def scan(self, offset: int = 0) -> Iterator[RecordPlace]:
-        """Every record from byte `offset` on, for files without an index.
+        """Yields every record from byte `offset` on, for files without an index.
 
-        Raises RecordError at the first place where no record starts.
+        Raises:
+            RecordError: No valid record starts where one is due.
         """
         while offset < self.size:
             payload, end = self._read(offset, None, self.size)
@@ -310,8 +384,10 @@ class RecordReader:
             offset = end
 
     def _read_usual(self, offset: int, limit: int) -> bytes | None:
-        """The payload of a sound record in one part within one window, by the rules of `_read`,
-        which sorts out everything else (None). Nine tenths of the reader's own time are saved.
+        """Reads the payload of an intact one-part record that fits one window; else returns None.
+
+        The rules are those of `_read`, which handles all other records. This saves nine tenths of
+        the reader's own time.
         """
         room = limit - offset
         if offset < 0 or offset % 4 or room < PART_HEADER.size:
@@ -336,7 +412,7 @@ class RecordReader:
         return payload if sure or _find_magic(payload) < 0 else None
 
     def _read(self, offset: int, key: int | None, limit: int) -> tuple[bytes, int]:
-        """Payload and end of a record. One system call when it fits the window, else a few."""
+        """Reads payload and end of a record: one system call if it fits the window, else a few."""
         where = self.where(offset, key)
         limit = min(limit, self.size)
         if offset < 0 or offset % 4 or offset + PART_HEADER.size > limit:
@@ -395,7 +471,7 @@ class RecordReader:
         return (parts[0] if len(parts) == 1 else MAGIC_BYTES.join(parts)), at
 
     def _part(self, header: bytes, at: int, where: str) -> tuple[int, int]:
-        """Continue flag and length of the part whose first bytes are `header`."""
+        """Returns continue flag and length of the part whose first bytes are `header`."""
         if len(header) < PART_HEADER.size:
             raise TruncatedError(
                 f"{where}: byte {at} starts a part, but the file ends at byte {self.size}. "
@@ -428,10 +504,14 @@ class RecordReader:
 
 
 class RecordWriter:
-    """Writes a `.rec` and its `.idx` as MXNet does. Both appear at `close`, or not at all.
+    """Writes a `.rec` and its `.idx` as MXNet does. Both appear at `close`.
 
-    Until then they are temporary files beside the targets; `abort`, or an exception inside the
+    Until then they are temporary files beside the targets. `abort`, or an exception inside the
     `with` block, removes them. Existing targets are replaced at `close`.
+
+    Args:
+        path_rec: Path of the `.rec` file.
+        path_idx: Path of the `.idx` file.
     """
 
     def __init__(self, path_rec: str | os.PathLike[str], path_idx: str | os.PathLike[str]) -> None:
@@ -455,7 +535,15 @@ class RecordWriter:
         return open(descriptor, "wb")
 
     def write(self, key: int, payload: bytes) -> int:
-        """Append a record; keys must increase from record to record. Returns its byte offset."""
+        """Appends a record and returns its byte offset.
+
+        Args:
+            key: Key, larger than that of the record before.
+            payload: Payload of the record.
+
+        Raises:
+            RecordError: The key does not increase, or the payload is too long for the format.
+        """
         if key <= self._last_key:
             raise RecordError(
                 f"{self.path_rec}: key {key} after key {self._last_key}; keys start at 0 or above "
@@ -469,8 +557,12 @@ class RecordWriter:
         return offset
 
     def rewrite_first(self, payload: bytes) -> None:
-        """Replace the record at byte 0 by one of the same framed size (a header record whose
-        counts are known only at the end).
+        """Replaces the record at byte 0 by one of the same framed size.
+
+        This serves a header record whose counts are known only at the end.
+
+        Raises:
+            RecordError: The framed size differs.
         """
         framed = frame_record(payload)
         if len(framed) != self._first_size:
@@ -483,7 +575,7 @@ class RecordWriter:
         self._rec.seek(self._offset)
 
     def close(self) -> None:
-        """Put both files in place."""
+        """Puts both files in place."""
         if not self._open:
             return
         for file in (self._rec, self._idx):
@@ -497,7 +589,7 @@ class RecordWriter:
         self._open = False
 
     def abort(self) -> None:
-        """Remove the temporary files; whatever was at the targets stays as it was."""
+        """Removes the temporary files; existing targets stay as they were."""
         if not self._open:
             return
         self._open = False

@@ -1,7 +1,8 @@
-"""Which image stands at which position of an epoch: the whole set, blocks, shares, classes.
+"""Orders of an epoch: which image stands at which position.
 
 An order is a function of (seed, epoch, position) that needs no state and no list, so any position
-of any epoch costs the same. It knows nothing of ranks, batches or workers (data/order.py does).
+of any epoch costs the same. It does not depend on ranks, batches or workers; `batch_positions` in
+data/order.py divides the positions among ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ _BLOCKS, _SHIFT, _IN_WINDOW, _SHARE, _CLASS, _GROUPS = 3, 4, 5, 6, 7, 8
 
 
 class Sampler(ABC):
-    """Calling it gives the images at positions of an epoch; `len` is the positions of one epoch."""
+    """Gives the images at positions of an epoch when called; `len` is the positions of one epoch.
 
-    window_size = 0  # positions that share a window, where `window` knows one
+    Attributes:
+        num_positions: Number of positions of an epoch.
+        window_size: Number of positions that share a window, 0 without windows.
+    """
+
+    window_size = 0
 
     def __init__(self, num_positions: int) -> None:
         self.num_positions = num_positions
@@ -30,17 +36,23 @@ class Sampler(ABC):
 
     @abstractmethod
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        """positions: int64 [k] in [0, len(order)). Returns image numbers, int64 [k]."""
+        """Returns the image numbers at some positions.
+
+        Args:
+            positions: [k] int64 in [0, len(order)).
+            epoch: Number of the epoch.
+
+        Returns:
+            [k] int64.
+        """
 
     def window(self, position: int, epoch: int) -> list[tuple[int, int]]:
-        """The ranges of images (begin, end) from which the positions of one window come, the one
-        that `position` is in.
-        """
+        """Returns the ranges of images (begin, end) that make up the window of `position`."""
         return []
 
 
 class SequentialSampler(Sampler):
-    """The set as it lies."""
+    """The images in the order of the set."""
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
         """See Sampler."""
@@ -62,17 +74,23 @@ class RandomSampler(Sampler):
 class BlockShuffleSampler(Sampler):
     """Every image once per epoch, read in blocks of neighbors: for spinning or network disks.
 
-    The set is a ring, cut at a random place per epoch into blocks of `block` images; the blocks
-    come in random order, and images are shuffled within windows of `window_blocks` blocks. So a
-    window's images are read from that many places, and two images that lie close together in the
-    file share a window far more often than chance (always, within a block): shuffle such sets on
-    disk once (scripts/shuffle_rec.py) if their classes lie together.
+    The set is a ring, cut at a random place per epoch into blocks. The blocks come in random order,
+    and images are shuffled within windows of several blocks. So a window's images are read from
+    that many places. Two images that are close in the file share a window far more often than by
+    chance (always, within a block). If the classes of a set lie together in the file, shuffle it on
+    disk once (scripts/shuffle_rec.py).
+
+    Args:
+        num_images: Number of images.
+        seed: Seed of the run.
+        block: Images per block.
+        window_blocks: Blocks per window.
     """
 
     def __init__(self, num_images: int, seed: int, block: int, window_blocks: int = 64) -> None:
         super().__init__(num_images)
         self._seed, self._block = seed, min(block, num_images)
-        self._blocks = num_images // self._block  # whole ones; what is left makes the last window
+        self._blocks = num_images // self._block  # whole blocks; the rest makes the last window
         self.window_size = self._block * min(window_blocks, self._blocks)
 
     def __call__(self, positions: np.ndarray, epoch: int) -> np.ndarray:
@@ -89,7 +107,7 @@ class BlockShuffleSampler(Sampler):
         return (images + self._shift(epoch)) % self.num_positions
 
     def window(self, position: int, epoch: int) -> list[tuple[int, int]]:
-        """See Sampler: the blocks of the window of `position`."""
+        """Returns the blocks of the window of `position`; see Sampler."""
         begins, sizes = self._window_of(np.array([position]))
         begin, end = int(begins[0]), int(begins[0] + sizes[0])
         shift, ranges = self._shift(epoch), []
@@ -102,7 +120,7 @@ class BlockShuffleSampler(Sampler):
             length = min(self._block, end - first)
             at = (at + shift) % self.num_positions
             ranges.append((at, min(at + length, self.num_positions)))
-            if at + length > self.num_positions:  # round the ring
+            if at + length > self.num_positions:  # the block wraps around the ring
                 ranges.append((0, at + length - self.num_positions))
         return ranges
 
@@ -121,9 +139,16 @@ class BlockShuffleSampler(Sampler):
 class WeightedSampler(Sampler):
     """Several sets, each with its share of the epoch; an epoch is as long as the sets together.
 
-    sizes: images of each set, numbered one set after the other. weights: relative shares. A set
-    goes on in the next epoch where it stopped in this one: every image of it comes once before
-    any comes again, in a new random order each time round.
+    A set continues in the next epoch where it stopped in this one: every image of it comes once
+    before any comes again, in a new random order for each pass.
+
+    Args:
+        sizes: Images of each set, numbered one set after the other.
+        weights: Relative shares.
+        seed: Seed of the run.
+
+    Attributes:
+        shares: [sets] int64, images of each set per epoch.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -134,7 +159,7 @@ class WeightedSampler(Sampler):
         shares = np.floor(exact).astype(np.int64)
         largest_rest = np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]
         shares[largest_rest] += 1
-        self.shares = shares  # int64 [sets], images per epoch
+        self.shares = shares
         self._sizes = np.asarray(sizes, np.int64)
         self._first_image = np.cumsum(self._sizes) - self._sizes
         self._ends = np.cumsum(shares)
@@ -152,13 +177,17 @@ class WeightedSampler(Sampler):
 
 
 class ClassBalancedSampler(Sampler):
-    """Every class equally often: the order is a row of groups of `samples_per_class` images of one
-    class each, so a batch of P * samples_per_class images holds P classes.
+    """Every class equally often, in groups of `samples_per_class` images of one class.
 
-    labels: int [images]; classes without an image are left out. Every class has the same number
-    of groups in an epoch, as many as make it about as long as the set, at least one. A class goes
-    through its images in a new random order each time round; a group has an image twice only if
-    its class has fewer than `samples_per_class`, and then it has all of them.
+    A batch of P * samples_per_class images therefore holds P groups. Every class has the same
+    number of groups in an epoch, as many as make it about as long as the set, at least one. A class
+    goes through its images in a new random order for each pass. A group contains an image twice
+    only if its class has fewer than `samples_per_class`, and then it contains all of them.
+
+    Args:
+        labels: [images] integers; classes without an image are left out.
+        samples_per_class: Images per group.
+        seed: Seed of the run.
     """
 
     def __init__(self, labels: np.ndarray, samples_per_class: int, seed: int) -> None:
@@ -183,8 +212,8 @@ class ClassBalancedSampler(Sampler):
         num_classes = len(self._counts)
         cls, nth = drawn % num_classes, drawn // num_classes
         counts = self._counts[cls]
-        # A round of a class is as many whole groups as its images fill, at least one; what is
-        # left comes in another round, so no group sees two rounds.
+        # A round of a class is as many whole groups as its images fill, at least one; the images
+        # left over come in another round, so no group sees two rounds.
         groups_per_round = np.maximum(counts // self._per_group, 1)
         nth_ever = epoch * self._groups_per_class + nth
         rounds = nth_ever // groups_per_round

@@ -1,0 +1,1 @@
+"""Metrics and protocols of face recognition; each protocol is also a command."""

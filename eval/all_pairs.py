@@ -1,16 +1,16 @@
-"""TAR at FAR over all pairs of a set, exactly, without holding the matrix of scores.
+"""Computes the exact TAR at FAR over all pairs of a set, without holding the matrix of scores.
 
 N images have N (N - 1) / 2 scores, and FAR 1e-6 asks for one of them: the best impostor that must
-stay out. Finding it needs no sorted list of all, only those near it:
+stay out. Finding it needs only the scores near it:
 
-1. a random sample of pairs says between which two scores it lies, give or take six sigma;
-2. one pass over the matrix, block by block, counts the impostors above that bracket and keeps
-   those inside (some millions, whatever N is);
-3. a pass over the blocks along the diagonal, where the images of one person meet (images are sorted
-   by person), counts the genuine pairs above it.
+1. A random sample of pairs says between which two scores it lies, within five sigma.
+2. One pass over the matrix, block by block, counts the impostors above that bracket and keeps
+   those inside (some millions, whatever N is).
+3. A pass over the blocks along the diagonal, where the images of one identity meet (images are
+   sorted by identity), counts the genuine pairs above it.
 
-The counts say whether the bracket was right; if not, another pass follows with what is known now.
-The sample decides how long it takes, never what comes out.
+The counts say whether the bracket was right. If not, another pass follows with the bounds known by
+then. The sample decides how long it takes, never the result.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ from eval.metrics import allowed_false_accepts
 BLOCK = 4096  # images on a side: 64 MiB of scores
 _SAMPLED_PAIRS = 20_000  # at least; beyond 3e8 impostors one of 16,000
 _SIGMAS = 5.0
-_FEW = 400  # sampled pairs: of fewer than these a sample cannot tell where they end
+_FEW = 400  # sampled pairs; a sample cannot bound a score from above with fewer than these
 _KEPT = 48_000_000  # scores of a bracket kept at most: 192 MB
 
 
 @dataclass(frozen=True)
 class AllPairs:
-    """What `all_pairs` found for one target FAR.
+    """The result of `all_pairs` for one target FAR.
 
     Attributes:
-        far: the target; the rate itself is false_accepts / num_impostors.
+        far: Target; the rate itself is false_accepts / num_impostors.
         tar: true_accepts / num_genuine, the largest whose FAR does not exceed the target.
-        score_above: a pair is accepted when its score is greater than this (-inf: always).
-        true_accepts, false_accepts: pairs accepted, exactly.
-        num_genuine, num_impostors: pairs of one person, of two.
+        score_above: A pair is accepted when its score is greater than this; -inf accepts all.
+        true_accepts: Exact number of genuine pairs accepted.
+        false_accepts: Exact number of impostor pairs accepted.
+        num_genuine: Number of pairs of one identity.
+        num_impostors: Number of pairs of two identities.
     """
 
     far: float
@@ -57,7 +59,7 @@ class AllPairs:
 
 @dataclass
 class _Bracket:
-    """Scores low <= s <= high, some of which targets are looked for in."""
+    """Scores low <= s <= high, in which some of the ranks are searched."""
 
     low: float
     high: float
@@ -71,7 +73,7 @@ class _Bracket:
         self.counts: list[NDArray[np.int64] | None] = []  # None: each value once
 
     def keep(self, values: NDArray[np.float32]) -> None:
-        """Remember scores inside; equal ones as one when they become many."""
+        """Keeps scores that are inside; when they become many, equal ones are kept as one."""
         self.inside += len(values)
         if self.overflowed:
             return
@@ -84,7 +86,7 @@ class _Bracket:
             self.overflowed = len(distinct) > _KEPT // 2
 
     def find(self, rank: int) -> tuple[float, int]:
-        """(the rank-th best of all impostors, how many are better); it is in this bracket."""
+        """Returns the rank-th best of all impostors, which is inside, and how many are better."""
         if all(count is None for count in self.counts):
             every = np.concatenate(self.values)
             every.sort()
@@ -97,7 +99,7 @@ class _Bracket:
         return float(values[at]), int(better[at])
 
     def narrow(self, rank: int) -> tuple[float, float]:
-        """Where `rank` should be in an overflowed bracket, going by the part that was kept."""
+        """Returns where `rank` should be in an overflowed bracket, judged by the kept part."""
         values, counts = self.collected()
         share = np.cumsum(counts) / counts.sum()  # at or below values[i]
         middle = 1 - (rank - self.above) / self.inside
@@ -107,7 +109,7 @@ class _Bracket:
         return float(low), float(values[min(int(np.searchsorted(share, middle + half)), last)])
 
     def collected(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(distinct kept scores, rising; how often each was seen)."""
+        """Returns the distinct kept scores, ascending, and how often each was seen."""
         values = np.concatenate([np.empty(0, np.float32), *self.values])
         weights = [
             np.ones(len(v), np.int64) if c is None else c
@@ -139,17 +141,21 @@ class _Scores:
         self._buffer = torch.empty(height * width, device=self.rows.device)
 
     def blocks(self, shared_people: bool | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(scores of a block, which of them are genuine, or None: none is).
+        """Yields the scores of each block, and which of them are genuine (None if none is).
 
-        Of the blocks on the diagonal of a triangle only what lies above it is given, as one row.
-        `shared_people`: only blocks with (or without) people in both sides.
+        For a block on the diagonal of a triangle only the part above the diagonal is given, as one
+        row.
+
+        Args:
+            shared_people: Yields only blocks with (or without) identities on both sides; None
+                yields all.
         """
         for top in range(0, len(self.rows), BLOCK):
             left = top if self.is_triangle else 0
             for start in range(left, len(self.columns), BLOCK):
                 row_part, column_part = slice(top, top + BLOCK), slice(start, start + BLOCK)
                 own, other = self.row_people[row_part], self.column_people[column_part]
-                # Both are sorted by person.
+                # Both are sorted by identity.
                 overlap = bool((own[0] <= other[-1]) & (other[0] <= own[-1]))
                 if shared_people is not None and overlap != shared_people:
                     continue
@@ -167,14 +173,14 @@ class _Scores:
                     yield scores, genuine
 
     def impostors(self) -> Iterator[Any]:
-        """Scores of different people, block by block, flat: arrays on the CPU, tensors on a GPU."""
+        """Yields scores of different identities per block: arrays on the CPU, tensors on a GPU."""
         for scores, genuine in self.blocks():
             flat = scores.reshape(-1) if genuine is None else _pick(scores, ~genuine)
             yield flat.numpy() if flat.device.type == "cpu" else flat
 
 
 def _pick(values: Tensor, mask: Tensor) -> Tensor:
-    """values[mask]; on a CPU by NumPy, which takes a tenth of the time there."""
+    """Returns values[mask]; on a CPU NumPy does it, in a tenth of the time."""
     if values.device.type == "cpu":
         return torch.from_numpy(values.numpy()[mask.numpy()])
     return values[mask]
@@ -191,23 +197,27 @@ def all_pairs(
     seed: int = 0,
     on_block: Callable[[int], None] = lambda count: None,
 ) -> list[AllPairs]:
-    """TAR at each of `fars` over all pairs of `embeddings` [N, D] of `people` [N], exactly.
+    """Computes the exact TAR at each of `fars` over all pairs of a set.
 
     Scores are fp32 products of fp32 rows; equal scores are accepted together.
 
     Args:
-        embeddings: any length; see `normalize`.
-        people: an integer per row: who it is.
-        fars: targets in [0, 1].
-        against: (embeddings [M, D], people [M]) of another set: then every row of the first is
+        embeddings: [N, D] of any length; see `normalize`.
+        people: [N] integers, the identity of each row.
+        fars: Targets in [0, 1].
+        against: (embeddings [M, D], people [M]) of another set. Every row of the first set is then
             compared with every row of the second, and not with its own set.
-        normalize: scale rows to length 1 first, so that scores are cosines.
-        device: where the products are computed.
-        seed: of the sample; it does not change the result.
-        on_block: called with the number of scores of every block that was computed.
+        normalize: Whether rows are scaled to length 1 first, so that scores are cosines.
+        device: Device of the products.
+        seed: Seed of the sample; it does not change the result.
+        on_block: Is called with the number of scores of every block that was computed.
 
-    Returns one AllPairs per target; a TAR is NaN where a kind of pair is missing.
-    Raises ValueError: shapes, a FAR outside [0, 1], a row that is not finite or (normalizing) zero.
+    Returns:
+        One AllPairs per target; a TAR is NaN if there are no genuine or no impostor pairs.
+
+    Raises:
+        ValueError: Shapes do not fit, a FAR is outside [0, 1], or a row is not finite or (when
+            normalizing) zero.
     """
     for far in fars:
         if not 0 <= far <= 1:
@@ -251,7 +261,7 @@ def _prepare(
     normalize: bool,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 rows sorted by person, and the people, on the device."""
+    """Returns fp32 rows sorted by identity, and the identities, on the device."""
     if embeddings.ndim != 2 or len(embeddings) != len(people) or not embeddings.size:
         raise ValueError(
             f"embeddings have shape {list(embeddings.shape)} for {len(people)} people; needed is a "
@@ -274,7 +284,7 @@ def _prepare(
 
 
 def _count_pairs(scores: _Scores) -> tuple[int, int]:
-    """(genuine pairs, all pairs), as integers of any size."""
+    """Returns the numbers of genuine pairs and of all pairs, as integers of any size."""
     people, counts = torch.unique(scores.row_people, return_counts=True)
     if scores.is_triangle:
         number = len(scores.rows)
@@ -291,7 +301,7 @@ def _count_pairs(scores: _Scores) -> tuple[int, int]:
 def _select(
     scores: _Scores, ranks: Sequence[int], num_impostors: int, seed: int
 ) -> dict[int, tuple[float, int]]:
-    """{rank: (the rank-th best impostor score, how many are better)}, ranks from 1."""
+    """Returns {rank: (the rank-th best impostor score, how many are better)}, ranks from 1."""
     sample = np.empty(0, np.float32)
     if num_impostors > _KEPT // 2:
         sample = _sample_impostors(scores, max(_SAMPLED_PAIRS, num_impostors // 16_000), seed)
@@ -327,11 +337,11 @@ def _select(
 
 
 def _guess(share: float, sample: NDArray[np.float32], sigmas: float) -> tuple[float, float]:
-    """(low, high) of where the score with this share of impostors at or above it should be."""
+    """Estimates (low, high) around the score that this share of the impostors reaches."""
     size = len(sample)
     if not size:
         return -math.inf, math.inf
-    few = min(_FEW / size, 1.0)  # of which share a sample tells little, but all above can be kept
+    few = min(_FEW / size, 1.0)  # a sample says little about a smaller share, but all above fits
     is_few = share <= few
     share = min(max(share, few), 1.0)
     margin = sigmas * math.sqrt(share * (1 - share) / size)
@@ -342,7 +352,7 @@ def _guess(share: float, sample: NDArray[np.float32], sigmas: float) -> tuple[fl
 
 
 def _disjoint(ranges: Sequence[tuple[float, float]]) -> list[_Bracket]:
-    """Brackets that cover the ranges and do not overlap, from the best scores down."""
+    """Returns brackets that cover the ranges and do not overlap, from the best scores down."""
     merged: list[list[float]] = []
     for low, high in sorted(ranges, reverse=True):
         if merged and high >= merged[-1][0]:
@@ -353,7 +363,7 @@ def _disjoint(ranges: Sequence[tuple[float, float]]) -> list[_Bracket]:
 
 
 def _fill(scores: _Scores, brackets: Sequence[_Bracket]) -> None:
-    """One pass over all impostors: counts and kept scores of every bracket."""
+    """Fills counts and kept scores of every bracket in one pass over all impostors."""
     for flat in scores.impostors():
         rest = flat
         for bracket in reversed(brackets):  # from the worst scores up, ever fewer
@@ -371,7 +381,7 @@ def _fill(scores: _Scores, brackets: Sequence[_Bracket]) -> None:
 
 
 def _sample_impostors(scores: _Scores, count: int, seed: int) -> NDArray[np.float32]:
-    """Scores of random pairs of different people, rising."""
+    """Returns scores of random pairs of different identities, ascending."""
     random = np.random.default_rng(seed)
     found = []
     for _ in range(0, count, 2 * BLOCK):
@@ -386,7 +396,7 @@ def _sample_impostors(scores: _Scores, count: int, seed: int) -> NDArray[np.floa
 
 
 def _count_genuine(scores: _Scores, limits: Sequence[float]) -> list[int]:
-    """How many genuine pairs score above each limit."""
+    """Counts the genuine pairs that score above each limit."""
     counts = [0] * len(limits)
     for block, genuine in scores.blocks(shared_people=True):
         assert genuine is not None
@@ -405,7 +415,7 @@ def _next_down(value: float) -> float:
 
 
 class _full_precision:
-    """fp32 products on a GPU in fp32, whatever the process has chosen for training."""
+    """Computes fp32 products on a GPU in fp32, whatever the process has chosen for training."""
 
     def __enter__(self) -> None:
         self._before = torch.get_float32_matmul_precision()

@@ -1,8 +1,8 @@
-"""Top-1 and top-5 of a classifier on a folder of pictures, on all ranks together.
+"""Top-1 and top-5 of a classifier on a folder of images, on all ranks together.
 
-Each rank scores its share of the pictures; counts are all that is summed up. While training,
-`classify` asks the sharded head where each picture's class stands; as a command it evaluates only:
-a run, its model.pt, or weights as torchvision publishes them.
+Each rank scores its share of the images; only counts are summed over ranks. During training,
+`classify` asks the sharded head for the rank of each image's class. The command evaluates only: a
+run, its model.pt, or weights as torchvision publishes them.
 
     python -m eval.classification --model work_dirs/imagenet_r50 --data /data/imagenet
     python -m eval.classification --model resnet50-0676ba61.pth --network resnet50 --data ...
@@ -40,7 +40,7 @@ from eval.extract import (
 )
 
 Places = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [b, width] of the model, labels [b]) -> [b] int64: classes above each row's own."""
+"""(outputs [b, width], labels [b]) -> [b] int64, the number of classes above each row's own."""
 
 TOP = (1, 5)
 
@@ -58,29 +58,36 @@ def classify(
     input_size: int = 224,
     show_progress: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Score a model on sets of pictures; all ranks of `group` call it together and get the same.
+    """Scores a model on sets of images; all ranks of `group` call it together.
+
+    All ranks get the same result.
 
     Args:
-        embed: uint8 RGB [n, 3, input_size, input_size] -> [n, width]: logits, or what `places`
+        embed: uint8 RGB [n, 3, input_size, input_size] -> [n, width], logits or what `places`
             takes. Every rank must have the same weights.
-        places: of logits; or of a head whose ranks work together (`target_rank`), which is then
-            called equally often on all of them.
-        width: of what `embed` gives; needed where `places` works over ranks.
-        rank, world_size, group: which share is this one's.
-        batch_size: pictures per call.
+        sets: The same sets on every rank.
+        places: Ranks of the labels among logits, or of a head whose ranks work together
+            (`target_rank`). It is called equally often on all ranks.
+        width: Width of `embed`'s outputs; needed if `places` works over ranks.
+        rank: This rank.
+        world_size: Number of ranks; torch.distributed is used only if it is more than 1.
+        group: Process group of the ranks.
+        batch_size: Images per call of `embed`.
+        input_size: Is not used; each set has its own.
+        show_progress: Whether progress is shown on stderr.
 
     Returns:
-        {set: {"top1", "top5", "num_images"}}, shares in [0, 1]; top5 of 5 classes is 1.
+        {set: {"top1", "top5", "num_images"}} with shares in [0, 1]; top5 of 5 classes is 1.
 
     Raises:
-        ValueError: bad arguments or pictures. What fails on one rank raises there, and
-            OtherRankFailed, which names it, on the others: no rank is left waiting.
+        ValueError: An argument or an image cannot be used. An error of one rank raises there.
+        OtherRankFailed: Another rank failed; the message names it. No rank is left waiting.
     """
     results = {}
     for one in sets:
         share = _Share(one, rank, world_size, batch_size)
         progress = Progress(share.num_own, f"classifying {one.name}", show_progress)
-        counts = torch.zeros(1 + len(TOP), dtype=torch.int64)  # pictures, and right ones by k
+        counts = torch.zeros(1 + len(TOP), dtype=torch.int64)  # images, and right ones by k
         for outputs, labels, is_counted in share.outputs(embed, width or one.num_classes):
             found = places(outputs, labels).cpu()  # [b]
             if is_counted:
@@ -96,10 +103,10 @@ def classify(
 
 
 class _Share:
-    """One rank's pictures of a set, in as many batches as any rank has.
+    """One rank's images of a set, in as many batches as any rank has.
 
-    A rank that has fewer, or whose pictures fail, goes on with one row that is not counted: the
-    others would wait for it. The failure is kept.
+    A rank that has fewer batches, or whose images fail, continues with one row that is not counted,
+    because the others would wait for it. The failure is kept.
     """
 
     def __init__(self, one: ImageFolder, rank: int, world_size: int, batch_size: int) -> None:
@@ -111,7 +118,7 @@ class _Share:
         self.failure: Exception | None = None
 
     def outputs(self, embed: Embed, width: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """(outputs [b, width], labels [b], whether they count) of every batch."""
+        """Yields outputs [b, width] and labels [b] of every batch, and whether they count."""
         size = self.one.input_size
         batches = embedded_batches(
             embed,
@@ -147,7 +154,7 @@ def _sum(
     world_size: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Counts over all ranks; or an error on every rank if one has failed."""
+    """Sums counts over all ranks; if one has failed, every rank raises."""
     if world_size == 1:
         return counts
     failed = torch.zeros(world_size, dtype=torch.int64)
@@ -170,11 +177,18 @@ def _sum(
 def open_image_folder(
     folder: str | Path, input_size: int, short_side: int | None = None
 ) -> ImageFolder:
-    """The pictures to score in `folder`: its val/, labeled as the class folders of its train/ are
-    numbered; or, where there is no val/, its own class folders in sorted order.
+    """Opens the images to score in a folder.
+
+    They are in val/ and labeled as the class folders of train/ are numbered. Without val/ they are
+    in the folder's own class folders in sorted order.
+
+    Args:
+        folder: The folder.
+        input_size: Height and width that the network takes.
+        short_side: See `data.crop.center_crop`.
 
     Raises:
-        DataError: a missing folder; a class of val/ that train/ does not have.
+        DataError: A folder is missing, or train/ lacks a class of val/.
     """
     folder = Path(folder)
     val = folder / "val" if (folder / "val").is_dir() else folder
@@ -191,7 +205,7 @@ def open_image_folder(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code (2: wrong input, as argparse has it)."""
+    """Runs the command and returns the exit code (2 for wrong input, as in argparse)."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.classification", description="Top-1 and top-5 of a classifier."
     )
@@ -249,7 +263,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def format_results(results: dict[str, dict[str, float]]) -> str:
-    """A line per set."""
+    """Formats one line per set."""
     return "\n".join(
         f"{name}: {one['num_images']:,} pictures, top-1 {one['top1']:.5f}, top-5 {one['top5']:.5f}"
         for name, one in results.items()

@@ -1,7 +1,7 @@
-"""What the commands of this folder share: the options that name a model, ranks, errors, outputs.
+"""Shared code of the commands of this folder: model options, ranks, errors, outputs.
 
-Every `python -m eval.X` is `run_command(work)`: it joins the ranks torchrun started (or none),
-turns what is wrong with the input into one line on stderr and exit code 2, and leaves the ranks.
+Every `python -m eval.X` is `run_command(work)`. It joins the ranks that torchrun started (or none),
+reports wrong input in one line on stderr with exit code 2, and leaves the ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """The options that say which model, how images reach it, and where it runs."""
+    """Adds the options that say which model, how images reach it, and where it runs.
+
+    Args:
+        parser: Parser to extend.
+        several: Whether --model takes several models.
+    """
     add = parser.add_argument
     add(
         "--model",
@@ -50,7 +55,10 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
 
 
 def open_models(options: argparse.Namespace, world: DistContext) -> list[Model]:
-    """The model or models of `add_model_options`, on this rank's device; says how they see."""
+    """Opens the models of `add_model_options` on this rank's device.
+
+    The main rank prints how images reach each of them.
+    """
     paths = options.model if isinstance(options.model, list) else [options.model]
     models = []
     for path in paths:
@@ -77,14 +85,15 @@ def open_models(options: argparse.Namespace, world: DistContext) -> list[Model]:
 
 
 def cache_of(options: argparse.Namespace, model: Model) -> EmbeddingCache | None:
-    """The cache that --cache asks for."""
+    """Returns the cache that --cache asks for."""
     return None if options.cache is None else EmbeddingCache(options.cache, model.key)
 
 
 def choose_dist_context(device: str | None) -> DistContext:
-    """This process among torchrun's ranks, on the device that --device asks for.
+    """Joins torchrun's ranks, on the device that --device asks for.
 
-    Raises ValueError if PyTorch cannot use it.
+    Raises:
+        ValueError: PyTorch cannot use the device, or several ranks share one GPU number.
     """
     if device is not None:
         try:
@@ -106,13 +115,13 @@ def choose_dist_context(device: str | None) -> DistContext:
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """`work()`'s exit code, or 2 after one line on stderr where the input is wrong."""
+    """Returns the exit code of `work()`, or 2 after one line on stderr if the input is wrong."""
     code = 2
     try:
         code = work()
     except (OSError, ValueError, RuntimeError, WeightsError, DeviceError) as error:
         if type(error) is RuntimeError and not _from_other_rank(error):
-            raise  # a bug of ours or of a library: the traceback is what helps
+            raise  # a bug of ours or of a library: the traceback helps
         print(f"error: {error}", file=sys.stderr)
     finally:
         destroy_distributed()
@@ -124,10 +133,14 @@ def _from_other_rank(error: RuntimeError) -> bool:
 
 
 def check_outputs(files: dict[str, Path | None], plots: Iterable[str] = ()) -> None:
-    """Make their folders and see that all can be written, before the work they are to hold.
+    """Makes the folders of output files and checks that all can be written, before any work.
 
-    files: {option: file or None}; plots: the options whose file must be a figure's.
-    Raises ValueError.
+    Args:
+        files: {option: file or None}.
+        plots: Options whose file must be a figure's.
+
+    Raises:
+        ValueError: A file has the wrong suffix, is a folder, or cannot be written.
     """
     for option, file in files.items():
         if file is not None and option in plots and file.suffix not in PLOT_SUFFIXES:
@@ -143,22 +156,22 @@ def check_outputs(files: dict[str, Path | None], plots: Iterable[str] = ()) -> N
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Whole or not at all; NaN and infinities, which JSON does not have, as null."""
+    """Writes JSON atomically; NaN and infinities, which JSON does not have, become null."""
     write_whole(path, (json.dumps(without_nan(content), indent=2) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """At any moment `path` is the old file, the new one, or absent."""
+    """Writes a file atomically: at any moment `path` is the old file, the new one, or absent."""
     unfinished = path.with_name(path.name + ".part")
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)  # gone already unless something failed
+        unfinished.unlink(missing_ok=True)  # it exists only if something failed
 
 
 def parse_rates(text: str) -> list[float]:
-    """`1e-3,1e-4` as numbers in [0, 1]; for argparse."""
+    """Parses `1e-3,1e-4` to numbers in [0, 1], for argparse."""
     try:
         rates = [float(part) for part in text.split(",")]
     except ValueError:
@@ -169,7 +182,7 @@ def parse_rates(text: str) -> list[float]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text, the first column to the left and the others to the right."""
+    """Formats rows as text, the first column aligned left and the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -181,7 +194,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def model_name(path: str) -> str:
-    """What to call a model in tables and files: its run, or the file's name."""
+    """Returns the name of a model in tables and files: its run, or the file's name."""
     given = Path(path).resolve()
     if given.is_dir():
         return given.name

@@ -1,8 +1,8 @@
-"""Many images to embeddings: on all ranks together, with progress, and once per content.
+"""Embeds many images on all ranks together, with progress, and each content only once.
 
-`embed_images` is the one way every protocol here (and `scripts/embed.py`) gets its embeddings.
-Work is cut into batches; a rank takes a contiguous run of whole batches, and a batch is also what
-the cache keeps, so what one run has embedded the next, on any number of ranks, finds again.
+Every protocol here (and `scripts/embed.py`) gets its embeddings from `embed_images`. The work is
+cut into batches, and a rank takes a contiguous run of whole batches. The cache keeps batches too,
+so a later run, on any number of ranks, finds what an earlier one has embedded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data.decode import ImageError, decode_image, read_image_file
 logger = logging.getLogger(__name__)
 
 Embed = Callable[[Tensor], Tensor]
-"""uint8 RGB [n, 3, H, W] on the CPU -> [n, D], float32 or float64, on any device."""
+"""Function of uint8 RGB [n, 3, H, W] on the CPU to [n, D], float32 or float64, on any device."""
 
 _DECODE_THREADS = 4
 _ROWS_PER_BROADCAST = 65_536  # 256 MiB at 1024 numbers
@@ -39,29 +39,41 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Images(Protocol):
-    """Images by index. `encoded` is what the cache is keyed by, `pixels` what a model sees."""
+    """Images by index. `encoded` gives the key of the cache, `pixels` what a model sees."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         ...
 
     def encoded(self, index: int) -> bytes:
-        """Everything image `index` is made from: its bytes, its landmarks, ..."""
+        """Returns everything that image `index` is made from: its bytes, its landmarks, ..."""
         ...
 
     def pixels(self, index: int, encoded: bytes) -> NDArray[np.uint8]:
-        """RGB [input_size, input_size, 3] of what `encoded(index)` gave; ValueError naming it."""
+        """Decodes an image.
+
+        Args:
+            index: Number of the image.
+            encoded: Result of `encoded(index)`.
+
+        Returns:
+            RGB [input_size, input_size, 3].
+
+        Raises:
+            ValueError: The image cannot be used; the message names it.
+        """
         ...
 
 
 class FileImages:
-    """Image files of the model's size; others are an error, or are resized when asked for.
+    """Image files of the model's size; others are an error, or are resized on request.
 
     Args:
-        paths: of the files.
-        input_size: height and width the model takes.
-        resize: scale an image of another size (without keeping its shape) instead of refusing it.
-        places: what errors say of each image, for example file and line of a list; default: path.
+        paths: Paths of the files.
+        input_size: Height and width that the model takes.
+        resize: Whether an image of another size is scaled (without keeping its shape), not refused.
+        places: How errors name each image, for example file and line of a list; None means the
+            path.
     """
 
     def __init__(
@@ -78,28 +90,36 @@ class FileImages:
         return len(self.paths)
 
     def place(self, index: int) -> str:
-        """How errors name image `index`."""
+        """Returns how errors name image `index`."""
         path = str(self.paths[index])
         return path if self._places is None else f"{self._places[index]}: {path}"
 
     def encoded(self, index: int) -> bytes:
-        """The file. Raises ImageError."""
+        """Reads the file.
+
+        Raises:
+            ImageError: The file cannot be read.
+        """
         return read_image_file(self.paths[index], self.place(index))
 
     def pixels(self, index: int, encoded: bytes) -> NDArray[np.uint8]:
-        """See Images. Raises ImageError, also for another size unless `resize`."""
+        """See Images.
+
+        Raises:
+            ImageError: The image cannot be decoded, or has another size and `resize` is False.
+        """
         where = self.place(index)
         return fit(decode_image(encoded, where), self.input_size, self.resize, where)
 
 
 class AlignedImages(FileImages):
-    """Photographs and five landmarks each, aligned to the model's size.
+    """Photographs with five landmarks each, aligned to the model's size.
 
     Args:
-        paths: of the files.
-        landmarks: float64 [n, 5, 2], pixels.
-        input_size: height and width the model takes.
-        places: as for FileImages.
+        paths: Paths of the files.
+        landmarks: [n, 5, 2] float64, in pixels.
+        input_size: Height and width that the model takes.
+        places: As in FileImages.
     """
 
     def __init__(
@@ -113,11 +133,16 @@ class AlignedImages(FileImages):
         self.landmarks = landmarks
 
     def encoded(self, index: int) -> bytes:
-        """The landmarks (80 bytes), then the file."""
+        """Returns the landmarks (80 bytes), then the file."""
         return self.landmarks[index].tobytes() + super().encoded(index)
 
     def pixels(self, index: int, encoded: bytes) -> NDArray[np.uint8]:
-        """See Images. Raises ImageError, AlignmentError."""
+        """See Images.
+
+        Raises:
+            ImageError: The image cannot be decoded.
+            AlignmentError: The landmarks determine no alignment.
+        """
         where = self.place(index)
         image = decode_image(memoryview(encoded)[80:], where)
         try:
@@ -127,7 +152,17 @@ class AlignedImages(FileImages):
 
 
 def fit(image: NDArray[np.uint8], input_size: int, resize: bool, where: str) -> NDArray[np.uint8]:
-    """`image` if it is input_size x input_size, or resized to it. Raises ImageError."""
+    """Returns an image as it is if it has the size, else resized.
+
+    Args:
+        image: uint8 [H, W, 3].
+        input_size: Height and width that the model takes.
+        resize: Whether resizing is allowed.
+        where: Name of the image in errors.
+
+    Raises:
+        ImageError: The image has another size and `resize` is False.
+    """
     height, width = image.shape[:2]
     if (height, width) == (input_size, input_size):
         return image
@@ -143,25 +178,25 @@ def fit(image: NDArray[np.uint8], input_size: int, resize: bool, where: str) -> 
 
 
 class EmbeddingCache:
-    """Embeddings kept by content: a file per batch, named by model, settings and image bytes.
+    """Embeddings kept by content: one file per batch, named by model, settings and image bytes.
 
     Args:
-        folder: where the files are; made when the first is written.
-        model_key: of the model's weights and preprocessing, for example `Model.key`.
+        folder: Folder of the files, made when the first is written.
+        model_key: Key of the model's weights and preprocessing, for example `Model.key`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model_key: str) -> None:
         self.folder, self.model_key = Path(folder), model_key
 
     def path(self, encoded: Sequence[bytes], settings: str) -> Path:
-        """The file of a batch of `encoded` images embedded with `settings`."""
+        """Returns the file of a batch of `encoded` images embedded with `settings`."""
         key = hashlib.sha256(f"{self.model_key}\n{settings}\n".encode())
         for one in encoded:
             key.update(hashlib.sha256(one).digest())
         return self.folder / f"{key.hexdigest()}.npy"
 
     def get(self, path: Path, rows: int) -> NDArray | None:
-        """What was kept [rows, width], or None. A damaged file is embedded anew, with a warning."""
+        """Reads a batch [rows, width]; None if it is absent or (with a warning) damaged."""
         if not path.is_file():
             return None
         try:
@@ -175,7 +210,7 @@ class EmbeddingCache:
         return kept
 
     def put(self, path: Path, rows: NDArray) -> None:
-        """Keep `rows` whole or not at all."""
+        """Writes `rows` atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -187,7 +222,14 @@ class EmbeddingCache:
 
 
 class Progress:
-    """How far, how fast, how long still: a bar on a terminal, a line now and then in a log."""
+    """Shows progress, speed and time left: a bar on a terminal, occasional lines in a log.
+
+    Args:
+        total: Number of units to do.
+        what: Text before the numbers.
+        show: Whether anything is shown.
+        unit: Name of the units.
+    """
 
     def __init__(self, total: int, what: str, show: bool, unit: str = "images") -> None:
         self.total, self.what, self.unit = total, what, unit
@@ -200,7 +242,7 @@ class Progress:
         self._lines = show and not is_terminal
 
     def add(self, count: int) -> None:
-        """`count` more are done."""
+        """Counts `count` more units as done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -216,23 +258,37 @@ class Progress:
             )
 
     def close(self) -> None:
-        """End the bar."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 class Share(NamedTuple):
-    """Images [start, end) of a rank."""
+    """Images [start, end) of a rank.
+
+    Attributes:
+        start: First image.
+        end: First image after the last.
+    """
 
     start: int
     end: int
 
 
 def share_of_batches(num_images: int, batch_size: int, rank: int, world_size: int) -> Share:
-    """Images [start, end) of `rank`: whole batches, contiguous, at most one batch apart.
+    """Returns the images of a rank: whole batches, contiguous, at most one batch apart.
 
-    Cutting between batches only means that every image sits in the same batch whatever the
-    number of ranks, so a network gives it the same embedding to the bit.
+    Cutting only between batches means that every image is in the same batch whatever the number of
+    ranks, so a network gives it the same embedding bit for bit.
+
+    Args:
+        num_images: Number of images of all ranks.
+        batch_size: Images per batch.
+        rank: The rank.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: `batch_size` or `rank` is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -259,29 +315,30 @@ def embed_images(
     cache: EmbeddingCache | None = None,
     show_progress: bool = False,
 ) -> NDArray[np.floating]:
-    """Embeddings of all `images`, whole on every rank; all ranks call it together.
+    """Embeds all `images`, complete on every rank; all ranks call it together.
 
     Args:
-        embed: see `Embed`. Every rank must have the same weights.
-        images: the same on every rank.
-        name: of the set, in errors and progress.
-        flip: also embed the mirror images.
-        sum_flip: add the two instead of putting them side by side.
-        rank, world_size, group: which share is this one's; torch.distributed is used only when
-            `world_size` is more than 1.
-        batch_size: images per call of `embed`; the last batch may be smaller.
-        input_size: height and width in pixels every image must have.
-        cache: look batches up there first, and put them there.
-        show_progress: on stderr, with the time left.
+        embed: See `Embed`. Every rank must have the same weights.
+        images: The same images on every rank.
+        name: Name of the set, in errors and progress.
+        flip: Whether the mirror images are embedded too.
+        sum_flip: Whether the two embeddings are added instead of concatenated.
+        rank: This rank.
+        world_size: Number of ranks; torch.distributed is used only if it is more than 1.
+        group: Process group of the ranks.
+        batch_size: Images per call of `embed`; the last batch may be smaller.
+        input_size: Height and width in pixels that every image must have.
+        cache: Cache in which batches are looked up and kept.
+        show_progress: Whether progress and the time left are shown on stderr.
 
     Returns:
-        [n, D], with `flip` [n, 2D] (image, then mirror image), with `sum_flip` too [n, D]. float32,
-        or float64 where `embed` gives that.
+        [n, D]; with `flip` [n, 2D] (image, then mirror image); with `sum_flip` too [n, D]. float32,
+        or float64 if `embed` gives that.
 
     Raises:
-        ValueError: no image, an image of another size, an embedding of another shape. What fails
-            on one rank raises there, and a RuntimeError that names the rank on the others: no
-            rank is left waiting.
+        ValueError: There is no image, or an image or an embedding has another shape. An error of
+            one rank raises there.
+        OtherRankFailed: Another rank failed; the message names it. No rank is left waiting.
     """
     if not len(images):
         raise ValueError(f"{name}: there is no image to embed")
@@ -305,7 +362,7 @@ def embed_images(
             if sum_flip and flip:
                 half = rows.shape[1] // 2
                 rows = rows[:, :half] + rows[:, half:]
-            if local is None:  # now the width is known: filled in place, never held twice
+            if local is None:  # the width is known now: rows are filled in, never held twice
                 local = np.empty((own.end - own.start, rows.shape[1]), rows.dtype)
             if rows.shape[1] != local.shape[1]:
                 raise ValueError(
@@ -317,7 +374,7 @@ def embed_images(
     except Exception as error:
         if world_size == 1:
             raise
-        failure = error  # the other ranks must hear of it before it is raised
+        failure = error  # the other ranks must know of it before it is raised
     finally:
         progress.close()
     if world_size > 1:
@@ -337,9 +394,24 @@ def embedded_batches(
     input_size: int = 112,
     cache: EmbeddingCache | None = None,
 ) -> Iterator[tuple[int, NDArray]]:
-    """(start, rows) of the batches that begin at `starts`; the next one is decoded meanwhile.
+    """Yields the start and the rows of each batch, while threads decode the next one.
 
-    A batch ends after `batch_size` images, or with the images. Rows are those of `embed_batch`.
+    Args:
+        embed: See `Embed`.
+        images: The images.
+        starts: First image of each batch; a batch ends after `batch_size` images, or with the
+            images.
+        name: Name of the set in errors.
+        flip: Whether the mirror images are embedded too.
+        batch_size: Images per batch.
+        input_size: Height and width in pixels that every image must have.
+        cache: Cache in which batches are looked up and kept.
+
+    Yields:
+        The first image of a batch, and its rows as `embed_batch` makes them.
+
+    Raises:
+        ValueError: An image or an embedding has another shape.
     """
     settings = f"flip={flip} input_size={input_size}"
 
@@ -382,9 +454,18 @@ def embedded_batches(
 
 
 def embed_batch(embed: Embed, pixels: Sequence[NDArray[np.uint8]], flip: bool = True) -> NDArray:
-    """Embeddings [n, D] of RGB images [H, W, 3], with `flip` [n, 2D]: mirror images beside them.
+    """Embeds images, and with `flip` their mirror images beside them.
 
-    Raises ValueError if `embed` gives another shape.
+    Args:
+        embed: See `Embed`.
+        pixels: n RGB images [H, W, 3].
+        flip: Whether the mirror images are embedded too.
+
+    Returns:
+        [n, D], with `flip` [n, 2D].
+
+    Raises:
+        ValueError: `embed` gives another shape.
     """
     # [n, 3, H, W]; copied, because torch takes no view with negative or odd strides for granted
     batch = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
@@ -402,7 +483,7 @@ def embed_batch(embed: Embed, pixels: Sequence[NDArray[np.uint8]], flip: bool = 
 
 
 class OtherRankFailed(RuntimeError):
-    """Embedding failed elsewhere; the error raised there says why."""
+    """The work failed on another rank; the error raised there says why."""
 
 
 def gather_rows(
@@ -413,10 +494,22 @@ def gather_rows(
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> NDArray:
-    """All ranks' rows in rank order on every rank; or an error on every rank if one has failed.
+    """Gathers all ranks' rows in rank order on every rank, or raises on all if one has failed.
 
-    First what everybody has (failed, width, float64), then the rows, a block of a rank at a time
-    into their final place, so that nothing is held twice.
+    The ranks first exchange (failed, width, float64). Then the rows are broadcast, one block of a
+    rank at a time into their final place, so that nothing is held twice.
+
+    Args:
+        local: [n, D] rows of this rank, None if it has none.
+        failure: Error of this rank, which is raised here.
+        shares: Images of each rank.
+        name: Name of the set in errors.
+        rank: This rank.
+        group: Process group of the ranks.
+
+    Raises:
+        OtherRankFailed: Another rank failed.
+        RuntimeError: The ranks' rows have different widths.
     """
     world_size = len(shares)
     device = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Groups of images, pairs or templates from the columns of a CSV file, for every metric here.
 
-The first column says what a line is about (a path, a template, the number of a pair); each other
+The first column says what a line is about (a path, a template, the number of a pair). Each other
 column is one way of grouping (race, age, quality, mask):
 
     name,race,mask
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 
 
 class GroupsError(ValueError):
-    """A file of groups that does not fit; names the file, and the line or what is missing."""
+    """A file of groups does not fit; the message names the file and the line or the key."""
 
 
 class Groups:
     """Columns of a CSV file by the key in its first one.
 
     Attributes:
-        key: name of the first column.
-        columns: names of the others.
+        path: Path of the file.
+        key: Name of the first column.
+        columns: Names of the others.
     """
 
     def __init__(self, path: Path, key: str, columns: list[str], lines: dict[str, list[str]]):
@@ -34,7 +35,15 @@ class Groups:
 
     @classmethod
     def read(cls, path: Path, keys: Sequence[str]) -> Groups:
-        """Read a file whose first column is named as one of `keys`. Raises GroupsError."""
+        """Reads a file of groups.
+
+        Args:
+            path: Path of the file.
+            keys: Allowed names of the first column.
+
+        Raises:
+            GroupsError: The file does not exist or has another form.
+        """
         if not path.is_file():
             raise GroupsError(f"{path}: no such file of groups")
         lines: dict[str, list[str]] = {}
@@ -65,7 +74,11 @@ class Groups:
         return cls(path, header[0], header[1:], lines)
 
     def of(self, keys: Sequence[str]) -> dict[str, NDArray[np.str_]]:
-        """{column: value [n]} of `keys` [n]. Raises GroupsError if one has no line."""
+        """Returns {column: value [n]} of `keys` [n].
+
+        Raises:
+            GroupsError: A key has no line.
+        """
         missing = [key for key in keys if key not in self._lines]
         if missing:
             raise GroupsError(
@@ -82,10 +95,18 @@ class Groups:
 def pair_groups(
     values: NDArray[np.str_], first: NDArray[np.integer], second: NDArray[np.integer]
 ) -> tuple[list[str], NDArray[np.int64]]:
-    """(names of groups, group [P] of every pair) of items with `values` [n], paired by position.
+    """Groups pairs of items by the values of both items.
 
-    The group of a pair is the value both share, or "a / b" in the order of the alphabet. Numbers
-    and not words per pair, because IJB-C has 15 million of them.
+    The group of a pair is the value that both share, or "a / b" in alphabetical order. A pair has a
+    number and not a word, because IJB-C has 15 million of them.
+
+    Args:
+        values: [n] value of each item.
+        first: [P] positions of the pairs' first items.
+        second: [P] positions of the pairs' second items.
+
+    Returns:
+        The names of the groups, and the group [P] of every pair.
     """
     names, code = np.unique(values, return_inverse=True)
     combined = np.minimum(code[first], code[second]) * len(names)

@@ -1,9 +1,9 @@
-"""Identification: who of a gallery is this? Rank-k, TPIR at FPIR, mAP; TinyFace and any folders.
+"""Identification in a gallery: rank-k, TPIR at FPIR, mAP; for TinyFace and any folders.
 
     python -m eval.identification --model M --gallery DIR [--distractors DIR] --probe DIR
 
-Scores are cosines, computed a block of probes at a time: no matrix of all probes is held. Equal
-scores count against the model: a mate that ties with somebody else is ranked behind him.
+Scores are cosines, computed one block of probes at a time: the matrix of all probes is never held.
+Equal scores count against the model: a mate that ties with another identity is ranked behind it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from eval.groups import Groups
 from eval.metrics import allowed_false_accepts, rate_name
 
 NOBODY = -1
-"""Identity of a distractor: an image in the gallery that is nobody's mate."""
+"""Identity of a distractor: an image in the gallery that is no probe's mate."""
 
 DEFAULT_RANKS, DEFAULT_FPIRS = (1, 5, 10), (1e-2, 1e-1)
 _SCORES_PER_BLOCK = 16_000_000  # 64 MB
@@ -45,14 +45,16 @@ _SCORES_PER_BLOCK = 16_000_000  # 64 MB
 
 @dataclass(frozen=True)
 class Searches:
-    """What came of searching every probe [P] in the gallery.
+    """The result of searching every probe [P] in the gallery.
 
     Attributes:
-        mated: whether the gallery holds an image of the probe's person.
-        rank: 1 + images of others that score at least as high as the best mate; 0: no mate.
-        mate_score, other_score: the best of the person's own and of all others' (-inf: none).
-        average_precision: of the whole ranking, NaN without a mate; None if not asked for.
-        num_gallery: images searched.
+        mated: [P], whether the gallery holds an image of the probe's identity.
+        rank: [P], 1 + images of others that score at least as high as the best mate; 0 without a
+            mate.
+        mate_score: [P], best score of the probe's own identity; -inf without a mate.
+        other_score: [P], best score of all other identities; -inf without others.
+        average_precision: [P], over the whole ranking, NaN without a mate; None if not requested.
+        num_gallery: Number of images searched.
     """
 
     mated: NDArray[np.bool_]
@@ -72,12 +74,21 @@ def search(
     average_precision: bool = False,
     device: torch.device | str = "cpu",
 ) -> Searches:
-    """Search probes [P, D] with identities [P] in a gallery [G, D] with identities [G].
+    """Searches probes in a gallery.
 
-    Embeddings need not be normalized. Average precision is sklearn's: the mean over the person's
+    Embeddings need not be normalized. Average precision is sklearn's: the mean over the identity's
     images of (own images up to here) / (images up to here), ties counting against.
 
-    Raises ValueError: shapes that do not fit, an empty side, embeddings without direction.
+    Args:
+        probes: [P, D] embeddings.
+        probe_ids: [P] identities.
+        gallery: [G, D] embeddings.
+        gallery_ids: [G] identities; NOBODY for distractors.
+        average_precision: Whether it is computed.
+        device: Device of the products.
+
+    Raises:
+        ValueError: Shapes do not fit, a side is empty, or an embedding has no direction.
     """
     for name, rows, ids in (("probes", probes, probe_ids), ("gallery", gallery, gallery_ids)):
         if rows.ndim != 2 or len(rows) != len(ids) or not rows.size:
@@ -138,12 +149,19 @@ def summarize(
     ranks: Sequence[int] = DEFAULT_RANKS,
     fpirs: Sequence[float] = DEFAULT_FPIRS,
 ) -> dict[str, Any]:
-    """Rates of all probes, or of the selected ones, as JSON has them.
+    """Computes the rates of all probes, or of the selected ones, as JSON has them.
 
-    `rank_k`: share of mated probes whose mate is among the first k. `tpir_at_fpir`: share of mated
-    probes that come first **and** score above a threshold that at most that share of the unmated
-    probes exceed with anybody; NaN where there is no unmated probe. `map`: mean average precision.
-    Source: NIST, Face Recognition Vendor Test part 2 (FNIR = 1 - TPIR, at rank 1).
+    `rank_k` is the share of mated probes whose mate is among the first k. `tpir_at_fpir` is the
+    share of mated probes that come first **and** score above a threshold, which at most that share
+    of the unmated probes exceed with any image; it is NaN without unmated probes. `map` is the mean
+    average precision. Source: NIST, Face Recognition Vendor Test part 2 (FNIR = 1 - TPIR, at rank
+    1).
+
+    Args:
+        searches: Result of `search`.
+        select: [P], which probes count; None means all.
+        ranks: Values of k.
+        fpirs: Target FPIRs in [0, 1].
     """
     chosen = np.ones(len(searches.rank), np.bool_) if select is None else select
     mated, unmated = chosen & searches.mated, chosen & ~searches.mated
@@ -164,7 +182,7 @@ def summarize(
         tpir = threshold = math.nan
         allowed = allowed_false_accepts(fpir, num_unmated) if num_unmated else 0
         if num_unmated and num_mated:
-            # Above the best false alarm that must not be raised.
+            # The threshold is the best false alarm that must not be raised.
             threshold = -math.inf
             if allowed < num_unmated:
                 threshold = float(false_alarms[num_unmated - 1 - allowed])
@@ -179,7 +197,7 @@ def summarize(
 
 
 def format_summaries(summaries: dict[str, dict[str, Any]]) -> str:
-    """A table, one line per summary."""
+    """Formats a table, one line per summary."""
     first = next(iter(summaries.values()))
     ranks = [key for key in first if key.startswith("rank_")]
     fpirs = [f"TPIR@{rate_name(at['fpir'])}" for at in first["tpir_at_fpir"]]
@@ -202,7 +220,13 @@ def format_summaries(summaries: dict[str, dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images below a folder: paths, names relative to it, and the identity of each."""
+    """Images below a folder.
+
+    Attributes:
+        paths: Path of each image.
+        names: Name of each image relative to the folder.
+        identities: Identity of each image.
+    """
 
     paths: list[Path]
     names: list[str]
@@ -210,11 +234,16 @@ class FolderImages:
 
 
 def list_images(folder: Path) -> FolderImages:
-    """Every image below `folder`, sorted, and whose it is.
+    """Lists every image below a folder, sorted, with its identity.
 
-    In FOLDER/<identity>/<image> the identity is the folder; directly in FOLDER it is what stands
-    before the first underscore of the file's name, as TinyFace has it. The two are not mixed.
-    Raises DataError.
+    In FOLDER/<identity>/<image> the identity is the folder. Directly in FOLDER it is the part of
+    the file's name before the first underscore, as in TinyFace. The two cannot be mixed.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DataError: The folder does not exist, has no image, or mixes the two layouts.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of images")
@@ -243,7 +272,7 @@ def list_images(folder: Path) -> FolderImages:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.identification",
         description="Search the faces of a folder among those of another.",

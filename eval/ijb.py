@@ -1,12 +1,12 @@
-"""IJB-B and IJB-C: verification and identification of templates made of photographs and frames.
+r"""IJB-B and IJB-C: verification and identification of templates made of photographs and frames.
 
     torchrun --nproc_per_node=8 -m eval.ijb --model work_dirs/ms1mv3_r50 --root IJB_release \
         --target IJBC
 
-The story: `read_ijb` checks everything that is written down, `embed_images` aligns and embeds,
-`template_features` makes one vector of a template's media, `pair_scores` compares templates,
-`tars_at_fars` judges. What the published scripts do in loops is done here in blocks, to the same
-numbers (golden/eval/ijbc_layout.npz), with one correction: a TAR never exceeds its FAR.
+`read_ijb` checks all files, `embed_images` aligns and embeds, `template_features` makes one vector
+of a template's media, `pair_scores` compares templates, and `tars_at_fars` computes the rates. The
+published scripts' loops are done in blocks here, with the same numbers
+(golden/eval/ijbc_layout.npz) but for one correction: a TAR never exceeds its FAR.
 """
 
 from __future__ import annotations
@@ -64,16 +64,23 @@ def template_features(
     use_norm: bool = True,
     use_detector: bool = True,
 ) -> NDArray[np.float64]:
-    """Unit vectors [T, D] of the templates, from the embeddings [n, D] of the images.
+    """Computes unit vectors of the templates from the embeddings of the images.
 
-    The images of one medium are averaged, the media of a template added, the sum normalized.
+    The images of one medium are averaged, the media of a template added, and the sum normalized. A
+    template whose sum is zero or not finite becomes NaN. Source: the published IJB scripts.
 
     Args:
-        features: embeddings; with flip (F) the sum of image's and mirror image's.
-        use_norm: keep the length of embeddings (N1); otherwise every image counts the same (N0).
-        use_detector: weigh images by the detector's score (D1), or not (D0).
+        features: [n, D] embeddings; with flip (F) the sum of image's and mirror image's.
+        one: The IJB set.
+        use_norm: Whether embeddings keep their length (N1); otherwise every image counts the same
+            (N0).
+        use_detector: Whether images are weighted by the detector's score (D1) or not (D0).
 
-    A template whose sum is zero or not finite becomes NaN. Source: the published IJB scripts.
+    Returns:
+        [T, D] float64.
+
+    Raises:
+        ValueError: `features` does not have one row per image.
     """
     if features.ndim != 2 or len(features) != len(one.paths):
         raise ValueError(
@@ -89,7 +96,7 @@ def template_features(
     for start in range(0, len(weights), _ROWS_PER_BLOCK):
         part = slice(start, start + _ROWS_PER_BLOCK)
         images, scale = one.row_image[part], weights[part]
-        if (np.diff(images) == 1).all():  # as the files have it: no copy
+        if (np.diff(images) == 1).all():  # the usual order of the files: no copy
             rows = features[images[0] : images[0] + len(images)]
         else:
             rows = features[images]
@@ -109,11 +116,18 @@ def pair_scores(
     first: NDArray[np.integer],
     second: NDArray[np.integer],
 ) -> NDArray[np.floating]:
-    """Cosines [P] of unit vectors [T, D] at positions `first` and `second` [P].
+    """Computes cosines of pairs of templates.
 
-    The lists of IJB compare most of some templates with most of others, so products are computed
-    as blocks of a matrix and picked from it; where pairs are few among many templates, row by row.
-    float64 for all but very large sets, which are float32.
+    The lists of IJB compare most of some templates with most of others. So products are computed as
+    blocks of a matrix and picked from it, or row by row if pairs are few among many templates.
+
+    Args:
+        templates: [T, D] unit vectors.
+        first: [P] positions of the pairs' first templates.
+        second: [P] positions of the pairs' second templates.
+
+    Returns:
+        [P] float64; float32 for very large sets.
     """
     used_first, row_of = _used(first, len(templates))
     used_second, column_of = _used(second, len(templates))
@@ -128,8 +142,8 @@ def pair_scores(
         return picked
     rows = torch.from_numpy(templates[used_first].astype(dtype))
     columns = torch.from_numpy(templates[used_second].astype(dtype)).T
-    # Among 15 million pairs every array counts: a pair's place in the whole matrix grows out of its
-    # row, in the same memory.
+    # With 15 million pairs every array costs memory, so a pair's place in the whole matrix is
+    # computed in the array of its row.
     place = row_of[first] if products < 2**31 else row_of[first].astype(np.int64)
     ends = np.cumsum(np.bincount(place, minlength=len(used_first)))
     order = None
@@ -161,7 +175,7 @@ def pair_scores(
 def _used(
     positions: NDArray[np.integer], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """(the distinct positions, rising; where each of `count` is among them)."""
+    """Returns the distinct positions, ascending, and the place of each of `count` among them."""
     is_used = np.zeros(count, np.bool_)
     is_used[positions] = True
     return np.flatnonzero(is_used), (np.cumsum(is_used) - 1).astype(np.int32)
@@ -172,7 +186,13 @@ def verification_report(
     issame: NDArray[np.bool_],
     fars: Sequence[float] = DEFAULT_FARS,
 ) -> dict[str, Any]:
-    """TAR at each FAR with what is behind it, and the AUC, as JSON has them."""
+    """Computes TAR at each FAR with its counts, and the AUC, as JSON has them.
+
+    Args:
+        scores: [P], larger means more alike.
+        issame: [P] boolean.
+        fars: Target FARs in [0, 1].
+    """
     num_impostors = int(np.count_nonzero(~issame))
     return {
         "num_pairs": len(issame),
@@ -195,10 +215,15 @@ def verification_report(
 def identification_report(
     templates: NDArray[np.floating], one: IjbSet, device: torch.device | str = "cpu"
 ) -> dict[str, dict[str, Any]]:
-    """{gallery: rates}: each gallery by itself (open set), their mean, and both together.
+    """Computes rates per gallery (open set), their mean, and rates of both galleries together.
 
     A probe whose subject is only in the other gallery is unmated. The published script searches
-    both galleries as one, where everybody is found somewhere: that is `both`, ranks only.
+    both galleries as one, where every probe has a mate: that is `both`, which has ranks only.
+
+    Args:
+        templates: [T, D] unit vectors.
+        one: The IJB set.
+        device: Device of the products.
     """
     assert one.probe is not None
     probes = templates[one.probe.templates]
@@ -225,7 +250,7 @@ def identification_report(
 
 
 def _mean_report(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates averaged, counts added."""
+    """Averages rates and adds counts."""
     mean: dict[str, Any] = {}
     for key, value in reports[0].items():
         if key.startswith("num_"):
@@ -249,7 +274,7 @@ def _mean_report(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.ijb", description="Evaluate models on IJB-B or IJB-C."
     )
@@ -340,7 +365,7 @@ def _embed(
 
 
 def _check_features(features: NDArray[np.floating], one: IjbSet, name: str) -> None:
-    """One image without direction would make its template, and every metric, undefined."""
+    """Refuses an image without direction: its template and every metric would be undefined."""
     for start in range(0, len(features), _ROWS_PER_BLOCK):
         block = features[start : start + _ROWS_PER_BLOCK]
         bad = np.flatnonzero(~np.isfinite(block).all(1) | ~block.any(1))
@@ -361,7 +386,13 @@ def _groups_of_pairs(file: Path, one: IjbSet) -> dict[str, tuple[list[str], NDAr
 
 
 def format_reports(target: str, switches: dict[str, bool], reports: dict[str, Any]) -> str:
-    """Tables: verification of every model and group, then identification."""
+    """Formats tables: verification of every model and group, then identification.
+
+    Args:
+        target: IJBB or IJBC.
+        switches: N, D and F, and whether each is on.
+        reports: Report of each model.
+    """
     setting = " ".join(f"{name}{int(on)}" for name, on in switches.items())
     rows: list[list[str]] = []
     found: dict[str, dict[str, Any]] = {}
@@ -391,7 +422,7 @@ def _write(
     reports: dict[str, Any],
     all_scores: dict[str, NDArray[np.floating]],
 ) -> None:
-    """Scores and figures first, result.json last: where it is, all of it is."""
+    """Writes scores and figures first and result.json last: if it exists, all of them do."""
     from eval.plots import plot_roc  # matplotlib takes a second to import
 
     (out / "result.json").unlink(missing_ok=True)

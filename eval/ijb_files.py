@@ -1,4 +1,4 @@
-"""The files of the IJB layout: read whole, checked line by line, before any work starts."""
+"""Reads the files of the IJB layout completely and checks every line before any work starts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ _BYTES_PER_READ = 1 << 24
 
 
 class IjbError(ValueError):
-    """Files of the IJB layout that are missing or wrong; names file and line."""
+    """Files of the IJB layout are missing or wrong; the message names file and line."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Templates enrolled as people: position in `IjbSet.template_ids`, and subject."""
+    """Templates with their subjects.
+
+    Attributes:
+        name: Name of the gallery, or "mixed" for the probes.
+        templates: [n] positions in `IjbSet.template_ids`.
+        subjects: [n] subject of each template.
+    """
 
     name: str
     templates: NDArray[np.int64]
@@ -29,17 +35,23 @@ class Gallery:
 
 @dataclass(frozen=True)
 class IjbSet:
-    """What the files of a target say.
+    """The content of a target's files.
 
     Attributes:
         target: IJBB or IJBC.
-        paths: of the n images; `places`: file and line where each is named.
-        landmarks: [n, 5, 2] pixels; `faceness`: [n], the detector's score.
-        template_ids: [T], rising.
-        row_image, row_template, row_media: of every line of face_tid_mid: image index, position in
-            `template_ids`, media id.
-        pair_first, pair_second: [P] positions in `template_ids`; `issame` [P].
-        galleries, probe: for identification; none and None where the set has no such files.
+        paths: Path of each of the n images.
+        places: File and line where each image is named.
+        landmarks: [n, 5, 2] pixels.
+        faceness: [n], the detector's score.
+        template_ids: [T], ascending.
+        row_image: Image index of every line of face_tid_mid.
+        row_template: Position in `template_ids` of every such line.
+        row_media: Media id of every such line.
+        pair_first: [P] positions in `template_ids`.
+        pair_second: [P] positions in `template_ids`.
+        issame: [P], whether a pair shows one subject.
+        galleries: Galleries for identification; empty if the set has no such files.
+        probe: Probes for identification; None if the set has no such files.
     """
 
     target: str
@@ -58,7 +70,7 @@ class IjbSet:
     probe: Gallery | None = None
 
     def counts(self) -> dict[str, int]:
-        """How many of everything."""
+        """Returns the numbers of images, templates, media and pairs."""
         media = len(self.media_sizes()[1])
         same = int(np.count_nonzero(self.issame))
         return {
@@ -71,7 +83,10 @@ class IjbSet:
         }
 
     def media_sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(medium of every row, images of every medium), a medium being one of a template."""
+        """Returns the medium of every row, and the number of images of every medium.
+
+        A medium belongs to one template: the same media id in another template is another medium.
+        """
         number = np.unique(self.row_media, return_inverse=True)[1]
         code = self.row_template * (number.max() + 1) + number
         _, medium, sizes = np.unique(code, return_inverse=True, return_counts=True)
@@ -79,9 +94,14 @@ class IjbSet:
 
 
 def read_ijb(root: str | Path, target: str) -> IjbSet:
-    """Read and check ROOT/meta, or ROOT/<TARGET>/meta, and that every image is there.
+    """Reads and checks ROOT/meta, or ROOT/<TARGET>/meta, and that every image exists.
 
-    Raises IjbError naming the file, and the line or the first of what is missing.
+    Args:
+        root: Folder that holds meta/ and loose_crop/, or <TARGET>/ with both.
+        target: IJBB or IJBC.
+
+    Raises:
+        IjbError: A file is missing or wrong; the message names it, and the line or what is missing.
     """
     if target not in GALLERIES:
         raise IjbError(f"target is {target!r}; allowed are {', '.join(GALLERIES)}")
@@ -166,7 +186,7 @@ def _check_images(folder: Path, names: Sequence[str]) -> None:
 def _read_media(
     file: Path, names: Sequence[str], file_landmarks: Path
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(image index, template id, media id) of every line."""
+    """Returns image index, template id and media id of every line."""
     position: dict[str, int] | None = None  # made only if the two files are in different orders
     images, templates, media = [], [], []
     with open(file, encoding="utf-8", errors="replace") as lines:
@@ -209,7 +229,7 @@ def _read_media(
 def _read_pairs(
     file: Path, template_ids: NDArray[np.int64], file_media: Path
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]:
-    """(position of the first template, of the second, same) of every line."""
+    """Returns the position of the first template, of the second, and whether they are the same."""
     firsts, seconds, sames = [], [], []
     largest = int(template_ids[-1])
     position: NDArray[np.int32] | None = None
@@ -217,7 +237,7 @@ def _read_pairs(
     if largest <= 100 * len(template_ids) + 1_000_000:  # a table is quicker than searching
         position = np.full(largest + 1, -1, np.int32)
         position[template_ids] = np.arange(len(template_ids))
-    line = 1  # of the first pair of the block
+    line = 1  # the line of the first pair of the block
     with open(file, "rb") as stream:
         rest = b""
         while True:
@@ -260,10 +280,10 @@ def _read_pairs(
 
 
 def _three_numbers(text: bytes, file: Path, first_line: int) -> NDArray[np.int64]:
-    """int64 [lines, 3] of whole lines; an error names the line that has something else.
+    """Parses whole lines to int64 [lines, 3]; an error names the line that has something else.
 
-    All numbers of a block are made at once, a decimal place at a time: IJB-C's 15.7 million lines
-    take seconds, where a loop over lines takes a minute.
+    All numbers of a block are computed at once, one decimal place at a time: IJB-C's 15.7 million
+    lines take seconds, where a loop over lines takes a minute.
     """
     digits = np.frombuffer(text, np.uint8) - np.uint8(ord("0"))  # others wrap around to 10 and more
     blank = np.frombuffer(text, np.uint8) <= 32
@@ -277,7 +297,7 @@ def _three_numbers(text: bytes, file: Path, first_line: int) -> NDArray[np.int64
     is_plain = not ((digits > 9) & ~blank).any() and lengths.max(initial=0) < 19
     if not is_plain or (per_line != 3).any():
         for number, one in enumerate(text.decode("utf-8", "replace").split("\n"), first_line):
-            columns = one.encode().split()  # bytes, because digits of other scripts are none here
+            columns = one.encode().split()  # bytes, because digits of other scripts do not count
             if len(columns) != 3 or not all(c.isdigit() and len(c) < 19 for c in columns):
                 raise IjbError(
                     f"{file}, line {number}: expected two templates and 0 or 1, got {one[:100]!r}"
@@ -310,7 +330,7 @@ def _read_identification(
 def _read_gallery(
     file: Path, name: str, template_ids: NDArray[np.int64], file_media: Path
 ) -> Gallery:
-    """Template and subject of every line after the header, a template once."""
+    """Reads template and subject of every line after the header, each template once."""
     subject_of: dict[int, int] = {}
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):

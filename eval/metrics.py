@@ -1,13 +1,13 @@
 """Verification metrics: from embeddings or scores of pairs to the numbers that are published.
 
-numpy only; nothing here knows about files, models or ranks. Conventions throughout:
+This module uses numpy only and does not depend on files, models or ranks. Its conventions are:
 
 - `embeddings` are [2N, D]; rows 2i and 2i + 1 are pair i. `issame` is bool [N].
-- A *distance* is the squared Euclidean distance of two normalized embeddings, in [0, 4]; a
-  *score* is anything where larger means more alike (a cosine, a negated distance).
-- Pairs with equal scores cannot be told apart by a threshold, so they are accepted together.
-- NaN is the answer where there is none: a score that is not finite, no same pair, no different
-  pair, embeddings that carry no information (`is_collapsed`). Wrong shapes are a ValueError.
+- A *distance* is the squared Euclidean distance of two normalized embeddings, in [0, 4]. A *score*
+  is anything where larger means more alike (a cosine, a negated distance).
+- A threshold cannot separate pairs with equal scores, so they are accepted together.
+- The result is NaN if a score is not finite, if there is no same pair or no different pair, or if
+  the embeddings carry no information (`is_collapsed`). Wrong shapes are a ValueError.
 """
 
 import math
@@ -27,43 +27,71 @@ _ROWS_PER_BLOCK = 65_536  # bounds the float64 copies: 256 MiB at 512 dimensions
 
 
 class FoldResult(NamedTuple):
-    """Outcome of the k-fold protocol: one accuracy and one distance threshold per fold."""
+    """Result of the k-fold protocol.
 
-    accuracies: Floats  # [folds], share of the fold's pairs judged rightly
-    thresholds: Floats  # [folds], squared distance, chosen on the other folds
+    Attributes:
+        accuracies: [folds], share of each fold's pairs that are judged correctly.
+        thresholds: [folds], squared distance, chosen on the other folds.
+        mean: Mean of the accuracies.
+        std: Their standard deviation, of the population (divided by folds), as published.
+    """
+
+    accuracies: Floats
+    thresholds: Floats
     mean: float
-    std: float  # of the population (divided by folds), as published
+    std: float
 
 
 class TarAtFar(NamedTuple):
-    """Largest true accept rate within a false accept rate, and what is behind it."""
+    """Largest true accept rate within a false accept rate.
+
+    Attributes:
+        tar: True accept rate.
+        threshold: A pair is accepted when score >= threshold; +inf accepts none.
+        false_accepts: Number of different pairs accepted at that threshold.
+    """
 
     tar: float
-    threshold: float  # accept a pair when score >= threshold; +inf: nothing is accepted
-    false_accepts: int  # different pairs accepted at that threshold
+    threshold: float
+    false_accepts: int
 
 
 class ValidationRate(NamedTuple):
-    """Outcome of the published validation rate: true and false accept rate of every fold."""
+    """Result of the published validation rate.
 
-    rates: Floats  # [folds], share of the fold's same pairs that are accepted
-    fars: Floats  # [folds], share of the fold's different pairs that are
-    thresholds: Floats  # [folds], squared distance, found on the other folds; may be +inf
-    mean: float  # of the rates
-    std: float  # of the population (divided by folds), as published
-    far: float  # mean of the fars: what the folds came to, not what was asked for
+    Attributes:
+        rates: [folds], share of each fold's same pairs that are accepted.
+        fars: [folds], share of each fold's different pairs that are accepted.
+        thresholds: [folds], squared distance, found on the other folds; may be +inf.
+        mean: Mean of the rates.
+        std: Their standard deviation, of the population (divided by folds), as published.
+        far: Mean of the fars: the rate that was reached, not the target.
+    """
+
+    rates: Floats
+    fars: Floats
+    thresholds: Floats
+    mean: float
+    std: float
+    far: float
 
 
 class RocCurve(NamedTuple):
-    """One point per distinct score, from accepting nothing to accepting everything."""
+    """One point per distinct score, from accepting nothing to accepting everything.
 
-    far: Floats  # [P + 1], false accepts / different pairs, rising
-    tar: Floats  # [P + 1], true accepts / same pairs, rising
-    thresholds: Floats  # [P + 1], accept when score >= threshold; the first is +inf
+    Attributes:
+        far: [P + 1], false accepts / different pairs, ascending.
+        tar: [P + 1], true accepts / same pairs, ascending.
+        thresholds: [P + 1], a pair is accepted when score >= threshold; the first is +inf.
+    """
+
+    far: Floats
+    tar: Floats
+    thresholds: Floats
 
 
 def l2_normalize(embeddings: ArrayLike) -> Floats:
-    """Rows of `embeddings` [N, D] scaled to length 1, as float64.
+    """Scales rows of `embeddings` [N, D] to length 1, as float64.
 
     A row of length zero or with a value that is not finite has no direction: it becomes NaN.
     """
@@ -77,10 +105,10 @@ def l2_normalize(embeddings: ArrayLike) -> Floats:
 
 
 def is_collapsed(embeddings: ArrayLike) -> bool:
-    """Whether `embeddings` [N, D] carry no information about who is who.
+    """Returns whether `embeddings` [N, D] carry no information about identities.
 
-    True if any value is not finite, any row has length zero, or all rows point the same way up
-    to the rounding of their dtype: a network that answers the same for every face.
+    True if any value is not finite, any row has length zero, or all rows have the same direction up
+    to the rounding of their dtype, as from a network that gives every face the same embedding.
     """
     rows = _matrix(embeddings)
     resolution = np.finfo(rows.dtype).eps if rows.dtype.kind == "f" else 0.0
@@ -90,14 +118,14 @@ def is_collapsed(embeddings: ArrayLike) -> bool:
         if not np.isfinite(block).all():
             return True
         if np.abs(block - first).max() > 16 * resolution:
-            # One differing block settles it, but a NaN further on must still be found.
+            # One differing block decides, but a NaN further on must still be found.
             rest = rows[start + _ROWS_PER_BLOCK :]
             return not _all_have_direction(rest)
     return True
 
 
 def pair_distances(embeddings: ArrayLike) -> Floats:
-    """Squared distances [N], float64, of the normalized pairs of `embeddings` [2N, D].
+    """Computes squared distances [N], float64, of the normalized pairs of `embeddings` [2N, D].
 
     A pair with an embedding that has no direction has distance NaN.
     """
@@ -119,15 +147,21 @@ def pair_distances(embeddings: ArrayLike) -> Floats:
 def ten_fold_accuracy(
     embeddings_or_distances: ArrayLike, issame: ArrayLike, folds: int = 10
 ) -> FoldResult:
-    """Accuracy of the published 10-fold protocol.
+    """Computes the accuracy of the published 10-fold protocol.
 
-    The pairs are cut into `folds` contiguous parts (the first N % folds hold one more). For each
-    part, the threshold of `DISTANCE_THRESHOLDS` with the best accuracy on the other parts (the
-    lowest of equals) judges it: same when distance < threshold.
+    The pairs are cut into `folds` contiguous parts (the first N % folds hold one more). Each part
+    is judged with the threshold of `DISTANCE_THRESHOLDS` that has the best accuracy on the other
+    parts (the lowest of equals): same when distance < threshold. Collapsed embeddings or a distance
+    that is not finite give NaN throughout. Source: LFW's protocol as InsightFace's
+    `verification.py` scores it; equal per fold.
 
-    Takes embeddings [2N, D] or distances [N]. Collapsed embeddings or a distance that is not
-    finite give NaN throughout. Fewer pairs than folds is a ValueError.
-    Source: LFW's protocol as InsightFace's `verification.py` scores it; equal per fold.
+    Args:
+        embeddings_or_distances: Embeddings [2N, D] or distances [N].
+        issame: [N] booleans.
+        folds: Number of folds.
+
+    Raises:
+        ValueError: Shapes do not fit, or there are fewer pairs than folds.
     """
     values = np.asarray(embeddings_or_distances)
     collapsed = values.ndim == 2 and is_collapsed(values)
@@ -148,17 +182,26 @@ def ten_fold_accuracy(
 def validation_rate(
     distances: ArrayLike, issame: ArrayLike, far: float = 1e-3, folds: int = 10
 ) -> ValidationRate:
-    """True accept rate at thresholds that keep to `far` on the other folds.
+    """Computes the true accept rate at thresholds that keep to `far` on the other folds.
 
-    The folds are those of `ten_fold_accuracy`. A fold is judged (accepted: distance < threshold)
-    at the largest threshold whose false accept rate on the other folds does not exceed `far`: the
-    distance of the nearest different pair that has to stay out. The published `calculate_val`
-    finds it by interpolation between steps of 0.001, so its thresholds lie within one step of
-    these unless `far` is a whole number of pairs; and its SciPy call fails where rates repeat.
+    The folds are those of `ten_fold_accuracy`. A fold is judged (accepted: distance < threshold) at
+    the largest threshold whose false accept rate on the other folds does not exceed `far`: the
+    distance of the nearest different pair that has to stay out. The published `calculate_val` finds
+    it by interpolation between steps of 0.001. So its thresholds lie within one step of these
+    unless `far` is a whole number of pairs; and its SciPy call fails where rates repeat.
 
-    NaN for a fold without a same or without a different pair, for the means then, and throughout
-    if a distance is not finite. Fewer pairs than folds is a ValueError.
-    Source: Schroff et al. 2015, "FaceNet", section 4, as InsightFace's `verification.py` has it.
+    A fold without a same or without a different pair is NaN, and so are the means then. Everything
+    is NaN if a distance is not finite. Source: Schroff et al. 2015, "FaceNet", section 4, as
+    InsightFace's `verification.py` has it.
+
+    Args:
+        distances: [N] squared distances.
+        issame: [N] booleans.
+        far: Target FAR in [0, 1].
+        folds: Number of folds.
+
+    Raises:
+        ValueError: Shapes do not fit, `far` is not a rate, or there are fewer pairs than folds.
     """
     values, same = _pairs(distances, issame)
     if not 0 <= far <= 1:
@@ -183,17 +226,34 @@ def validation_rate(
 
 
 def tar_at_far(scores: ArrayLike, issame: ArrayLike, far: float) -> TarAtFar:
-    """The largest true accept rate whose false accept rate does not exceed `far`.
+    """Computes the largest true accept rate whose false accept rate does not exceed `far`.
 
-    `scores` [N], larger means more alike; `far` in [0, 1]. No interpolation: the result is a
-    threshold that exists. With fewer than 1 / far different pairs no false accept is allowed.
-    (Reading the ROC at the point nearest to `far`, as is often done, may exceed it.)
+    There is no interpolation: the result is a threshold that exists. With fewer than 1 / far
+    different pairs no false accept is allowed. (Reading the ROC at the point nearest to `far`, as
+    is often done, may exceed it.)
+
+    Args:
+        scores: [N], larger means more alike.
+        issame: [N] booleans.
+        far: Target FAR in [0, 1].
+
+    Raises:
+        ValueError: Shapes do not fit, or `far` is not a rate.
     """
     return tars_at_fars(scores, issame, [far])[0]
 
 
 def tars_at_fars(scores: ArrayLike, issame: ArrayLike, fars: Sequence[float]) -> list[TarAtFar]:
-    """`tar_at_far` for several targets, sorting once, and of the different pairs only the best."""
+    """Computes `tar_at_far` for several targets; sorts once, and only the best different pairs.
+
+    Args:
+        scores: [N], larger means more alike.
+        issame: [N] booleans.
+        fars: Target FARs in [0, 1].
+
+    Raises:
+        ValueError: Shapes do not fit, or a FAR is not a rate.
+    """
     for far in fars:
         if not 0 <= far <= 1:
             raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
@@ -209,7 +269,7 @@ def tars_at_fars(scores: ArrayLike, issame: ArrayLike, fars: Sequence[float]) ->
         impostor.partition(total - needed)
         impostor = impostor[total - needed :]
     genuine.sort()
-    impostor.sort()  # [needed], the best ones, rising
+    impostor.sort()  # [needed], the best ones, ascending
     results = []
     for allowed in all_allowed:
         if allowed == total:
@@ -229,7 +289,7 @@ def tars_at_fars(scores: ArrayLike, issame: ArrayLike, fars: Sequence[float]) ->
 
 
 def allowed_false_accepts(far: float, num_different: int) -> int:
-    """The largest count of false accepts that is a rate of at most `far`."""
+    """Returns the largest number of false accepts whose rate is at most `far`."""
     allowed = min(math.floor(far * num_different), num_different)
     # The product is rounded; what counts is whether the quotient exceeds `far`.
     while allowed < num_different and (allowed + 1) / num_different <= far:
@@ -240,10 +300,14 @@ def allowed_false_accepts(far: float, num_different: int) -> int:
 
 
 def roc_curve(scores: ArrayLike, issame: ArrayLike) -> RocCurve:
-    """Every point of the ROC of `scores` [N] (larger: more alike), equal scores as one point.
+    """Computes every point of the ROC, equal scores as one point.
 
-    A rate whose pairs do not exist (no same pair, no different pair), or any score that is not
-    finite, gives NaN in the rates concerned.
+    A rate without pairs (no same pair, no different pair) is NaN, and with a score that is not
+    finite both are.
+
+    Args:
+        scores: [N], larger means more alike.
+        issame: [N] booleans.
     """
     values, same = _pairs(scores, issame)
     if not np.isfinite(values).all():
@@ -258,18 +322,22 @@ def roc_curve(scores: ArrayLike, issame: ArrayLike) -> RocCurve:
 
 
 def auc(scores: ArrayLike, issame: ArrayLike) -> float:
-    """Area under the ROC: the chance that a same pair scores above a different one.
+    """Computes the area under the ROC: the chance that a same pair scores above a different one.
 
-    Ties count half. NaN without a same pair, without a different pair, or with a score that is
-    not finite.
+    Ties count half. The area is NaN without a same pair, without a different pair, or with a score
+    that is not finite.
+
+    Args:
+        scores: [N], larger means more alike.
+        issame: [N] booleans.
     """
     values, same = _pairs(scores, issame)
     num_same = np.count_nonzero(same)
     num_different = len(same) - num_same
     if not (num_same and num_different and np.isfinite(values).all()):
         return math.nan
-    # For each same pair the different ones below it, and those that tie as halves; in whole
-    # numbers, so exact up to 4e9 pairs of either kind.
+    # For each same pair count the different ones below it, and those that tie as halves. The counts
+    # are whole numbers, so they are exact up to 4e9 pairs of either kind.
     impostor, genuine = np.sort(values[~same]), np.sort(values[same])
     below = np.searchsorted(impostor, genuine, side="left")
     doubled = int(below.sum()) + int(np.searchsorted(impostor, genuine, side="right").sum())
@@ -277,9 +345,13 @@ def auc(scores: ArrayLike, issame: ArrayLike) -> float:
 
 
 def eer(scores: ArrayLike, issame: ArrayLike) -> float:
-    """Equal error rate: where the ROC, drawn with straight lines, meets FAR = 1 - TAR.
+    """Computes the equal error rate: where the ROC, drawn with straight lines, has FAR = 1 - TAR.
 
-    NaN without a same pair, without a different pair, or with a score that is not finite.
+    It is NaN without a same pair, without a different pair, or with a score that is not finite.
+
+    Args:
+        scores: [N], larger means more alike.
+        issame: [N] booleans.
     """
     far, tar, _ = roc_curve(scores, issame)
     return _crossing(far, tar) if np.isfinite(far + tar).all() else math.nan
@@ -295,15 +367,28 @@ def bootstrap_intervals(
     folds: int = 10,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of the metrics of pairs at squared `distances` [N].
+    """Computes percentile bootstrap intervals of the metrics of pairs.
 
-    Pairs are drawn with replacement: for `accuracy` within each fold, the whole k-fold protocol
-    then being repeated; for `auc`, `eer` and `tar_at_far_<far>` the same and the different pairs
-    by themselves. The same seed gives the same intervals. Pairs are taken as independent; where
-    they share people, as in LFW, the true intervals are somewhat wider.
+    Pairs are drawn with replacement. For `accuracy` they are drawn within each fold, and the whole
+    k-fold protocol is repeated. For `auc`, `eer` and `tar_at_far_<far>` the same and the different
+    pairs are drawn separately. Pairs are taken as independent; if they share identities, as in LFW,
+    the true intervals are somewhat wider. Source: Efron and Tibshirani, An Introduction to the
+    Bootstrap (1993), chapter 13.
 
-    Returns {metric: (low, high)}; NaN where the metric itself is NaN.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    Args:
+        distances: [N] squared distances.
+        issame: [N] booleans.
+        fars: Target FARs in [0, 1].
+        resamples: Number of draws.
+        confidence: Confidence of the intervals, between 0 and 1.
+        folds: Number of folds.
+        seed: Seed of the draws; the same seed gives the same intervals.
+
+    Returns:
+        {metric: (low, high)}; NaN if the metric itself is NaN.
+
+    Raises:
+        ValueError: Shapes do not fit, or `resamples` or `confidence` is out of range.
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(
@@ -342,7 +427,7 @@ def bootstrap_intervals(
 
 
 def xnorm(*embeddings: ArrayLike) -> float:
-    """Mean length of all rows of the given arrays [N, D]; NaN if a value is not finite.
+    """Computes the mean length of all rows of the arrays [N, D]; NaN if a value is not finite.
 
     The published log prints it over the plain and the flipped embeddings together.
     """
@@ -355,13 +440,20 @@ def xnorm(*embeddings: ArrayLike) -> float:
 def verification_metrics(
     embeddings: ArrayLike, embeddings_flip: ArrayLike, issame: ArrayLike
 ) -> dict[str, float]:
-    """All numbers of one verification set, as a flat dictionary.
+    """Computes all numbers of one verification set, as a flat dictionary.
 
-    `embeddings` and `embeddings_flip` [2N, D] are of the images and of their mirror images.
-    `accuracy` and `accuracy_std` use the first alone; everything else (`accuracy_flip`,
+    `accuracy` and `accuracy_std` use the images alone. Everything else (`accuracy_flip`,
     `accuracy_flip_std`, `threshold`: mean squared distance over the folds, `tar_at_far_1e-3`,
-    `auc`, `eer`) the sum of the two. `xnorm` is over both, `num_pairs` is N. Embeddings that are
-    collapsed give NaN for what depends on them.
+    `auc`, `eer`) uses the sum of image and mirror image. `xnorm` is over both, `num_pairs` is N.
+    Collapsed embeddings give NaN for what depends on them.
+
+    Args:
+        embeddings: [2N, D] embeddings of the images.
+        embeddings_flip: [2N, D] embeddings of the mirror images.
+        issame: [N] booleans.
+
+    Raises:
+        ValueError: Shapes do not fit, or there are fewer pairs than folds.
     """
     plain_embeddings, flip_embeddings = _matrix(embeddings), _matrix(embeddings_flip)
     if plain_embeddings.shape != flip_embeddings.shape:
@@ -370,9 +462,9 @@ def verification_metrics(
             f"{flip_embeddings.shape}; the two must be equal"
         )
     plain = ten_fold_accuracy(plain_embeddings, issame)
-    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is what we report
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is reported
         summed = plain_embeddings.astype(np.float64) + flip_embeddings
-    # The sum is float64 but as exact as what came in, so collapse is judged in that dtype.
+    # The sum is float64 but no more exact than its terms, so collapse is judged in their dtype.
     collapsed = is_collapsed(plain_embeddings) or is_collapsed(
         summed.astype(plain_embeddings.dtype)
     )
@@ -405,7 +497,7 @@ def _matrix(embeddings: ArrayLike) -> NDArray:
 
 
 def _pairs(values: ArrayLike, issame: ArrayLike) -> tuple[NDArray, Bools]:
-    """Checked (values [N], issame [N]); nothing is copied that already has the right type."""
+    """Checks and returns (values [N], issame [N]); what has the right type is not copied."""
     values, same = np.asarray(values), np.asarray(issame)
     if values.ndim != 1 or same.ndim != 1 or len(values) != len(same) or not len(values):
         raise ValueError(
@@ -420,7 +512,7 @@ def _pairs(values: ArrayLike, issame: ArrayLike) -> tuple[NDArray, Bools]:
 
 
 def _accept_counts(values: NDArray, same: Bools) -> tuple[NDArray, NDArray, Floats]:
-    """(false accepts, true accepts, thresholds), each [P + 1], at every distinct score."""
+    """Returns false accepts, true accepts and thresholds, each [P + 1], at every distinct score."""
     order = np.argsort(values)[::-1]
     ordered = values[order]
     last_of_equals = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)
@@ -445,7 +537,7 @@ def _all_have_direction(rows: NDArray) -> bool:
 
 
 def _fold_sizes(count: int, folds: int) -> NDArray[np.int64]:
-    """Pairs in each of the contiguous folds; the first count % folds hold one more."""
+    """Returns the pairs in each contiguous fold; the first count % folds hold one more."""
     if folds < 2:
         raise ValueError(f"folds is {folds}; at least 2 are needed (10 in the published protocol)")
     if count < folds:
@@ -458,10 +550,10 @@ def _fold_sizes(count: int, folds: int) -> NDArray[np.int64]:
 
 
 def _fold_cells(distances: NDArray, same: Bools, folds: int) -> tuple[NDArray, NDArray]:
-    """(cell of every pair, size of every fold): what `_judge_folds` counts.
+    """Returns the cell of every pair and the size of every fold, which `_judge_folds` counts.
 
-    A pair is accepted from the first threshold above its distance on, so one histogram over
-    (fold, same, that position) and a running sum judge every threshold at once.
+    A pair is accepted from the first threshold above its distance on. So one histogram over (fold,
+    same, that position) and a running sum judge every threshold at once.
     """
     sizes = _fold_sizes(len(distances), folds)
     accepted_from = np.searchsorted(DISTANCE_THRESHOLDS, distances, side="right")
@@ -470,7 +562,7 @@ def _fold_cells(distances: NDArray, same: Bools, folds: int) -> tuple[NDArray, N
 
 
 def _judge_folds(cells: NDArray, sizes: NDArray) -> tuple[Floats, NDArray]:
-    """(accuracy, position of the threshold) of every fold, chosen on the others."""
+    """Returns accuracy and position of the threshold of every fold, chosen on the others."""
     folds, length = len(sizes), len(DISTANCE_THRESHOLDS) + 1
     histogram = np.bincount(cells, minlength=folds * 2 * length).reshape(folds, 2, length)
     accepts = np.cumsum(histogram[:, :, :-1], axis=2)  # [folds, 2, thresholds]
@@ -481,19 +573,19 @@ def _judge_folds(cells: NDArray, sizes: NDArray) -> tuple[Floats, NDArray]:
 
 
 def _accepted(positions: NDArray, length: int) -> NDArray:
-    """Pairs accepted [length + 1] when the first 0, 1, ... distinct distances are."""
+    """Counts the pairs accepted [length + 1] when the first 0, 1, ... distinct distances are."""
     return np.concatenate(([0], np.cumsum(np.bincount(positions, minlength=length))))
 
 
 def _area(false_accepts: NDArray, true_accepts: NDArray) -> float:
-    """Area under the ROC of these counts [P + 1], which end at the totals."""
+    """Computes the area under the ROC of these counts [P + 1], which end at the totals."""
     # Trapezoids in whole numbers: exact up to 4e9 pairs of either kind.
     doubled = np.sum(np.diff(false_accepts) * (true_accepts[1:] + true_accepts[:-1]))
     return float(doubled / (2.0 * true_accepts[-1] * false_accepts[-1]))
 
 
 def _crossing(far: Floats, tar: Floats) -> float:
-    """Where the ROC, drawn with straight lines, has FAR = 1 - TAR."""
+    """Returns the FAR where the ROC, drawn with straight lines, has FAR = 1 - TAR."""
     excess = far - (1 - tar)  # rises from -1 (nothing accepted) to 1 (everything accepted)
     after = int(np.argmax(excess >= 0))
     before = after - 1
@@ -502,6 +594,6 @@ def _crossing(far: Floats, tar: Floats) -> float:
 
 
 def rate_name(rate: float) -> str:
-    """0.001 as `1e-3`: how keys of metrics spell a rate."""
+    """Spells a rate as in the keys of metrics: 0.001 as `1e-3`."""
     mantissa, exponent = f"{rate:.12e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if 0 < rate < 1 else f"{rate:g}"

@@ -1,11 +1,12 @@
-"""MFR: check and pack a submission, or run the protocol on images of one's own.
+"""MFR: checks and packs a submission, or runs the protocol on images of one's own.
 
     python -m eval.mfr check work_dirs/ms1mv3_r50 --track ms1m
     python -m eval.mfr pack work_dirs/ms1mv3_r50 submission.zip
     python -m eval.mfr run --model work_dirs/ms1mv3_r50 --data FOLDER --groups groups.csv
 
-The protocol: every image against every other one, TAR at FAR 1e-6 over all pairs, for each group
-(race, age) by itself, and between the two values of a column that has two (masked, unmasked).
+The protocol compares every image with every other one and computes TAR at FAR 1e-6 over all pairs,
+for each group (race, age) separately, and between the two values of a column that has two (masked,
+unmasked).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; exit code 0, 1 (the submission breaks a rule) or 2 (wrong input)."""
+    """Runs the command; exit code 0, 1 (the submission breaks a rule) or 2 (wrong input)."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.mfr", description="MFR submissions, and its protocol on own images."
     )
@@ -110,7 +111,7 @@ def _pack(options: argparse.Namespace) -> int:
         if options.network:
             export += ["--network", options.network]
         if (facts["mean"], facts["std"]) != (127.5, 127.5):
-            export.append("--fold-normalization")  # else the checker would feed (127.5, 127.5)
+            export.append("--fold-normalization")  # else the checker normalizes with 127.5, 127.5
         exported = subprocess.run(export, capture_output=True, text=True)
         if exported.returncode:
             raise SubmissionError(f"the export failed: {exported.stderr.strip()[-500:]}")
@@ -191,9 +192,19 @@ def evaluate_groups(
     device: Any = "cpu",
     show_progress: bool = True,
 ) -> dict[str, list[AllPairs]]:
-    """{group: result per FAR}: "all", "column=value", and "column=a against b" for two values.
+    """Runs the protocol on all images and on each group.
 
-    `features` [N, D], `people` [N], `groups` {column: value [N]}.
+    Args:
+        features: [N, D] embeddings.
+        people: [N] identities.
+        groups: {column: value [N]}.
+        fars: Target FARs in [0, 1].
+        device: Device of the products.
+        show_progress: Whether progress is shown on stderr.
+
+    Returns:
+        {group: result per FAR}, with the groups "all", "column=value", and "column=a against b" for
+        a column of two values.
     """
     jobs: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_] | None]] = {
         "all": (np.ones(len(people), np.bool_), None)
@@ -227,7 +238,7 @@ def evaluate_groups(
 
 
 def format_results(results: dict[str, list[AllPairs]]) -> str:
-    """A table, one line per group."""
+    """Formats a table, one line per group."""
     fars = [rate_name(one.far) for one in next(iter(results.values()))]
     rows = [["all to all", "genuine", "impostors", *(f"TAR@{far}" for far in fars)]]
     for name, found in results.items():

@@ -1,8 +1,8 @@
-"""From a model to a function that embeds uint8 images: the one door evaluation goes through.
+"""Makes a function that embeds uint8 images from a model; every evaluation uses it.
 
-`open_model` takes what a user names on a command line (a run, a file of weights, an ONNX file);
-`Embedder` wraps a backbone that is already there, as the training loop has it. Protocols take any
-callable of this shape.
+`open_model` takes what a user names on a command line (a run, a file of weights, an ONNX file).
+`Embedder` wraps a backbone in memory, as the training loop has it. Protocols take any callable of
+this form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eval.onnx_model import (
 
 
 class ModelOptionsError(ValueError):
-    """A model that does not say all there is to know; the message says what to pass."""
+    """A model's options are incomplete or do not fit; the message says what to pass."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Model:
 
     Attributes:
         embed: uint8 RGB [n, 3, input_size, input_size] -> [n, D].
-        input_size: height and width of images, pixels.
-        key: hash of weights and preprocessing: equal keys, equal embeddings.
-        facts: where it came from and how images reach it, for reports.
+        input_size: Height and width of images in pixels.
+        key: Hash of weights and preprocessing: equal keys mean equal embeddings.
+        facts: Origin and preprocessing, for reports.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -59,23 +59,27 @@ def open_model(
     output: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """The model at `path`: the folder of a run, a file of weights, or an ONNX file.
+    """Opens the model at `path`: the folder of a run, a file of weights, or an ONNX file.
 
     Args:
-        path: a folder with model.pt, a state dict of ours or of arcface_torch, or `*.onnx`.
-        network: architecture, for weights that do not say it.
-        mean, std: of pixels 0..255, one number or three in RGB order. From the file where it says
-            them (a given one wins). An ONNX file that does not say them needs both; weights of
-            arcface_torch, which never do, get its 127.5, and `facts` says so.
-        color: RGB or BGR, the order the network takes; known or needed as `mean` is.
+        path: Folder with model.pt, state dict of ours or of arcface_torch, or `*.onnx`.
+        network: Architecture, for weights that do not state it.
+        mean: Mean of pixels 0..255, one number or three in RGB order; None takes the file's. An
+            ONNX file that does not state it needs it. Weights of arcface_torch, which never state
+            it, get its 127.5, and `facts` says so.
+        std: Standard deviation of pixels, as `mean`.
+        color: RGB or BGR, the order that the network takes; None as for `mean`.
         layout: NCHW or NHWC, for an ONNX file whose input does not show it.
-        input_size: pixels, for an ONNX file that does not say it.
-        output: name of the embedding, for an ONNX file with several outputs.
-        device: where the model runs.
+        input_size: Height and width in pixels, for an ONNX file that does not state it.
+        output: Name of the embedding, for an ONNX file with several outputs.
+        device: Device of the model.
 
     Raises:
-        ModelOptionsError: something has to be said; the message has an example.
-        FileNotFoundError, WeightsError, OnnxModelError, ValueError: the file cannot be used.
+        ModelOptionsError: An option is missing or does not fit; the message has an example.
+        FileNotFoundError: The file does not exist.
+        WeightsError: The weights cannot be used.
+        OnnxModelError: The ONNX file cannot be used.
+        ValueError: An option has a wrong value.
     """
     if Path(path).suffix.lower() == ".onnx":
         if network is not None:
@@ -166,7 +170,15 @@ def _open_onnx(
 
 
 def parse_channels(name: str, text: str) -> float | tuple[float, ...]:
-    """`127.5` or `123.675,116.28,103.53` (RGB). Raises ModelOptionsError."""
+    """Parses `127.5` or `123.675,116.28,103.53` (RGB).
+
+    Args:
+        name: Name of the option in the error.
+        text: The text.
+
+    Raises:
+        ModelOptionsError: The text is not one number or three.
+    """
     try:
         numbers = tuple(float(part) for part in text.strip("()[] ").split(","))
     except ValueError:
@@ -191,18 +203,22 @@ def _key(content: str, facts: dict[str, Any], *more: Any) -> str:
 class Embedder:
     """Callable `uint8 [n, 3, H, W] -> embeddings [n, D]` around a backbone.
 
-    The backbone is used as it stands, training or not: every call puts its modules into eval
-    mode and gives each its own mode back afterwards, also when the call fails, so a training
-    loop can verify between two steps (layers it keeps frozen stay frozen).
+    Every call puts the backbone's modules into eval mode and gives each its own mode back
+    afterwards, also when the call fails. So a training loop can verify between two steps, and
+    layers that it keeps frozen stay frozen.
 
     Args:
-        backbone: takes normalized images [n, 3, H, W], gives [n, D]. Give the module itself, not
-            its DDP wrapper: an evaluation needs no collective of its own.
-        mean, std: of the pixel values in units of 0..255, one number or one per RGB channel; the
-            backbone sees (pixel - mean) / std.
-        device: where images are sent; by default where the backbone's first parameter is.
-        autocast: dtype for `torch.autocast` (bfloat16, float16), or None for the backbone's own.
-        color: order of the channels the backbone takes, RGB or BGR; images come as RGB.
+        backbone: Takes normalized images [n, 3, H, W] and gives [n, D]. It is the module itself,
+            not its DDP wrapper: an evaluation needs no collective of its own.
+        mean: Mean of pixels 0..255, one number or one per RGB channel; the backbone sees (pixel -
+            mean) / std.
+        std: Standard deviation of pixels, as `mean`.
+        device: Where images are sent; None means where the backbone's first parameter is.
+        autocast: Dtype for `torch.autocast` (bfloat16, float16), or None for the backbone's own.
+        color: Order of the channels that the backbone takes, RGB or BGR; images come as RGB.
+
+    Raises:
+        ValueError: `mean`, `std` or `color` has a wrong value.
     """
 
     def __init__(
@@ -232,9 +248,15 @@ class Embedder:
             raise ValueError(f"std is {std}; it must be positive (127.5 for the usual models)")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Embeddings [n, D] of uint8 RGB `images` [n, 3, H, W], on the embedder's device.
+        """Computes embeddings [n, D] of images, on the embedder's device.
 
-        float64 from a float64 backbone, float32 from any other, whatever the autocast.
+        They are float64 from a float64 backbone and float32 from any other, whatever the autocast.
+
+        Args:
+            images: [n, 3, H, W] uint8 RGB.
+
+        Raises:
+            ValueError: The images have another shape or dtype.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""An ONNX file of any vendor as a function of uint8 images, through onnxruntime.
+"""Runs an ONNX file of any vendor as a function of uint8 images, through onnxruntime.
 
-What the file says of itself is read (batch, size, layout, type of the input; our metadata); what it
-does not say has to be said by whoever uses it. Nothing is guessed from names of nodes.
+What the file states is read (batch, size, layout, type of the input; our metadata). The caller has
+to give the rest. Nothing is guessed from names of nodes.
 """
 
 from __future__ import annotations
@@ -30,25 +30,29 @@ _INPUT_TYPES = {
 
 
 class OnnxModelError(ValueError):
-    """An ONNX file that cannot be used as asked; the message says what to pass."""
+    """An ONNX file cannot be used as requested; the message says what to pass."""
 
 
 class OnnxEmbedder:
     """Callable `uint8 RGB [n, 3, H, W] -> embeddings [n, D]` float32 around an ONNX file.
 
-    A fixed batch is kept to by cutting and by filling up the last one; the answer does not depend
-    on what it was filled with.
+    A fixed batch size is met by cutting the images into batches and padding the last one; the
+    result does not depend on the padding.
 
     Args:
-        path: of the .onnx; weights outside of it lie beside it.
-        mean, std: of the pixel values in units of 0..255, one number or one per channel in RGB
-            order; the graph gets (pixel - mean) / std.
-        color: order of the channels that the graph takes, RGB or BGR.
-        layout: NCHW or NHWC; None reads it off the input's shape, where that is unambiguous.
-        input_size: height and width; None reads it off the input's shape.
-        output: name of the output that is the embedding; None: the only one.
+        path: Path of the .onnx; external weights lie beside it.
+        mean: Mean of pixels 0..255, one number or one per channel in RGB order; the graph gets
+            (pixel - mean) / std.
+        std: Standard deviation of pixels, as `mean`.
+        color: Order of the channels that the graph takes, RGB or BGR.
+        layout: NCHW or NHWC; None reads it from the input's shape if that is unambiguous.
+        input_size: Height and width in pixels; None reads it from the input's shape.
+        output: Name of the output that is the embedding; None means the only one.
         device: cpu or cuda (with onnxruntime's CUDA provider).
-        threads: of onnxruntime; None: as many as PyTorch uses.
+        threads: Number of onnxruntime's threads; None means as many as PyTorch uses.
+
+    Raises:
+        OnnxModelError: The file cannot be used, or an option is missing or does not fit.
     """
 
     def __init__(
@@ -97,7 +101,12 @@ class OnnxEmbedder:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Embeddings [n, D], float32 on the CPU, of uint8 RGB `images` [n, 3, H, W]."""
+        """Computes embeddings [n, D], float32 on the CPU, of uint8 RGB `images` [n, 3, H, W].
+
+        Raises:
+            ValueError: The images have another shape or dtype.
+            OnnxModelError: onnxruntime fails, or the output has another shape.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"images have shape {list(images.shape)} and dtype {images.dtype}; "
@@ -133,7 +142,7 @@ class OnnxEmbedder:
                 f"{self.path}: onnxruntime failed on a batch {list(batch.shape)} ({error})"
             ) from error
         rows = np.asarray(found, dtype=np.float32)
-        # Some exporters leave the pixels of a 1 x 1 map behind: [n, D, 1, 1].
+        # Some exporters keep the dimensions of a 1 x 1 map: [n, D, 1, 1].
         if rows.size % len(batch) or not rows.size or rows.shape[0] != len(batch):
             raise OnnxModelError(
                 f"{self.path}: output {self._output} has shape {list(rows.shape)} for "
@@ -145,7 +154,16 @@ class OnnxEmbedder:
 def open_session(
     path: Path, device: torch.device | str = "cpu", threads: int | None = None
 ) -> onnxruntime.InferenceSession:
-    """Onnxruntime's session of a file. Raises OnnxModelError."""
+    """Opens onnxruntime's session of a file.
+
+    Args:
+        path: Path of the file.
+        device: cpu or cuda.
+        threads: Number of onnxruntime's threads; None means as many as PyTorch uses.
+
+    Raises:
+        OnnxModelError: The file cannot be loaded, or the device has no provider.
+    """
     if not path.is_file():
         raise OnnxModelError(f"{path}: no such file; give the path of an .onnx")
     device = torch.device(device)
@@ -160,7 +178,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    # Spinning threads take the processor from whoever decodes, or from other ranks.
+    # Spinning threads take the processor from the decoding threads and from other ranks.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers)
@@ -172,12 +190,12 @@ def open_session(
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
-    """The text properties of an ONNX file; for ours see docs/export.md."""
+    """Returns the text properties of an ONNX file; for ours see docs/export.md."""
     return dict(open_session(path).get_modelmeta().custom_metadata_map)
 
 
 def content_key(path: Path) -> str:
-    """A hash of the file, and of the files of weights beside it that belong to it."""
+    """Hashes the file, and the file of weights beside it that belongs to it."""
     key = hashlib.sha256()
     for part in (path, path.with_name(f"{path.name}.data")):
         if part.is_file():

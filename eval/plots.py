@@ -1,7 +1,7 @@
-"""Pictures: the training curve from metrics.jsonl, ROC curves, score histograms, wrong pairs.
+"""Figures: the training curve of metrics.jsonl, ROC curves, score histograms, wrong pairs.
 
-matplotlib is imported when a picture is drawn, not before, and used without its global state:
-drawing changes nothing in the process and needs no display.
+matplotlib is imported only when a figure is drawn, and used without its global state. So drawing
+changes nothing in the process and needs no display.
 """
 
 import json
@@ -17,12 +17,18 @@ _DOTS_PER_INCH = 120
 
 
 def plot_training_curve(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
-    """Loss, learning rate and, where there are any, verification accuracies over the steps.
+    """Draws loss, learning rate and, if there are any, verification accuracies over the steps.
 
-    `metrics_jsonl`: one JSON object per line; lines with `loss` are logged steps, lines with
-    `eval` evaluations {target: {accuracy_flip, ...}}. Values that are NaN leave a gap. A torn
-    last line (the run was killed while writing) is left out; any other bad line and a file
-    without a logged step are a ValueError that names file and line.
+    Values that are NaN leave a gap. A torn last line (the run was killed while writing) is left
+    out.
+
+    Args:
+        metrics_jsonl: File of one JSON object per line. Lines with `loss` are logged steps, lines
+            with `eval` are evaluations {target: {accuracy_flip, ...}}.
+        out_png: File of the figure.
+
+    Raises:
+        ValueError: Another line is damaged, or no step was logged; the message names file and line.
     """
     from matplotlib.figure import Figure
 
@@ -55,11 +61,18 @@ def plot_training_curve(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
 def plot_roc(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]], out_png: str | Path, title: str
 ) -> Path:
-    """One ROC per name, as steps, on a logarithmic FAR axis.
+    """Draws one ROC per name, as steps, on a logarithmic FAR axis.
 
-    `curves`: {name: (far, tar)}, both [P] and rising, as `eval.metrics.roc_curve` gives them. The
-    axis begins at the smallest FAR a set can show (one false accept). A curve of NaN is named in
-    the legend as undefined. The format follows the suffix of `out_png` (.png, .pdf).
+    The axis begins at the smallest FAR that a set can show (one false accept). A curve of NaN is
+    named in the legend as undefined.
+
+    Args:
+        curves: {name: (far, tar)}, both [P] and ascending, as `eval.metrics.roc_curve` gives them.
+        out_png: File of the figure; its suffix sets the format (.png, .pdf).
+        title: Title of the figure.
+
+    Raises:
+        ValueError: There is no curve.
     """
     from matplotlib.figure import Figure
 
@@ -77,10 +90,18 @@ def plot_scores(
     out: str | Path,
     title: str,
 ) -> Path:
-    """ROC curves side by side with a histogram of scores per set.
+    """Draws ROC curves beside a histogram of scores per set.
 
-    `scores`: {name: (cosines [N], issame [N])}. A set with scores that are not finite, or with one
-    kind of pair only, is named as undefined in the ROC. The format follows the suffix of `out`.
+    A set with scores that are not finite, or with one kind of pair only, is named as undefined in
+    the ROC.
+
+    Args:
+        scores: {name: (cosines [N], issame [N])}.
+        out: File of the figure; its suffix sets the format.
+        title: Title of the figure.
+
+    Raises:
+        ValueError: There is no set.
     """
     from matplotlib.figure import Figure
 
@@ -105,8 +126,8 @@ def plot_scores(
             for kind, label, color in kinds:
                 count = int(np.count_nonzero(finite & kind))
                 if count:
-                    # Shares of their own kind: sets with a thousand impostors to one same pair
-                    # would otherwise show the impostors only.
+                    # Shares within each kind: otherwise sets with a thousand impostors per same
+                    # pair would show the impostors only.
                     axis.hist(
                         values[finite & kind],
                         bins,
@@ -132,9 +153,13 @@ def plot_contact_sheet(
     title: str,
     columns: int = 4,
 ) -> Path:
-    """Pairs of images side by side with a caption each; a page that says so if there are none.
+    """Draws pairs of images side by side with a caption each, or says that there are none.
 
-    `pairs`: (caption, RGB [H, W, 3], RGB of the same height).
+    Args:
+        pairs: (caption, RGB [H, W, 3], RGB of the same height) of each pair.
+        out: File of the figure; its suffix sets the format.
+        title: Title of the figure.
+        columns: Pairs per row.
     """
     from matplotlib.figure import Figure
 
@@ -161,8 +186,8 @@ def _draw_roc(axes: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> N
             axes.plot([], [], label=f"{name} (undefined)")
             continue
         smallest.append(x[x > 0].min(initial=1.0))
-        # A threshold exists only at the points, so between them the curve is a step. Zero has no
-        # place on a log axis: the part before the first false accept runs in from the left edge.
+        # A threshold exists only at the points, so between them the curve is a step. A log axis
+        # has no zero: the part before the first false accept begins at the left edge.
         axes.step(np.maximum(x, 1e-12), y, where="post", label=name, linewidth=1.5)
     left = 10.0 ** math.floor(math.log10(min(smallest, default=1e-4)))
     axes.set_xscale("log")
@@ -175,7 +200,7 @@ def _draw_roc(axes: Any, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> N
 
 
 def _score(metrics: dict[str, Any]) -> Any:
-    """What an evaluation is plotted by: flip accuracy of faces, top-1 of a classifier."""
+    """Returns the plotted value of an evaluation: flip accuracy of faces, top-1 of a classifier."""
     return metrics.get("accuracy_flip", metrics.get("top1"))
 
 
@@ -205,7 +230,7 @@ def _read_lines(source: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline followed: it was being written
+            if number == len(lines):  # no newline follows: the line was being written
                 break
             raise ValueError(f"{source}, line {number}: not a JSON object ({error})") from error
         if not isinstance(value, dict) or "step" not in value:
@@ -215,7 +240,7 @@ def _read_lines(source: Path) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float:
-    """A float to draw; None (how strict JSON spells NaN) and missing values leave a gap."""
+    """Converts a value to a float; None (JSON's NaN) and missing values become NaN, a gap."""
     return math.nan if value is None else float(value)
 
 

@@ -1,8 +1,9 @@
-"""Pickles of plain data, read without running them.
+"""Reads pickles of plain data without running them.
 
-Two gates: a scan that allows only the opcodes such a file needs, then an unpickler that hands out
-our own stand-ins for the few globals an array needs. No global of the file's choice is imported,
-numpy never sees a state the file made up, and what is allocated is bounded by the file's length.
+There are two checks. A scan allows only the opcodes that such a file needs. Then an unpickler
+replaces the few globals that an array needs by our own stand-ins. No global of the file's choice is
+imported, numpy never sees a state that the file made up, and what is allocated is bounded by the
+file's length.
 """
 
 import io
@@ -31,17 +32,21 @@ _MAX_DIMENSIONS = 4
 
 
 class PickleRefused(ValueError):
-    """A pickle that is unreadable, damaged or holds what it must not; nothing was executed."""
+    """A pickle is unreadable, damaged or holds what it must not; nothing was executed."""
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """The content of a pickle file that holds plain data only.
+    """Reads a pickle file that holds plain data only.
 
-    Lists, tuples, bytes, bytearrays, text, numbers, booleans and None come as themselves (the
-    strings of Python 2 as bytes), numpy booleans and integers as Python's, numpy arrays of
-    booleans and integers as `PickledArray`.
+    Lists, tuples, bytes, bytearrays, text, numbers, booleans and None are returned as they are (the
+    strings of Python 2 as bytes), numpy booleans and integers as Python's, numpy arrays of booleans
+    and integers as `PickledArray`.
 
-    Raises PickleRefused naming the file, and the global or opcode that was refused.
+    Args:
+        path: Path of the file.
+
+    Raises:
+        PickleRefused: The file is refused; the message names it, and the global or opcode.
     """
     try:
         content = path.read_bytes()
@@ -65,7 +70,7 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 def _scan_opcodes(path: Path, content: bytes, replacements: dict[tuple[str, str], Any]) -> None:
-    """Refuse what can be refused before anything is unpickled."""
+    """Refuses what can be refused before anything is unpickled."""
     argument: Any  # its type depends on the opcode
     for opcode, argument, position in pickletools.genops(io.BytesIO(content)):
         if opcode.name not in _ALLOWED_OPCODES:
@@ -107,7 +112,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 class _StandIn:
-    """Callable given out in place of a global; unlike a function it cannot be altered by BUILD."""
+    """A callable given in place of a global; unlike a function, BUILD cannot alter it."""
 
     __slots__ = ("_function",)
     _function: Callable[..., Any]
@@ -144,7 +149,11 @@ class _PickledDtype:
 
 
 class PickledArray:
-    """A numpy array of the file; `array` is a view of its bytes, of the shape it had."""
+    """A numpy array of the file.
+
+    Attributes:
+        array: View of the file's bytes, with the dtype and shape that the file states.
+    """
 
     def __init__(self) -> None:
         self.array: NDArray[Any] = np.empty(0, np.uint8)
@@ -154,10 +163,21 @@ class PickledArray:
         self.fill(data, dtype, shape, "F" if is_fortran else "C")
 
     def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> None:
+        """Sets the array.
+
+        Args:
+            data: Bytes of the elements.
+            dtype: A `_PickledDtype`.
+            shape: Tuple of lengths.
+            order: "F" for Fortran order, else C order.
+
+        Raises:
+            UnpicklingError: The arguments do not fit each other.
+        """
         if not isinstance(dtype, _PickledDtype) or not isinstance(data, (bytes, bytearray)):
             raise pickle.UnpicklingError("array is not of plain integers or booleans")
-        # Every length is checked by itself first: a zero would let another be anything, and a
-        # product of integers of a million digits takes for ever.
+        # Every length is checked separately first: a zero would let another be anything, and the
+        # product of integers of a million digits would take too long.
         if (
             not isinstance(shape, tuple)
             or len(shape) > _MAX_DIMENSIONS
@@ -190,10 +210,10 @@ def _scalar(dtype: Any, data: Any) -> int:
 
 
 class _Latin1Encoder:
-    """How protocol 2 spells bytes: `_codecs.encode(text, "latin1")`.
+    """Reads bytes as protocol 2 spells them: `_codecs.encode(text, "latin1")`.
 
-    Each such text stands in the file, so together they cannot be longer than it; more means that
-    one text is being multiplied to fill the memory.
+    Each such text is part of the file, so together they cannot be longer than it. More means that
+    one text is multiplied to fill the memory.
     """
 
     def __init__(self, limit: int) -> None:
@@ -223,7 +243,7 @@ _NDARRAY = object()  # only ever compared with; not callable
 
 
 def _stand_ins(limit: int) -> dict[tuple[str, str], Any]:
-    """What a file may name, and what it gets for it; `limit`: the file's length in bytes."""
+    """Returns what a file may name, and its stand-in; `limit` is the file's length in bytes."""
     encoder = _Latin1Encoder(limit)
     given: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): _NDARRAY,

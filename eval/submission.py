@@ -1,4 +1,4 @@
-"""The rules an MFR submission must keep, checked as the challenge's own checker has them.
+"""Checks the rules of an MFR submission as the challenge's own checker does.
 
 Nothing is written into the folder that is checked, and nothing in it is run but the ONNX graph.
 Rules and limits: docs/evaluation.md, "MFR".
@@ -26,7 +26,13 @@ TIMED_RUNS, TIMED_RANK = 50, 6  # the sixth fastest of fifty counts
 
 @dataclass(frozen=True)
 class Track:
-    """Limits of the tracks whose name begins with `prefix`."""
+    """Limits of some tracks.
+
+    Attributes:
+        prefix: The limits hold for tracks whose name begins with this.
+        feature_width: Largest number of an embedding's values.
+        ms_per_image: Largest time in milliseconds per image.
+    """
 
     prefix: str
     feature_width: int
@@ -42,19 +48,23 @@ TRACKS = (
 
 
 class SubmissionError(ValueError):
-    """A submission that cannot even be looked at; says what to give."""
+    """A submission cannot be examined at all; the message says what to give."""
 
 
 @dataclass
 class Report:
-    """What was found: every rule with what it allows, and what the checker will feed the model.
+    """What was found, what each rule allows, and what the checker will feed the model.
 
     Attributes:
-        folder, track: what was checked.
-        checks: {name, passed, found, allowed}; `passed` None: only reported.
-        input_mean, input_std: how the checker will normalize pixels; NaN if the graph is not there.
-        height, width: of the images it will feed.
-        ms_per_image: on this machine; only an indication of the checker's.
+        folder: The folder that was checked.
+        track: Name of the track.
+        checks: {name, passed, found, allowed}; `passed` is None for what is only reported.
+        input_mean: Mean with which the checker will normalize pixels; NaN if the graph was not
+            read.
+        input_std: Standard deviation with which it will do so; NaN if the graph was not read.
+        height: Height of the images that it will feed, in pixels.
+        width: Width of these images.
+        ms_per_image: Milliseconds on this machine; only an indication of the checker's time.
     """
 
     folder: str
@@ -67,7 +77,14 @@ class Report:
     ms_per_image: float = math.nan
 
     def add(self, name: str, passed: bool | None, found: Any, allowed: Any) -> bool:
-        """Note a rule; returns whether to go on."""
+        """Records a rule and returns whether to continue.
+
+        Args:
+            name: Name of the rule.
+            passed: Whether it is kept; None for what is only reported.
+            found: What was found.
+            allowed: What is allowed.
+        """
         self.checks.append({"name": name, "passed": passed, "found": found, "allowed": allowed})
         return passed is not False
 
@@ -77,7 +94,7 @@ class Report:
         return all(check["passed"] is not False for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """Returns the content of the JSON report."""
         return {"passed": self.passed, **asdict(self)}
 
     def __str__(self) -> str:
@@ -92,7 +109,11 @@ class Report:
 
 
 def find_track(name: str) -> Track:
-    """The limits for a track's name, by its beginning. Raises SubmissionError."""
+    """Returns the limits of a track by the beginning of its name.
+
+    Raises:
+        SubmissionError: The track is unknown.
+    """
     for track in TRACKS:
         if name.startswith(track.prefix):
             return track
@@ -103,9 +124,15 @@ def find_track(name: str) -> Track:
 
 
 def check_submission(folder: str | Path, track_name: str, enforce_time: bool = False) -> Report:
-    """Check a folder against the rules of a track; what is broken is in the report.
+    """Checks a folder against the rules of a track; broken rules are in the report.
 
-    Raises SubmissionError for an unknown track or something that is no folder.
+    Args:
+        folder: The folder.
+        track_name: Name of the track.
+        enforce_time: Whether a time above the limit on this machine breaks a rule.
+
+    Raises:
+        SubmissionError: The track is unknown, or the folder does not exist.
     """
     track, folder = find_track(track_name), Path(folder)
     if not folder.is_dir():
@@ -155,7 +182,7 @@ def _chooses_by_itself(track: Track, folder: Path) -> bool:
 
 
 def _read_side_files(report: Report, folder: Path, track: Track) -> bool:
-    """crop.txt and pixel_norm.txt, which count for track cfat only."""
+    """Reads crop.txt and pixel_norm.txt, which count for track cfat only."""
     crop, norm = folder / "crop.txt", folder / "pixel_norm.txt"
     if track.prefix != "cfat":
         for file in (crop, norm):
@@ -220,9 +247,10 @@ def _check_graph(report: Report, model: onnx.ModelProto, session: Any, track: Tr
 
 
 def begins_with_normalization(graph: onnx.GraphProto) -> bool:
-    """Whether the graph's input first has a constant subtracted and is scaled by another.
+    """Returns whether the graph first shifts its input by a constant and scales it by another.
 
-    In either order, with Sub or Add and Mul or Div; followed through the graph, not by names.
+    The two come in either order, as Sub or Add and Mul or Div; they are found by following the
+    graph, not by names.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     constants = set(weights) | {n.output[0] for n in graph.node if n.op_type == "Constant"}
@@ -241,7 +269,7 @@ def begins_with_normalization(graph: onnx.GraphProto) -> bool:
 
 
 def _run(report: Report, session: Any, track: Track, enforce_time: bool) -> None:
-    """A batch of 32 gives finite values; time of single images."""
+    """Checks that a batch of 32 gives finite values, and measures the time of single images."""
     name = session.get_inputs()[0].name
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (CHECKED_BATCH, 3, report.height, report.width))
@@ -256,7 +284,7 @@ def _run(report: Report, session: Any, track: Track, enforce_time: bool) -> None
     if not report.add(f"batch of {CHECKED_BATCH}", bool(good), text, "finite values, [32, D]"):
         return
     most = track.feature_width
-    if features.shape[1] > most:  # where the graph does not say it
+    if features.shape[1] > most:  # the graph does not always state the width
         report.add("feature width", False, features.shape[1], f"at most {most}")
         return
     report.ms_per_image = time_single_images(session, name, images)
@@ -270,7 +298,13 @@ def _run(report: Report, session: Any, track: Track, enforce_time: bool) -> None
 
 
 def time_single_images(session: Any, name: str, images: np.ndarray) -> float:
-    """Milliseconds of the sixth fastest of fifty runs of one image."""
+    """Returns the milliseconds of the sixth fastest of fifty runs of one image.
+
+    Args:
+        session: Session of onnxruntime.
+        name: Name of the input.
+        images: [n, 3, H, W], used in turn.
+    """
     times = []
     for turn in range(TIMED_RUNS):
         one = images[turn % len(images)][None]

@@ -1,8 +1,8 @@
-"""Face verification on sets of pairs: embed on all ranks together, score.
+"""Face verification on sets of pairs: embeds on all ranks together and scores.
 
-The sets are read by `eval.verification_sets`, once; the loop calls `verify` whenever it wants to
-know; the scoring is in `eval.metrics`. As a command (`python -m eval.verification --help`) there is
-more: pairs files, confidence intervals, groups, figures; `report_set` makes what it writes.
+`eval.verification_sets` reads the sets once, the training loop calls `verify` for each evaluation,
+and `eval.metrics` scores. The command (`python -m eval.verification --help`) offers more: pairs
+files, confidence intervals, groups, figures. `report_set` makes what it writes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ VerificationResult = dict[str, float]
 DEFAULT_FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 VALIDATION_FAR = 1e-3
-"""False accept rate of the published validation rate."""
+"""The false accept rate of the published validation rate."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,14 @@ class _SetImages:
         return len(self.one.images)
 
     def encoded(self, index: int) -> bytes:
+        """Returns the file of an image, or its shape and pixels; see `eval.extract.Images`."""
         image = self.one.images[index]
         if isinstance(image, bytes) or image.ndim == 1:
             return bytes(image)
         return f"pixels {image.shape} ".encode() + image.tobytes()
 
     def pixels(self, index: int, encoded: bytes) -> NDArray[np.uint8]:
+        """Returns an image as RGB [H, W, 3]; see `eval.extract.Images`."""
         image = self.one.images[index]
         if isinstance(image, bytes) or image.ndim == 1:
             return decode_image(encoded, self.one.describe(index))
@@ -97,25 +99,29 @@ def verify(
     batch_size: int = 64,
     input_size: int = 112,
 ) -> dict[str, VerificationResult]:
-    """Score `embed` on every set; all ranks of `group` call it together and get the same answer.
+    """Scores `embed` on every set; all ranks of `group` call it together.
+
+    All ranks get the same result.
 
     Args:
-        embed: uint8 RGB [n, 3, H, W] on the CPU -> [n, D], float32 or float64, on any device.
-            Every rank must have the same weights. Called with the images and, separately, with
-            their mirror images, `batch_size` at a time (the last batch of a set may be smaller).
-        sets: the same sets on every rank.
-        rank, world_size, group: which share is this one's; torch.distributed is used only when
-            `world_size` is more than 1.
-        input_size: height and width in pixels every image must have.
+        embed: uint8 RGB [n, 3, H, W] on the CPU -> [n, D], float32 or float64, on any device. Every
+            rank must have the same weights. It is called with the images and, separately, with
+            their mirror images.
+        sets: The same sets on every rank.
+        rank: This rank.
+        world_size: Number of ranks; torch.distributed is used only if it is more than 1.
+        group: Process group of the ranks.
+        batch_size: Images per call of `embed`; the last batch of a set may be smaller.
+        input_size: Height and width in pixels that every image must have.
 
     Returns:
-        {set name: metrics}, the metrics being those of `eval.metrics.verification_metrics`.
-        Embeddings that are collapsed or not finite give NaN and one logged warning.
+        {set name: metrics} with the metrics of `eval.metrics.verification_metrics`. Embeddings that
+        are collapsed or not finite give NaN and one logged warning.
 
     Raises:
-        ValueError: bad arguments, two sets of one name, an image of another size, an embedding of
-            another shape. What fails on one rank raises there, and a RuntimeError that names the
-            rank on the others: no rank is left waiting.
+        ValueError: An argument is wrong, two sets share a name, or an image or an embedding has
+            another shape. An error of one rank raises there.
+        OtherRankFailed: Another rank failed; the message names it. No rank is left waiting.
     """
     if len({one.name for one in sets}) != len(sets):
         raise ValueError(f"two sets share a name: {', '.join(one.name for one in sets)}")
@@ -140,7 +146,14 @@ def score_set(
     flipped: NDArray[np.floating],
     warn: bool = True,
 ) -> VerificationResult:
-    """`eval.metrics.verification_metrics` of a set; what is NaN is named in one logged warning."""
+    """Computes `eval.metrics.verification_metrics` of a set.
+
+    Args:
+        one: The set.
+        plain: [2N, D] embeddings of the images.
+        flipped: [2N, D] embeddings of the mirror images.
+        warn: Whether one logged warning names the metrics that are NaN.
+    """
     result = verification_metrics(plain, flipped, one.issame)
     undefined = [key for key, value in result.items() if math.isnan(value)]
     if undefined and warn:
@@ -165,9 +178,25 @@ def embed_set(
     cache: EmbeddingCache | None = None,
     show_progress: bool = False,
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """(embeddings, embeddings of the mirror images), each [2N, D], whole on every rank.
+    """Embeds the images of a set and their mirror images, complete on every rank.
 
-    Arguments and errors as for `verify`.
+    Args:
+        embed: As in `verify`.
+        one: The set.
+        rank: This rank.
+        world_size: Number of ranks.
+        group: Process group of the ranks.
+        batch_size: Images per call of `embed`.
+        input_size: Height and width in pixels that every image must have.
+        cache: Cache in which batches are looked up and kept.
+        show_progress: Whether progress is shown on stderr.
+
+    Returns:
+        The embeddings of the images and of the mirror images, each [2N, D].
+
+    Raises:
+        ValueError: As in `verify`.
+        OtherRankFailed: As in `verify`.
     """
     rows = embed_images(
         embed,
@@ -199,13 +228,25 @@ def report_set(
     resamples: int = 1000,
     groups: Groups | None = None,
 ) -> dict[str, Any]:
-    """All there is to say of a set whose embeddings are [2N, D], as JSON has it.
+    """Computes the full report of a set, as JSON has it.
 
-    The flat metrics of `verify`; `threshold_cosine`; `validation_rate`: {rate, std, far,
-    far_wanted} of the published protocol; `tar_at_far`: a list of {far, tar, threshold_cosine,
-    false_accepts, num_impostors, allowed_false_accepts}; `confidence_95`:
-    {metric: [low, high]} by bootstrap (none with resamples=0); `groups`: {column: {value: the same
-    of the pairs in it}}, where the two sides of a pair differ as "a / b".
+    It has the flat metrics of `verify` and `threshold_cosine`. `validation_rate` is {rate, std,
+    far, far_wanted} of the published protocol. `tar_at_far` is a list of {far, tar,
+    threshold_cosine, false_accepts, num_impostors, allowed_false_accepts}. `confidence_95` is
+    {metric: [low, high]} by bootstrap. `groups` is {column: {value: metrics of the pairs in it}},
+    with the value "a / b" for a pair whose sides differ.
+
+    Args:
+        one: The set.
+        plain: [2N, D] embeddings of the images.
+        flipped: [2N, D] embeddings of the mirror images.
+        fars: Target FARs in [0, 1].
+        resamples: Number of the bootstrap's draws; 0 leaves the intervals out.
+        groups: Groups of pairs or images.
+
+    Raises:
+        GroupsError: The groups do not name all pairs or images.
+        VerificationSetError: The groups have image names, and the set has none.
     """
     distances = set_distances(one, plain, flipped)
     report: dict[str, Any] = dict(score_set(one, plain, flipped))
@@ -232,10 +273,16 @@ def report_set(
 def set_distances(
     one: VerificationSet, plain: NDArray[np.floating], flipped: NDArray[np.floating]
 ) -> NDArray[np.floating]:
-    """Squared distances [N] of the summed embeddings; NaN throughout where they are collapsed."""
+    """Computes squared distances [N] of the summed embeddings; all NaN if they are collapsed.
+
+    Args:
+        one: The set.
+        plain: [2N, D] embeddings of the images.
+        flipped: [2N, D] embeddings of the mirror images.
+    """
     distances = pair_distances(plain.astype(np.float64) + flipped)
     values = verification_metrics(plain, flipped, one.issame)
-    if math.isnan(values["accuracy_flip"]):  # rounding errors are no distances
+    if math.isnan(values["accuracy_flip"]):  # collapsed: the distances are only rounding errors
         distances[:] = np.nan
     return distances
 
@@ -278,7 +325,7 @@ def _group_report(
     members: NDArray[np.bool_],
     fars: Sequence[float],
 ) -> dict[str, Any]:
-    """What can be said of some of the pairs; folds too where there are enough of them."""
+    """Reports some of the pairs; the k-fold accuracy is NaN if they are too few."""
     inside, same = distances[members], issame[members]
     enough = len(inside) >= MIN_PAIRS
     return {
@@ -293,7 +340,7 @@ def _group_report(
 def _groups_of_pairs(
     one: VerificationSet, groups: Groups
 ) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
-    """{column: (names of groups, group [N] of every pair)}."""
+    """Returns {column: (names of groups, group [N] of every pair)}."""
     pairs = np.arange(one.num_pairs)
     if groups.key == "pair":
         of_pairs = groups.of([str(index) for index in pairs.tolist()])
@@ -312,7 +359,7 @@ def _groups_of_pairs(
 
 
 def format_results(results: dict[str, dict[str, Any]]) -> str:
-    """Tables of reports: a line per set, then a line per group."""
+    """Formats tables of reports: a line per set, then a line per group."""
     fars = [at["far"] for report in results.values() for at in report["tar_at_far"]]
     fars = list(dict.fromkeys(fars))
     head = ["set", "pairs", "accuracy", "flip", "95%", "threshold", "AUC", "EER"]
@@ -368,7 +415,7 @@ def format_results(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code (2: wrong input, as argparse has it)."""
+    """Runs the command and returns the exit code (2 for wrong input, as in argparse)."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.verification", description="Verify a model on sets of pairs."
     )
@@ -425,7 +472,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if not world.is_main:
             reports[one.name] = {}
             continue
-        # A million pairs are as sure after a few hundred draws.
+        # With a million pairs a few hundred draws give intervals that are as certain.
         resamples = min(options.bootstrap, max(100, 20_000_000 // one.num_pairs))
         reports[one.name] = report_set(
             one,
@@ -449,9 +496,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 def wrong_pairs(
     one: VerificationSet, distances: NDArray[np.floating], threshold: float, most: int = 40
 ) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """(caption, image, image) of the pairs that `threshold` (squared distance) judges wrongly.
+    """Returns (caption, image, image) of the pairs that a threshold judges wrongly, worst first.
 
-    The most wrong ones first, at most `most` of them.
+    Args:
+        one: The set.
+        distances: [N] squared distances.
+        threshold: Squared distance below which a pair is judged to be the same.
+        most: Largest number of pairs returned.
     """
     excess = np.where(one.issame, distances - threshold, threshold - distances)
     wrong = np.flatnonzero(np.where(one.issame, distances >= threshold, distances < threshold))
@@ -484,7 +535,7 @@ def _draw(
 
 def _bin_files(path: Path) -> list[Path]:
     if not path.is_dir():
-        return [path]  # whether it is there is checked when it is read
+        return [path]  # reading it checks that it exists
     found = sorted(path.glob("*.bin"))
     if not found:
         raise VerificationSetError(f"{path}: no .bin set in this folder")

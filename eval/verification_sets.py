@@ -1,6 +1,6 @@
-"""Sets of pairs of faces: found before training starts, read without trusting them.
+"""Sets of face pairs: found before training starts, read without being trusted.
 
-A missing target is an error before the first step, not after a day.
+A missing target is an error before the first step, not at the first evaluation.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ MIN_PAIRS = 10
 
 
 class VerificationSetError(ValueError):
-    """A verification set that is missing, malformed, or holds what it must not."""
+    """A verification set is missing, malformed, or holds what it must not."""
 
 
 @dataclass(frozen=True)
 class VerificationSet:
-    """N pairs of faces, held as they were stored: about 10 kB an image instead of 150.
+    """N pairs of faces, held as they were stored: about 10 kB per image instead of 150.
 
-    `images` has 2N entries, 2i and 2i + 1 being pair i: encoded files, as bytes or as uint8 arrays
-    [length], or uint8 RGB pixels [H, W, 3]. `issame` is bool [N]. `image_names` has 2N names where
-    the images are files.
+    Attributes:
+        name: Name of the set.
+        images: 2N images, 2i and 2i + 1 being pair i: encoded files, as bytes or as uint8 arrays
+            [length], or uint8 RGB pixels [H, W, 3].
+        issame: [N] booleans.
+        image_names: 2N names if the images are files, else None.
     """
 
     name: str
@@ -44,12 +47,13 @@ class VerificationSet:
     image_names: list[str] | None = None
 
     def describe(self, index: int) -> str:
-        """How errors name image `index`."""
+        """Returns how errors name image `index`."""
         name = "" if self.image_names is None else f" ({self.image_names[index]})"
         return f"verification set {self.name}, image {index}{name}"
 
     @property
     def num_pairs(self) -> int:
+        """Number of pairs."""
         return len(self.issame)
 
 
@@ -59,10 +63,15 @@ class VerificationSet:
 
 
 def find_verification_sets(val_dir: str | Path, targets: Iterable[str]) -> list[Path]:
-    """Paths of the `.bin` files of `targets` ("lfw" or "lfw.bin") in `val_dir`, in their order.
+    """Returns paths of the `.bin` files of `targets`, in their order.
 
-    Raises VerificationSetError naming every missing target, the directory that was searched and
-    the sets that are there; also for a target named twice.
+    Args:
+        val_dir: Folder of the files.
+        targets: Names such as "lfw" or "lfw.bin".
+
+    Raises:
+        VerificationSetError: A target is missing or named twice. The message names every missing
+            target, the folder that was searched and the sets in it.
     """
     directory = Path(val_dir)
     names = [target.removesuffix(".bin") for target in targets]
@@ -88,15 +97,20 @@ def find_verification_sets(val_dir: str | Path, targets: Iterable[str]) -> list[
 def load_verification_set(
     path: str | Path, name: str | None = None, input_size: int | None = None
 ) -> VerificationSet:
-    """Read a `.bin` set: a pickle of (2N images, N labels). `name` defaults to the file's stem.
+    """Reads a `.bin` set: a pickle of (2N images, N labels).
 
-    With `input_size` (pixels) every image's header is read too, so that a set of another size is
-    an error now and not at the first evaluation.
-
-    Reads what InsightFace ships (Python 2 pickles included) and what `scripts/pack.py --pairs`
+    It reads what InsightFace ships (Python 2 pickles included) and what `scripts/pack.py --pairs`
     writes. The pickle may hold lists, tuples, bytes, booleans, 0 and 1, and numpy arrays of plain
-    integers; nothing in it is ever executed. Anything else, and any structure but that one,
-    raises VerificationSetError naming the file.
+    integers; nothing in it is ever executed.
+
+    Args:
+        path: Path of the file.
+        name: Name of the set; None means the file's stem.
+        input_size: Pixels. If given, every image's header is read too, so that a set of another
+            size is an error now and not at the first evaluation.
+
+    Raises:
+        VerificationSetError: The file has other content or another structure; the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -126,9 +140,14 @@ def load_verification_set(
 
 
 def load_pairs(pairs_file: str | Path, folder: str | Path) -> VerificationSet:
-    """A set from a pairs file and the folder of its images, for the layouts of `data.pairs`.
+    """Reads a set from a pairs file and the folder of its images, for the layouts of `data.pairs`.
 
-    Raises VerificationSetError naming file and line of a pair that cannot be read.
+    Args:
+        pairs_file: Path of the pairs file.
+        folder: Folder of the images.
+
+    Raises:
+        VerificationSetError: A pair cannot be read; the message names file and line.
     """
     pairs_file, folder = Path(pairs_file), Path(folder)
     images: list[bytes | NDArray[np.uint8]] = []
@@ -204,7 +223,7 @@ def _read_image(path: Path, index: int, image: Any) -> bytes | NDArray[np.uint8]
     elif isinstance(image, bytes) and image:
         return image
     elif isinstance(image, bytearray) and image:
-        return np.frombuffer(image, np.uint8)  # a view: one object may be named a million times
+        return np.frombuffer(image, np.uint8)  # a view: a file may name one object a million times
     raise VerificationSetError(
         f"{path}: image {index} is {_kind(image)}; allowed are the bytes of an image file and "
         "uint8 arrays [height, width, 3]"
@@ -212,7 +231,7 @@ def _read_image(path: Path, index: int, image: Any) -> bytes | NDArray[np.uint8]
 
 
 def _kind(value: Any) -> str:
-    """What a value of a hostile file is, in a few words, without printing its content."""
+    """Describes a value of a hostile file in a few words, without printing its content."""
     if isinstance(value, PickledArray):
         value = value.array
     if isinstance(value, np.ndarray):
@@ -221,8 +240,3 @@ def _kind(value: Any) -> str:
         return f"the integer {value}" if -(10**6) < value < 10**6 else "a large integer"
     length = f" of length {len(value)}" if hasattr(value, "__len__") else ""
     return f"a {type(value).__name__}{length}"
-
-
-# --------------------------------------------------------------------------------------------
-# Embedding on all ranks together
-# --------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
     python scripts/align.py IMAGES LANDMARKS.txt OUT
 
 LANDMARKS.txt has a line per image: its path below IMAGES, then x y of left eye, right eye, nose
-tip, left and right corner of the mouth in pixels; more columns (a detector's score) are passed
-over. Separators are blanks, or commas. OUT gets the same paths, as JPEG (quality 95, colors at
-full resolution) or PNG. Everything is written to .OUT.partial beside OUT and renamed at the end;
-after an interruption the same command goes on.
+tip, left and right corner of the mouth in pixels. More columns (a detector's score) are ignored.
+Separators are blanks, or commas. OUT gets the same paths, as JPEG (quality 95, colors at full
+resolution) or PNG. Everything is written to .OUT.partial beside OUT and renamed at the end. After
+an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ _CHUNK = 32  # images per task handed to a process
 
 
 class Face(NamedTuple):
-    """An image's path below the folder and its landmarks: ten pixels x1, y1, ..., x5, y5."""
+    """One line of a landmark file.
+
+    Attributes:
+        name: Path of the image below the folder.
+        points: Ten pixels x1, y1, ..., x5, y5.
+        line: Number of the line.
+    """
 
     name: str
     points: tuple[float, ...]
@@ -46,7 +52,15 @@ class Face(NamedTuple):
 
 
 class AlignTask(NamedTuple):
-    """Images for one worker: from `images`, to `out`."""
+    """Images for one worker.
+
+    Attributes:
+        faces: The images and their landmarks.
+        images: Folder that the names are relative to.
+        out: Folder to write to.
+        size: Side of the result in pixels.
+        png: Whether PNG is written instead of JPEG.
+    """
 
     faces: Sequence[Face]
     images: str
@@ -56,7 +70,11 @@ class AlignTask(NamedTuple):
 
 
 def read_landmarks(path: Path) -> list[Face]:
-    """Parse a landmark file. Raises DataError naming the line."""
+    """Parses a landmark file.
+
+    Raises:
+        DataError: The file cannot be read, or a line is wrong; the message names it.
+    """
     faces: list[Face] = []
     seen: set[str] = set()
     try:
@@ -91,7 +109,7 @@ def read_landmarks(path: Path) -> list[Face]:
 
 
 def align_files(task: AlignTask) -> list[str]:
-    """Align images into files that appear whole; returns why some could not be. For workers."""
+    """Aligns images, in a worker; files are written atomically. Returns why some could not be."""
     problems: list[str] = []
     for face in task.faces:
         target = Path(task.out, face.name).with_suffix(".png" if task.png else ".jpg")
@@ -112,7 +130,7 @@ def align_files(task: AlignTask) -> list[str]:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """RGB uint8 [H, W, 3] as PNG."""
+    """Encodes RGB uint8 [H, W, 3] as PNG."""
     return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
@@ -126,10 +144,25 @@ def align_folder(
     skip_bad: bool = False,
     num_processes: int = 1,
 ) -> tuple[int, list[str]]:
-    """Align every listed image; returns the number written and the problems of those left out.
+    """Aligns every listed image.
 
-    Raises DataError where OUT exists, or listing the images that cannot be aligned (unless
-    `skip_bad`); what was aligned is kept for the next attempt then.
+    What was aligned before an error is kept for the next attempt.
+
+    Args:
+        images: Folder that the listed paths are relative to.
+        landmarks: The landmark file.
+        out: Folder to make.
+        size: Side of the result in pixels.
+        png: Whether PNG is written instead of JPEG.
+        skip_bad: Whether images that cannot be aligned are left out.
+        num_processes: Number of worker processes.
+
+    Returns:
+        The number of images written, and the problems of those left out.
+
+    Raises:
+        DataError: `out` exists, the list is wrong, or images cannot be aligned (all, or some
+            without `skip_bad`); the message lists them.
     """
     if out.exists():
         raise DataError(f"{out} already exists; give another folder, or remove it")
@@ -170,7 +203,7 @@ def _tasks(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="align.py",
         description=__doc__,

@@ -1,10 +1,11 @@
-"""Are these two faces the same person?
+"""Do two faces show the same person?
 
     python scripts/compare.py A.jpg B.jpg --model work_dirs/ms1mv3_r50
     python scripts/compare.py A.jpg B.jpg --model M --evaluation result.json --far 1e-3
 
-Prints the cosine of the two (image and mirror image summed, as the evaluation does); with the JSON
-file of `eval.verification` also the decision at the threshold that kept that FAR there.
+The command prints the cosine of the two (image and mirror image summed, as in the evaluation). With
+the JSON file of `eval.verification` it also prints the decision at the threshold that kept that FAR
+there.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from eval.extract import FileImages, embed_images
 
 
 class EvaluationError(ValueError):
-    """A saved evaluation that gives no threshold; says why and what to give."""
+    """A saved evaluation gives no threshold; the message says why and what to give."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(prog="compare.py", description="Compare two aligned faces.")
     parser.add_argument("images", nargs=2, type=Path, metavar=("A.jpg", "B.jpg"))
     add_model_options(parser)
@@ -92,7 +93,17 @@ def _read(file: Path) -> dict[str, Any]:
 def find_threshold(
     evaluation: dict[str, Any], far: float, name: str | None, where: str
 ) -> tuple[str, dict[str, Any]]:
-    """(set, entry of its `tar_at_far`) for a FAR that was evaluated. Raises EvaluationError."""
+    """Returns the set and the entry of its `tar_at_far` for a FAR that was evaluated.
+
+    Args:
+        evaluation: Content of the JSON file.
+        far: The FAR.
+        name: Name of the set; None if there is only one.
+        where: Name of the file in errors.
+
+    Raises:
+        EvaluationError: There is no such set or FAR, or no threshold for it.
+    """
     sets = {
         key: value
         for key, value in evaluation.items()

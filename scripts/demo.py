@@ -1,8 +1,8 @@
-"""`make demo`: the main job on an embedded default, in about five minutes on 2 cores.
+"""`make demo`: draws faces, trains, verifies and exports, in about five minutes on 2 cores.
 
-Draws a set of faces, trains configs/demo on 2 ranks (or on the GPUs that are there), verifies
-on people who are not in training, exports to ONNX and compares, draws the curves, and ends
-with one line of results.
+It draws a set of faces, trains configs/demo on 2 ranks (or on the GPUs of the machine), verifies on
+identities that are not in training, exports to ONNX and compares, draws the curves, and ends with
+one line of results.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from scripts.make_synthetic import make_synthetic
 from utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DATA = Path("demo_data")  # the demo's own: drawn anew each time; other folders are not replaced
+DATA = Path("demo_data")  # drawn anew each time; other folders are not replaced
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns 0 when the whole job succeeded."""
+    """Runs the command and returns 0 if the whole job succeeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="where the drawn faces go")
     parser.add_argument("--output", type=Path, default=Path("work_dirs/demo"))
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(words: Sequence[str]) -> None:
-    """train_v2.py on 2 CPU ranks, or on one or two GPUs where there are any."""
+    """Runs train_v2.py on 2 CPU ranks, or on one or two GPUs if there are any."""
     ranks = min(torch.cuda.device_count(), 2) if torch.cuda.is_available() else 2
     run_module(
         "torch.distributed.run",
@@ -97,7 +97,7 @@ def train(words: Sequence[str]) -> None:
 
 
 def run_module(module: str, *arguments: str) -> None:
-    """A Python module as a process from the repository; its failure is ours."""
+    """Runs a Python module as a process in the repository and raises if it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     subprocess.run(
         [sys.executable, "-m", module, *arguments], check=True, cwd=REPOSITORY, env=environment
@@ -107,7 +107,7 @@ def run_module(module: str, *arguments: str) -> None:
 def score_untrained(
     words: Sequence[str], faces: VerificationSet
 ) -> tuple[float, tuple[list[float], list[float]]]:
-    """Flip accuracy and ROC of the network the training started from."""
+    """Returns flip accuracy and ROC of the network from which the training started."""
     cfg = load_config(REPOSITORY / "configs/demo", words)
     torch.manual_seed(cfg.seed)
     embedder = Embedder(get_model(cfg.network, num_features=cfg.embedding_size))
@@ -116,14 +116,14 @@ def score_untrained(
 
 
 def roc_of(embedder: Embedder, faces: VerificationSet) -> tuple[list[float], list[float]]:
-    """(FAR, TAR) of the flip embeddings' scores."""
+    """Returns (FAR, TAR) of the flip embeddings' scores."""
     plain, flipped = embed_set(embedder, faces)
     curve = roc_curve(-pair_distances(plain + flipped), faces.issame)
     return list(curve.far), list(curve.tar)
 
 
 def last_accuracy(metrics: Path) -> float:
-    """The flip accuracy of the last verification in a run's metrics.jsonl."""
+    """Returns the flip accuracy of the last verification in a run's metrics.jsonl."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     last = [record["eval"] for record in records if "eval" in record][-1]
     return next(iter(last.values()))["accuracy_flip"]

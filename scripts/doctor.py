@@ -1,4 +1,4 @@
-"""Examine a record set: is it what it should be, and what is wrong?
+"""Examine a record set, and name what is wrong with it.
 
     python scripts/doctor.py DATA                      everything; images: a sample of 10,000
     python scripts/doctor.py DATA --decode all         every image decoded
@@ -8,10 +8,11 @@
     python scripts/doctor.py DATA --fix OUT            what can be read, as a new set
 
 Exit code 0: healthy; 1: something is wrong (it is named); 2: the command cannot be carried out.
-`--allow CHECK` makes a check's findings notes, for what you know and accept: a part of a larger set
-has gaps between its labels, say. Nothing is ever changed in place.
+`--allow CHECK` makes a check's findings notes, for what you know and accept. For example, a part of
+a larger set has gaps between its labels. Nothing is ever changed in place.
 
-Memory: about 120 bytes per image (5 GB for 42 million), and nothing else that grows.
+The command takes about 120 bytes of memory per image (5 GB for 42 million) and nothing else that
+grows.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from utils.files import write_atomically
 
 
 def read_others(other: Path) -> Others:
-    """Hashes of the images and names of the people of a .bin, a pairs file or a folder."""
+    """Reads image hashes and identity names of a .bin, a pairs file or a folder."""
     if other.suffix == ".bin":
         encoded = load_verification_set(other).images
         hashes = (content_hash(image) for image in encoded if isinstance(image, bytes))
@@ -56,7 +57,13 @@ def read_others(other: Path) -> Others:
 
 
 def plot_histogram(counts: np.ndarray, path: Path, title: str) -> None:
-    """Images per class as a PNG. counts: int64 [classes], each 1 or more."""
+    """Plots the images per class as a PNG.
+
+    Args:
+        counts: [classes] int64, each 1 or more.
+        path: File of the figure.
+        title: Name of the set.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -131,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1, 2, or 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 1, 2, or 130 for Ctrl-C."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.data is None and args.json not in (None, "-"):  # doctor.py --json DATA

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 scripts/embed.py --model face.onnx DATA/train.rec OUT
 
 OUT gets embeddings.npy [n, D] float32, names.txt (n lines) and, from records and class folders,
-labels.npy. Every rank embeds its share straight into the file (on a disk that all ranks see), so
-memory does not grow with n. After a kill the same command goes on where it stopped, on any number
+labels.npy. Every rank writes its share directly into the file (on a disk that all ranks share), so
+memory does not grow with n. After a kill the same command continues where it stopped, on any number
 of ranks.
 """
 
@@ -50,13 +50,17 @@ from utils.distributed import barrier
 
 
 class NamedImages(Images, Protocol):
-    """Images with a name and, where there is one, a label each."""
+    """Images with a name each and, if they are known, labels.
+
+    Attributes:
+        names: Name of each image.
+    """
 
     names: list[str]
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 [n], or None."""
+        """Labels, int64 [n], or None."""
         ...
 
 
@@ -80,7 +84,7 @@ class _Records:
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Read when asked for: once, at the end, on rank 0."""
+        """Labels, int64 [n]; every access reads all records. Rank 0 asks for them at the end."""
         every = (self.source.read_encoded(index)[1] for index in range(len(self.source)))
         return np.fromiter(every, np.int64, len(self.source))
 
@@ -88,17 +92,27 @@ class _Records:
         return len(self.source)
 
     def encoded(self, index: int) -> bytes:
+        """Reads the encoded image; see `eval.extract.Images`."""
         return bytes(self.source.read_encoded(index)[0])
 
     def pixels(self, index: int, encoded: bytes) -> NDArray[np.uint8]:
+        """Decodes an image; see `eval.extract.Images`."""
         where = self.source.describe(index)
         return fit(decode_image(encoded, where), self.input_size, self.resize, where)
 
 
 def open_images(source: Path, input_size: int, resize: bool) -> NamedImages:
-    """The images of a folder, of records, or of a text file with a path per line.
+    """Opens the images of a folder, of records, or of a text file with a path per line.
 
-    Relative paths of a list are below the list's folder. Raises DataError.
+    Relative paths of a list are below the list's folder.
+
+    Args:
+        source: Folder, .rec file or list.
+        input_size: Height and width that the model takes.
+        resize: Whether images of another size are resized.
+
+    Raises:
+        DataError: The source does not exist, is empty or does not fit.
     """
     if source.suffix == ".rec" or (source / "train.rec").is_file():
         return _Records(RecordDataset(source, input_size=input_size), input_size, resize)
@@ -123,7 +137,7 @@ def open_images(source: Path, input_size: int, resize: bool) -> NamedImages:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed.py", description="Embed many images into a file.")
     add_model_options(parser)
     parser.add_argument("source", type=Path, help="a folder, a list of paths (text), or records")
@@ -173,7 +187,7 @@ def _embed(options: argparse.Namespace) -> int:
     ):
         summed = both[:, :width] + both[:, width:] if flip else both
         rows[start : start + len(both)] = summed
-        rows.flush()  # the rows are on disk before their batch is called done
+        rows.flush()  # the rows are on disk before their batch is marked as done
         done[start // batch_size] = 1
         done.flush()
         progress.add(len(both))
@@ -188,7 +202,12 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 class Part:
-    """The unfinished file, which batches of it are done, and what they were made from."""
+    """The unfinished file, the batches of it that are done, and what it is made from.
+
+    Args:
+        out: Folder of the result.
+        manifest: Model, names and settings; work with another manifest is not continued.
+    """
 
     def __init__(self, out: Path, manifest: dict[str, Any]) -> None:
         self.out, self.manifest = out, manifest
@@ -196,7 +215,14 @@ class Part:
         self.facts = out / "manifest.json.part"
 
     def create(self, restart: bool) -> None:
-        """Begin, unless what is there is of the same work. Raises DataError if it is of another."""
+        """Creates the files, unless those of the same work exist.
+
+        Args:
+            restart: Whether finished or other unfinished work is replaced.
+
+        Raises:
+            DataError: The folder holds finished work, or unfinished work with another manifest.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         if (self.out / "embeddings.npy").exists() and not restart:
             raise DataError(
@@ -213,14 +239,14 @@ class Part:
         count, batch = self.manifest["images"], self.manifest["batch_size"]
         _new(self.rows, (count, self.manifest["width"]), np.float32)
         _new(self.done, (-(-count // batch),), np.uint8)
-        write_json(self.manifest, self.facts)  # last: with it the work can be taken up
+        write_json(self.manifest, self.facts)  # last: with it the work can be continued
 
     def open(self) -> tuple[np.memmap, np.memmap]:
-        """(rows, done) as files in memory."""
+        """Returns (rows, done) as memory-mapped files."""
         return np.load(self.rows, mmap_mode="r+"), np.load(self.done, mmap_mode="r+")
 
     def finish(self, images: NamedImages) -> None:
-        """Put everything under its final name, the embeddings last."""
+        """Renames everything to its final name, the embeddings last."""
         write_whole(self.out / "names.txt", "".join(f"{n}\n" for n in images.names).encode())
         (self.out / "labels.npy").unlink(missing_ok=True)
         if images.labels is not None:

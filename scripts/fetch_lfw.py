@@ -1,17 +1,18 @@
-"""Real faces for a first run: Labeled Faces in the Wild as records and as a verification set.
+"""Make records and a verification set of Labeled Faces in the Wild, for a first run on real faces.
 
     python scripts/fetch_lfw.py OUT                  downloads it (200 MB) by scikit-learn
     python scripts/fetch_lfw.py OUT --source DIR     takes a local copy
 
-Writes OUT/train.rec with the people of at least --min-images images, center-cropped to 112 x 112,
-and OUT/lfw_part.bin with the official pairs of all other people, so that nobody is in both. Folds
-stay balanced: each keeps as many pairs of either kind as the smallest has. Then:
+The command writes OUT/train.rec with the people who have at least --min-images images,
+center-cropped to 112 x 112, and OUT/lfw_part.bin with the official pairs of all other people, so
+that nobody is in both. Folds stay balanced: each keeps as many pairs of either kind as the smallest
+has. Then train:
 
     torchrun --nproc_per_node=2 train_v2.py configs/lfw_nano rec=OUT val_targets=[lfw_part]
 
-DIR holds NAME/NAME_0001.jpg and pairs.txt, itself or in one of the folders that the releases of LFW
-make (lfw_funneled, lfw-deepfunneled, lfw); or train/NAME/*.jpg with a finished .bin of pairs, which
-is then checked and copied. Center-cropped faces are not aligned: for numbers to compare with
+DIR holds NAME/NAME_0001.jpg and pairs.txt, itself or in one of the folders of LFW's releases
+(lfw_funneled, lfw-deepfunneled, lfw). Or it holds train/NAME/*.jpg with a finished .bin of pairs,
+which is then checked and copied. Center-cropped faces are not aligned: for numbers to compare with
 published ones detect landmarks and use scripts/align.py.
 """
 
@@ -44,8 +45,16 @@ _IMAGE_FOLDERS = ("lfw_funneled", "lfw-deepfunneled", "lfw", "train", "lfw_home/
 
 
 def center_crop(encoded: bytes, where: str) -> bytes:
-    """The middle 112 x 112 pixels as a JPEG; an image of that size stays byte for byte, a smaller
-    one is enlarged. Raises ImageError.
+    """Cuts out the center 112 x 112 pixels as a JPEG.
+
+    A JPEG of that size stays byte for byte, and a smaller image is enlarged.
+
+    Args:
+        encoded: Content of the file.
+        where: Name of the image in errors.
+
+    Raises:
+        ImageError: The image cannot be decoded.
     """
     image = decode_image(encoded, where)
     height, width = image.shape[:2]
@@ -58,7 +67,11 @@ def center_crop(encoded: bytes, where: str) -> bytes:
 
 
 def find_images(source: Path) -> Path:
-    """The folder of folders of people below `source`. Raises MissingDataError."""
+    """Returns the folder below `source` that has a folder per identity.
+
+    Raises:
+        MissingDataError: There is no such folder.
+    """
     for name in _IMAGE_FOLDERS:
         folder = source / name
         if folder.is_dir() and any(
@@ -73,7 +86,7 @@ def find_images(source: Path) -> Path:
 
 
 def find_pairs(source: Path, images: Path) -> Path | None:
-    """The official pairs.txt beside or above the images; None where there is none."""
+    """Returns the official pairs.txt beside or above the images, or None."""
     for folder in (source, images, images.parent):
         if (folder / "pairs.txt").is_file():
             return folder / "pairs.txt"
@@ -81,10 +94,18 @@ def find_pairs(source: Path, images: Path) -> Path | None:
 
 
 def balanced_folds(pairs: Sequence[Pair], num_folds: int, held_out: set[str]) -> list[Pair]:
-    """The pairs of people in nobody's training, fold by fold, same before different, and in every
-    fold the same number of either: verification cuts its ten folds by counting.
+    """Returns the pairs of identities that are not in training, balanced in each fold.
 
-    pairs: in the order of LFW's file, whose folds are equally long. Raises DataError.
+    They are ordered fold by fold, same before different, with the same number of either in every
+    fold, because verification cuts its ten folds by counting.
+
+    Args:
+        pairs: Pairs in the order of LFW's file, whose folds are equally long.
+        num_folds: Number of folds in the file.
+        held_out: Names of the identities in training.
+
+    Raises:
+        DataError: A fold has no pair of one kind left.
     """
     per_fold = -(-len(pairs) // num_folds)
     kinds: list[list[Pair]] = []
@@ -102,9 +123,22 @@ def balanced_folds(pairs: Sequence[Pair], num_folds: int, held_out: set[str]) ->
 
 
 def make_lfw(source: Path, out: Path, *, min_images: int, force: bool = False) -> str:
-    """Write OUT/train.rec and OUT/lfw_part.bin; returns what was written, in words.
+    """Writes OUT/train.rec and OUT/lfw_part.bin.
 
-    Raises DataError, ImageError, RecordError.
+    Args:
+        source: Folder of a release of LFW.
+        out: Folder to write to.
+        min_images: Smallest number of images of an identity in training.
+        force: Whether existing files are replaced.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        DataError: The files do not fit, or `out` has them already.
+        ImageError: An image cannot be decoded.
+        RecordError: A record does not fit the format.
+        VerificationSetError: The finished .bin is damaged.
     """
     images = find_images(source)
     names, files, labels = list_class_folders(images)
@@ -163,8 +197,16 @@ def _write_pairs(
 
 
 def download(folder: Path) -> Path:
-    """LFW (funnelled) and its pairs by scikit-learn's downloader, which checks their hashes and
-    keeps them in `folder`; returns where they are. Raises DataError without scikit-learn.
+    """Downloads LFW (funneled) and its pairs by scikit-learn, which checks their hashes.
+
+    Args:
+        folder: Folder that keeps the download.
+
+    Returns:
+        The folder of the files.
+
+    Raises:
+        DataError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import fetch_lfw_people
@@ -172,13 +214,13 @@ def download(folder: Path) -> Path:
         raise DataError(
             "downloading needs scikit-learn: pip install scikit-learn (or give --source DIR)"
         ) from error
-    # Loads the images of the one person with that many: what is wanted are the files.
+    # The high limit loads few images into memory; only the files on disk are needed.
     fetch_lfw_people(data_home=str(folder), funneled=True, min_faces_per_person=500)
     return folder / "lfw_home"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="fetch_lfw.py",
         description=__doc__,

@@ -1,13 +1,13 @@
-"""How much does a network compute? MACs and FLOPs of one image, and parameters.
+"""Count a network's work: MACs and FLOPs of one image, and parameters.
 
     python scripts/flops.py r50
     python scripts/flops.py r18 r50 r100 vit_b [input_size=112] [num_features=512] [--json]
 
 FLOPs are 2 x MACs. The "GFLOPs" published with these networks are GMACs, with two for every element
-of a batch norm and one for every element of a PReLU: the column "as published". Counted for
-inference (a ViT masks no patches then): convolutions, linear layers and attention's products; not
-norms, activations, softmax and additions. A training step is about three times one forward pass.
-Nothing is computed and no weights are made.
+of a batch norm and one for every element of a PReLU: the column "as published". The counts are for
+inference (a ViT masks no patches then) and include convolutions, linear layers and attention's
+products, but not norms, activations, softmax and additions. A training step is about three times
+one forward pass. Nothing is computed and no weights are made.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ HEADINGS = (
 
 
 def describe(network: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Parameters, MACs (by kind too) and FLOPs of one image.
+    """Returns parameters, MACs (by kind too) and FLOPs of one image.
+
+    Args:
+        network: Name of the network.
+        options: Options of `backbones.get_model`.
 
     Raises:
-        ValueError: no such network or option.
+        ValueError: There is no such network or option.
     """
     with torch.device("meta"):
         model = get_model(network, **options)
@@ -61,7 +65,7 @@ def describe(network: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="flops.py", description="MACs, FLOPs (2 x MACs) and parameters per image."
     )

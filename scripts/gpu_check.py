@@ -1,10 +1,10 @@
-"""`make gpu-check`: what a GPU must get right; says so and exits 0 where there is none.
+"""`make gpu-check`: checks what a GPU must get right; exits with 0 if there is none, and says so.
 
     1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centers;
     2. batches arrive on the GPU as they left the host;
-    3. a step waits for the device nowhere (CUDA's sync debug mode raises);
+    3. a step never waits for the device (CUDA's sync debug mode raises);
     4. fp32, tf32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss;
-    5. the compiled step waits nowhere either, where Triton can build what it needs.
+    5. the compiled step never waits either, if Triton can build what it needs.
 
 Every check has a time limit and runs in a child process, which is replaced after an error that may
 be CUDA's: an error or a hang does not stop the others. The exit code is 1 if a check failed.
@@ -44,7 +44,7 @@ from utils.environment import describe_environment, missing_packages, triton_pro
 from utils.files import write_whole
 from utils.worker import Worker
 
-# What needs more packages than PyTorch is imported by the check that needs it.
+# A module that needs more packages than PyTorch is imported by the check that needs it.
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, Any] = {
@@ -106,9 +106,12 @@ TRAINER_NEEDS = ("cv2", "onnxruntime", "simplejpeg", "tqdm")
 class Check(NamedTuple):
     """A check by its name.
 
-    function: raises an exception if the check fails; must be picklable. seconds: its time limit,
-    which the start of a new process counts towards. left_out: why it is not to be run, or "".
-    expected: seconds it takes on a GPU, about (assumed).
+    Attributes:
+        name: Name of the check.
+        function: Raises an exception if the check fails; must be picklable.
+        seconds: Time limit, which includes the start of a new process.
+        left_out: Why it is not to be run, or "".
+        expected: Seconds that it takes on a GPU, about (assumed).
     """
 
     name: str
@@ -119,7 +122,14 @@ class Check(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What became of a check; error: the last lines of what it raised, or ""."""
+    """Result of a check.
+
+    Attributes:
+        name: Name of the check.
+        result: "passed", "FAILED", or why it was not run.
+        seconds: Time that it took.
+        error: The last lines of what it raised, or "".
+    """
 
     name: str
     result: str
@@ -135,11 +145,19 @@ def head_equals_cpu(
     sgd: bool = False,
     **options: Any,
 ) -> None:
-    """Loss, gradient and moved class centers after 3 steps of one head on both devices.
+    """Compares loss, gradient and class centers after 3 steps of one head on both devices.
 
-    half: of the GPU's products; the CPU, which rounds their sums too, works in fp32, and the
-    centers should move by SGD: AdamW's first steps are of one size whatever the gradient's, so that
-    roundings of small gradients would be a tenth of the centers.
+    With `half` the centers should move by SGD. AdamW's first steps have one size whatever the
+    gradient's, so roundings of small gradients would be a tenth of the centers.
+
+    Args:
+        where: Device to compare with the CPU.
+        margin: The loss.
+        tolerance: Largest relative difference.
+        half: Dtype of the device's products. The CPU, which would round their sums too, works in
+            fp32.
+        sgd: Whether the centers move by SGD instead of AdamW.
+        **options: Further arguments of PartialFC.
     """
     from arcshard.head.row_optimizer import AdamWRows, SGDRows
     from arcshard.partial_fc import PartialFC
@@ -173,7 +191,7 @@ def head_equals_cpu(
 
 
 def batches_arrive_whole(where: str) -> None:
-    """Batches copied one ahead to the GPU are those of the host, while the GPU is kept busy."""
+    """Checks that batches copied one ahead to a busy GPU are those of the host."""
     from dataset import get_dataloader
 
     device = torch.device(where)
@@ -191,7 +209,7 @@ def batches_arrive_whole(where: str) -> None:
 
 
 def step_does_not_wait(where: str, **changes: Any) -> None:
-    """A step under CUDA's sync debug mode, from the loader's own batches, after a warm-up."""
+    """Runs a step under CUDA's sync debug mode, on the loader's own batches, after a warm-up."""
     from configs.base import Config
     from training.build import build
     from utils.distributed import DistContext
@@ -215,7 +233,7 @@ def step_does_not_wait(where: str, **changes: Any) -> None:
 
 
 def step_with_teacher_does_not_wait(where: str) -> None:
-    """The same with a teacher, whose weights are random."""
+    """Runs `step_does_not_wait` with a teacher, whose weights are random."""
     from backbones import get_model
     from backbones.weights import ModelMetadata, save_model
 
@@ -231,7 +249,7 @@ def step_with_teacher_does_not_wait(where: str) -> None:
 
 
 def run_trains(where: str, precision: str) -> None:
-    """train_v2.py as a process; the loss is finite and falls."""
+    """Runs train_v2.py as a process and checks that the loss falls."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "gpu_check.py"
         config.write_text(f"config = {_settings(where)!r}\n")
@@ -253,9 +271,9 @@ def run_trains(where: str, precision: str) -> None:
 
 
 def quick_checks(where: str) -> list[Check]:
-    """Two small heads."""
+    """Returns checks of two small heads."""
     equal = partial(head_equals_cpu, where, sgd=True)
-    tolerance = 5e-2 if where == "cpu" else 1e-2  # A CPU rounds the sums of bf16 products too.
+    tolerance = 5e-2 if where == "cpu" else 1e-2  # a CPU rounds the sums of bf16 products too
     return [
         Check("head: ArcFace, SGD, fp32", partial(equal, ArcFace(), 1e-3)),
         Check("head: CosFace, SGD, bf16", partial(equal, CosFace(), tolerance, torch.bfloat16)),
@@ -263,9 +281,11 @@ def quick_checks(where: str) -> list[Check]:
 
 
 def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
-    """All, those that tell most in little time first.
+    """Returns all checks, those that tell most in little time first.
 
-    compiler_is_missing: why the compiled step is left out, or "".
+    Args:
+        where: Device to check.
+        compiler_is_missing: Why the compiled step is left out, or "".
     """
     equal, does_not_wait = partial(head_equals_cpu, where), partial(step_does_not_wait, where)
     checks = quick_checks(where)
@@ -291,11 +311,12 @@ def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
 def run_checks(
     checks: Sequence[Check], seconds: float | None = None, report: Path | None = None
 ) -> list[Row]:
-    """Run them one after another, each in a child process.
+    """Runs checks one after another, each in a child process.
 
     Args:
-        seconds: no check starts later than this, or goes on for longer. None: no limit.
-        report: this JSON file has the rows so far after every check.
+        checks: The checks.
+        seconds: No check starts later than this or continues for longer; None means no limit.
+        report: JSON file that has the rows so far after every check.
     """
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     rows: list[Row] = []
@@ -311,7 +332,7 @@ def run_checks(
 def _write(report: Path, rows: Sequence[Row]) -> None:
     try:
         write_whole(report, json.dumps([row._asdict() for row in rows], indent=1).encode())
-    except OSError as error:  # the checks are worth more than their file
+    except OSError as error:  # the checks matter more than their file
         print(f"error: not written: {error}", file=sys.stderr, flush=True)
 
 
@@ -335,12 +356,12 @@ def _run_check(check: Check, worker: Worker, deadline: float) -> Row:
 
 
 def needs_new_process(failure: BaseException) -> bool:
-    """After an error of CUDA every call of that process fails; these are none."""
+    """Returns whether a failure may be CUDA's, after which every call of its process fails."""
     return not isinstance(failure, (AssertionError, ImportError, torch.OutOfMemoryError))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All results, and below them what each failed check raised."""
+    """Formats all results, and below them what each failed check raised."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'check':{width}}  seconds  result"]
     lines += [f"{row.name:{width}}  {row.seconds:7.1f}  {row.result}" for row in rows]
@@ -351,7 +372,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the checks; 0 when none fails or there is no GPU."""
+    """Runs the checks; returns 0 if none fails or there is no GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -396,7 +417,7 @@ def _words(options: dict[str, Any]) -> str:
 
 
 def last_lines(failure: BaseException) -> str:
-    """Of an error, and of the child's traceback where it has one."""
+    """Returns the last lines of an error, or of the child's traceback if it has one."""
     text = str(failure.__cause__ or "".join(traceback.format_exception_only(failure)))
     lines = [line for line in text.strip('\n"').splitlines() if line.strip()]
     return "\n".join(lines[-LINES_OF_AN_ERROR:])

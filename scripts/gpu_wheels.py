@@ -1,10 +1,10 @@
-"""Wheels of what a GPU machine with a usual PyTorch image lacks, for where there is no network.
+"""Collect wheels that a GPU machine with a usual PyTorch image lacks, for use without a network.
 
     python -m scripts.gpu_wheels DIR [--python 3.12] [--present NAME ...]     (make gpu-wheels)
 
-Downloads the packages of requirement.txt that such an image does not have, at the versions of
-constraints.txt, and what these packages themselves require; for Linux on x86-64. Prints the command
-that installs them on the other machine.
+The command downloads the packages of requirement.txt that such an image does not have, at the
+versions of constraints.txt, and what these packages themselves require; for Linux on x86-64. It
+prints the command that installs them on the other machine.
 """
 
 from __future__ import annotations
@@ -48,15 +48,20 @@ class WheelError(RuntimeError):
 
 
 def read_requirements(path: Path) -> list[Requirement]:
-    """Of a file with a requirement per line and comments behind #."""
+    """Reads a file with a requirement per line and comments behind #."""
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
     return [Requirement(line) for line in lines if line]
 
 
 def requirements_of(wheel: Path, python: str) -> list[Requirement]:
-    """What the wheel requires on Linux on x86-64 with this version of Python, without extras."""
+    """Returns what a wheel requires on Linux on x86-64, without extras.
+
+    Args:
+        wheel: Path of the wheel.
+        python: Version of Python, such as 3.12.
+    """
     with zipfile.ZipFile(wheel) as archive:
-        # Deeper ones are of packages that the wheel has copies of.
+        # METADATA in deeper folders belongs to packages of which the wheel has copies.
         (name,) = (
             name
             for name in archive.namelist()
@@ -79,7 +84,16 @@ def requirements_of(wheel: Path, python: str) -> list[Requirement]:
 
 
 def download(requirement: str, folder: Path, python: str) -> None:
-    """Put one wheel into the folder by pip. Raises WheelError."""
+    """Downloads one wheel into a folder by pip.
+
+    Args:
+        requirement: Name and version.
+        folder: The folder.
+        python: Version of Python, such as 3.12.
+
+    Raises:
+        WheelError: pip finds no wheel.
+    """
     command = [
         sys.executable,
         "-m",
@@ -112,10 +126,20 @@ def collect(
     repository: Path = REPOSITORY,
     download: Callable[[str, Path, str], None] = download,
 ) -> list[Path]:
-    """The wheels in the folder, after those that lack were downloaded.
+    """Downloads the wheels that the other machine lacks.
+
+    Args:
+        folder: Folder of the wheels.
+        python: Version of Python, such as 3.12.
+        present: Packages that the other machine has.
+        repository: Folder of requirement.txt and constraints.txt.
+        download: Downloads one wheel.
+
+    Returns:
+        The wheels in the folder.
 
     Raises:
-        WheelError: one cannot be had, or the folder has others beside them.
+        WheelError: A wheel cannot be downloaded, or the folder has others too.
     """
     constraints = read_requirements(repository / "constraints.txt")
     versions = {canonicalize_name(pin.name): str(pin.specifier) for pin in constraints}
@@ -142,7 +166,7 @@ def collect(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

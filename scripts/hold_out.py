@@ -1,11 +1,10 @@
-"""Divide class folders into train/ and val/, for classification, without copying a picture.
+"""Divide class folders into train/ and val/, for classification, without copying an image.
 
     python scripts/hold_out.py FOLDER OUT [--every 10]
 
-OUT/train/<class>/ and OUT/val/<class>/ hold links to the pictures of FOLDER/<class>/: of every
-class the pictures number 10, 20, ... in sorted order are held out, so that each keeps most of its
-own.
-Everything is made in a folder beside OUT and renamed at the end.
+OUT/train/<class>/ and OUT/val/<class>/ hold links to the images of FOLDER/<class>/. Of every class
+the images number 10, 20, ... in sorted order are held out, so each class keeps most of its images
+for training. Everything is made in a folder beside OUT and renamed at the end.
 """
 
 from __future__ import annotations
@@ -23,9 +22,18 @@ from data.datasets import DataError, FolderDataset
 
 
 def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
-    """Link the pictures of FOLDER below OUT, which must not exist; returns (train, val) counts.
+    """Links the images of FOLDER below OUT, which must not exist.
 
-    Raises DataError.
+    Args:
+        folder: Folder of the class folders.
+        out: Folder to make.
+        every: Every so many images of a class one is held out.
+
+    Returns:
+        The numbers of images to train on and held out.
+
+    Raises:
+        DataError: An argument does not fit, or no image would be held out.
     """
     if every < 2:
         raise DataError(f"--every {every}: 2 or more, or nothing is left to train on")
@@ -34,7 +42,7 @@ def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
     source = FolderDataset(folder)
     staging = out.with_name(f".{out.name}.partial")
     if staging.exists():
-        shutil.rmtree(staging)  # of links, left by an interruption
+        shutil.rmtree(staging)  # links that an interruption left
     counts = {"train": 0, "val": 0}
     number, label = 0, -1
     for index, its_label in enumerate(source.labels().tolist()):
@@ -54,7 +62,7 @@ def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(description="Divide class folders into train/ and val/.")
     parser.add_argument("folder", type=Path, help="FOLDER/<class>/<picture>")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")

@@ -1,20 +1,20 @@
-"""Take over a run of arcface_torch, so that it goes on here with class centers and momentum.
+"""Import a run of arcface_torch, so that it continues here with class centers and momentum.
 
     python scripts/import_checkpoint.py OLD_RUN CONFIG [key=value ...] [--world-size N] [--epoch E]
 
 OLD_RUN is its output folder with checkpoint_gpu_<rank>.pt of all ranks (save_all_states=True; from
-several machines: copied together), or of older versions rank_<rank>_softmax_weight.pt beside
-backbone.pth, where --epoch says how many epochs were finished. CONFIG and its words are those of
-the run that shall go on, output= included; a checkpoint is written into its folder. Then:
+several machines: copied together). Older versions wrote rank_<rank>_softmax_weight.pt beside
+backbone.pth; then --epoch says how many epochs were finished. CONFIG and its words are those of the
+run that shall continue, output= included; a checkpoint is written into its folder. Then:
 
     torchrun --nproc_per_node=N train_v2.py CONFIG [key=value ...] resume=auto
 
-N need not be the number of ranks it had, but --world-size has to be N (default: what it had), as
-the global batch counts. Taken over: weights, class centers, momentum or Adam's averages of both,
-epochs finished. Not in those files: the loss scale, generators, best accuracy; the order of the
-data and the learning rate follow from the epoch. Batch norm goes on from the mean of the ranks'
-statistics. Where the head sampled its classes, the old files have no whole momentum: it starts at
-zero, and this says so.
+N need not be the old number of ranks, but --world-size has to be N (default: the old number),
+because the global batch depends on it. Imported are weights, class centers, momentum or Adam's
+averages of both, and the finished epochs. The old files do not hold the loss scale, RNG states and
+best accuracy; the order of the data and the learning rate follow from the epoch. Batch norm
+continues from the mean of the ranks' statistics. If the head sampled its classes, the old files
+have no complete momentum: it starts at zero, and the command says so.
 """
 
 from __future__ import annotations
@@ -56,16 +56,18 @@ logger = logging.getLogger("import_checkpoint")
 def import_checkpoint(
     old: Path, cfg: Config, world_size: int | None = None, epoch: int | None = None
 ) -> Path:
-    """Write a checkpoint of `cfg`'s run from the files of an old one; returns its folder.
+    """Writes a checkpoint of `cfg`'s run from the files of an old one; returns its folder.
 
     Args:
-        old: folder of the old run.
-        cfg: of the run that shall go on.
-        world_size: ranks it will have; None: as many as the old one had.
-        epoch: epochs finished, where the old files do not say.
+        old: Folder of the old run.
+        cfg: Config of the run that shall continue.
+        world_size: Number of its ranks; None means as many as the old run had.
+        epoch: Finished epochs, if the old files do not say.
 
     Raises:
-        WeightsError, SetupError, CheckpointError: what does not fit, and what to change.
+        WeightsError: The old files are incomplete or do not fit the config.
+        SetupError: The output folder cannot be used.
+        CheckpointError: The folder has checkpoints already, or writing failed.
     """
     folder = check_output(cfg.output or "") / FOLDER
     if list_checkpoints(folder):
@@ -78,7 +80,7 @@ def import_checkpoint(
     finished = epoch if run.epoch is None else run.epoch
     assert finished is not None
     ranks = world_size or run.world_size
-    # All of it in this process: one rank with the global batch of them all.
+    # This process builds the whole run: one rank with the global batch of all ranks.
     world = DistContext(0, 0, 1, torch.device("cpu"))
     parts = build(
         dataclasses.replace(
@@ -92,7 +94,7 @@ def import_checkpoint(
             dali=False,
             init_backbone=None,
             teacher=None,
-            ema_decay=0.0,  # its average starts when it goes on
+            ema_decay=0.0,  # the average starts when the run continues
         ),
         world,
     )
@@ -116,7 +118,7 @@ def import_checkpoint(
 
 
 def _fill(run: ArcfaceTorchRun, parts: TrainComponents, old: Path) -> None:
-    """Put what the old run had into the parts of this one."""
+    """Copies the state of the old run into the parts of this one."""
     head = parts.head
     wanted = [head.num_classes, parts.metadata.num_features]
     if [run.num_classes, run.centers[0].shape[1]] != wanted or head.centers_per_class != 1:
@@ -172,7 +174,7 @@ def _fill_centers(run: ArcfaceTorchRun, parts: TrainComponents, old: Path) -> No
 
 
 def _mean_over_ranks(run: ArcfaceTorchRun) -> dict[str, Tensor]:
-    """Rank 0's weights, with the mean of the ranks' batch-norm statistics."""
+    """Returns rank 0's weights, with the mean of the ranks' batch-norm statistics."""
     first, *others = run.backbone
     return {
         name: torch.stack([each[name] for each in run.backbone]).mean(0)
@@ -183,7 +185,7 @@ def _mean_over_ranks(run: ArcfaceTorchRun) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 with a message on stderr."""
+    """Runs the command and returns the exit code: 0, or 2 with a message on stderr."""
     parser = argparse.ArgumentParser(
         prog="import_checkpoint.py",
         description=__doc__,

@@ -1,13 +1,13 @@
-"""The embedding of an image, or of several.
+"""Embed one image, or several.
 
     python scripts/inference.py A.jpg --model work_dirs/ms1mv3_r50
     python scripts/inference.py A.jpg B.jpg --model backbone.pth --network r50   # and the cosine
     python scripts/inference.py *.jpg --model face.onnx --npy embeddings.npy
 
-Prints one line of numbers per image, not normalized, as the network gives them (with --flip the
-mirror image's are added, as the evaluation does), or writes them to an .npy file [n, D] float32.
-With two images the cosine follows. The images are aligned faces of the size the model takes,
-112 x 112 as a rule: scripts/align.py makes them. Many images: scripts/embed.py.
+The command prints one line of numbers per image, not normalized, as the network gives them (with
+--flip the mirror image's are added, as in the evaluation), or writes them to an .npy file [n, D]
+float32. With two images the cosine follows. The images are aligned faces of the size that the model
+takes, usually 112 x 112: scripts/align.py makes them. For many images see scripts/embed.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from eval.extract import FileImages, embed_images
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(prog="inference.py", description="Embed aligned faces.")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMG")
     add_model_options(parser)

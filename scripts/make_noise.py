@@ -1,4 +1,4 @@
-"""Spoil the labels of a record set as the published noisy-label experiments do.
+"""Corrupt the labels of a record set as the published noisy-label experiments do.
 
     python scripts/make_noise.py DATA OUT --flip 0.4               wrong classes (WF12M-Flip)
     python scripts/make_noise.py DATA OUT --conflict 0.32          one person under several classes
@@ -33,9 +33,18 @@ from utils.files import write_atomically
 
 
 def flip_labels(classes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """round(share * n) of the labels replaced by another class of the set, all equally likely.
+    """Replaces round(share * n) of the labels by another class of the set, all equally likely.
 
-    classes: int64 [n]. Returns int64 [n]. Raises DataError for fewer than two classes.
+    Args:
+        classes: [n] int64.
+        share: Share of the images, in [0, 1].
+        seed: Seed of the draws.
+
+    Returns:
+        [n] int64.
+
+    Raises:
+        DataError: There are fewer than two classes.
     """
     present, places = np.unique(classes, return_inverse=True)
     if len(present) < 2:
@@ -49,10 +58,19 @@ def flip_labels(classes: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def split_classes(classes: np.ndarray, share: float, parts: int, seed: int) -> np.ndarray:
-    """round(share * C) of the classes split evenly at random into `parts` (fewer where they have
-    fewer images); the first part keeps its class, the others get the next free ones.
+    """Splits round(share * C) of the classes evenly at random into `parts` classes.
 
-    classes: int64 [n]. Returns int64 [n].
+    A class with fewer images becomes fewer parts. The first part keeps its class, and the others
+    get the next free ones.
+
+    Args:
+        classes: [n] int64.
+        share: Share of the classes, in [0, 1].
+        parts: Number of classes that one becomes.
+        seed: Seed of the draws.
+
+    Returns:
+        [n] int64.
     """
     present, places = np.unique(classes, return_inverse=True)
     count = round(share * len(present))
@@ -81,9 +99,23 @@ def make_noise(
     seed: int = 0,
     force: bool = False,
 ) -> tuple[int, int]:
-    """Write the spoilt set; returns (images with another label, number of classes now).
+    """Writes the set with corrupted labels; after an error nothing is written.
 
-    Raises DataError, RecordError; then nothing is written.
+    Args:
+        data: Folder with train.rec and train.idx.
+        out: Folder to write to.
+        flip: Share of the images that get another label; None splits classes.
+        conflict: Share of the classes that are split.
+        parts: Number of classes that one becomes.
+        seed: Seed of the draws.
+        force: Whether an existing set is replaced.
+
+    Returns:
+        The number of images with another label, and the number of classes now.
+
+    Raises:
+        DataError: The set or an argument does not fit.
+        RecordError: A record is damaged.
     """
     records = ImageRecords(data)
     folder = records.path_rec.parent
@@ -115,7 +147,7 @@ def make_noise(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="make_noise.py",
         description=__doc__,

@@ -4,8 +4,8 @@
 
 Identities differ in geometry (head, eyes, brows, nose, mouth, hair, ears, glasses, beard) and in
 coloring; images of one identity differ in pose, light, expression, background, blur and noise.
-The people in OUT/synthetic.bin are not among those in OUT/train.rec. The same seed gives the same
-bytes with the same versions of OpenCV and libjpeg-turbo.
+The identities in OUT/synthetic.bin are not among those in OUT/train.rec. The same seed gives the
+same bytes with the same versions of OpenCV and libjpeg-turbo.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from data.recordio import RecordError
 from data.tools.encode import encode_jpeg
 from data.tools.record_writer import RecordSetWriter
 
-# How hard the set is: IDENTITY scales how much people differ, the others how much images of one
-# person do; 0 switches a variation off. These are the demo's: an untrained r_nano verifies 0.69 of
-# the pairs, a trained one 0.97.
+# These set how hard the set is: IDENTITY scales how much identities differ, the others how much
+# images of one identity do; 0 switches a variation off. With these values of the demo an untrained
+# r_nano verifies 0.69 of the pairs, a trained one 0.97.
 IDENTITY = 1.4
 POSE = 0.45
 LIGHT = 0.5
@@ -53,11 +53,11 @@ Task = tuple[int, int, int, int, int]  # seed, stream, person, image, size
 
 
 class Identity:
-    """What stays the same in all images of a person. Lengths are in half head heights."""
+    """What stays the same in all images of an identity. Lengths are in half head heights."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         def vary(mean: float, spread: float) -> float:
-            """Uniform, so that people fill the space of looks evenly."""
+            """Draws uniformly, so that identities fill the space of looks evenly."""
             return mean + IDENTITY * spread * float(rng.uniform(-1, 1))
 
         def has(probability: float) -> bool:
@@ -89,7 +89,7 @@ class Identity:
         self.hairline = vary(-0.60, 0.16)
         self.hairline_curve = vary(0.10, 0.30)
         self.hair_parting = vary(0.0, 0.28)
-        # Where the hair at the sides ends: above the ears, at the chin, on the shoulders.
+        # The hair at the sides ends above the ears, at the chin or on the shoulders.
         self.hair_length = vary(0.35, 0.95)
         self.is_bald = has(0.08)
         self.has_beard, self.has_moustache = has(0.22), has(0.18)
@@ -118,12 +118,12 @@ class Identity:
 
 
 def vary_color(rng: np.random.Generator, mean: Sequence[float], spread: float) -> np.ndarray:
-    """A color around `mean`: RGB float [3]."""
+    """Draws a color around `mean`: RGB float [3]."""
     return np.clip(np.asarray(mean) + rng.uniform(-spread, spread, 3), 0, 255)
 
 
 def skin_color(depth: float, undertone: float) -> Color:
-    """From light (depth 0) to dark (1), from pink (undertone -1) to olive (1)."""
+    """Returns a color from light (depth 0) to dark (1), from pink (undertone -1) to olive (1)."""
     stops = np.array(
         [(250, 220, 200), (228, 184, 150), (190, 134, 96), (120, 78, 54), (74, 47, 35)]
     )
@@ -134,14 +134,14 @@ def skin_color(depth: float, undertone: float) -> Color:
 
 
 def hair_color(kind: float, shade: float) -> Color:
-    """Black, brown, red, blond or gray, each in a range of shades."""
+    """Returns black, brown, red, blond or gray, each in a range of shades."""
     stops = np.array([(25, 20, 22), (80, 50, 32), (150, 66, 30), (222, 180, 110), (180, 178, 176)])
     place = kind * len(stops) * 0.999
     return np.clip(stops[int(place)] * (0.7 + 0.55 * shade), 0, 250)
 
 
 def hsv(hue: float, saturation: float, value: float) -> Color:
-    """RGB float [3] of a hue, a saturation and a value between 0 and 1."""
+    """Returns RGB float [3] of a hue, a saturation and a value between 0 and 1."""
     angle = 2 * math.pi * (hue % 1)
     wheel = np.cos(angle - np.array((0, 2 / 3 * math.pi, 4 / 3 * math.pi))) * 0.5 + 0.5
     return 255 * max(0.0, value) * (1 - max(0.0, saturation) * (1 - wheel))
@@ -150,8 +150,12 @@ def hsv(hue: float, saturation: float, value: float) -> Color:
 class Canvas:
     """Draws shapes given in face coordinates: x to the right, y down, half a head height is 1.
 
-    A point is lifted onto a rounded face and turned by the pose before it is drawn; a `depth`
-    above 1 sticks out further (nose), 0 lies in the plane of the outline.
+    A point is lifted onto a rounded face and turned by the pose before it is drawn. A `depth` above
+    1 sticks out further (nose), and 0 lies in the plane of the outline.
+
+    Args:
+        size: Side of the canvas in pixels.
+        rng: Decides pose, scale and position.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
@@ -162,7 +166,7 @@ class Canvas:
         self.turn = np.array(((math.cos(roll), math.sin(roll)), (-math.sin(roll), math.cos(roll))))
 
     def project(self, points: np.ndarray, depth: float) -> np.ndarray:
-        """Face coordinates [n, 2] to OpenCV's fixed-point pixels, int32 [n, 2]."""
+        """Projects face coordinates [n, 2] to OpenCV's fixed-point pixels, int32 [n, 2]."""
         x, y = points[:, 0], points[:, 1]
         lift = depth * 0.62 * np.sqrt(np.clip(1 - (x / 0.95) ** 2 - (y / 1.25) ** 2, 0, 1))
         turned = np.stack(
@@ -176,7 +180,13 @@ class Canvas:
         return np.rint(flat * (1 << _SHIFT)).astype(np.int32)
 
     def fill(self, points: np.ndarray, color: Color, depth: float = 1.0) -> None:
-        """A filled polygon; points: [n, 2]."""
+        """Fills a polygon.
+
+        Args:
+            points: [n, 2] face coordinates.
+            color: Color of the polygon.
+            depth: Height of the points above the plane of the outline.
+        """
         fixed = self.project(points, depth)
         cv2.fillPoly(self.pixels, [fixed], _rgb(color), cv2.LINE_AA, _SHIFT)
 
@@ -188,7 +198,15 @@ class Canvas:
         closed: bool = False,
         depth: float = 1.0,
     ) -> None:
-        """A line through points [n, 2] of a width in face coordinates."""
+        """Draws a line.
+
+        Args:
+            points: [n, 2] face coordinates.
+            color: Color of the line.
+            width: Width in face coordinates.
+            closed: Whether the last point is joined to the first.
+            depth: Height of the points above the plane of the outline.
+        """
         fixed = self.project(points, depth)
         thickness = max(1, round(width * self.scale))
         cv2.polylines(self.pixels, [fixed], closed, _rgb(color), thickness, cv2.LINE_AA, _SHIFT)
@@ -202,13 +220,22 @@ def _rgb(color: Color) -> tuple[int, int, int]:
 def ellipse(
     x: float, y: float, width: float, height: float, begin: float = 0, end: float = 360
 ) -> np.ndarray:
-    """Points [n, 2] of an arc with these half axes; degrees clockwise from the right."""
+    """Returns points [n, 2] of an arc.
+
+    Args:
+        x: Center.
+        y: Center.
+        width: Half axis in x.
+        height: Half axis in y.
+        begin: Degrees clockwise from the right.
+        end: Degrees clockwise from the right.
+    """
     angles = np.radians(np.linspace(begin, end, 25))
     return np.stack((x + width * np.cos(angles), y + height * np.sin(angles)), axis=1)
 
 
 def draw_face(person: Identity, rng: np.random.Generator, size: int = 112) -> np.ndarray:
-    """One image of a person: RGB uint8 [size, size, 3]. `rng` decides all that varies."""
+    """Draws one image of an identity, RGB uint8 [size, size, 3]; `rng` decides all that varies."""
     canvas = Canvas(size * _SUPERSAMPLING, rng)
     draw_background(canvas, rng)
     outline = head_outline(person)
@@ -225,7 +252,7 @@ def draw_face(person: Identity, rng: np.random.Generator, size: int = 112) -> np
 
 
 def head_outline(person: Identity) -> np.ndarray:
-    """The head as a closed curve [n, 2], narrower towards the chin."""
+    """Returns the head as a closed curve [n, 2], narrower towards the chin."""
     angles = np.linspace(0, 2 * math.pi, 60, endpoint=False)
     x, y = np.cos(angles), np.sin(angles)
     narrowing = np.where(y > 0, 1 - (1 - person.jaw_width) * y**2 * 1.6, 1.0)
@@ -235,7 +262,7 @@ def head_outline(person: Identity) -> np.ndarray:
 
 
 def draw_background(canvas: Canvas, rng: np.random.Generator) -> None:
-    """A smooth mixture of four colors, one per corner, with some blurred blobs."""
+    """Draws a smooth mixture of four colors, one per corner, with some blurred rectangles."""
     size = canvas.pixels.shape[0]
 
     def muted() -> Color:
@@ -253,7 +280,7 @@ def draw_background(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def draw_behind_head(canvas: Canvas, person: Identity) -> None:
-    """Long hair, neck, shoulders and ears."""
+    """Draws long hair, neck, shoulders and ears."""
     if not person.is_bald and person.hair_length > 0.1:
         width = person.head_width + 0.4 * person.hair_volume + 0.05
         top = ellipse(0, -0.1, width, 0.9 + person.hair_volume, 180, 360)
@@ -275,7 +302,7 @@ def draw_behind_head(canvas: Canvas, person: Identity) -> None:
 
 
 def draw_cheeks_and_beard(canvas: Canvas, person: Identity, outline: np.ndarray) -> None:
-    """Color of the cheeks, moles, beard and moustache."""
+    """Draws the color of the cheeks, moles, beard and moustache."""
     for side in (-1, 1):
         cheek = ellipse(side * 0.34 * person.head_width / 0.74, 0.30, 0.15, 0.11)
         canvas.fill(cheek, person.skin * (1.0, 0.95, 0.95), depth=0.6)
@@ -293,7 +320,7 @@ def draw_cheeks_and_beard(canvas: Canvas, person: Identity, outline: np.ndarray)
 
 
 def draw_nose(canvas: Canvas, person: Identity) -> None:
-    """Bridge, wings and nostrils; it sticks out, so it moves most when the head turns."""
+    """Draws bridge, wings and nostrils, which stick out and so move most when the head turns."""
     top, tip = person.eye_height + 0.03, person.eye_height + person.nose_length
     width = person.nose_width
     bridge = np.array(((-0.05, top), (0.05, top), (width, tip), (0, tip + 0.06), (-width, tip)))
@@ -308,7 +335,7 @@ def draw_nose(canvas: Canvas, person: Identity) -> None:
 
 
 def draw_mouth(canvas: Canvas, person: Identity, rng: np.random.Generator) -> None:
-    """Two lips, bent by a smile, parted by an open mouth."""
+    """Draws two lips, bent by a smile, parted by an open mouth."""
     smile = EXPRESSION * rng.uniform(-0.05, 0.12)
     opened = EXPRESSION * max(0.0, rng.uniform(-0.12, 0.12))
     width = person.mouth_width * (1 + smile)
@@ -326,7 +353,7 @@ def draw_mouth(canvas: Canvas, person: Identity, rng: np.random.Generator) -> No
 
 
 def draw_eyes(canvas: Canvas, person: Identity, rng: np.random.Generator) -> None:
-    """Eyes, brows and glasses."""
+    """Draws eyes, brows and glasses."""
     opening = person.eye_opening * (1 - EXPRESSION * rng.uniform(0, 0.4))
     gaze = EXPRESSION * rng.uniform(-0.3, 0.3, 2)
     raised = EXPRESSION * rng.uniform(-0.02, 0.05)
@@ -370,7 +397,7 @@ def draw_eyes(canvas: Canvas, person: Identity, rng: np.random.Generator) -> Non
 
 
 def draw_glasses(canvas: Canvas, person: Identity) -> None:
-    """Two frames between round and square, a bridge, two temples."""
+    """Draws two frames between round and square, a bridge, two temples."""
     color, width = person.glasses_color, person.glasses_thickness
     angles = np.linspace(0, 2 * math.pi, 28, endpoint=False)
     shape = np.stack((np.cos(angles), np.sin(angles)), axis=1)
@@ -388,14 +415,14 @@ def draw_glasses(canvas: Canvas, person: Identity) -> None:
 
 
 def draw_hair(canvas: Canvas, person: Identity) -> None:
-    """The hair in front: between an arc over the head and the hairline."""
+    """Draws the hair in front: between an arc over the head and the hairline."""
     if person.is_bald:
         return
     outer_width = person.head_width + 0.3 * person.hair_volume + 0.03
     outer = ellipse(0, -0.1, outer_width, 0.88 + person.hair_volume, 178, 362)
     across = np.linspace(1, -1, 19)
     bow = person.hairline_curve * (across - person.hair_parting) ** 2
-    sides = np.clip(np.abs(across) - 0.8, 0, 1) / 0.2  # where the hairline falls to the temples
+    sides = np.clip(np.abs(across) - 0.8, 0, 1) / 0.2  # the hairline falls to the temples here
     height = np.clip(person.hairline + bow, -0.9, -0.32) * (1 - sides) + sides * min(
         person.hair_length, 0.05
     )
@@ -412,7 +439,7 @@ def draw_hair(canvas: Canvas, person: Identity) -> None:
 
 
 def draw_headwear(canvas: Canvas, person: Identity) -> None:
-    """A cap down to the forehead, or a band around it."""
+    """Draws a cap down to the forehead, or a band around it."""
     if not (person.has_cap or person.has_headband):
         return
     width = person.head_width + 0.3 * person.hair_volume + 0.05
@@ -427,12 +454,12 @@ def draw_headwear(canvas: Canvas, person: Identity) -> None:
 
 
 def photograph(image: np.ndarray, canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
-    """Light from a side, exposure, a cast of color, blur and noise on uint8 [size, size, 3]."""
+    """Applies light, exposure, a color cast, blur and noise to uint8 [size, size, 3]."""
     size = image.shape[0]
     center, reach = canvas.center / _SUPERSAMPLING, canvas.scale / _SUPERSAMPLING
     x = ((np.arange(size, dtype=np.float32) - center[0]) / reach)[None, :]
     y = ((np.arange(size, dtype=np.float32) - center[1]) / reach)[:, None]
-    height = np.exp(-0.7 * (x**2 + 0.7 * y**2))  # of a rounded face that fades into the background
+    height = np.exp(-0.7 * (x**2 + 0.7 * y**2))  # a rounded face that fades into the background
     side, above = LIGHT * rng.uniform(-0.75, 0.75), LIGHT * rng.uniform(-0.7, 0.35)
     falls = np.clip(side * x + above * y + 0.75 * height, 0, 1.5)
     exposure = math.exp(LIGHT * rng.uniform(-0.55, 0.35))
@@ -451,7 +478,7 @@ def photograph(image: np.ndarray, canvas: Canvas, rng: np.random.Generator) -> n
 
 
 def draw_encoded(task: Task) -> bytes:
-    """A task to JPEG bytes: a pure function, run by the workers."""
+    """Draws a task's image as JPEG bytes: a pure function, run by the workers."""
     seed, stream, person, image, size = task
     identity = Identity(np.random.default_rng((seed, stream, person)))
     drawn = draw_face(identity, np.random.default_rng((seed, stream, person, image + 1)), size)
@@ -469,11 +496,21 @@ def make_synthetic(
     force: bool = False,
     num_processes: int | None = None,
 ) -> None:
-    """Write OUT/train.rec, train.idx, property, label_map.txt and OUT/synthetic.bin.
+    """Writes OUT/train.rec, train.idx, property, label_map.txt and OUT/synthetic.bin.
 
-    verification_pairs: a multiple of 20, for ten folds in order, each half same and half
-    different, each of people of its own. num_processes: None takes one per core, at most 4.
-    Raises DataError where the numbers do not fit or the files exist.
+    Args:
+        out: Folder to write to.
+        identities: Number of identities to train on.
+        images_per_identity: Images of each.
+        verification_pairs: A multiple of 20, for ten folds in order, each half same and half
+            different, each with its own identities.
+        seed: Seed of the drawing.
+        size: Side of the images in pixels.
+        force: Whether existing files are replaced.
+        num_processes: Number of processes; None takes one per core, at most 4.
+
+    Raises:
+        DataError: The numbers do not fit, or the files exist.
     """
     out = Path(out)
     if identities < 1 or images_per_identity < 1 or size < 16:
@@ -509,9 +546,13 @@ def make_synthetic(
 
 
 def verification_plan(num_pairs: int, seed: int) -> tuple[list[tuple[int, int]], list[bool]]:
-    """(person, image) of 2 * num_pairs faces and num_pairs answers, ten folds in order.
+    """Returns (person, image) of 2 * num_pairs faces and num_pairs answers, ten folds in order.
 
-    A fold has its own people, as many as it has same pairs; every face is an image of its own.
+    A fold has its own identities, as many as it has same pairs. No two faces are the same image.
+
+    Args:
+        num_pairs: Number of pairs, a multiple of 20.
+        seed: Seed of the draws.
     """
     rng = np.random.default_rng((seed, 2))
     per_fold = num_pairs // (2 * FOLDS)
@@ -521,11 +562,11 @@ def verification_plan(num_pairs: int, seed: int) -> tuple[list[tuple[int, int]],
         people = range(fold * per_fold, (fold + 1) * per_fold)
         for person in people:
             faces += [(person, 0), (person, 1)]
-        others = rng.integers(1, per_fold, per_fold)  # a step to somebody else of the fold
+        others = rng.integers(1, per_fold, per_fold)  # a step to another identity of the fold
         for place, step in enumerate(others.tolist()):
             faces += [(people[place], 2), (people[(place + step) % per_fold], 3)]
         same += [True] * per_fold + [False] * per_fold
-    # Two different pairs may show one person's image 3: give each use a number of its own.
+    # Two different pairs may use image 3 of one identity: give each use a separate number.
     seen: dict[tuple[int, int], int] = {}
     numbered: list[tuple[int, int]] = []
     for person, image in faces:
@@ -537,7 +578,7 @@ def verification_plan(num_pairs: int, seed: int) -> tuple[list[tuple[int, int]],
 
 @contextmanager
 def _drawing(num_processes: int | None) -> Iterator[Callable[[list[Task]], Iterator[bytes]]]:
-    """`draw_encoded` over a list in order, by several processes or, if one is enough, by this."""
+    """Maps `draw_encoded` over a list in order, in several processes or in this one."""
     count = num_processes or min(4, os.cpu_count() or 1)
     if count == 1:
         yield lambda tasks: map(draw_encoded, tasks)
@@ -552,7 +593,7 @@ def _drawing(num_processes: int | None) -> Iterator[Callable[[list[Task]], Itera
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 with a message on stderr."""
+    """Runs the command and returns the exit code: 0, or 2 with a message on stderr."""
     parser = argparse.ArgumentParser(
         prog="make_synthetic.py",
         description=__doc__,

@@ -5,9 +5,9 @@
     python scripts/pack.py LIST.csv OUT --root FOLDER       path, label
     python scripts/pack.py --pairs PAIRS.txt FOLDER OUT.bin a verification set
 
-Writes train.rec, train.idx, train.manifest (a hash per record, see scripts/doctor.py --verify),
-property and, where classes have names, label_map.txt. Run the same command again after an
-interruption: it goes on where it was.
+The command writes train.rec, train.idx, train.manifest (a hash per record, see scripts/doctor.py
+--verify), property and, if classes have names, label_map.txt. Run the same command again after an
+interruption: it continues where it was.
 """
 
 from __future__ import annotations
@@ -41,14 +41,20 @@ from data.tools.workers import ordered_map
 from utils.files import list_some
 
 _CHUNK = 64  # images per task handed to a process
-_KEPT = 1000  # left out images remembered by name; the rest is counted
+_KEPT = 1000  # images left out that are named; further ones are only counted
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 _LABEL_COLUMNS = ("label", "class", "identity", "id", "name")
 
 
 class Listing(NamedTuple):
-    """What to pack, in order. labels: int64 [n], the class of each; vectors: the labels of each
-    where there are several; keys: int64 [n] where the list gives them; class_names by label.
+    """What to pack, in order.
+
+    Attributes:
+        paths: Path of each image.
+        labels: [n] int64, the class of each image.
+        vectors: All labels of each image if there are several, else None.
+        keys: [n] int64 if the list gives them, else None.
+        class_names: Names by label, or None.
     """
 
     paths: list[str]
@@ -60,7 +66,15 @@ class Listing(NamedTuple):
 
 @dataclass
 class PackReport:
-    """What was written: counts, and the first files left out (path: why)."""
+    """What was written.
+
+    Attributes:
+        num_images: Number of images written.
+        num_classes: Number of classes.
+        num_reencoded: Number of images that were encoded again.
+        num_skipped: Number of images left out.
+        skipped: The first files left out (path: why).
+    """
 
     num_images: int = 0
     num_classes: int = 0
@@ -69,6 +83,7 @@ class PackReport:
     skipped: list[str] = field(default_factory=list)
 
     def skip(self, problem: str) -> None:
+        """Counts an image that is left out and keeps its problem if there is room."""
         self.num_skipped += 1
         if len(self.skipped) < _KEPT:
             self.skipped.append(problem)
@@ -77,7 +92,14 @@ class PackReport:
 def pack_folder(
     folder: Path, out: Path, *, include: Sequence[str] = ("*",), **options: object
 ) -> PackReport:
-    """Write the images of FOLDER/<class>/ as records to OUT; options as for `pack_listing`."""
+    """Writes the images of FOLDER/<class>/ as records to OUT.
+
+    Args:
+        folder: Folder of the class folders.
+        out: Folder to write to.
+        include: Shell patterns; a class folder has to match one of them.
+        **options: As for `pack_listing`.
+    """
     return pack_listing(list_folder(folder, include), out, **options)  # type: ignore[arg-type]
 
 
@@ -94,12 +116,23 @@ def pack_listing(
     skip_bad: bool = False,
     num_processes: int = 1,
 ) -> PackReport:
-    """Write the listed images as records to OUT; see `fit_image` for what they become.
+    """Writes the listed images as records to OUT, fitted by `fit_image`.
 
-    shuffle_seed: None keeps the order of the list. force: replace a set that is there.
-    restart: drop the interrupted beginning of another job in OUT.
-    Raises DataError listing the unreadable files, unless `skip_bad` leaves them out and reports
-    them; nothing is written then.
+    Args:
+        listing: The images.
+        out: Folder to write to.
+        size: Side in pixels.
+        quality: See `fit_image`.
+        style: See `RecordSetWriter`.
+        shuffle_seed: Seed of a random order; None keeps the order of the list.
+        force: Whether an existing set is replaced.
+        restart: Whether the interrupted beginning of another job in `out` is dropped.
+        skip_bad: Whether unreadable images are left out and reported.
+        num_processes: Number of processes that decode.
+
+    Raises:
+        DataError: An image cannot be read (without `skip_bad`), none can, or `out` is not free; the
+            message lists the files. Nothing is written then.
     """
     total = len(listing.paths)
     for name in listing.class_names or ():
@@ -152,7 +185,7 @@ def pack_listing(
 
 
 def _chunks(total: int, done: int, shuffle_seed: int | None) -> Iterator[list[int]]:
-    """The positions of the listing in the order of packing, `_CHUNK` at a time, from `done` on."""
+    """Yields the positions of the listing in the order of packing, `_CHUNK` at a time."""
     for begin in range(done, total, _CHUNK):
         positions = np.arange(begin, min(begin + _CHUNK, total))
         if shuffle_seed is not None:
@@ -161,7 +194,7 @@ def _chunks(total: int, done: int, shuffle_seed: int | None) -> Iterator[list[in
 
 
 def _token(listing: Listing, *options: object) -> str:
-    """What an interrupted job must agree in to be continued."""
+    """Identifies a job; an interrupted one is continued only by a job with the same token."""
     token = hashlib.sha1(repr(options).encode())
     for path in listing.paths:
         token.update(os.fsencode(path) + b"\0")
@@ -172,7 +205,11 @@ def _token(listing: Listing, *options: object) -> str:
 
 
 def list_folder(folder: Path, include: Sequence[str] = ("*",)) -> Listing:
-    """FOLDER/<class>/<image>, classes and images in sorted order. Raises DataError."""
+    """Lists FOLDER/<class>/<image>, classes and images in sorted order.
+
+    Raises:
+        DataError: The folder has no class or a class without images.
+    """
     names, files, labels = list_class_folders(folder, tuple(include))
     paths = [
         os.path.join(folder, names[label], file)
@@ -182,7 +219,16 @@ def list_folder(folder: Path, include: Sequence[str] = ("*",)) -> Listing:
 
 
 def read_list(path: Path, root: Path, include: Sequence[str] = ("*",)) -> Listing:
-    """A `.lst` or `.csv` file. `include` matches paths as written. Raises DataError."""
+    """Reads a `.lst` or `.csv` file.
+
+    Args:
+        path: Path of the file.
+        root: Folder that its paths are relative to.
+        include: Shell patterns; a path as written has to match one of them.
+
+    Raises:
+        DataError: The file cannot be read, has a wrong line, or lists no image.
+    """
     readers = {".lst": _read_lst, ".csv": _read_csv}
     if path.suffix not in readers:
         raise DataError(
@@ -201,7 +247,7 @@ def read_list(path: Path, root: Path, include: Sequence[str] = ("*",)) -> Listin
 
 
 def _read_lst(path: Path, include: Sequence[str]) -> Listing:
-    """im2rec's list: lines `key<tab>label<tab>...<tab>path`, labels as whole numbers or floats."""
+    """Reads im2rec's lines `key<tab>label<tab>...<tab>path`, labels as whole numbers or floats."""
     names: list[str] = []
     keys: list[int] = []
     labels: list[list[float]] = []
@@ -239,8 +285,10 @@ def _read_lst(path: Path, include: Sequence[str]) -> Listing:
 
 
 def _read_csv(path: Path, include: Sequence[str]) -> Listing:
-    """Columns path and label, in this order or as the first line names them. Labels are class
-    numbers, or, where one of them is not a whole number, names: numbered in sorted order.
+    """Reads the columns path and label, in this order or as the first line names them.
+
+    Labels are class numbers. If one of them is not a whole number, all are names, which are
+    numbered in sorted order.
     """
     names: list[str] = []
     texts: list[str] = []
@@ -287,9 +335,22 @@ def pack_pairs(
     quality: int | None = None,
     force: bool = False,
 ) -> int:
-    """Write a verification set from FOLDER/name/name_0001.jpg and so on; returns the pair count.
+    """Writes a verification set from FOLDER/name/name_0001.jpg and so on.
 
-    Raises DataError naming the line and file of a missing or damaged image.
+    Args:
+        path_pairs: The pairs file.
+        folder: Folder of the images.
+        out: Path of the .bin file.
+        size: Side in pixels.
+        quality: See `fit_image`.
+        force: Whether an existing file is replaced.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        DataError: The pairs file is wrong, an image is missing, or `out` exists.
+        ImageError: An image is damaged; the message names line and file.
     """
     pairs = read_pairs(path_pairs)
     images: list[bytes] = []
@@ -340,7 +401,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = _parser()
     args = parser.parse_args(argv)
     if not 1 <= args.size <= 4096:

@@ -1,14 +1,15 @@
-"""Will it fit, and how long will it take? Before anything is launched.
+"""Estimate memory and time of a run before it is launched.
 
     python scripts/plan.py configs/ms1mv3_r50 --world-size 8 --gpu h100
     python scripts/plan.py configs/wf42m_pfc02_r100 batch_size=256 --world-size 8 --gpu v100
     python scripts/plan.py configs/lfw_nano rec=FOLDER --measure          # a minute on this machine
     python scripts/plan.py CONFIG --world-size 16 --gpu a100 --json
 
-Memory per rank by part, from the code that allocates; time of a step from the peaks of the device
-and assumed shares of them, or with --measure from this machine; samples per second, hours. What
-does not fit comes with what would change it, worked out anew for each. Reading and decoding
-images, verification and checkpoints are not in the time. docs/speed.md says what is assumed.
+The command prints memory per rank by part, from the code that allocates; the time of a step, from
+the peaks of the device and assumed shares of them, or with --measure from this machine; samples per
+second and hours. If a config does not fit, it lists what would change that, computed for each
+change. The time does not include reading and decoding images, verification and checkpoints.
+docs/speed.md says what is assumed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ PART_WORDS = {
 
 
 def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
-    """Everything, as JSON knows values."""
+    """Returns all facts of a plan, with values that JSON knows."""
     with torch.device("meta"):
         network = get_model(cfg.network, num_features=cfg.embedding_size, input_size=cfg.input_size)
     footprint = plan.needs.footprint
@@ -118,8 +119,10 @@ def describe(cfg: Config, setting: Setting, plan: Plan) -> dict[str, Any]:
 
 
 def describe_head(needs: Requirements, machine: Machine) -> dict[str, Any] | None:
-    """Kernel launches and gigabytes of a step of the fused head, all its passes; None for others.
-    On a GPU also the seconds that the host takes to start them, and the device to run them.
+    """Returns kernel launches and gigabytes of a step of the fused head; None for other heads.
+
+    All passes of the step are counted. On a GPU the result also has the seconds that the host takes
+    to start the kernels, and the device to run them.
     """
     if needs.head.operations is None:
         return None
@@ -134,7 +137,12 @@ def describe_head(needs: Requirements, machine: Machine) -> dict[str, Any] | Non
 
 
 def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
-    """`describe` as text."""
+    """Formats `describe` as text.
+
+    Args:
+        facts: Result of `describe`.
+        proposals: Changes in words and their plans, shown if the config does not fit.
+    """
     memory, time, machine = facts["memory"], facts["time"], facts["machine"]
     macs = facts["macs_per_image"] / 1e9
     rows = [["memory per rank", "MiB"]]
@@ -221,7 +229,7 @@ def show(facts: dict[str, Any], proposals: Sequence[tuple[str, Plan]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="plan.py", description="Will this config fit, and how long will it take?"
     )

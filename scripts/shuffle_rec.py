@@ -5,10 +5,11 @@
 
 Our own loader needs no such copy: its order is random over the whole set (docs/data.md).
 
-The order is that of a 64-bit hash of (seed, position), so it depends on the seed and the number of
-images alone. Larger sets than --memory are sorted into files on disk first and then shuffled file
-by file: both disks are read and written from front to back. At the end the new set is read again,
-and must hold the same images under the same classes (`MultisetDigest` in data/tools/manifest.py).
+The order is that of a 64-bit hash of (seed, position), so it depends only on the seed and the
+number of images. Sets larger than --memory are first sorted into files on disk and then shuffled
+file by file: both disks are read and written from front to back. At the end the new set is read
+again and must hold the same images under the same classes (`MultisetDigest` in
+data/tools/manifest.py).
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ _BLOCK = 4096  # positions hashed at once
 
 
 class ShuffleReport(NamedTuple):
-    """num_images written; digest: of the multiset of (class, image), the same before and after."""
+    """What was written.
+
+    Attributes:
+        num_images: Number of images written.
+        digest: Hash of the multiset of (class, image), the same before and after.
+    """
 
     num_images: int
     digest: str
@@ -54,12 +60,23 @@ class ShuffleReport(NamedTuple):
 def shuffle_records(
     data: Path, out: Path, *, seed: int = 0, memory_mib: int = 1024, force: bool = False
 ) -> ShuffleReport:
-    """Write the images of DATA to OUT in random order, with .bin, .lst and property beside them.
+    """Writes the images of DATA to OUT in random order, with .bin, .lst and property beside them.
 
-    InsightFace style stays so, without the records of identities: their images no longer lie
+    InsightFace style is kept, but without the records of identities, whose images no longer lie
     together. Payloads stay byte for byte. Peak memory is about 1.5 times memory_mib, whatever the
-    size of the set, and about 100 bytes per image for two indices.
-    Raises DataError, RecordError; then nothing is written.
+    size of the set, and about 100 bytes per image for two indices. After an error nothing is
+    written.
+
+    Args:
+        data: Folder with train.rec and train.idx.
+        out: Folder to write to.
+        seed: Seed of the order.
+        memory_mib: Memory for records in MiB.
+        force: Whether an existing set is replaced.
+
+    Raises:
+        DataError: The set or an argument does not fit, or the new set has other content.
+        RecordError: A record is damaged.
     """
     records = ImageRecords(data)
     folder = records.path_rec.parent
@@ -109,7 +126,7 @@ def _in_buckets(
     digest: MultisetDigest,
     bar: tqdm,
 ) -> Iterator[list[Item]]:
-    """The records in lists that follow each other in the order of the hash, each sorted by it."""
+    """Yields the records in lists that follow each other in the order of the hash, each sorted."""
     if num_buckets == 1:
         yield sorted(_hashed(records, seed, digest, bar), key=_by_hash)
         return
@@ -150,7 +167,7 @@ def _by_hash(item: Item) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="shuffle_rec.py",
         description=__doc__,

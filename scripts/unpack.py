@@ -2,11 +2,11 @@
 
     python scripts/unpack.py DATA OUT
 
-OUT/<class>/<key>.jpg (or .png, ...), classes by their names where label_map.txt has them, else by
-their numbers; and OUT/train.lst, which packs them again with the same keys and labels:
+The command writes OUT/<class>/<key>.jpg (or .png, ...), with the classes' names from label_map.txt
+or else their numbers, and OUT/train.lst, which packs them again with the same keys and labels:
 python scripts/pack.py OUT/train.lst AGAIN --style im2rec.
-Everything is written to .OUT.partial beside OUT and renamed at the end; after an interruption
-the same command goes on.
+Everything is written to .OUT.partial beside OUT and renamed at the end. After an interruption the
+same command continues.
 """
 
 from __future__ import annotations
@@ -34,9 +34,15 @@ _SUFFIXES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"RI
 
 
 def unpack(data: Path, out: Path) -> int:
-    """Write the images of DATA as files below OUT, which must not exist; returns their number.
+    """Writes the images of DATA as files below OUT, which must not exist; returns their number.
 
-    Raises DataError, RecordError.
+    Args:
+        data: Folder with train.rec, or a .rec file.
+        out: Folder to make.
+
+    Raises:
+        DataError: `out` exists, or label_map.txt does not fit.
+        RecordError: A record is damaged.
     """
     if out.exists():
         raise DataError(f"{out} already exists; give another folder, or remove it")
@@ -59,14 +65,14 @@ def unpack(data: Path, out: Path) -> int:
             listing.write("\t".join([str(record.key), *map(str, labels), file]) + "\n")
             target = staging / file
             if target.exists() and target.stat().st_size == len(record.image):
-                continue  # written before an interruption: files appear whole
+                continue  # written before an interruption: files are written atomically
             write_whole(target, bytes(record.image))
     publish_folder(staging, out)
     return len(records)
 
 
 def _check_names(names: list[str], path: Path) -> None:
-    """Label maps are downloaded: refuse names that lead elsewhere, and one name for two classes."""
+    """Refuses names that lead elsewhere or name two classes, because label maps are downloaded."""
     for name in names:
         inside = os.path.basename(name) == name and not name.startswith(".")
         if not (name and inside and name.isprintable()):
@@ -84,7 +90,7 @@ def _suffix(head: bytes) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
+    """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="unpack.py",
         description=__doc__,

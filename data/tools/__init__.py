@@ -1,1 +1,1 @@
-"""What the commands that make, check and repair record sets share (scripts/pack.py, doctor.py)."""
+"""Shared code of the commands that make, check and repair record sets."""

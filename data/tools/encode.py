@@ -1,4 +1,4 @@
-"""Images to the JPEGs that record sets hold."""
+"""Converts images to the JPEGs that record sets hold."""
 
 from __future__ import annotations
 
@@ -16,18 +16,32 @@ DEFAULT_QUALITY = 95
 
 
 class Fitted(NamedTuple):
-    """A JPEG of the size asked for, and whether it had to be encoded anew."""
+    """A JPEG of the wanted size.
+
+    Attributes:
+        encoded: The JPEG file.
+        reencoded: Whether the image had to be encoded again.
+    """
 
     encoded: bytes
     reencoded: bool
 
 
 def fit_image(encoded: bytes, where: str, size: int, quality: int | None) -> Fitted:
-    """The image as a JPEG of size x size pixels.
+    """Converts an image to a JPEG of size x size pixels.
 
-    A JPEG of the right size is kept byte for byte unless a quality is asked for. Other sizes are
-    cropped to the centerd square and resized. Every image is decoded once, so that a damaged one
-    is found now. Raises ImageError.
+    A JPEG of the right size is kept byte for byte unless a quality is given. Other sizes are
+    cropped to the centered square and resized. Every image is decoded once, so that a damaged one
+    is found now.
+
+    Args:
+        encoded: Content of the file.
+        where: Name of the image in errors.
+        size: Side in pixels.
+        quality: Quality of the JPEG; None means DEFAULT_QUALITY where encoding is needed.
+
+    Raises:
+        ImageError: The image cannot be decoded.
     """
     image = decode_image(encoded, where)
     if image.shape[:2] == (size, size) and quality is None and encoded[:2] == b"\xff\xd8":
@@ -37,7 +51,7 @@ def fit_image(encoded: bytes, where: str, size: int, quality: int | None) -> Fit
 
 
 def fit_pixels(image: np.ndarray, size: int) -> np.ndarray:
-    """The centerd square of uint8 [H, W, 3], resized to [size, size, 3]."""
+    """Resizes the centered square of uint8 [H, W, 3] to [size, size, 3]."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
@@ -49,14 +63,20 @@ def fit_pixels(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def encode_jpeg(image: np.ndarray, quality: int = DEFAULT_QUALITY) -> bytes:
-    """RGB uint8 [H, W, 3] as JPEG, colors at full resolution."""
+    """Encodes RGB uint8 [H, W, 3] as JPEG, colors at full resolution."""
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
     )
 
 
 class FitTask(NamedTuple):
-    """Image files for one worker to read and fit."""
+    """Image files for one worker to read and fit.
+
+    Attributes:
+        paths: Paths of the files.
+        size: Side in pixels.
+        quality: See `fit_image`.
+    """
 
     paths: Sequence[str]
     size: int
@@ -64,7 +84,7 @@ class FitTask(NamedTuple):
 
 
 def fit_files(task: FitTask) -> list[Fitted | str]:
-    """`fit_image` of every file; a string says why one cannot be used. Run by workers."""
+    """Applies `fit_image` to every file, in a worker; a string says why a file cannot be used."""
     results: list[Fitted | str] = []
     for path in task.paths:
         try:

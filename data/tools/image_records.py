@@ -1,7 +1,7 @@
-"""A record set as the tools see it: payloads, classes and images, whatever the size of the images.
+"""Gives the tools the records of a set: payloads, classes and images of any size.
 
-Training reads through data/datasets.py, which decodes and insists on one size; tools that copy,
-shuffle, relabel or judge a set want the records themselves.
+Training reads through data/datasets.py, which decodes and insists on one size. Tools that copy,
+shuffle, relabel or check a set need the records themselves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ _CHUNK = 1 << 16  # records whose classes are read at once
 
 
 class ImageRecord(NamedTuple):
-    """One record that is an image: `image` is a view of the encoded bytes in `payload`."""
+    """One record that is an image.
+
+    Attributes:
+        key: Key of the record.
+        class_id: Class of the image.
+        payload: Payload of the record.
+        image: View of the encoded image in `payload`.
+    """
 
     key: int
     class_id: int
@@ -47,10 +54,19 @@ class ImageRecord(NamedTuple):
 
 
 class ImageRecords:
-    """The images of `root` (a folder with train.rec and train.idx, or a .rec), by position.
+    """The images of a record set by position.
 
-    keys, offsets: int64 [n], in the order of the file, which is the fastest to read.
-    style: "insightface" where key 0 is a header record, else "im2rec".
+    Args:
+        root: Folder with train.rec and train.idx, or a .rec file.
+
+    Attributes:
+        keys: [n] int64 in the order of the file, which is the fastest to read.
+        offsets: [n] int64 in bytes.
+        style: "insightface" if key 0 is a header record, else "im2rec".
+
+    Raises:
+        MissingDataError: A file does not exist.
+        RecordError: A file is damaged.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -76,7 +92,12 @@ class ImageRecords:
         return len(self.keys)
 
     def read(self, position: int) -> ImageRecord:
-        """The record at a position of the file. Raises RecordError, DataError."""
+        """Reads the record at a position of the file.
+
+        Raises:
+            RecordError: The record is damaged.
+            DataError: The label is not a class.
+        """
         key, offset = int(self.keys[position]), int(self.offsets[position])
         # Other records may lie between two images, so the end is a bound, not the length.
         payload = self.reader.read_at(offset, key, int(self._ends[position]))
@@ -89,8 +110,13 @@ class ImageRecords:
         return map(self.read, range(len(self)))
 
     def stated(self) -> Property:
-        """What the `property` file states; without one no classes, and the size of the first
-        image. Raises RecordError, ImageError.
+        """Returns what the `property` file states.
+
+        Without the file it returns 0 classes and the size of the first image.
+
+        Raises:
+            RecordError: The file or the first record is damaged.
+            ImageError: The first image's header is damaged.
         """
         path = self.path_rec.with_name("property")
         if path.is_file():
@@ -99,7 +125,15 @@ class ImageRecords:
         return Property(0, *image_size(first.image, self.reader.where(int(self.offsets[0]))))
 
     def classes(self, progress: Callable[[int], object] = lambda count: None) -> np.ndarray:
-        """The class of every image, int64 [n], from its header alone. Raises as `read`."""
+        """Reads the class of every image from its header alone, int64 [n].
+
+        Args:
+            progress: Is called with the number of images done since the last call.
+
+        Raises:
+            RecordError: A record is damaged.
+            DataError: A label is not a class.
+        """
         found = np.empty(len(self), np.int64)
         for begin in range(0, len(self), _CHUNK):
             chunk = slice(begin, begin + _CHUNK)
@@ -114,13 +148,17 @@ class ImageRecords:
 
 
 def rec_path(root: str | os.PathLike[str]) -> Path:
-    """The .rec of a set given as its folder or as the file itself."""
+    """Returns the path of the .rec of a set given as its folder or as the file itself."""
     path = Path(root)
     return path if path.suffix == ".rec" else path / "train.rec"
 
 
 def has_header_record(index: RecordIndex, reader: RecordReader) -> bool:
-    """Whether the record with key 0 only describes others. Raises RecordError."""
+    """Returns whether the record with key 0 only describes others.
+
+    Raises:
+        RecordError: The record is damaged.
+    """
     zero = np.flatnonzero(index.keys == 0)
     if not len(zero):
         return False
@@ -130,7 +168,7 @@ def has_header_record(index: RecordIndex, reader: RecordReader) -> bool:
 
 
 def relabeled(payload: bytes, class_id: int) -> bytes:
-    """The payload with another class; ids, further labels and the image stay."""
+    """Returns the payload with another class; ids, further labels and the image stay."""
     header, image = unpack_record(payload)
     wide = class_of(header) > MAX_EXACT_LABEL  # then id2 is its exact copy
     record_id2 = 0 if wide else header.id2

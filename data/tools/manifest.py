@@ -1,7 +1,7 @@
-"""What a record set held when it was packed: one hash per record, so that rot can be named.
+"""Manifest of a record set: one hash per record, so that later damage can be located.
 
-The record format has no checksum: a byte flipped inside an image that still decodes, a label that
-became another valid one, a record lengthened into its padding look right to any reader. `pack`
+The record format has no checksum. A byte flipped inside an image that still decodes, a label that
+became another valid one, and a record lengthened into its padding look right to any reader. `pack`
 therefore writes `train.manifest` beside `train.rec`:
 
     # arcshard manifest 1: key, class, bytes of the payload, sha1 of the payload
@@ -10,8 +10,9 @@ therefore writes `train.manifest` beside `train.rec`:
     # end 490623 sha1-of-all-lines-above
 
 The payload is the record without its framing: header, labels and image. Class `-` marks records
-that are no images. About 60 bytes per record, 1 % of a set of faces. The last line makes a
-manifest that is itself damaged or cut an error of its own, not a list of false alarms.
+that are not images. A manifest takes about 60 bytes per record, 1 % of a set of faces. Its last
+line shows whether the manifest itself is damaged or truncated, which would otherwise appear as a
+list of false alarms.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ _CHUNK_RECORDS = 256
 
 
 class Entry(NamedTuple):
-    """One record: class_id is None for header and identity records; sha1: 20 bytes."""
+    """One record in a manifest.
+
+    Attributes:
+        key: Key of the record.
+        class_id: Class of the image, None for header and identity records.
+        length: Length of the payload in bytes.
+        sha1: Hash of the payload, 20 bytes.
+    """
 
     key: int
     class_id: int | None
@@ -49,22 +57,27 @@ class Entry(NamedTuple):
 
 
 def entry_of(key: int, class_id: int | None, payload: bytes) -> Entry:
-    """The entry of a record with this payload."""
+    """Makes the entry of a record with this payload."""
     return Entry(key, class_id, len(payload), hashlib.sha1(payload).digest())
 
 
 class ManifestLines:
-    """Turns entries into the lines of a manifest, first and last line included."""
+    """Turns entries into the lines of a manifest, first and last line included.
+
+    Attributes:
+        count: Number of lines of records so far.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._sha1 = hashlib.sha1(_FIRST_LINE)
 
     def first(self) -> bytes:
+        """Returns the line that opens the file."""
         return _FIRST_LINE
 
     def line(self, entry: Entry) -> bytes:
-        """The line of one record."""
+        """Returns the line of one record."""
         name = b"-" if entry.class_id is None else b"%d" % entry.class_id
         line = b"%d\t%s\t%d\t%s\n" % (entry.key, name, entry.length, entry.sha1.hex().encode())
         self.count += 1
@@ -72,15 +85,20 @@ class ManifestLines:
         return line
 
     def last(self) -> bytes:
-        """The line that closes the file."""
+        """Returns the line that closes the file."""
         return b"# end %d %s\n" % (self.count, self._sha1.hexdigest().encode())
 
 
 def read_manifest(path: Path, *, unfinished_bytes: int | None = None) -> Iterator[Entry]:
-    """The entries of a manifest, one at a time, in the order of the file.
+    """Yields the entries of a manifest in the order of the file.
 
-    unfinished_bytes: read only so many bytes and expect no last line (a packing that goes on).
-    Raises RecordError naming the line; also at the end, when the last line does not confirm them.
+    Args:
+        path: Path of the manifest.
+        unfinished_bytes: Number of bytes to read, with no last line expected (the manifest of an
+            interrupted packing); None reads a complete manifest.
+
+    Raises:
+        RecordError: A line is wrong, or at the end the last line does not confirm the entries.
     """
     sha1 = hashlib.sha1()
     count = 0
@@ -130,7 +148,12 @@ def _damaged(path: Path, number: int, line: bytes) -> RecordError:
 
 
 class Mismatch(NamedTuple):
-    """A record that is not what the manifest says: its key and what differs."""
+    """A record that is not what the manifest says.
+
+    Attributes:
+        key: Key of the record.
+        what: What differs.
+    """
 
     key: int
     what: str
@@ -144,10 +167,20 @@ def verify_records(
     num_threads: int = 2,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Mismatch]:
-    """Every record that no longer matches the manifest, and those missing or too many.
+    """Yields every record that no longer matches the manifest, and those missing or added.
 
-    Reads the whole file once; memory is the index and two arrays of its size (25 bytes a record).
-    Raises RecordError where the manifest is damaged.
+    It reads the whole file once. Its memory is the index and two arrays of that size (25 bytes per
+    record).
+
+    Args:
+        reader: Reader of the `.rec` file.
+        index: All lines of the index.
+        manifest: Path of the manifest.
+        num_threads: Number of threads that read and hash.
+        progress: Is called with the number of records done since the last call.
+
+    Raises:
+        RecordError: The manifest is damaged.
     """
     order = np.argsort(index.keys, kind="stable")
     keys, offsets = index.keys[order], index.offsets[order]
@@ -182,7 +215,7 @@ def _threaded(
     entries: Iterable[Entry],
     num_threads: int,
 ) -> Iterator[tuple[int, list[Mismatch], np.ndarray]]:
-    """Chunks of entries by several threads (hashing releases the GIL), results in order."""
+    """Compares chunks of entries in threads (hashing releases the GIL) and keeps their order."""
     todo = iter(entries)
     while window := list(islice(todo, 64 * _CHUNK_RECORDS)):
         chunks = [window[i : i + _CHUNK_RECORDS] for i in range(0, len(window), _CHUNK_RECORDS)]
@@ -204,14 +237,14 @@ def _compare_chunk(
 
 
 def _ends(offsets: np.ndarray, size: int) -> np.ndarray:
-    """Where the next record starts, for each: int64, shape of `offsets`, which may be unsorted."""
+    """Returns where the next record starts, for each of `offsets`, which may be unsorted: int64."""
     ascending = np.unique(offsets)
     after = np.append(ascending[1:], size)
     return after[np.searchsorted(ascending, offsets)]
 
 
 def _difference(reader: RecordReader, entry: Entry, offset: int, end: int) -> str:
-    """What differs between a record and its entry; empty where nothing does."""
+    """Says what differs between a record and its entry, or returns an empty string."""
     try:
         payload = reader.read_at(offset, entry.key, end)
     except RecordError as error:
@@ -233,10 +266,11 @@ def _difference(reader: RecordReader, entry: Entry, offset: int, end: int) -> st
 
 
 class MultisetDigest:
-    """A hash of a multiset of (class, image), whatever their order, in 32 bytes.
+    """A hash of a multiset of (class, image) that does not depend on the order, in 32 bytes.
 
-    The sum modulo 2**256 of sha256(class, sha1 of the image) (AdHash: Bellare, Micciancio 1997):
-    two record sets with equal digests and counts hold the same images under the same classes.
+    It is the sum modulo 2**256 of sha256(class, sha1 of the image) (AdHash: Bellare, Micciancio
+    1997). Two record sets with equal digests and counts hold the same images under the same
+    classes.
     """
 
     def __init__(self) -> None:
@@ -244,13 +278,13 @@ class MultisetDigest:
         self._sum = 0
 
     def add(self, class_id: int | float, image: bytes | memoryview) -> None:
-        """One more image of a class."""
+        """Adds an image of a class."""
         element = b"%r\0%s" % (class_id, hashlib.sha1(image).digest())
         self._sum = (self._sum + int.from_bytes(hashlib.sha256(element).digest())) % 2**256
         self.count += 1
 
     def hexdigest(self) -> str:
-        """64 hexadecimal digits."""
+        """Returns 64 hexadecimal digits."""
         return f"{self._sum:064x}"
 
     def __eq__(self, other: object) -> bool:
@@ -258,9 +292,9 @@ class MultisetDigest:
             return NotImplemented
         return (self.count, self._sum) == (other.count, other._sum)
 
-    __hash__ = None  # type: ignore[assignment]  # it changes
+    __hash__ = None  # type: ignore[assignment]  # a digest is mutable
 
 
 def manifest_path(path_rec: str | os.PathLike[str]) -> Path:
-    """`train.manifest` for `train.rec`."""
+    """Returns the path of `train.manifest` for `train.rec`."""
     return Path(path_rec).with_suffix(MANIFEST_SUFFIX)

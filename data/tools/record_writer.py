@@ -1,8 +1,8 @@
 """Writes a record set: `train.rec`, `train.idx`, `train.manifest`, `property`, `label_map.txt`.
 
-Everything is written in a folder aside, `OUT/.packing`, and renamed at the end. A writer with a
-resume token notes from time to time how far it is; after a kill, another one with the same token
-cuts the files back to the last note and goes on from there.
+Everything is written to the folder `OUT/.packing` and renamed at the end. A writer with a resume
+token saves its state from time to time. After a kill, another writer with the same token truncates
+the files to the last saved state and continues from there.
 """
 
 from __future__ import annotations
@@ -28,22 +28,34 @@ STYLES = (INSIGHTFACE, IM2REC)
 STAGING = ".packing"
 _NOTE_EVERY_SECONDS = 10.0
 _STATE = "state.json"
-_MANY = 100_000  # labels without an image that an InsightFace-style set still describes
+_MANY = 100_000  # this many labels without an image still get identity records
 _RECORDS = ("train.rec", "train.idx", "train.manifest")
 
 
 class RecordSetWriter:
-    """One record set into the folder `out`; all files appear at `finish`.
+    """Writes one record set into the folder `out`; all files appear at `finish`.
 
-    style: "insightface" (a header record with key 0, images from key 1 on, and, where the images
-        come class by class with rising labels, one record per identity) or "im2rec" (every record
-        is an image, keys from 0 on, or as given).
-    size: pixels per side, or (height, width), for `property`.
-    resume_token: what identifies the job (a hash of its inputs and options). None: leaving the
-        `with` block without `finish` leaves nothing behind. Else it leaves the staging folder,
-        and `progress` holds what the job noted last: {} when it starts afresh.
-    Raises DataError where `out` holds a set (unless `force`), another writer's lock, or the
-    beginning of another job (unless `restart`).
+    Without a resume token, leaving the `with` block without `finish` leaves nothing behind. With
+    one it leaves the staging folder.
+
+    Args:
+        out: Folder of the set.
+        size: Pixels per side, or (height, width), for `property`.
+        force: Whether an existing set is replaced.
+        style: "insightface" has a header record with key 0, images from key 1 on, and one record
+            per identity if the images come class by class with increasing labels. In "im2rec" every
+            record is an image, with keys from 0 on, or as given.
+        resume_token: Identifies the job (a hash of its inputs and options); None cannot be resumed.
+        restart: Whether the beginning of another job is dropped.
+
+    Attributes:
+        progress: What the job noted last, {} for a new job.
+        num_images: Number of images so far.
+        num_classes: Largest label so far plus one.
+
+    Raises:
+        DataError: `out` holds a set (unless `force`), another writer's lock, or the beginning of
+            another job (unless `restart`).
     """
 
     def __init__(
@@ -62,7 +74,7 @@ class RecordSetWriter:
         self.height, self.width = (size, size) if isinstance(size, int) else size
         self.progress: dict[str, Any] = {}
         self.num_images = 0
-        self.num_classes = 0  # the largest label plus one
+        self.num_classes = 0
         self._token = resume_token
         self._staging = out / STAGING
         self._finished = False
@@ -94,13 +106,28 @@ class RecordSetWriter:
             raise
 
     def add(self, encoded: bytes, label: int | Sequence[float], key: int | None = None) -> None:
-        """One more image. A sequence of labels is kept whole; its first is the class."""
+        """Adds an image.
+
+        Args:
+            encoded: Encoded image.
+            label: Class, or a sequence of labels, which is kept whole; its first is the class.
+            key: Key of the record; None counts.
+        """
         key = self._last_key + 1 if key is None else key
         class_id = label if isinstance(label, int) else int(label[0])
         self.add_payload(pack_record(encoded, label, key), class_id, key)
 
     def add_payload(self, payload: bytes, class_id: int, key: int | None = None) -> None:
-        """One more image as the payload of its record. Keys are distinct; the caller sees to it."""
+        """Adds an image as the payload of its record.
+
+        Args:
+            payload: Payload of the record.
+            class_id: Class of the image.
+            key: Key of the record, distinct from all others, which is not checked; None counts.
+
+        Raises:
+            DataError: The class is negative, or the key does not fit the style.
+        """
         if class_id < 0:
             raise DataError(f"label {class_id}: allowed are whole numbers from 0 on")
         if key is None:
@@ -111,15 +138,17 @@ class RecordSetWriter:
         self._count(key, class_id)
 
     def note(self, **progress: Any) -> None:
-        """What the job needs to go on from here. Made durable every few seconds."""
+        """Keeps what the job needs to continue from here. It is saved to disk every 10 seconds."""
         self.progress = progress
         if self._token and time.monotonic() - self._last_note >= _NOTE_EVERY_SECONDS:
             self._make_durable()
 
     def finish(self, class_names: Sequence[str] | None = None, num_classes: int = 0) -> None:
-        """Write the identity records and put all files in place.
+        """Writes the identity records and puts all files in place.
 
-        num_classes: for `property`, where it is more than the largest label plus one.
+        Args:
+            class_names: Names for label_map.txt; None writes no such file.
+            num_classes: Number of classes for `property`, if it exceeds the largest label plus one.
         """
         if not self.progress.get("finished"):
             num_classes = max(num_classes, self.num_classes, len(class_names or ()))
@@ -148,7 +177,7 @@ class RecordSetWriter:
         self._files[0].seek(0)
         self._files[0].write(framed)
         self._files[0].seek(0, os.SEEK_END)
-        # Its entry was left open at the start: it is written last.
+        # Its manifest line was left out at the start, so it is written last.
         self._files[2].write(self._manifest.line(entry_of(0, None, header)))
 
     def _write(self, key: int, class_id: int | None, payload: bytes) -> None:
@@ -172,7 +201,7 @@ class RecordSetWriter:
             self._files.append(open(self._staging / name, "wb"))  # noqa: SIM115 (_close_files)
         self._offset = 0
         self._files[2].write(self._manifest.first())
-        if self.style == INSIGHTFACE:  # the counts are known at the end
+        if self.style == INSIGHTFACE:  # a placeholder: the counts are known at the end
             self._offset = self._files[0].write(frame_record(pack_range(0, 0)))
             self._files[1].write(b"0\t0\n")
         if self._token:
@@ -224,12 +253,14 @@ class RecordSetWriter:
         self._last_note = time.monotonic()
 
     def _publish(self) -> None:
-        """Rename into place. A kill between two steps never leaves old facts beside new records:
-        the index goes first and comes last, and without it nothing opens the set.
+        """Renames the files into place.
+
+        The old index is removed first and the new one comes last, and without it nothing opens the
+        set. So a kill between two steps never leaves old facts beside new records.
         """
         names = [*_RECORDS, "property", "label_map.txt"]
         names.sort(key=lambda name: name == "train.idx")
-        if (self._staging / "train.rec").exists():  # else a run before this one got that far
+        if (self._staging / "train.rec").exists():  # else an earlier run has renamed it
             for name in ("train.idx", *names):
                 (self.out / name).unlink(missing_ok=True)
         for name in names:
@@ -278,23 +309,24 @@ class RecordSetWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Drop what was written so far; nothing can be continued afterwards."""
+        """Removes what was written so far; nothing can be continued afterwards."""
         self._finished = True
         self._close_files()
         shutil.rmtree(self._staging, ignore_errors=True)
         if self._out_is_new:
-            with contextlib.suppress(OSError):  # somebody has put something there meanwhile
+            with contextlib.suppress(OSError):  # other files have appeared there meanwhile
                 self.out.rmdir()
 
 
 class _ClassRuns:
-    """Which keys each class has, as long as the images come class by class with rising labels."""
+    """The keys of each class, as long as the images come class by class with increasing labels."""
 
     def __init__(self) -> None:
         self._labels, self._firsts = array("q"), array("q")
         self._in_order = True
 
     def add(self, key: int, class_id: int) -> None:
+        """Counts an image."""
         if not self._in_order or (self._labels and self._labels[-1] == class_id):
             return
         if self._labels and class_id < self._labels[-1]:
@@ -305,8 +337,10 @@ class _ClassRuns:
         self._firsts.append(key)
 
     def ranges(self, num_classes: int, end: int) -> list[tuple[int, int]]:
-        """(first key, last key + 1) of every class; nothing where they are mixed, or where most
-        labels have no image (one label of 2**30 would make as many records).
+        """Returns (first key, last key + 1) of every class.
+
+        The result is empty if the classes are mixed, or if most labels have no image (one label of
+        2**30 would make as many records).
         """
         if not self._in_order or num_classes > 2 * len(self._labels) + _MANY:
             return []

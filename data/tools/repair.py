@@ -1,4 +1,4 @@
-"""Mends a record set into new files: an index by scanning, a set of what can be read."""
+"""Repairs a record set into new files: an index by scanning, a set of all readable images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,23 @@ from data.tools.scan import Damage, rebuild_index, scan_on, write_index
 
 
 def fix(data: Path, out: Path, *, force: bool = False) -> tuple[Report, int]:
-    """Write what can be read as a new set; returns what was left out or mended, and the count.
+    """Writes what can be read as a new set.
 
-    Kept are all images that decode and have a class, in the order of the file, listed by the index
-    or not. Made anew are index, keys, header record, identity records, property and manifest.
-    Labels, duplicates and gaps stay as they are: what to do about them is not ours to guess.
+    It keeps all images that decode and have a class, in the order of the file, whether the index
+    lists them or not. Index, keys, header record, identity records, property and manifest are newly
+    made. Labels, duplicates and gaps stay as they are, because their repair would be a guess.
+
+    Args:
+        data: Folder with train.rec, or a .rec file.
+        out: Folder of the new set.
+        force: Whether an existing set in `out` is replaced.
+
+    Returns:
+        A report of what was left out, and the number of images.
+
+    Raises:
+        MissingDataError: The .rec does not exist.
+        DataError: `out` is the set's own folder, or no image can be read.
     """
     path = rec_path(data)
     if not path.is_file():
@@ -78,7 +90,7 @@ def fix(data: Path, out: Path, *, force: bool = False) -> tuple[Report, int]:
 
 
 def _usual_size(reader: RecordReader, sample: int = 1000) -> tuple[int, int]:
-    """The most common height and width of the first images, in pixels; 112 where none has any."""
+    """Returns the most common height and width of the first images, in pixels, or (112, 112)."""
     sizes: dict[tuple[int, int], int] = {}
     for number, place in enumerate(scan_on(reader)):
         if number == sample:
@@ -95,7 +107,19 @@ def _usual_size(reader: RecordReader, sample: int = 1000) -> tuple[int, int]:
 
 
 def rebuild(data: Path, out: Path | None) -> tuple[int, list[Damage]]:
-    """Write an index made by scanning; returns its lines and what could not be read."""
+    """Writes an index made by scanning.
+
+    Args:
+        data: Folder with train.rec, or a .rec file.
+        out: Path of the index; None means beside the .rec.
+
+    Returns:
+        The number of lines of the index, and what could not be read.
+
+    Raises:
+        MissingDataError: The .rec does not exist.
+        DataError: The index exists, or no record can be read.
+    """
     path = rec_path(data)
     if not path.is_file():
         raise MissingDataError(f"{path} does not exist; give a folder with train.rec, or a .rec")

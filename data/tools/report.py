@@ -1,4 +1,4 @@
-"""What an examination found: facts, findings, and how they are told."""
+"""Collects facts and findings about a data set and renders them as text or JSON."""
 
 from __future__ import annotations
 
@@ -26,12 +26,20 @@ CHECKS = (
     "property",
     "manifest",
 )
-_KEPT = 1000  # examples kept of a finding; the rest is counted
+_KEPT = 1000  # examples kept of a finding; further ones are only counted
 
 
 @dataclass
 class Finding:
-    """What a check found: how often, and where at first."""
+    """What a check found.
+
+    Attributes:
+        check: Name of the check, one of CHECKS.
+        severity: PROBLEM or NOTE.
+        message: What is wrong.
+        count: How often it was found.
+        examples: The first places where it was found.
+    """
 
     check: str
     severity: str
@@ -40,13 +48,22 @@ class Finding:
     examples: list[str] = field(default_factory=list)
 
     def add(self, example: str) -> None:
+        """Counts one more case and keeps it as an example if there is room."""
         self.count += 1
-        if len(self.examples) < _KEPT or self.check == "manifest":  # verify names every record
+        if len(self.examples) < _KEPT or self.check == "manifest":  # `verify` names every record
             self.examples.append(example)
 
 
 class Report:
-    """Facts about a set and what is wrong with it."""
+    """Facts about a set and what is wrong with it.
+
+    Args:
+        dataset: Name of the set.
+        allowed: Checks whose findings are only notes.
+
+    Attributes:
+        facts: Facts by name.
+    """
 
     def __init__(self, dataset: str, allowed: Sequence[str]) -> None:
         self.dataset = dataset
@@ -55,7 +72,14 @@ class Report:
         self._findings: dict[tuple[str, str], Finding] = {}
 
     def add(self, check: str, message: str, example: str | None = None, note: bool = False) -> None:
-        """One more case of what `message` says."""
+        """Adds one case of a finding.
+
+        Args:
+            check: Name of the check, one of CHECKS.
+            message: What is wrong; cases with the same message are counted together.
+            example: Where it was found.
+            note: Whether it is a note rather than a problem.
+        """
         assert check in CHECKS
         severity = NOTE if note or check in self.allowed else PROBLEM
         finding = self._findings.setdefault((check, message), Finding(check, severity, message))
@@ -63,7 +87,7 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Problems first, each kind in the order found."""
+        """Problems first, then notes, each in the order found."""
         return sorted(self._findings.values(), key=lambda finding: finding.severity == NOTE)
 
     @property
@@ -72,7 +96,7 @@ class Report:
         return all(finding.severity == NOTE for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` writes."""
+        """Returns what `--json` writes."""
         return {
             "dataset": self.dataset,
             "healthy": self.healthy,
@@ -81,7 +105,7 @@ class Report:
         }
 
     def as_text(self) -> str:
-        """What people read."""
+        """Returns the report as lines of text."""
         lines = [self.dataset]
         lines += [f"  {name.replace('_', ' ')}: {value}" for name, value in self.facts.items()]
         for finding in self.findings:

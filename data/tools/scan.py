@@ -1,4 +1,4 @@
-"""Reading on after damage: what a scan still finds in a .rec, and an index made of it."""
+"""Scans a damaged .rec past the damage, and makes an index of what it finds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ _BLOCK_BYTES = 1 << 20
 
 
 class Damage(NamedTuple):
-    """Bytes from `offset` to `end` that are no readable record, and why."""
+    """Bytes that are no readable record.
+
+    Attributes:
+        offset: First byte.
+        end: First byte after them.
+        error: Why they cannot be read.
+    """
 
     offset: int
     end: int
@@ -37,10 +43,10 @@ class Damage(NamedTuple):
 
 
 def scan_on(reader: RecordReader) -> Iterator[RecordPlace | Damage]:
-    """Every record of the file in order; damage is yielded in its place and passed over.
+    """Yields every record of the file in order, and each damage in its place.
 
-    The magic stands at a multiple of 4 bytes only where a part starts, so the next one that starts
-    a record is where reading can go on.
+    The magic stands at a multiple of 4 bytes only where a part starts. So reading continues at the
+    next magic that starts a record.
     """
     offset = 0
     while offset < reader.size:
@@ -62,7 +68,7 @@ def scan_on(reader: RecordReader) -> Iterator[RecordPlace | Damage]:
 
 
 def _despite_what_follows(reader: RecordReader, offset: int) -> RecordPlace | None:
-    """The record at `offset` if it is whole in itself: perhaps only what follows is damaged."""
+    """Returns the record at `offset` if it is complete and perhaps only what follows is damaged."""
     at = offset
     with open(reader.path, "rb") as file:
         while at + PART_HEADER.size <= reader.size:
@@ -80,7 +86,7 @@ def _despite_what_follows(reader: RecordReader, offset: int) -> RecordPlace | No
 
 
 def _next_start(reader: RecordReader, offset: int) -> int:
-    """The first byte from `offset` on where a record may start; the size of the file if none."""
+    """Returns the first byte from `offset` on where a record may start, or the size of the file."""
     with open(reader.path, "rb") as file:
         file.seek(offset)
         while block := file.read(_BLOCK_BYTES):
@@ -98,11 +104,18 @@ def _next_start(reader: RecordReader, offset: int) -> int:
 def rebuild_index(
     reader: RecordReader, progress: Callable[[int], object] = lambda count: None
 ) -> tuple[RecordIndex, list[Damage]]:
-    """An index of every record that a scan finds, and what it had to pass over.
+    """Makes an index of every record that a scan finds.
 
-    Keys are the ids of the records where these rise from record to record, as MXNet's tools and
-    ours write them, else 0, 1, 2, ...; records that only describe others count on from the one
-    before. 16 bytes of memory a record. `progress` gets the bytes done.
+    Keys are the ids of the records if these increase from record to record, as MXNet's tools and
+    ours write them, else 0, 1, 2, ... A record that only describes others gets the key after that
+    of the record before it. The index takes 16 bytes of memory per record.
+
+    Args:
+        reader: Reader of the `.rec` file.
+        progress: Is called with the number of bytes done since the last call.
+
+    Returns:
+        The index, and what the scan could not read.
     """
     offsets: list[np.ndarray] = []
     ids: list[np.ndarray] = []
@@ -114,7 +127,7 @@ def rebuild_index(
         if isinstance(place, Damage):
             damages.append(place)
             continue
-        key = -1  # of a record too short for a header: then no ids
+        key = -1  # a record too short for a header: then ids are not used
         if place.payload_length >= RECORD_HEADER.size:
             header = reader.read_header(place.offset)
             key = before + 1 if is_header_record(header, place.payload_length) else header.id
@@ -133,6 +146,6 @@ def rebuild_index(
 
 
 def write_index(path: str | os.PathLike[str], index: RecordIndex) -> None:
-    """Write an .idx file; it appears whole."""
+    """Writes an .idx file atomically."""
     lines = zip(index.keys.tolist(), index.offsets.tolist(), strict=True)
     write_atomically(Path(path), b"".join(b"%d\t%d\n" % line for line in lines))

@@ -28,10 +28,14 @@ _CHUNK = 64  # images per task handed to a thread
 
 
 class Images(NamedTuple):
-    """The images of a set in the order of the file; their records lie from offsets to ends.
+    """The images of a set in the order of the file.
 
-    keys: -1 where the index does not list them. classes: -1 where the label is none.
-    hashes: the first 8 bytes of the sha1 of the encoded image. All int64 [n].
+    Attributes:
+        keys: [n] int64, -1 if the index does not list the record.
+        offsets: [n] int64, where the records begin, in bytes.
+        ends: [n] int64, where the records end, in bytes.
+        classes: [n] int64, -1 if the label is not a class.
+        hashes: [n] int64, the first 8 bytes of the sha1 of the encoded image.
     """
 
     keys: np.ndarray
@@ -42,8 +46,12 @@ class Images(NamedTuple):
 
 
 class Described(NamedTuple):
-    """The records that only describe others, in the order of the file: their keys (int64 [m], -1
-    where the index does not list them) and the two numbers they state (float64 [m]).
+    """The records that only describe others, in the order of the file.
+
+    Attributes:
+        keys: [m] int64, -1 if the index does not list the record.
+        first: [m] float64, the first number that they state.
+        end: [m] float64, the second number that they state.
     """
 
     keys: np.ndarray
@@ -52,7 +60,13 @@ class Described(NamedTuple):
 
 
 class Others(NamedTuple):
-    """What must not be in the set: `content_hash` of images, and names of people."""
+    """What must not be in the set.
+
+    Attributes:
+        name: Name of the other set.
+        hashes: `content_hash` of its images.
+        people: Names of its identities.
+    """
 
     name: str
     hashes: frozenset[int]
@@ -67,14 +81,24 @@ def examine(
     allowed: Sequence[str] = (),
     num_threads: int = 2,
 ) -> tuple[Report, np.ndarray]:
-    """Every check; the report, and the images per class (int64 [classes that have any]).
+    """Runs every check. It takes about 120 bytes of memory per image.
 
-    num_decoded: how many images are decoded (None: all), drawn at random. allowed: checks whose
-    findings are notes. Memory: about 120 bytes per image. Raises DataError.
+    Args:
+        data: Folder with train.rec, or a .rec file.
+        num_decoded: Number of images to decode, drawn at random; None means all.
+        against: Sets that must not overlap with this one.
+        allowed: Checks whose findings are only notes.
+        num_threads: Number of threads that decode and hash.
+
+    Returns:
+        The report, and the images per class, int64 [classes that have any].
+
+    Raises:
+        DataError: The .rec does not exist.
     """
     report, reader, index = _open(data, allowed)
     if index is not None and manifest_path(reader.path).is_file():
-        _verify(reader, index, report, num_threads)  # first: it needs memory of its own
+        _verify(reader, index, report, num_threads)  # first, because its memory is then freed
     else:
         report.facts["manifest"] = "none to compare with (scripts/pack.py writes one)"
     images, described = _read_all(reader, index, report)
@@ -90,7 +114,16 @@ def examine(
 
 
 def verify(data: Path, *, allowed: Sequence[str] = (), num_threads: int = 2) -> Report:
-    """Only the comparison with the manifest, which has to be there."""
+    """Compares the records with the manifest, and nothing else.
+
+    Args:
+        data: Folder with train.rec, or a .rec file.
+        allowed: Checks whose findings are only notes.
+        num_threads: Number of threads that read and hash.
+
+    Raises:
+        MissingDataError: The .rec or the manifest does not exist.
+    """
     report, reader, index = _open(data, allowed)
     path = manifest_path(reader.path)
     if not path.is_file():
@@ -104,7 +137,7 @@ def verify(data: Path, *, allowed: Sequence[str] = (), num_threads: int = 2) -> 
 
 
 def _open(data: Path, allowed: Sequence[str]) -> tuple[Report, RecordReader, RecordIndex | None]:
-    """The report to fill, the records, and the index where it can be read."""
+    """Opens the report, the records, and the index if it can be read."""
     path = rec_path(data)
     if not path.is_file():
         raise MissingDataError(f"{path} does not exist; give a folder with train.rec, or a .rec")
@@ -125,7 +158,7 @@ def _open(data: Path, allowed: Sequence[str]) -> tuple[Report, RecordReader, Rec
 def _read_all(
     reader: RecordReader, index: RecordIndex | None, report: Report
 ) -> tuple[Images, Described]:
-    """Scan the file once: the records against the index, every header and every hash."""
+    """Scans the file once: compares records with the index and reads every header and hash."""
     if index is None:
         listed, keys = np.empty(0, np.int64), np.empty(0, np.int64)
     else:
@@ -196,14 +229,14 @@ def _class(report: Report, header: Any, where: str) -> int:
 
 
 def content_hash(content: bytes | memoryview) -> int:
-    """The first 8 bytes of the sha1 of an encoded image."""
+    """Returns the first 8 bytes of the sha1 of an encoded image as an int64."""
     return int.from_bytes(hashlib.sha1(content).digest()[:8], "little", signed=True)
 
 
 def _check_header(
     index: RecordIndex | None, images: Images, described: Described, report: Report
 ) -> None:
-    """The header record against the images, the records of identities against the labels."""
+    """Compares the header record with the images, and the identity records with the labels."""
     is_header = described.keys == 0
     report.facts["style"] = INSIGHTFACE if len(described.keys) else IM2REC
     if index is None or not is_header.any():
@@ -280,7 +313,7 @@ def _check_images(
     num_threads: int,
     report: Report,
 ) -> dict[tuple[int, int], list[int]]:
-    """Decode images; returns {(height, width): positions}, each list cut after some."""
+    """Decodes images and returns {(height, width): positions}."""
     total = len(images.keys)
     count = total if num_decoded is None else min(num_decoded, total)
     chosen = np.arange(total)
@@ -360,7 +393,7 @@ def _where(reader: RecordReader, images: Images, position: int) -> str:
 
 
 def _check_classes(images: Images, report: Report) -> np.ndarray:
-    """Images per class, of the classes that have any: int64 [classes]."""
+    """Returns the images per class, of the classes that have any: int64 [classes]."""
     present, counts = np.unique(images.classes[images.classes >= 0], return_counts=True)
     if not len(present):
         return counts
@@ -385,7 +418,7 @@ def _check_classes(images: Images, report: Report) -> np.ndarray:
 
 
 def _check_duplicates(reader: RecordReader, images: Images, report: Report) -> None:
-    """Images with the same content: within a class, and under several classes."""
+    """Finds images with the same content, within a class and under several classes."""
     order = np.argsort(images.hashes, kind="stable")
     again = np.flatnonzero(np.diff(images.hashes[order]) == 0)
     for at in again.tolist():
@@ -405,7 +438,7 @@ def _name(images: Images, position: int) -> str:
 
 
 def _check_overlap(reader: RecordReader, images: Images, other: Others, report: Report) -> None:
-    """Images and people of `other` that are in the set too."""
+    """Finds images and identities of `other` that are in the set too."""
     names = read_label_map(reader.path.parent)
     if other.hashes:
         wanted = np.fromiter(other.hashes, np.int64, len(other.hashes))

@@ -1,4 +1,4 @@
-"""Work shared out over processes, handed back in order."""
+"""Distributes work over processes and returns the results in order."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ _AHEAD = 3  # tasks per process that are planned or finished but not yet taken
 def ordered_map(
     function: Callable[[Task], Result], tasks: Iterable[Task], num_processes: int
 ) -> Generator[Result]:
-    """`map(function, tasks)` by `num_processes` processes; 1 works in this one.
+    """Yields `map(function, tasks)`, computed by several processes.
 
-    function: at module level. A few tasks per process are planned ahead, whatever their number, so
-    memory stays bounded. The processes leave Ctrl-C to this one and end when it does, even when
-    it is killed. Close the iterator (`contextlib.closing`) when leaving it early.
+    A few tasks per process are planned ahead, whatever their number, so memory stays bounded. The
+    worker processes ignore Ctrl-C and end when this one does, even when it is killed. Close the
+    iterator (`contextlib.closing`) when leaving it early.
+
+    Args:
+        function: Function at module level.
+        tasks: Its arguments.
+        num_processes: Number of processes; 1 works in this one.
     """
     if num_processes <= 1:
         yield from map(function, tasks)
@@ -57,7 +62,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent says goodbye to nobody: without this its workers would wait for ever."""
+    """Ends this worker when its parent is gone. A killed parent cannot tell its workers to end."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
