@@ -45,34 +45,37 @@ BATCH_PER_RANK = 32  # the demo's
 WRITTEN = re.compile(r"checkpoint \S*step_(\d+) written in ([\d.]+) s")
 
 
-def steps_of_saves(metrics: Path, log: str) -> tuple[list[float], list[float], list[float]]:
+def steps_of_saves(
+    metrics: Path, log: str, batch: int
+) -> tuple[list[float], list[float], list[float]]:
     """Divides the logged steps into those during a save and all others.
 
     Args:
         metrics: Path of metrics.jsonl.
         log: Text of the training log.
+        batch: Global batch, in samples.
 
     Returns:
-        The median time of the steps of each save and the times of all other steps, both in seconds
-        per sample, and how long each save took in seconds.
+        The median time of the steps of each save, the times of all other steps, and how long each
+        save took, all in seconds.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    speed = {line["step"]: line["samples_per_second"] for line in lines if "loss" in line}
+    times = {line["step"]: batch / line["samples_per_second"] for line in lines if "loss" in line}
     during: list[float] = []
     written: list[float] = []
     touched: set[int] = set()
     for step, seconds in ((int(s), float(t)) for s, t in WRITTEN.findall(log)):
         left, its = seconds, []
-        while left > 0 and step + 1 in speed:
+        while left > 0 and step + 1 in times:
             step += 1
-            its.append(1 / speed[step])
+            its.append(times[step])
             touched.add(step)
             left -= its[-1]
         if its:
             during.append(statistics.median(its))
             written.append(seconds)
     first = 5  # the first steps build what later ones reuse
-    others = [1 / s for step, s in speed.items() if step not in touched and step > first]
+    others = [seconds for step, seconds in times.items() if step not in touched and step > first]
     return during, others, written
 
 
@@ -102,19 +105,19 @@ def measure_steps(saves: int) -> dict[str, Any]:
         log = Path(run.log.name).read_text()
         if any(codes):
             raise RuntimeError(f"the run ended with {codes}: {log[-2000:]}")
-        during, others, written = steps_of_saves(folder / "run" / "metrics.jsonl", log)
-    batch = 2 * BATCH_PER_RANK
+        metrics = folder / "run" / "metrics.jsonl"
+        during, others, written = steps_of_saves(metrics, log, 2 * BATCH_PER_RANK)
     ratio = statistics.median(during) / statistics.median(others)
     print(
         f"{len(during)} saves of {1000 * statistics.median(written):.0f} ms (median): a step takes "
-        f"{1000 * batch * statistics.median(others):.0f} ms, during a save "
-        f"{1000 * batch * statistics.median(during):.0f} ms: {ratio:.2f} of it",
+        f"{1000 * statistics.median(others):.0f} ms, during a save "
+        f"{1000 * statistics.median(during):.0f} ms: {ratio:.2f} of it",
         flush=True,
     )
     return {
         "name": "steps during a save",
         "params": {"saves": len(during), "ratio": ratio, "each": during, "written_s": written},
-        "median_ms": 1000 * batch * statistics.median(during),
+        "median_ms": 1000 * statistics.median(during),
     }
 
 
