@@ -84,9 +84,8 @@ class _Records:
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Labels, int64 [n]; every access reads all records. Rank 0 asks for them at the end."""
-        every = (self.source.read_encoded(index)[1] for index in range(len(self.source)))
-        return np.fromiter(every, np.int64, len(self.source))
+        """Labels, int64 [n]."""
+        return self.source.labels().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -249,8 +248,9 @@ class Part:
         """Renames everything to its final name, the embeddings last."""
         write_whole(self.out / "names.txt", "".join(f"{n}\n" for n in images.names).encode())
         (self.out / "labels.npy").unlink(missing_ok=True)
-        if images.labels is not None:
-            np.save(self.out / "labels.npy", images.labels)
+        labels = images.labels
+        if labels is not None:
+            np.save(self.out / "labels.npy", labels)
         self.rows.replace(self.out / "embeddings.npy")
         self.done.unlink()
         self.facts.unlink()

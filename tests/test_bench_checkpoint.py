@@ -11,7 +11,7 @@ from benchmarks.bench_checkpoint import steps_of_saves
 
 
 def test_the_steps_of_a_save_are_those_that_begin_before_it_is_written(tmp_path: Path) -> None:
-    seconds = {step: 0.5 for step in range(1, 31)} | {11: 0.8, 21: 0.9, 22: 0.7}
+    seconds = dict.fromkeys(range(1, 31), 0.5) | {11: 0.8, 21: 0.9, 22: 0.7}
     metrics = tmp_path / "metrics.jsonl"
     lines = [
         {"step": step, "loss": 1.0, "samples_per_second": 64 / each}
