@@ -6,7 +6,7 @@ r"""IJB-B and IJB-C: verification and identification of templates made of photog
 `read_ijb` checks all files, `embed_images` aligns and embeds, `template_features` makes one vector
 of a template's media, `pair_scores` compares templates, and `tars_at_fars` computes the rates. The
 published scripts' loops are done in blocks here, with the same numbers
-(golden/eval/ijbc_layout.npz) but for one correction: a TAR never exceeds its FAR.
+(tests/golden/eval/ijbc_layout.npz) but for one correction: a TAR never exceeds its FAR.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def shared_dir() -> Path:
     """The folder of real test data: TEST_DATA_DIR, or ../shared beside the repository."""
     default = Path(__file__).resolve().parent.parent.parent / "shared"
     folder = Path(os.environ.get("TEST_DATA_DIR", default))
-    if not (folder / "data").is_dir():
+    if not all((folder / part).is_dir() for part in ("data", "facts")):
         pytest.skip(f"no shared test data at {folder} (set TEST_DATA_DIR)")
     return folder
 

@@ -37,7 +37,7 @@ GOLDEN = ROOT / "tests" / "golden"
 """Outputs of published code that ours is compared with; its README.md says how they were made."""
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Look again and again, for things in other processes that cannot tell when they are done.
 
     Raises:

@@ -187,14 +187,19 @@ def test_a_lost_rank_restarts_the_group_and_sigusr1_reaches_every_worker(tmp_pat
     assert all((tmp_path / f"saved{rank}").exists() for rank in range(2))
 
 
-def slurm_job(tmp_path: Path, srun: str, signal_to_send: int | None) -> tuple[int, str, str]:
-    """slurm.sh among stand-ins of Slurm's commands: exit code, output, what they were called."""
+def slurm_job(
+    tmp_path: Path, srun: str, signal_to_send: int | None, show: str = ""
+) -> tuple[int, str, str]:
+    """slurm.sh among stand-ins of Slurm's commands: exit code, output, what they were called.
+
+    `show` runs in `scontrol show`, before srun.
+    """
     calls, ready = tmp_path / "calls", tmp_path / "ready"
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     executable(
         bin_folder / "scontrol",
-        f'echo "scontrol $*" >> {calls}\n[[ $1 == show ]] && echo host7\nexit 0\n',
+        f'echo "scontrol $*" >> {calls}\n[[ $1 == show ]] && {{ {show} echo host7; }}\nexit 0\n',
     )
     executable(
         bin_folder / "srun",
@@ -236,6 +241,14 @@ def test_a_slurm_job_that_is_stopped_saves_and_goes_back_into_the_queue(tmp_path
     assert "goes back into the queue" in output
     assert calls.splitlines()[-1] == "scontrol requeue 12345"
     assert "elastic.sh configs/a resume=auto b=1 NNODES=2 RDZV=host7:32345 RUN_ID=12345-3" in calls
+
+
+def test_a_signal_before_the_run_has_begun_sends_the_slurm_job_back_too(tmp_path):
+    to_the_job = "kill -USR1 $(awk '{print $4}' /proc/$PPID/stat);"
+    code, output, calls = slurm_job(tmp_path, WAITS_AND_SAVES, None, to_the_job)
+    assert code == 0
+    assert "goes back into the queue" in output
+    assert calls.splitlines()[-1] == "scontrol requeue 12345"
 
 
 @pytest.mark.parametrize("code", [0, 1])

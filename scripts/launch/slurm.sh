@@ -23,6 +23,14 @@ if [[ $# -eq 0 || -z "${SLURM_JOB_ID:-}" ]]; then
   exit 2
 fi
 
+step=""
+asked_to_stop=0
+pass_on() {
+  asked_to_stop=1
+  [[ -z "$step" ]] || kill -USR1 "$step" 2>/dev/null || true # srun hands it to every machine
+}
+trap pass_on USR1 TERM # from the beginning, so that no signal ends this script alone
+
 # Slurm runs a copy of this file from a folder of its own.
 elastic="${SLURM_SUBMIT_DIR:-.}/scripts/launch/elastic.sh"
 if [[ ! -f "$elastic" ]]; then
@@ -38,16 +46,13 @@ export NNODES RDZV RUN_ID
 
 config="$1"
 shift
+if ((asked_to_stop)); then # nothing has begun, so there is nothing to save
+  echo "stopped by a signal before the run began: job $SLURM_JOB_ID goes back into the queue"
+  exec scontrol requeue "$SLURM_JOB_ID"
+fi
 # resume=auto: the first time there is nothing to go on from, and the run begins.
 srun bash "$elastic" "$config" resume=auto "$@" &
 step=$!
-
-asked_to_stop=0
-pass_on() {
-  asked_to_stop=1
-  kill -USR1 "$step" 2>/dev/null || true # srun hands it to torchrun on every machine
-}
-trap pass_on USR1 TERM
 
 code=0
 wait "$step" || code=$?
