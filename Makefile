@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-TORCH := $(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))  # TORCH=2.11.0: the oldest
-READY := $(VENV)/.ready
+# TORCH=2.11.0: the oldest supported one
+TORCH := $(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))
+READY := $(VENV)/.ready-torch-$(TORCH)
 MXNET := .venv-mxnet
 
 .PHONY: help install demo test test-all test-mxnet lint format gpu-check gpu-bench gpu-wheels bench clean
@@ -14,9 +15,10 @@ help:  ## this list
 $(READY): requirement.txt requirement-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	@sed 's/^torch==.*/torch==$(strip $(TORCH))/' constraints.txt > $(VENV)/constraints.txt
+	@rm -f $(VENV)/.ready*
+	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
 	@# torch first and by its exact version, so that nothing else chooses another build
-	$(PY) -m pip install --quiet torch==$(strip $(TORCH)) -c $(VENV)/constraints.txt
+	$(PY) -m pip install --quiet torch==$(TORCH) -c $(VENV)/constraints.txt
 	$(PY) -m pip install --quiet -r requirement.txt -r requirement-dev.txt -c $(VENV)/constraints.txt
 	@touch $@
 

@@ -373,7 +373,7 @@ def _quiet() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_present_options(sys.argv[1:] if argv is None else argv))
     output = args.output or _default_output(args.model)
     try:
         backbone, metadata = load_model(args.model, network=args.network)
@@ -413,6 +413,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _present_options(arguments: Sequence[str]) -> list[str]:
+    """Replaces the first spelling of an option, which is not an option of its own.
+
+    As one it would make abbreviations such as `--fold` ambiguous.
+    """
+    present = {"--fold-normalisation": "--fold-normalization"}
+    return [present.get(word, word) for word in arguments]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch2onnx.py", description="Export a trained backbone to a checked ONNX file."
@@ -424,8 +433,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--opset", type=int, default=DEFAULT_OPSET, help="ONNX opset (default: %(default)s)")
     add("--simplify", action="store_true", help="fold constants, fuse norms into convolutions")
     add("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic")
-    fold = ("--fold-normalization", "--fold-normalisation")  # the second: its first spelling
-    add(*fold, action="store_true", help="the graph takes pixels 0..255")
+    add("--fold-normalization", action="store_true", help="the graph takes pixels 0..255")
     add("--verify", nargs="+", type=Path, default=[], metavar="SET", help=".bin sets to compare on")
     return parser
 

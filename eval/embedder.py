@@ -2,4 +2,5 @@
 
 from utils.moved import moved
 
+__all__ = ["Embedder", "open_model"]  # noqa: F822 - looked up below
 __getattr__ = moved(__name__, "eval.model")

@@ -2,4 +2,5 @@
 
 from utils.moved import moved
 
+__all__ = ["Split", "fill_split", "split_of"]  # noqa: F822 - looked up below
 __getattr__ = moved(__name__, "arcshard.parallel.split")

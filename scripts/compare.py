@@ -33,7 +33,7 @@ class EvaluationError(ValueError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(prog="compare.py", description="Compare two aligned faces.")
-    parser.add_argument("images", nargs=2, type=Path, metavar=("A.jpg", "B.jpg"))
+    parser.add_argument("images", nargs=2, type=Path, metavar="IMAGE")
     add_model_options(parser)
     parser.add_argument("--resize", action="store_true", help="resize images of another size")
     parser.add_argument("--evaluation", type=Path, help="JSON of eval.verification of this model")

@@ -252,7 +252,7 @@ def draw_face(person: Identity, rng: np.random.Generator, size: int = 112) -> np
 
 
 def head_outline(person: Identity) -> np.ndarray:
-    """Returns the head as a closed curve [n, 2], narrower towards the chin."""
+    """Returns the head as a closed curve [n, 2], narrower toward the chin."""
     angles = np.linspace(0, 2 * math.pi, 60, endpoint=False)
     x, y = np.cos(angles), np.sin(angles)
     narrowing = np.where(y > 0, 1 - (1 - person.jaw_width) * y**2 * 1.6, 1.0)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from data.datasets import SyntheticDataset
+from data.fingerprint import join_samples
 from tests import checkpoint_fixtures as fixtures
 from tests.conftest import Ranks
 
@@ -25,6 +27,17 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_cases_are_in_the_archive(unpacked: Path) -> None:
     names = {fixtures.name_of(*case) for case in fixtures.CASES}
     assert {path.name for path in unpacked.iterdir()} == names
+
+
+@pytest.mark.parametrize("case", fixtures.CASES, ids=lambda case: fixtures.name_of(*case))
+def test_its_data_set_is_recognized(unpacked: Path, case: tuple[str, int, int]) -> None:
+    manifest = unpacked / fixtures.name_of(*case) / "checkpoint" / "checkpoint.json"
+    settings = fixtures.SETTINGS
+    source = SyntheticDataset(
+        settings["num_classes"], settings["num_image"], settings["input_size"]
+    )
+    saved = json.loads(manifest.read_text())["facts"]["data set"]
+    assert saved == join_samples(source.samples())
 
 
 @pytest.mark.parametrize("other", [0, 1])

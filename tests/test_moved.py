@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from arcshard import ArcFace, PartialFC, SGDRows
+from arcshard import ArcFace, Margin, PartialFC, SGDRows, parallel
 
 # module and name as shown before -> module and name now
 SHOWN = {
@@ -51,6 +51,20 @@ def test_an_import_shown_before_works_and_warns_of_the_new_path(shown: tuple[str
 def test_a_name_that_never_was_there_is_an_attribute_error(module: str) -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(importlib.import_module(module), "no_such_name")  # noqa: B009 - not an attribute
+
+
+def test_a_star_import_of_an_old_module_brings_its_names() -> None:
+    found: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning, match="arcshard.parallel"):
+        exec("from parallel import *", found)
+    assert set(parallel.__all__) <= found.keys()
+
+
+def test_a_margin_with_the_first_spelling_of_normalize_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Plain\.normalise is called normalize now"):
+        type("Plain", (Margin,), {"normalise": False})
+    with pytest.raises(TypeError, match=r"Plain\.normalise is called normalize now"):
+        type("Plain", (Margin,), {"__annotations__": {"normalise": bool}})
 
 
 def test_arguments_of_partial_fc_that_were_shown_before_work_and_warn() -> None:

@@ -132,7 +132,7 @@ def files() -> list[Path]:
 
 
 def public_names(tree: ast.AST) -> tuple[set[str], set[str], set[str]]:
-    """Public classes; functions and methods; arguments and fields of a module."""
+    """Public classes; functions and methods; arguments, fields, attributes and variables."""
     classes: set[str] = set()
     functions: set[str] = set()
     values: set[str] = set()
@@ -148,6 +148,14 @@ def public_names(tree: ast.AST) -> tuple[set[str], set[str], set[str]]:
             functions.add(node.name)
             arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             values |= {argument.arg for argument in arguments}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+                    if isinstance(part, ast.Attribute):
+                        values.add(part.attr)
+                    elif isinstance(part, ast.Name):
+                        values.add(part.id)
     kinds = (classes, functions, values)
     public = [{name for name in names if not name.startswith("_")} for names in kinds]
     return public[0], public[1], public[2]

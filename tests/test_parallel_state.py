@@ -165,7 +165,7 @@ def test_attributes_map_to_placements():
 
 
 def tensor_parallel(rank, world_size, state, x, dim):
-    """Our layer beside torch's tensor parallelizm of the same nn.Linear."""
+    """Our layer beside torch's tensor parallelism of the same nn.Linear."""
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     layer = ParallelLinear(8, 12, dim=dim)
     layer.load_state_dict(relocate_state_dict(layer, state))
@@ -199,7 +199,7 @@ def tensor_parallel(rank, world_size, state, x, dim):
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_where_both_cuts_agree_layers_are_torchs_tensor_parallelizm(ranks, world_size, dim):
+def test_where_both_cuts_agree_layers_are_torchs_tensor_parallelism(ranks, world_size, dim):
     state = nn.Linear(8, 12).state_dict()
     x = torch.randn(3, 8)
     for part in ranks.run(world_size, tensor_parallel, state, x, dim):

@@ -341,8 +341,9 @@ def test_fp16_is_half_the_size_takes_and_gives_floats_and_says_what_it_cost(
 
 
 def test_the_first_spelling_of_the_option_to_fold_still_works() -> None:
-    for option in ("--fold-normalization", "--fold-normalisation"):
-        assert torch2onnx._parser().parse_args(["model.pt", option]).fold_normalization
+    for option in ("--fold-normalization", "--fold-normalisation", "--fold"):
+        words = torch2onnx._present_options(["model.pt", option])
+        assert torch2onnx._parser().parse_args(words).fold_normalization
 
 
 def test_folded_normalization_is_the_same_network_on_pixels(

@@ -52,7 +52,7 @@ class BatchNormStatistics:
             tensor.copy_(held)
 
     def ema_update(self, other: BatchNormStatistics, share: Tensor) -> None:
-        """Interpolate the statistics towards those of another model.
+        """Interpolate the statistics toward those of another model.
 
         Args:
             other: Statistics of the other model.

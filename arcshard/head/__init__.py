@@ -1,1 +1,1 @@
-"""The head: the maths, the memory plan and the optimizer of sharded class centers."""
+"""The head: the math, the memory plan and the optimizer of sharded class centers."""

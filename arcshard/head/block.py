@@ -1,4 +1,4 @@
-"""The maths of one block of class centers, without a loop, a collective or a state.
+"""The math of one block of class centers, without a loop, a collective or a state.
 
 Shapes: B rows of the global batch, n classes in the block, K centers per class, n K rows of D. All
 sums here leave the target class out: it has a logit of its own (arcshard/head/fused.py).

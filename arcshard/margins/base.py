@@ -12,10 +12,11 @@ and `others` once per block of classes.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ class Margin(ABC):
     bias: bool = False
     reads_norms: ClassVar[bool] = False
     reads_batch: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuses the first spelling of `normalize`, which would be read by nobody.
+
+        Raises:
+            TypeError: The class has an attribute `normalise`.
+        """
+        super().__init_subclass__(**options)
+        if "normalise" in cls.__dict__ or "normalise" in inspect.get_annotations(cls):
+            raise TypeError(f"{cls.__name__}.normalise is called normalize now: rename it")
 
     @property
     def reads_all_targets(self) -> bool:

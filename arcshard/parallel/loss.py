@@ -1,6 +1,6 @@
 """Cross-entropy on logits whose classes are split over ranks; nothing of size B x C is gathered.
 
-The maths is in arcshard/head/cross_entropy.py, which PartialFC's reference path uses too.
+The math is in arcshard/head/cross_entropy.py, which PartialFC's reference path uses too.
 """
 
 from __future__ import annotations
