@@ -30,6 +30,7 @@ from backbones import iresnet
 from configs.base import Config
 from tests.conftest import Ranks
 from train_v2 import run_on
+from training.state import Progress, RunState
 from utils.distributed import DistContext
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "checkpoints.tar.xz"
@@ -68,7 +69,11 @@ def name_of(optimizer: str, centers: int, ranks: int) -> str:
 def train(
     rank: int, world_size: int, folder: str, optimizer: str, centers: int, changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """A run in this process: its losses by step and this rank's rows of the head and its state."""
+    """A run in this process: its losses by step, and this rank's rows of the head and its state.
+
+    Returns:
+        "losses" by step on rank 0; "rows" at the end; "loaded": rows as a checkpoint gave them.
+    """
     cfg = Config(
         **{
             **SETTINGS,
@@ -82,20 +87,36 @@ def train(
     assert not cfg.problems()
     Path(folder).mkdir(parents=True, exist_ok=True)
     world = DistContext(rank, rank, world_size, torch.device("cpu"))
+    loaded: list[torch.Tensor] = []
+    load = RunState.load
+
+    def load_and_look(state: RunState, *arguments: Any) -> Progress:
+        progress = load(state, *arguments)
+        loaded.extend(rows_of(state.parts.head))
+        return progress
+
     tiny = {"r_fixture": (iresnet.IResNet, {"layers": (1, 1, 1, 1), "width": 2})}
-    with unittest.mock.patch.dict("backbones._REGISTRY", tiny):
+    with (
+        unittest.mock.patch.dict("backbones._REGISTRY", tiny),
+        unittest.mock.patch.object(RunState, "load", load_and_look),
+    ):
         parts = run_on(cfg, world, Path(folder))
-    rows = [parts.head.weight.detach()]
-    for parameter, rule in parts.head.optimized_parameters():
-        rows += [value for _, value in sorted(rule.state(parameter).items())]
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
     losses = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
-    return {"losses": losses, "rows": [value.clone() for value in rows]}
+    return {"losses": losses, "rows": rows_of(parts.head), "loaded": loaded}
 
 
-def sums(results: list[dict[str, Any]]) -> list[str]:
+def rows_of(head: Any) -> list[torch.Tensor]:
+    """Copies of this rank's class centers and of each optimizer state."""
+    rows = [head.weight.detach()]
+    for parameter, rule in head.optimized_parameters():
+        rows += [value for _, value in sorted(rule.state(parameter).items())]
+    return [value.clone() for value in rows]
+
+
+def sums(rows_by_rank: list[list[torch.Tensor]]) -> list[str]:
     """SHA-256 of the rows of all ranks together: class centers, then each optimizer state."""
-    joined = (torch.cat(parts) for parts in zip(*(r["rows"] for r in results), strict=True))
+    joined = (torch.cat(parts) for parts in zip(*rows_by_rank, strict=True))
     return [hashlib.sha256(whole.numpy().tobytes()).hexdigest() for whole in joined]
 
 
@@ -120,7 +141,7 @@ def main() -> None:
             )
             changes = {"max_steps": LAST_STEP, "resume": "auto"}
             losses = pool.run(ranks, train, *arguments, changes)[0]["losses"]
-            expected = {"losses": losses, "sha256": sums(saved)}
+            expected = {"losses": losses, "sha256": sums([one["rows"] for one in saved])}
             (target / name / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
         pool.stop()
         with tarfile.open(sys.argv[1], "x:xz") as archive:

@@ -49,20 +49,14 @@ def test_it_is_resumed_with_the_same_centers_and_the_same_losses(
     world_size = (saved_on + other - 1) % 3 + 1  # its own number of ranks, and another
     folder = unpacked / fixtures.name_of(*case)
     expected = json.loads((folder / "expected.json").read_text())
-    resume = {"resume": str(folder / "checkpoint")}
-
-    def run(name: str, last_step: int) -> list[dict[str, Any]]:
-        return ranks.run(
-            world_size,
-            fixtures.train,
-            str(tmp_path / name),
-            optimizer,
-            centers,
-            {**resume, "max_steps": last_step},
-        )
-
-    assert fixtures.sums(run("loaded", fixtures.SAVED_STEP)) == expected["sha256"]
-    losses = run("resumed", fixtures.LAST_STEP)[0]["losses"]
+    changes: dict[str, Any] = {
+        "resume": str(folder / "checkpoint"),
+        "max_steps": fixtures.LAST_STEP,
+        "keep_checkpoints": 0,
+    }
+    found = ranks.run(world_size, fixtures.train, str(tmp_path), optimizer, centers, changes)
+    assert fixtures.sums([one["loaded"] for one in found]) == expected["sha256"]
+    losses = found[0]["losses"]
     assert sorted(losses) == list(range(fixtures.SAVED_STEP + 1, fixtures.LAST_STEP + 1))
     for step, loss in losses.items():
         assert loss == pytest.approx(expected["losses"][str(step)], rel=0, abs=1e-8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -37,6 +38,12 @@ EARLIER_PART = "training.checkpoint."  # imports nothing of training but itself
 OLD_NAMES = ("head", "margins", "parallel", "eval.embedder")  # for users only, for one release
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file, made once for all tests."""
+    return ast.parse(path.read_text())
+
+
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -49,7 +56,7 @@ def our_files() -> list[Path]:
 
 def imports_of(path: Path) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -108,7 +115,7 @@ def test_no_test_module_imports_another():
 @pytest.mark.parametrize("path", our_files(), ids=module_name)
 def test_nothing_happens_at_import(path):
     """Module level holds definitions, constants and docstrings: no loop, no bare call."""
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.If):  # `if TYPE_CHECKING` and the command-line guard
             text = ast.unparse(node.test)
             known = ("__name__", "TYPE_CHECKING", "not __package__")  # the last: run as a file
@@ -123,7 +130,7 @@ def test_nothing_happens_at_import(path):
 def test_mxnet_is_never_imported(path):
     if module_name(path).split(".")[0] == "tests":
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
             assert not any(name.split(".")[0] == "mxnet" for name in names)
