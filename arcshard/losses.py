@@ -9,9 +9,13 @@ tested against one reference path (arcshard/head/reference.py).
 
 Sub-center ArcFace (Deng et al. 2020, "Sub-center ArcFace", ECCV) is any of them on a head with
 several centers per class: PartialFC(..., centers_per_class=3).
+
+ArcFace, CosFace and SphereFace pass further options on to CombinedMargin.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from arcshard.margins.adaptive import AdaFace, CurricularFace, ElasticFace, MagFace
 from arcshard.margins.base import DERIVATIVE_CLAMP, BatchFacts, Margin
@@ -34,19 +38,19 @@ __all__ = [
 ]
 
 
-def ArcFace(margin: float = 0.5, scale: float = 64.0, **options: object) -> CombinedMargin:
+def ArcFace(margin: float = 0.5, scale: float = 64.0, **options: Any) -> CombinedMargin:
     """Makes the additive angular margin cos(theta + margin). Deng et al. 2019, arXiv:1801.07698."""
-    return CombinedMargin(1.0, margin, 0.0, scale, **options)  # type: ignore[arg-type]
+    return CombinedMargin(1.0, margin, 0.0, scale, **options)
 
 
-def CosFace(margin: float = 0.4, scale: float = 64.0, **options: object) -> CombinedMargin:
+def CosFace(margin: float = 0.4, scale: float = 64.0, **options: Any) -> CombinedMargin:
     """Makes the additive cosine margin cos(theta) - margin. Wang et al. 2018, arXiv:1801.09414."""
-    return CombinedMargin(1.0, 0.0, margin, scale, **options)  # type: ignore[arg-type]
+    return CombinedMargin(1.0, 0.0, margin, scale, **options)
 
 
-def SphereFace(margin: float = 1.7, scale: float = 64.0, **options: object) -> CombinedMargin:
+def SphereFace(margin: float = 1.7, scale: float = 64.0, **options: Any) -> CombinedMargin:
     """Makes the multiplicative margin cos(margin theta). Liu et al. 2017, arXiv:1704.08063."""
-    return CombinedMargin(margin, 0.0, 0.0, scale, **options)  # type: ignore[arg-type]
+    return CombinedMargin(margin, 0.0, 0.0, scale, **options)
 
 
 def NormFace(scale: float = 64.0) -> Softmax:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.runs import DOOR, DOOR_PLAIN_ALLOCATOR, Reading, run_training
+from benchmarks.runs import ENTRY, ENTRY_PLAIN_ALLOCATOR, Reading, run_training
 
 Keys = dict[str, Any]
 
@@ -46,8 +46,8 @@ class Side(NamedTuple):
 
     def run(self, keys: Keys, ranks: int) -> Reading:
         """Trains once with `keys` and the changes of this side."""
-        door = DOOR if self.own_allocator else DOOR_PLAIN_ALLOCATOR
-        return run_training({**keys, **self.keys}, ranks=ranks, door=door)
+        entry = ENTRY if self.own_allocator else ENTRY_PLAIN_ALLOCATOR
+        return run_training({**keys, **self.keys}, ranks=ranks, entry=entry)
 
 
 def plain(device: str) -> Side:

@@ -23,9 +23,9 @@ from utils.worker import Worker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECONDS_TO_END = 30  # for ranks whose peer is gone, as torchrun gives them
-DOOR = ("train_v2.py",)
+ENTRY = ("train_v2.py",)
 # The same with glibc's default allocator settings (utils/memory.py says what we change).
-DOOR_PLAIN_ALLOCATOR = (
+ENTRY_PLAIN_ALLOCATOR = (
     "-c",
     "import sys, utils.memory; utils.memory.keep_freed_memory = lambda: False; "
     "import train_v2; sys.exit(train_v2.main())",
@@ -97,7 +97,7 @@ def run_training(
     keys: Mapping[str, Any],
     *,
     ranks: int = 1,
-    door: Sequence[str] = DOOR,
+    entry: Sequence[str] = ENTRY,
     profile_to: Path | None = None,
 ) -> Reading:
     """Trains on generated images (unless `keys` has rec), without verification and checkpoints.
@@ -105,7 +105,7 @@ def run_training(
     Args:
         keys: Keys of the config.
         ranks: Number of ranks; more than one have a thread each.
-        door: Arguments of Python that start the training.
+        entry: Arguments of Python that start the training.
         profile_to: Folder for what the key `profile` makes the run write.
 
     Raises:
@@ -117,7 +117,7 @@ def run_training(
         words = [str(folder / "bench.py"), f"output={folder / 'run'}"]
         words += [f"{key}={value}" for key, value in keys.items()]
         with (folder / "log").open("wb") as log:
-            processes = start_ranks([*door, *words], ranks, log, 1 if ranks > 1 else None)
+            processes = start_ranks([*entry, *words], ranks, log, 1 if ranks > 1 else None)
             try:
                 codes = wait_for(processes)
             finally:

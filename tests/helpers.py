@@ -13,22 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from utils.environment import CODE_FOLDERS
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (
-    "arcshard",
-    "backbones",
-    "benchmarks",
-    "configs",
-    "data",
-    "eval",
-    "head",
-    "margins",
-    "parallel",
-    "scripts",
-    "tests",
-    "training",
-    "utils",
-)
+PACKAGES = CODE_FOLDERS
 """Folders with Python code of the project."""
 ENTRY_POINTS = ("dataset", "losses", "partial_fc", "torch2onnx", "train_v2")
 """Modules beside them."""

@@ -159,13 +159,13 @@ def test_the_plain_side_leaves_the_allocator_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(utils.memory, "keep_freed_memory", utils.memory.keep_freed_memory)
     seen: list[Any] = []
 
-    def door() -> int:
+    def entry() -> int:
         seen.append(utils.memory.keep_freed_memory())
         return 7
 
-    monkeypatch.setitem(sys.modules, "train_v2", SimpleNamespace(main=door))
+    monkeypatch.setitem(sys.modules, "train_v2", SimpleNamespace(main=entry))
     with pytest.raises(SystemExit) as ended:
-        exec(runs.DOOR_PLAIN_ALLOCATOR[1], {})
+        exec(runs.ENTRY_PLAIN_ALLOCATOR[1], {})
     assert (ended.value.code, seen) == (7, [False])
 
 

@@ -30,7 +30,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "torch2onnx": ("backbones", "eval"),
     "train_v2": ("backbones", "configs.base", "dataset", "eval", "training", "utils"),
     # old names that work for one release
-    **dict.fromkeys(("head", "margins", "parallel", "eval.embedder"), ("utils.moved",)),
+    **dict.fromkeys(("head", "margins", "eval.embedder"), ("utils.moved",)),
+    "parallel": ("utils.moved", "arcshard.parallel"),
 }
 NEVER_IMPORTED = ("train_v2", "torch2onnx", "scripts", "benchmarks")
 LATER_PARTS = {"training": "training.planner", "data": "data.tools"}  # the rest imports none of it

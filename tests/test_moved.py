@@ -68,6 +68,7 @@ def test_a_margin_with_the_first_spelling_of_normalize_is_refused() -> None:
 
 
 def test_arguments_of_partial_fc_that_were_shown_before_work_and_warn() -> None:
+    # Type checkers know the present names only, as they should: hence the ignores.
     with pytest.warns(DeprecationWarning, match="row_update is called row_optimizer") as caught:
         head = PartialFC(ArcFace(), 4, 9, row_update=SGDRows())  # type: ignore[call-arg]
     assert isinstance(head.row_optimizer, SGDRows)

@@ -366,19 +366,12 @@ class Heartbeat:
         )
 
 
-def is_collective_error(error: BaseException) -> bool:
-    """Return whether a collective failed because of another rank or the network.
-
-    NCCL and the stores raise torch.distributed.DistError. Gloo raises plain RuntimeErrors that
-    begin with the place in its source.
-    """
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-    )
-
-
 def is_collective_failure(error: RuntimeError) -> bool:
-    """Return whether a collective raised the error; gloo's errors are recognized by their words."""
+    """Return whether a collective raised the error, because of another rank or the network.
+
+    NCCL and the stores raise torch.distributed.DistError. Gloo's plain RuntimeErrors are recognized
+    by their words.
+    """
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 

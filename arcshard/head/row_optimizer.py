@@ -286,6 +286,7 @@ def refuse_plain_optimizers(weight: nn.Parameter, reason: str) -> None:
         weight: Class centers that only the head may update.
         reason: The reason, for the error message.
     """
+    # The mark is on the tensor, because an optimizer knows its tensors and no module.
     weight.moved_by_partial_fc = reason  # type: ignore[attr-defined]
     global _refusal_is_registered
     if not _refusal_is_registered:

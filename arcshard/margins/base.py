@@ -65,7 +65,7 @@ class Margin(ABC):
     reads_batch: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuses the first spelling of `normalize`, which would be read by nobody.
+        """Refuses the first spelling of `normalize`, which nothing reads.
 
         Raises:
             TypeError: The class has an attribute `normalise`.
