@@ -22,7 +22,8 @@ def gather_rows(
     """Gathers the rows of every rank in rank order, each rank padded to `capacity` rows.
 
     One all-gather of bytes transports embeddings and labels together. In backward one
-    reduce-scatter (sum over ranks) returns the gradient of the global embeddings.
+    reduce-scatter (sum over ranks) returns the gradient of the global embeddings. Every rank takes
+    part in it, also one whose own embeddings require no gradient.
 
     Args:
         local_embeddings: [b, D], b <= capacity.
@@ -40,14 +41,20 @@ def gather_rows(
         local_labels = torch.nn.functional.pad(local_labels, (0, missing), value=pad_label)
     if group is None:
         return local_embeddings, local_labels
-    embeddings, labels = _GatherRows.apply(local_embeddings, local_labels, group)
+    # Makes the result differentiable on a rank whose embeddings are not: the others would wait.
+    anchor = torch.empty(0, requires_grad=True)
+    embeddings, labels = _GatherRows.apply(local_embeddings, local_labels, group, anchor)
     return embeddings, labels
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, local_embeddings: Tensor, local_labels: Tensor, group: dist.ProcessGroup
+        ctx: Any,
+        local_embeddings: Tensor,
+        local_labels: Tensor,
+        group: dist.ProcessGroup,
+        anchor: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.group = group
         world_size = dist.get_world_size(group)
@@ -68,12 +75,12 @@ class _GatherRows(torch.autograd.Function):
         return embeddings, labels
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         global_gradient = gradients[0].contiguous()
         rows = global_gradient.shape[0] // dist.get_world_size(ctx.group)
         local = global_gradient.new_empty(rows, global_gradient.shape[1])
         reduce_scatter_single(local, global_gradient, ctx.group)
-        return local, None, None
+        return local, None, None, None
 
 
 def gather_labels(local_labels: Tensor, pad_label: int, capacity: int, group: Group) -> Tensor:

@@ -20,29 +20,30 @@ An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from arcshard.collectives import gather_labels, sum_over_ranks
 from arcshard.deprecation import renamed_arguments
 from arcshard.head.arguments import check_arguments
-from arcshard.head.batch import PAD_LABEL, BatchGatherer, mean_pairwise_cosine
-from arcshard.head.block import without_autocast
-from arcshard.head.centers import ClassCenters, LocalCenters
-from arcshard.head.fused import FusedMarginSoftmax, FusedMarginSoftmaxFunction
+from arcshard.head.batch import PAD_LABEL, BatchGatherer, GlobalBatch, mean_pairwise_cosine
+from arcshard.head.block import NORM_FLOOR, without_autocast
+from arcshard.head.centers import ClassCenters
+from arcshard.head.fused import FusedMarginSoftmax
 from arcshard.head.init import init_centers
 from arcshard.head.offload import CenterOffload
 from arcshard.head.reference import reference_loss
 from arcshard.head.row_optimizer import RowOptimizer, refuse_plain_optimizers
-from arcshard.head.sampling import ClassSample, draw_sample, likely_classes, sample_size
+from arcshard.head.sampling import columns_of, draw_sample, likely_classes, sample_size
+from arcshard.head.step import StepContext
 from arcshard.head.target import PositiveLogits, find_positive_logits
 from arcshard.head.workspace import BlockCost, Plan, choose_workspace, memory_bytes_of
 from arcshard.losses import BatchFacts, Margin
+from arcshard.margins.base import Context
 from arcshard.random import hash_key
 from arcshard.shard import class_range
 
@@ -165,8 +166,6 @@ class PartialFC(nn.Module):
         for name, value in margin.initial_state().items():
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
-        self._margin_before: dict[str, Tensor] = {}  # the margin's state at the start of the step
-
         self.matmul_half = half
         self.fused: FusedMarginSoftmax | None = None
         if update == "fused":
@@ -174,7 +173,13 @@ class PartialFC(nn.Module):
                 workspace_mib, self.device.type, memory_bytes_of(self.device)
             )
             self.fused = FusedMarginSoftmax(
-                margin, self.group, workspace, centers_per_class=centers_per_class, half=half
+                margin,
+                self.group,
+                workspace,
+                self.device,
+                self.work_dtype,
+                centers_per_class=centers_per_class,
+                half=half,
             )
             refuse_plain_optimizers(self.weight, "update='fused' moves its class centers itself")
         elif self.sample_rate < 1.0:
@@ -189,9 +194,7 @@ class PartialFC(nn.Module):
             if center_device is not None and row_optimizer is not None
             else None
         )
-        self._rows = torch.empty(0, dtype=torch.int64)  # rows of the shard that hold the sample
-        self._sample: ClassSample | None = None  # sample of the optimizer step in progress
-        self._sample_is_prepared = False
+        self._step: StepContext | None = None  # the optimizer step in progress
         self.mean_pairwise_cosine: Tensor | None = None
         self._samples_drawn = 0
         self._forwards = 0
@@ -222,48 +225,46 @@ class PartialFC(nn.Module):
                 batch of another rank. On CUDA, where checking labels would wait for the device,
                 only the rank with a wrong shape or dtype raises (torchrun then ends the others),
                 and a label outside the range makes the loss NaN.
+                A label that `prepare` was not given is treated in the same way.
             RuntimeError: r < 1, and a gradient of an earlier forward still waits for `step`,
-                without `prepare`; or a label is not among those given to `prepare`.
+                without `prepare`.
         """
         with without_autocast(local_embeddings.device):
             batch = self._rules.gather(
                 local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
             )
-            column = self._begin_sample(self._localize(batch.labels))  # [B]
-            centers = self._centers()
-            unit = normalize(batch.embeddings) if self.margin.normalize else batch.embeddings
-            self.mean_pairwise_cosine = mean_pairwise_cosine(
-                unit if self.margin.normalize else normalize(unit.detach()), batch.is_real
-            )
-            norms = None
-            if self.margin.reads_norms:
-                norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
+            step = self._step_of(batch.labels)
+            column = self._columns(step, batch.labels)  # [B]
+            unit, norms, veto = self._unit_and_norms(batch)
+            if step.prepared is not None:
+                veto = veto | self._is_unprepared(step.prepared, batch.labels)
             row_weight = batch.is_real.to(unit.dtype) / batch.is_real.sum()
-
             target = find_positive_logits(
-                unit.detach(), column, centers, self.margin.normalize, self.centers_per_class
+                unit.detach(), column, step.centers, self.margin.normalize, self.centers_per_class
             )
-            context = self._begin_margin(norms, target, batch.is_real)
+            context, after = self._begin_margin(norms, target, batch.is_real)
             if self.fused is not None:
-                veto = batch.has_unknown | ~batch.is_real.any()
-                arguments = (target, context, centers, row_weight, learning_rate, veto)
-                loss: Tensor = FusedMarginSoftmaxFunction.apply(
-                    unit, norms, self.weight, self.fused, arguments
+                loss = self.fused(
+                    step, self.weight, unit, norms, target, context, row_weight, learning_rate, veto
                 )
-                return loss
-            loss = reference_loss(
-                self.margin,
-                unit,
-                norms,
-                column,
-                context,
-                *self._rows_of_sample(),
-                self.centers_per_class,
-                row_weight,
-                self.group,
-                self.matmul_half,
-            )
-            return loss + torch.where(batch.has_unknown, torch.nan, 0.0)
+            else:
+                loss = reference_loss(
+                    self.margin,
+                    unit,
+                    norms,
+                    column,
+                    context,
+                    *self._rows_of_step(step),
+                    self.centers_per_class,
+                    row_weight,
+                    self.group,
+                    self.matmul_half,
+                )
+                loss = loss + torch.where(veto, torch.nan, 0.0)
+                step.guard(loss)
+            if self._is_training():
+                self._advance_margin(step, after, loss.detach())
+            return loss
 
     def prepare(self, local_label_batches: Sequence[Tensor]) -> None:
         """Draws the classes of one optimizer step ahead, from the labels of all its micro-batches.
@@ -277,6 +278,7 @@ class PartialFC(nn.Module):
         """
         if self.sample_rate >= 1.0:
             return
+        self._refuse_pending("head.prepare()")
         local_labels = torch.cat([labels.to(torch.int64) for labels in local_label_batches])
         local_labels = local_labels.to(self.device)
         if self.batch_size_per_rank is not None:
@@ -284,8 +286,9 @@ class PartialFC(nn.Module):
         else:
             capacity = self._rules.capacity(len(local_labels), self.device)
         labels = gather_labels(local_labels, PAD_LABEL, capacity, self.group)
-        self._draw(self._localize(labels))
-        self._sample_is_prepared = True
+        self._step = self._new_step(labels)
+        self._step.prepared = labels.sort().values
+        self._samples_drawn += 1
 
     @torch.no_grad()
     def step(
@@ -307,19 +310,24 @@ class PartialFC(nn.Module):
                 "this PartialFC has no row optimizer: pass row_optimizer=SGDRows(...) or "
                 "AdamWRows(...) of arcshard, or step weight.grad with an optimizer of yours"
             )
-        if self.fused is not None:
-            if not self.fused.has_updated_since_finish and not self.fused.has_pending:
-                raise RuntimeError("no gradient: call loss.backward() before head.step()")
+        step = self._step
+        if step is None or not (step.updates or self._has_gradient(step)):
+            raise RuntimeError(
+                "no gradient: call loss.backward() before head.step(), on a loss of this step that "
+                "was computed in training mode"
+            )
+        if step.bad is not None:  # the loss of a pass was not finite
+            bad = step.bad if bad is None else bad | step.bad
+        if self.fused is None:
+            self._update_by_weight_grad(step, learning_rate, bad, gradient_scale)
+        elif step.passes:
             with without_autocast(self.device):
-                self.fused.finish(learning_rate, bad, gradient_scale)
-        else:
-            self._update_by_weight_grad(learning_rate, bad, gradient_scale)
+                self.fused.update(step, learning_rate, bad, gradient_scale)
         if bad is not None:
-            for name, before in self._margin_before.items():
+            for name, before in step.margin_before.items():
                 state = self.get_buffer(f"margin_{name}")
                 state.copy_(torch.where(bad, before, state))
-        self._margin_before = {}
-        self._sample, self._sample_is_prepared = None, False
+        self._step = None
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns what sampling and draws need to continue as if they had not been interrupted."""
@@ -343,7 +351,8 @@ class PartialFC(nn.Module):
         Returns:
             (the rows as constants, [S] int64 local classes or None for all).
         """
-        return self._centers(), None if self._sample is None else self._sample.classes
+        step = self._step or self._new_step(torch.empty(0, dtype=torch.int64, device=self.device))
+        return step.centers, step.classes
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes over the `get_extra_state` of a saved head."""
@@ -351,6 +360,7 @@ class PartialFC(nn.Module):
         self._forwards = state["forwards"]
         for (_, rule), count in zip(self.optimized_parameters(), state["roundings"], strict=True):
             rule.sr_counter = count
+        self._step = None
 
     def planned_blocks(self) -> tuple[Plan, BlockCost]:
         """Plans the blocks of a step on this rank, and computes what a row of them takes.
@@ -374,11 +384,10 @@ class PartialFC(nn.Module):
                 weight = self.weight[:size]
             else:
                 rows = torch.empty(size, dtype=torch.int64, device="meta")
-        centers = LocalCenters(
-            weight, self.row_optimizer, self.bias, self._bias_optimizer, rows, state=state
+        centers = ClassCenters(
+            weight, self.row_optimizer, self.bias, self._bias_optimizer, rows, state
         )
-        like = torch.empty(0, dtype=self.work_dtype, device=self.device)
-        step = (centers, batch, self.embedding_size, like)
+        step = (centers, batch, self.embedding_size)
         return self.fused.plan(*step), self.fused.cost(*step)
 
     def describe_memory(self) -> str:
@@ -408,36 +417,93 @@ class PartialFC(nn.Module):
 
     # --- details ----------------------------------------------------------------------------
 
-    def _begin_sample(self, local_labels: Tensor) -> Tensor:
-        """Draws this step's classes if needed; returns each row's column, -1 on other ranks."""
-        if self.sample_rate >= 1.0:
-            return local_labels
-        if not self._sample_is_prepared:
-            if self.weight.grad is not None or (self.fused and self.fused.has_pending):
-                raise RuntimeError(
-                    "a second forward before head.step(): its classes would be another sample. "
-                    "To accumulate gradients call head.prepare(labels of all micro-batches) first"
-                )
-            self._draw(local_labels)
-        assert self._sample is not None
-        column = self._sample.columns(local_labels)
-        torch._assert_async(
-            ((local_labels < 0) | (column >= 0)).all(),
-            "a label is not among the classes head.prepare() was told of",
-        )
-        return column
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
-    def _draw(self, local_labels: Tensor) -> None:
-        self._sample = draw_sample(
-            local_labels,
+    def _step_of(self, labels: Tensor) -> StepContext:
+        """Returns the step that a forward of these labels [B] belongs to.
+
+        A forward of a sampled head that is no training belongs to a step of its own, which leaves
+        the step in progress and the number of draws alone.
+        """
+        step, is_sampled = self._step, self.sample_rate < 1.0
+        if is_sampled and not self._is_training():
+            step = self._new_step(labels)
+            step.refusal = "this loss was computed in evaluation mode: call head.train() before"
+            return step
+        if step is not None and (step.prepared is not None or not (is_sampled or step.updates)):
+            return step
+        new = self._new_step(labels)
+        if step is not None:
+            self._refuse_pending("a second forward")
+            new.updates = step.updates
+            step.refusal = (
+                "a later forward has begun another step: call backward before the next forward, or "
+                "head.prepare(labels of all micro-batches) before the first one"
+            )
+        self._samples_drawn += is_sampled
+        self._step = new
+        return new
+
+    def _new_step(self, labels: Tensor) -> StepContext:
+        """Draws the classes of a step; the number of the draw stays the same."""
+        parts = (self.weight, self.row_optimizer, self.bias, self._bias_optimizer)
+        if self.sample_rate >= 1.0:
+            return StepContext(ClassCenters(*parts))
+        classes = draw_sample(
+            self._localize(labels),
             self.num_classes_local,
             self.sample_rate,
             seed=self.seed,
             rank=self.rank,
             step=self._samples_drawn,
         )
-        self._rows = self._rows_of(self._sample.classes)
-        self._samples_drawn += 1
+        rows = self._rows_of(classes)
+        centers = ClassCenters(*parts, rows) if self._host is None else self._host.of_step(rows)
+        return StepContext(centers, classes)
+
+    def _columns(self, step: StepContext, labels: Tensor) -> Tensor:
+        """Returns [B] the place of each row's class among the step's, -1 on other ranks."""
+        local = self._localize(labels)
+        return local if step.classes is None else columns_of(step.classes, local)
+
+    def _has_gradient(self, step: StepContext) -> bool:
+        return bool(step.passes) or (self.fused is None and self.weight.grad is not None)
+
+    def _refuse_pending(self, what: str) -> None:
+        if self._step is not None and self._has_gradient(self._step):
+            raise RuntimeError(
+                f"{what} before head.step(): its classes would be another sample. To accumulate "
+                "gradients call head.prepare(labels of all micro-batches) first; to drop a "
+                "gradient call head.step(learning_rate, torch.tensor(True))"
+            )
+
+    def _is_unprepared(self, prepared: Tensor, labels: Tensor) -> Tensor:
+        """Says whether a label [B] was not given to `prepare`; on a CPU every rank raises."""
+        unknown = (labels != PAD_LABEL) & (columns_of(prepared, labels) < 0)
+        if labels.device.type == "cpu" and bool(unknown.any()):
+            raise ValueError(
+                f"label {int(labels[unknown][0])} is not among the labels that head.prepare() was "
+                "given for this step: give it the labels of all micro-batches"
+            )
+        return unknown.any()
+
+    def _unit_and_norms(self, batch: GlobalBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns embeddings and norms as the margin needs them, and whether the step is skipped.
+
+        Returns:
+            ([B, D] embeddings, divided by their norms where the margin normalizes; [B] norms where
+            the margin reads them; boolean scalar).
+        """
+        veto = batch.has_unknown | ~batch.is_real.any()
+        norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
+        unit = batch.embeddings / norms.clamp_min(NORM_FLOOR)[:, None]
+        self.mean_pairwise_cosine = mean_pairwise_cosine(unit, batch.is_real)
+        if not self.margin.normalize:
+            return batch.embeddings, norms if self.margin.reads_norms else None, veto
+        # Finite embeddings so long that their norms overflow would count as zero vectors.
+        veto = veto | ~torch.isfinite(norms.detach()).all()
+        return unit, norms if self.margin.reads_norms else None, veto
 
     def _rows_of(self, classes: Tensor) -> Tensor:
         """Returns the rows of the shard that hold these classes' centers, K per class."""
@@ -445,10 +511,6 @@ class PartialFC(nn.Module):
         if k == 1:
             return classes
         return (classes[:, None] * k + torch.arange(k, device=classes.device)).view(-1)
-
-    def _sampled_rows(self) -> Tensor | None:
-        """Returns the rows of the shard that take part in this step, None for all."""
-        return None if self._sample is None else self._rows
 
     def _next_rows(self) -> Callable[[], Tensor]:
         """Returns a function that finds the rows the next step will probably need: its negatives.
@@ -470,46 +532,42 @@ class PartialFC(nn.Module):
 
         return find
 
-    def _centers(self) -> ClassCenters:
-        rows = self._sampled_rows()
-        if self._host is not None and rows is not None:
-            return self._host.of_step(rows)
-        return LocalCenters(self.weight, self.row_optimizer, self.bias, self._bias_optimizer, rows)
-
-    def _rows_of_sample(self) -> tuple[Tensor, Tensor | None]:
+    def _rows_of_step(self, step: StepContext) -> tuple[Tensor, Tensor | None]:
         """Returns weight and bias of the classes that take part, for autograd."""
-        rows = self._sampled_rows()
+        rows = step.centers.rows
         if rows is None:
             return self.weight, self.bias
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
+    @torch.no_grad()
     def _begin_margin(
         self, norms: Tensor | None, target: PositiveLogits, is_real: Tensor
-    ) -> dict[str, Tensor]:
-        """Returns the margin's context of this batch; in training it updates the running values."""
+    ) -> tuple[Context, Mapping[str, Tensor]]:
+        """Returns the margin's context of this batch, and its running values after it."""
         targets = None
         if self.margin.reads_all_targets:
             targets = sum_over_ranks(target.similarity, self.group)
-        names = self.margin.initial_state()
-        state = {name: self.get_buffer(f"margin_{name}") for name in names}
-        is_training = self.training and torch.is_grad_enabled()
-        with torch.no_grad():
-            draw = hash_key(self.seed, 0xD4A3, self._forwards)
-            context, after = self.margin.begin(BatchFacts(norms, targets, is_real, draw), state)
-            if is_training:
-                self._forwards += 1
-                for name, value in state.items():
-                    self._margin_before.setdefault(name, value.clone())
-                    finite = torch.isfinite(after[name])
-                    value.copy_(torch.where(finite, after[name], value))
-        return dict(context)
+        state = {name: self.get_buffer(f"margin_{name}") for name in self.margin.initial_state()}
+        draw = hash_key(self.seed, 0xD4A3, self._forwards)
+        return self.margin.begin(BatchFacts(norms, targets, is_real, draw), state)
+
+    @torch.no_grad()
+    def _advance_margin(self, step: StepContext, after: Mapping[str, Tensor], loss: Tensor) -> None:
+        """Updates the margin's running values, unless the loss is not finite."""
+        self._forwards += 1
+        for name in self.margin.initial_state():
+            value = self.get_buffer(f"margin_{name}")
+            step.margin_before.setdefault(name, value.clone())
+            value.copy_(torch.where(torch.isfinite(loss), after[name], value))
 
     def _update_by_weight_grad(
-        self, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
+        self,
+        step: StepContext,
+        learning_rate: float,
+        bad: Tensor | None,
+        gradient_scale: Tensor | None,
     ) -> None:
-        if self.weight.grad is None:
-            raise RuntimeError("no gradient: call loss.backward() before head.step()")
-        rows = self._sampled_rows()
+        rows = step.centers.rows
         for parameter, rule in self.optimized_parameters():
             assert parameter.grad is not None
             gradient = parameter.grad if rows is None else parameter.grad[rows]

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
+from arcshard.head.step import SoftmaxContext, StepContext
 from arcshard.head.target import find_positive_logits
 from arcshard.losses import ArcFace
 from arcshard.partial_fc import PartialFC
@@ -243,14 +244,15 @@ def _trace_loop(head: PartialFC) -> list[Operation]:
     unit = torch.empty(batch, WIDTH, device="meta")
     column = torch.empty(batch, dtype=torch.int64, device="meta")
     head.prepare([column])
-    centers, _ = head.sampled_centers()
+    step = StepContext(*head.sampled_centers())
     target = find_positive_logits(
-        unit, column, centers, head.margin.normalize, head.centers_per_class
+        unit, column, step.centers, head.margin.normalize, head.centers_per_class
     )
     weight, veto = unit.new_empty(batch), torch.empty((), dtype=torch.bool, device="meta")
+    plan = head.fused.plan(step.centers, batch, WIDTH)
     with OperationLog() as log:
-        loss, one = head.fused.forward(unit, None, target, {}, centers, weight, LEARNING_RATE, veto)
-        one.backward(torch.empty_like(loss))
+        one = SoftmaxContext(step, unit, None, target, {}, weight, LEARNING_RATE, plan)
+        head.fused.backward(one, torch.empty_like(head.fused.forward(one, veto)))
     return log.operations
 
 

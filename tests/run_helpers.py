@@ -246,7 +246,8 @@ def loss_and_gradients(
     embeddings, labels, _, _ = batch_for(rank, sizes, num_classes, width)
     loss = head(embeddings, labels, 1.0 if path == "fused" else None)
     loss.backward()
-    classes = range(head.num_classes_local) if head._sample is None else head._sample.classes
+    _, sample = head.sampled_centers()
+    classes = range(head.num_classes_local) if sample is None else sample
     classes = torch.tensor([head.class_range.start + int(c) for c in classes])
     head.step(1.0)
     gradients = [old - new.detach() for old, new in zip(before, head.parameters(), strict=True)]

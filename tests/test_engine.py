@@ -298,8 +298,8 @@ def test_bf16_state_and_centers_follow_fp32_within_their_rounding(rule):
 def test_blocks_cover_all_rows_in_whole_classes_within_the_budget(
     classes, batch, width, k, budget, copies, share
 ):
-    cost = BlockCost(batch, width, reads_copies=copies, batch_matrices=2, width_matrices=3)
-    if cost.work_bytes_per_row * k > budget:
+    cost = BlockCost(8 * batch + 12 * width + 4, 4 * batch + 4, 4 * width * copies)
+    if cost.work * k > budget:
         with pytest.raises(WorkspaceTooSmallError, match="head_workspace_mib"):
             plan_blocks(classes * k, cost, Workspace(budget, int(budget * share)), k)
         return
@@ -308,9 +308,7 @@ def test_blocks_cover_all_rows_in_whole_classes_within_the_budget(
     assert [a for a, _ in blocks[1:]] == [b for _, b in blocks[:-1]]
     assert (blocks[0][0], blocks[-1][1]) == (0, classes * k) if blocks else classes == 0
     assert all(a % k == 0 and b % k == 0 for a, b in blocks)
-    used = plan.rows_per_block * cost.work_bytes_per_row
-    used += plan.kept_rows * cost.kept_bytes_per_row + plan.copied_rows * width * 4
-    assert used <= budget
+    assert cost.total_bytes(plan) <= budget
     assert plan.kept_rows in {0, classes * k} or plan.kept_rows % plan.rows_per_block == 0
     aligned = plan.rows_per_block % (8 * k) == 0
     assert aligned or len(blocks) <= 1 or plan.rows_per_block < 8 * k

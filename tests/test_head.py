@@ -57,7 +57,7 @@ def test_the_prefix_of_the_permutation_is_distinct_and_long_enough(domain, key, 
 )
 def test_a_sample_holds_all_positives_and_has_the_stated_size(classes, rate, labels, step):
     labels = torch.tensor([x if x < classes else -1 for x in labels], dtype=torch.int64)
-    sample = draw_sample(labels, classes, rate, seed=1, rank=0, step=step).classes
+    sample = draw_sample(labels, classes, rate, seed=1, rank=0, step=step)
     positives = labels[labels >= 0].unique()
     assert len(sample) == max(len(positives), sample_size(classes, rate))
     assert bool(torch.isin(positives, sample).all())
@@ -69,7 +69,7 @@ def test_a_sample_holds_all_positives_and_has_the_stated_size(classes, rate, lab
 def test_samples_are_reproducible_and_differ_by_step_rank_and_seed():
     def draw(**changes):
         numbers = {"seed": 1, "rank": 0, "step": 0, **changes}
-        return draw_sample(torch.tensor([3]), 1000, 0.1, **numbers).classes
+        return draw_sample(torch.tensor([3]), 1000, 0.1, **numbers)
 
     assert torch.equal(draw(), draw())
     for changes in ({"step": 1}, {"rank": 1}, {"seed": 2}):

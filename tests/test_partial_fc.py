@@ -137,7 +137,8 @@ def steps_of_head(
         before = head.weight.detach().clone()
         head(embeddings, labels).backward()
         assert head.weight.grad is not None
-        rows = head._sample.classes if head._sample else torch.arange(head.num_classes_local)
+        _, sample = head.sampled_centers()
+        rows = torch.arange(head.num_classes_local) if sample is None else sample
         gradient = head.weight.grad.clone()
         head.step(0.1)
         history.append(

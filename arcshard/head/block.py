@@ -3,14 +3,14 @@
 Shapes: B rows of the global batch, n classes in the block, K centers per class, n K rows of D. All
 sums here leave the target class out: it has a logit of its own (arcshard/head/fused.py).
 
-With E_ij = exp(z_ij - m_i) slope_ij, and per-row factors r_i that turn it into the gradient of the
-loss with respect to the similarity, the block gives
+With numerators N_ij = exp(z_ij - m_i) df/dcos_ij, the block gives
 
-    dE_i += r_i sum_j E_ij w^_j        dw^_j = sum_i r_i E_ij e^_i       w^ = w / |w|
+    dE_i += r_i sum_j N_ij w^_j        dw^_j = sum_i r_i N_ij e^_i       w^ = w / |w|
     dw_j = (dw^_j - <dw^_j, w^_j> w^_j) / |w_j|
 
-1 / |w_j| is multiplied into the columns of E rather than into the rows of w: for B <= 2 D fewer
-bytes are read and written, and no normalized copy of w has to exist.
+where r_i are numbers of a row of the batch. The division by |w| costs least where something is
+written anyway. Operands in half precision are normalized as they are cast. In full precision the
+centers are read in place, and the numerators are N_ij / |w_j|, which both products need.
 """
 
 from __future__ import annotations
@@ -24,11 +24,8 @@ from torch import Tensor
 from arcshard.margins.base import Context, Margin
 
 NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
-
-
-def inverse_norms(centers: Tensor) -> Tensor:
-    """Returns 1 / |w_j| of centers [rows, D], with the floor of torch's normalize."""
-    return torch.linalg.vector_norm(centers, dim=1).clamp_min_(NORM_FLOOR).reciprocal_()
+# exp(z - LEVEL) / |w| of |z| <= 64 and |w| >= NORM_FLOOR lies between 2e-35 and 7e32.
+LEVEL = 16.0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -39,107 +36,182 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def matmul(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Multiplies `left` by `right` with operands in `dtype`.
+def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiplies `left` by `right`.
 
-    Half-precision products are summed in fp32. A GPU returns those sums; a CPU rounds them once.
+    Half-precision operands are multiplied exactly and summed in fp32. A CPU has no product of half
+    precision that returns its sums, so it multiplies the operands as fp32.
 
     Args:
         left: [n, k] matrix.
-        right: [k, m] matrix.
-        dtype: Dtype of the operands.
-        out: [n, m] result matrix, used for fp32 and fp64 operands only.
+        right: [k, m] matrix of the same dtype.
+        out: [n, m] result matrix, used unless an accelerator multiplies in half precision.
 
     Returns:
         [n, m] in fp32, or in fp64 for fp64 operands.
     """
-    if dtype in (torch.float32, torch.float64):
+    if left.dtype in (torch.float32, torch.float64):
         return torch.mm(left, right, out=out)
-    left, right = left.to(dtype), right.to(dtype)
-    if left.device.type in ("cuda", "meta"):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right).float()
+    if left.device.type == "cpu":
+        return torch.mm(left.float(), right.float(), out=out)
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left` times `right`, as `matmul` computes it, to `total` in place."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(matmul(left, right))
+
+
+def norms_of(centers: Tensor) -> Tensor:
+    """Returns |w_j| of centers [rows, D], with the floor of torch's normalize."""
+    return torch.linalg.vector_norm(centers, dim=1).clamp_min_(NORM_FLOOR)
+
+
+def as_operand(centers: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns centers [rows, D] for products in `dtype`.
+
+    Args:
+        centers: [rows, D] in working precision.
+        norm: [rows] norms, None where the margin does not normalize.
+        dtype: Dtype of the operands.
+
+    Returns:
+        The centers themselves in full precision. In half precision they are rounded, and divided
+        by their norms if there are any.
+    """
+    if dtype == centers.dtype:
+        return centers
+    rounded = torch.empty_like(centers, dtype=dtype)
+    return (
+        rounded.copy_(centers) if norm is None else torch.div(centers, norm[:, None], out=rounded)
+    )
 
 
 def logits_are_small(margin: Margin) -> bool:
-    """Says whether exp(z) of all other classes is safe in fp32 without subtracting a maximum.
+    """Says whether |z| <= 64 for all other classes, so that no maximum has to be subtracted.
 
-    It is for cosines times s <= 64: exp(z) lies between exp(-64) = 1.6e-28 and exp(64) = 6e27, and
-    a sum over 10^9 classes stays below 10^37.
+    exp(z) of such logits lies between 1.6e-28 and 6e27, and a sum over 10^9 classes stays below
+    10^37.
     """
     return margin.normalize and not margin.bias and not margin.touches_others and margin.scale <= 64
 
 
-def exponentials(
-    similarities: Tensor,
-    margin: Margin,
-    context: Context,
-    target_column: Tensor,
-    centers_per_class: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the softmax numerators of the classes that are not the target, in place.
+def add_at_target(matrix: Tensor, column: Tensor, values: Tensor) -> None:
+    """Adds one value per row to a matrix [B, n], where the row's target is among its columns.
 
     Args:
-        similarities: [B, n K] similarities, multiplied by s unless the margin touches the other
-            classes; overwritten.
+        matrix: [B, n], written in place.
+        column: [B] int64 column of the target; a number outside [0, n) where it is elsewhere.
+        values: [B] of the matrix's dtype.
+    """
+    inside = column.clamp(0, matrix.shape[1] - 1)
+    values = values.masked_fill(inside != column, 0.0)
+    matrix.scatter_add_(1, inside[:, None], values[:, None])
+
+
+def small_exponentials(
+    z: Tensor, column: Tensor, minus_inf: Tensor, norm: Tensor | None, row_sum: Tensor, out: Tensor
+) -> None:
+    """Computes softmax numerators of logits at most 64, without subtracting their maximum.
+
+    The numerators are exp(z), or exp(z - LEVEL) / |w| with `norm`, and 0 for the target.
+
+    Args:
+        z: [B, n] logits, multiplied by |w| if `norm` is given; overwritten.
+        column: [B] int64 column of the target; a number outside [0, n) where it is elsewhere.
+        minus_inf: [B] of -inf.
+        norm: [n] |w|, or None.
+        row_sum: [B], receives the sums of exp(z), or of exp(z - LEVEL) with `norm`.
+        out: [B, n], receives the numerators; may be `z`.
+    """
+    if norm is not None:
+        torch.addcmul(-(norm.log() + LEVEL), z, norm.reciprocal(), out=z)
+    add_at_target(z, column, minus_inf)
+    torch.exp(z, out=out)
+    if norm is not None:
+        torch.mv(out, norm, out=row_sum)
+    else:
+        torch.sum(out, dim=1, dtype=row_sum.dtype, out=row_sum)
+
+
+def exponentials(
+    z: Tensor,
+    column: Tensor,
+    minus_inf: Tensor,
+    norm: Tensor | None,
+    row_sum: Tensor,
+    margin: Margin,
+    context: Context,
+    bias: Tensor | None,
+    centers_per_class: int,
+) -> Tensor:
+    """Computes softmax numerators of any margin in place, relative to the row maxima m of the block.
+
+    The numerators are exp(z - m) times the slope of `margin.others`, divided by |w| with `norm`; 0
+    for the target and for centers that are not the best of their class.
+
+    Args:
+        z: [B, n K] similarities without bias, multiplied by |w| if `norm` is given and by s unless
+            the margin touches the other classes; overwritten.
+        column: [B] int64 column (class) of the target; a number outside [0, n) where it is in
+            another block.
+        minus_inf: [B] of -inf.
+        norm: [n K] |w|, or None.
+        row_sum: [B], receives the sums of exp(z - m).
         margin: The loss.
         context: What `margin.begin` returned for this batch.
-        target_column: [B] int64 column (class) of the target in this block; a number outside [0, n)
-            where the target is in another block.
+        bias: [n K], or None.
         centers_per_class: K; a class counts with its best center.
 
     Returns:
-        (E [B, n K] multiplied by the slope of `margin.others`, 0 for the target and for centers
-        that are not the best of their class; m [B], the row maxima (-inf where no class is left),
-        or 0 where `logits_are_small`; row sums of exp(z - m) [B]).
+        m [B], -inf where no class is left.
     """
-    best: Tensor | None = None
-    z = similarities
+    numerators, best, slope = z, None, None
+    if norm is not None:
+        z.div_(norm)
+    if bias is not None:
+        z.add_(bias, alpha=1.0 if margin.touches_others else margin.scale)
     if centers_per_class > 1:
-        z, best = similarities.view(len(similarities), -1, centers_per_class).max(dim=2)
-    slope: Tensor | None = None
+        z, best = z.view(len(z), -1, centers_per_class).max(dim=2)
     if margin.touches_others:
         values, slope = margin.others(z, context)
-        z = z.copy_(values) if values is not z else z
-    inside = (target_column >= 0) & (target_column < z.shape[1])
-    column = target_column.clamp(0, z.shape[1] - 1)[:, None]
-    z.scatter_(1, column, torch.where(inside[:, None], -math.inf, z.gather(1, column)))
-
-    if logits_are_small(margin):
-        row_max = z.new_zeros(len(z))
-    else:
-        row_max = z.amax(dim=1)
-        z.sub_(row_max.masked_fill(row_max == -math.inf, 0.0)[:, None])  # not -inf - -inf
-    if margin.touches_others:
-        z.mul_(margin.scale)
-        row_max = row_max * margin.scale
-    z.exp_()
-    row_sum = z.sum(dim=1)
+        z = torch.mul(values, margin.scale, out=z)
+    add_at_target(z, column, minus_inf)
+    row_max = z.amax(dim=1)
+    z.sub_(row_max.masked_fill(row_max == -math.inf, 0.0)[:, None])  # not -inf - -inf
+    torch.sum(z.exp_(), dim=1, out=row_sum)
     if slope is not None:
         z.mul_(slope)
     if best is not None:
-        grouped = similarities.zero_().view(*z.shape, centers_per_class)
+        grouped = numerators.zero_().view(*z.shape, centers_per_class)
         grouped.scatter_(2, best[:, :, None], z[:, :, None])
-    return similarities, row_max, row_sum
+    if norm is not None:
+        numerators.div_(norm)
+    return row_max
 
 
-def normalization_backward(gradient: Tensor, centers: Tensor, inverse_norm: Tensor) -> Tensor:
-    """Computes dw from dw^ / |w|: dw_j = g_j - <g_j, w_j> w_j / |w_j|^2.
+def normalization_backward(
+    gradient: Tensor, centers: Tensor, norm: Tensor, is_divided: bool
+) -> Tensor:
+    """Computes dw_j = (g_j - <g_j, w^_j> w^_j) / |w_j| with w^ = w / |w|.
 
-    This is the backward of v -> g v / |v| at g = |v|, for which torch has a kernel that visits the
-    rows once (it serves torch.nn.utils.parametrizations.weight_norm). Computed by dot products, a
-    product and a difference it took three times as long on a CPU.
+    This is the backward of v -> c v / |v|, for which torch has a kernel that visits the rows once
+    (it serves torch.nn.utils.parametrizations.weight_norm). Computed by dot products, a product
+    and a difference it took three times as long on a CPU.
 
     Args:
-        gradient: [rows, D], g_j = sum_i r_i E_ij e^_i / |w_j|.
+        gradient: [rows, D], g, or g / |w| if it `is_divided`.
         centers: [rows, D], w.
-        inverse_norm: [rows], 1 / |w_j|.
+        norm: [rows], |w|.
+        is_divided: Whether the gradient is divided by |w| already.
 
     Returns:
         [rows, D], a new tensor.
     """
-    norm = inverse_norm.reciprocal()[:, None]
-    projected: Tensor = torch.ops.aten._weight_norm_interface_backward(
-        gradient, centers, norm, norm, 0
-    )[0]
-    return projected
+    norm = norm[:, None]
+    c = norm if is_divided else torch.ones_like(norm)
+    dw: Tensor = torch.ops.aten._weight_norm_interface_backward(gradient, centers, c, norm, 0)[0]
+    return dw

@@ -6,63 +6,13 @@ or the rows of a sample; arcshard/head/offload.py keeps the shard in host memory
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from arcshard.head.row_optimizer import RowOptimizer
 
 
-class ClassCenters(Protocol):
-    """Rows 0 .. num_rows - 1 of one step; the K sub-centers of a class are K consecutive rows."""
-
-    num_rows: int
-    reads_copies: bool
-    """Whether `read` returns a copy (sampled rows, half precision) rather than a view of the
-    shard."""
-    rule_matrices: int
-    """Number of temporary matrices [rows, D] that the update of a block needs."""
-
-    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Returns rows [stop - start, D] in working precision; a copy is written into `out`."""
-
-    def read_rows(self, rows: Tensor) -> Tensor:
-        """Returns any rows [n, D] as constants."""
-
-    def read_bias(self, start: int, stop: int) -> Tensor | None:
-        """Returns the biases [stop - start], or None without a bias."""
-
-    def read_bias_rows(self, rows: Tensor) -> Tensor | None:
-        """Returns the biases [n] of any rows, or None without a bias."""
-
-    def update(
-        self,
-        start: int,
-        stop: int,
-        current: Tensor,
-        gradient: Tensor,
-        bias_gradient: Tensor | None,
-        learning_rate: float,
-        bad: Tensor | None,
-    ) -> None:
-        """Applies one step of the row optimizer to rows start .. stop - 1.
-
-        Args:
-            start: First row.
-            stop: Row after the last one.
-            current: [stop - start, D] the rows as `read` returned them; overwritten.
-            gradient: [stop - start, D]; may be overwritten.
-            bias_gradient: [stop - start], or None without a bias.
-            learning_rate: Learning rate of this step.
-            bad: Boolean scalar on the device. Where it is True, nothing is updated.
-        """
-
-    def flush(self) -> None:
-        """Completes the step; called when all its rows are updated."""
-
-
-class LocalCenters:
+class ClassCenters:
     """Rows of this rank's shard, on the device where the head computes.
 
     Args:

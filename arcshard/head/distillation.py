@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from arcshard.collectives import Group, all_gather_single, gather_rows, reduce_scatter_single
-from arcshard.head.block import inverse_norms, matmul
+from arcshard.head.block import matmul, norms_of
 from arcshard.head.centers import ClassCenters
 
 
@@ -86,14 +86,22 @@ def sharded_divergence(
     Returns:
         Scalar, 0 where the teacher knows none of the step's classes.
     """
-    loss: Tensor = _ShardedDivergence.apply(local_unit, local_teacher, sides)
+    # Every rank computes and exchanges the gradient, also one whose own embeddings require none.
+    wants_gradient = torch.is_grad_enabled() and (
+        sides.group is not None or local_unit.requires_grad
+    )
+    loss: Tensor = _ShardedDivergence.apply(local_unit, local_teacher, sides, wants_gradient)
     return loss
 
 
 class _ShardedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, local_unit: Tensor, local_teacher: Tensor, sides: DistillationInputs
+        ctx: Any,
+        local_unit: Tensor,
+        local_teacher: Tensor,
+        sides: DistillationInputs,
+        wants_gradient: bool,
     ) -> Tensor:
         rows, width = local_unit.shape
         both = torch.cat([local_unit, local_teacher.to(local_unit.dtype)], dim=1)
@@ -106,7 +114,7 @@ class _ShardedDivergence(torch.autograd.Function):
         divergence, teacher_lse, student_lse = _combine(_sums_here(blocks), sides.group)
         squared = sides.temperature**2
         loss = torch.where(is_real, divergence * row_weight, 0.0).sum() * squared
-        if ctx.needs_input_grad[0]:
+        if wants_gradient:
             factor = row_weight * (squared * sides.scale / sides.temperature)
             gradient = torch.zeros_like(blocks.student)
             for block in blocks:
@@ -117,9 +125,9 @@ class _ShardedDivergence(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradients[0] * gradient, None, None
+        return gradients[0] * gradient, None, None, None
 
 
 @dataclass
@@ -153,7 +161,8 @@ class _Block:
                 .scatter_(2, self.best[:, :, None], slope[:, :, None])
                 .view(len(slope), -1)
             )
-        return matmul(slope * self.inverse_norm, self.rows, self.dtype)
+        slope = slope * self.inverse_norm
+        return matmul(slope.to(self.dtype), self.rows.to(self.dtype))
 
 
 class _Blocks:
@@ -180,13 +189,13 @@ class _Blocks:
             dtype = sides.half
         factor = sides.scale / sides.temperature
         rows = sides.student.read(start * k, stop * k)
-        inverse_norm = inverse_norms(rows)
-        a = matmul(self.student, rows.t(), dtype).mul_(inverse_norm * factor)
+        inverse_norm = norms_of(rows).reciprocal_()
+        a = matmul(self.student.to(dtype), rows.t().to(dtype)).mul_(inverse_norm * factor)
         best = None
         if k > 1:
             a, best = a.view(len(a), -1, k).max(dim=2)
         unit, known = self._of_teacher(start, stop)
-        t = matmul(self.teacher, unit.flatten(0, 1).t(), dtype).mul_(factor)
+        t = matmul(self.teacher.to(dtype), unit.flatten(0, 1).t().to(dtype)).mul_(factor)
         t = t.view(len(t), -1, unit.shape[1]).amax(dim=2)
         difference = t - a
         difference.masked_fill_(~known, 0.0)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arcshard.head.centers import LocalCenters
+from arcshard.head.centers import ClassCenters
 from arcshard.head.row_optimizer import RowOptimizer
 
 
@@ -124,7 +124,7 @@ class CenterOffload:
         return brought
 
 
-class OffloadedCenters(LocalCenters):
+class OffloadedCenters(ClassCenters):
     """A sample's rows on the device, like a small shard that is copied back after its update.
 
     Args:

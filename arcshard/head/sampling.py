@@ -12,7 +12,6 @@ no wait for the device, except where r x C_local is smaller than the batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,31 +21,22 @@ from arcshard.random import hash_key
 ROUNDS = 8  # rounds of the Feistel network; 4 suffice in theory, small domains need a few more
 
 
-@dataclass
-class ClassSample:
-    """The classes of one step on one rank.
+def columns_of(classes: Tensor, local_labels: Tensor) -> Tensor:
+    """Finds the column of each local label in a sample.
 
-    Attributes:
-        classes: [S] int64, ascending local class numbers.
+    Args:
+        classes: [S] int64, ascending local classes.
+        local_labels: [B] int64 in [0, C_local), or -1 for labels of other ranks.
+
+    Returns:
+        [B] int64, -1 for labels of other ranks and for labels that are not in the sample.
     """
-
-    classes: Tensor
-
-    def columns(self, local_labels: Tensor) -> Tensor:
-        """Finds the column of each local label in the sample.
-
-        Args:
-            local_labels: [B] int64 in [0, C_local), or -1 for labels of other ranks.
-
-        Returns:
-            [B] int64, -1 for labels of other ranks and for labels that are not in the sample.
-        """
-        if len(self.classes) == 0:
-            return torch.full_like(local_labels, -1)
-        position = torch.searchsorted(self.classes, local_labels.clamp_min(0))
-        position = position.clamp_max(len(self.classes) - 1)
-        found = (local_labels >= 0) & (self.classes[position] == local_labels)
-        return torch.where(found, position, -1)
+    if len(classes) == 0:
+        return torch.full_like(local_labels, -1)
+    position = torch.searchsorted(classes, local_labels.clamp_min(0))
+    position = position.clamp_max(len(classes) - 1)
+    found = (local_labels >= 0) & (classes[position] == local_labels)
+    return torch.where(found, position, -1)
 
 
 def sample_size(num_classes_local: int, sample_rate: float) -> int:
@@ -62,7 +52,7 @@ def draw_sample(
     seed: int,
     rank: int,
     step: int,
-) -> ClassSample:
+) -> Tensor:
     """Draws all positives plus random negatives, S = max(#positives, round(r x C_local)) classes.
 
     Args:
@@ -73,11 +63,14 @@ def draw_sample(
         seed: Seed of the run.
         rank: This rank.
         step: Number of the draw. The same seed, rank and step give the same permutation.
+
+    Returns:
+        [S] int64, ascending local classes.
     """
     device = local_labels.device
     size = sample_size(num_classes_local, sample_rate)
     if num_classes_local == 0:
-        return ClassSample(torch.empty(0, dtype=torch.int64, device=device))
+        return torch.empty(0, dtype=torch.int64, device=device)
 
     # Positives, ascending, each once; labels of other ranks are pushed past the end.
     positives = torch.where(local_labels >= 0, local_labels, num_classes_local).sort().values
@@ -100,7 +93,7 @@ def draw_sample(
     # Stable: positives first, then negatives in the permutation's order, leftovers last.
     unusable = ~torch.cat([is_first, usable])
     order = torch.argsort(unusable.to(torch.uint8), stable=True)
-    return ClassSample(pool[order[:size]].sort().values)
+    return pool[order[:size]].sort().values
 
 
 def likely_classes(

@@ -1,4 +1,4 @@
-"""The memory plan of the fused path: blocks of classes, and one buffer for them.
+"""The memory plan of the fused path: blocks of classes, and the matrices of a block.
 
 `choose_workspace` returns the budget and `plan_blocks` the blocks; both are pure functions. The
 block that is being computed needs matrices [B, rows] and [rows, D]. The rest of the budget keeps
@@ -77,42 +77,22 @@ def memory_bytes_of(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What the rows of a block take beside the centers and their state, in elements and bytes.
+    """Bytes that a row of a step takes beside the centers and their state.
 
     Attributes:
-        batch: B, rows of the global batch.
-        width: D.
-        element_bytes: Bytes of a number in working precision.
-        kept_bytes: Bytes of a kept numerator.
-        batch_matrices: Number of matrices [B, rows] that the block being computed needs at once.
-        width_matrices: Number of matrices [rows, D] that it needs at once.
-        reads_copies: Whether reading centers copies them, so that the copies are worth keeping.
+        work: Bytes of a row of the block that is being computed.
+        kept: Bytes of a row whose numerators, one per row of the batch, and norm are kept.
+        copied: Bytes of a row whose copied center is kept; 0 where reading copies nothing.
     """
 
-    batch: int
-    width: int
-    element_bytes: int = 4
-    kept_bytes: int = 4
-    batch_matrices: int = 1
-    width_matrices: int = 2
-    reads_copies: bool = False
-
-    @property
-    def work_bytes_per_row(self) -> int:
-        """Bytes per row of the block being computed."""
-        per_row = self.batch * self.batch_matrices + self.width * self.width_matrices + 4
-        return self.element_bytes * per_row
-
-    @property
-    def kept_bytes_per_row(self) -> int:
-        """Bytes per row whose numerators, one per row of the batch, and 1 / |w| are kept."""
-        return self.batch * self.kept_bytes + self.element_bytes
+    work: int
+    kept: int
+    copied: int = 0
 
     def total_bytes(self, plan: Plan) -> int:
         """Returns the most that a step by `plan` takes: the block being computed and kept data."""
-        work = plan.rows_per_block * self.work_bytes_per_row
-        kept = plan.kept_rows * self.kept_bytes_per_row
-        return work + kept + plan.copied_rows * self.width * self.element_bytes
+        kept = plan.kept_rows * self.kept + plan.copied_rows * self.copied
+        return plan.rows_per_block * self.work + kept
 
 
 @dataclass(frozen=True)
@@ -151,13 +131,13 @@ def plan_blocks(
     Raises:
         WorkspaceTooSmallError: Not one class of `centers_per_class` rows fits.
     """
-    per_class = cost.work_bytes_per_row * centers_per_class
+    per_class = cost.work * centers_per_class
     budget_bytes = workspace.budget_bytes
     if per_class > budget_bytes:
         raise WorkspaceTooSmallError(
-            f"a workspace of {budget_bytes / 2**20:.3g} MiB does not hold one class: a global "
-            f"batch of {cost.batch} and embeddings of {cost.width} need {per_class / 2**20:.3g} "
-            f"MiB; head_workspace_mib must be at least {math.ceil(per_class / 2**20)}"
+            f"a workspace of {budget_bytes / 2**20:.3g} MiB does not hold one class, which needs "
+            f"{per_class / 2**20:.3g} MiB at this global batch and embedding size; "
+            f"head_workspace_mib must be at least {math.ceil(per_class / 2**20)}"
         )
     num_classes = max(1, num_rows // centers_per_class)
     classes = min(max(1, workspace.work_bytes // per_class), num_classes)
@@ -169,12 +149,11 @@ def plan_blocks(
     if num_blocks > 1 and classes >= ALIGNED:
         classes += -classes % ALIGNED
     rows = classes * centers_per_class
-    left = budget_bytes - rows * cost.work_bytes_per_row
-    kept = _whole_blocks(left // cost.kept_bytes_per_row, rows, num_rows)
+    left = budget_bytes - rows * cost.work
+    kept = _whole_blocks(left // cost.kept, rows, num_rows)
     copied = 0
-    if cost.reads_copies and kept == num_rows:
-        left -= kept * cost.kept_bytes_per_row
-        copied = _whole_blocks(left // (cost.width * cost.element_bytes), rows, num_rows)
+    if cost.copied and kept == num_rows:
+        copied = _whole_blocks((left - kept * cost.kept) // cost.copied, rows, num_rows)
     return Plan(num_rows, rows, kept, copied)
 
 
@@ -182,77 +161,22 @@ def _whole_blocks(rows: int, rows_per_block: int, num_rows: int) -> int:
     return num_rows if rows >= num_rows else rows // rows_per_block * rows_per_block
 
 
-class WorkspaceBuffer:
-    """Scratch for the block being computed and space for kept numerators, in one allocation.
-
-    The allocation grows when a plan needs more, and lasts as long as the buffer.
+class Scratch:
+    """Matrices by name that last as long as the head, so that steps do not allocate them again.
 
     Args:
-        device: Device of the buffer.
-        dtype: Working precision.
-        kept_dtype: Dtype of kept numerators.
+        device: Device of the matrices.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, kept_dtype: torch.dtype) -> None:
-        self.device, self.dtype, self.kept_dtype = device, dtype, kept_dtype
-        # Products of half-precision operands are allocated by matmul, so they need no scratch.
-        self._is_half = kept_dtype != dtype
-        self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
-        self._rows = self._batch = self._width = 0
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[str, Tensor] = {}
 
-    def arrange(self, plan: Plan, batch: int, width: int) -> None:
-        """Lays the buffer out for a plan; its content is lost.
-
-        Args:
-            plan: Plan of the step.
-            batch: B.
-            width: D.
-        """
-        self._rows, self._batch, self._width = plan.rows_per_block, batch, width
-        item = self.dtype.itemsize
-        self._kept_at = 0 if self._is_half else _up(item * self._rows * (batch + width))
-        self._norms_at = self._kept_at + _up(plan.kept_rows * batch * self.kept_dtype.itemsize)
-        self._copies_at = self._norms_at + _up(plan.kept_rows * item)
-        self._copied_rows = plan.copied_rows
-        size = self._copies_at + plan.copied_rows * width * item
-        if size > self._bytes.numel():
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old one first
-            self._bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
-
-    def batch_matrix(self, batch: int, rows: int) -> Tensor | None:
-        """Returns scratch [batch, rows], batch at most B; None for half-precision operands."""
-        if self._is_half:
-            return None
-        return self._cut(0, batch * rows, self.dtype).view(batch, rows)
-
-    def width_matrix(self, rows: int) -> Tensor | None:
-        """Returns scratch [rows, D]; None for half-precision operands."""
-        if self._is_half:
-            return None
-        start = self.dtype.itemsize * self._rows * self._batch
-        return self._cut(start, rows * self._width, self.dtype).view(rows, self._width)
-
-    def kept_numerators(self, start: int, stop: int) -> Tensor:
-        """Returns space [B, stop - start] for numerators of rows below the plan's `kept_rows`."""
-        at = self._kept_at + start * self._batch * self.kept_dtype.itemsize
-        shape = (self._batch, stop - start)
-        return self._cut(at, shape[0] * shape[1], self.kept_dtype).view(shape)
-
-    def kept_inverse_norms(self, start: int, stop: int) -> Tensor:
-        """Returns space [stop - start] for 1 / |w| of rows below the plan's `kept_rows`."""
-        return self._cut(self._norms_at + start * self.dtype.itemsize, stop - start, self.dtype)
-
-    def copied_centers(self, start: int, stop: int) -> Tensor | None:
-        """Returns space [stop - start, D] for kept copies, None past the plan's `copied_rows`."""
-        if stop > self._copied_rows:
-            return None
-        at = self._copies_at + start * self._width * self.dtype.itemsize
-        return self._cut(at, (stop - start) * self._width, self.dtype).view(-1, self._width)
-
-    def _cut(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        return self._bytes[start : start + count * dtype.itemsize].view(dtype)
-
-
-def _up(size: int) -> int:
-    """Rounds up to a multiple of 8, so that every part can hold doubles."""
-    return -(-size // 8) * 8
+    def get(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Returns the matrix [rows, width] of this name; its content is that of the last use."""
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < rows * width:
+            self._flat.pop(name, None)  # frees the old memory first
+            del flat
+            flat = self._flat[name] = torch.empty(rows * width, dtype=dtype, device=self.device)
+        return flat[: rows * width].view(rows, width)

@@ -239,7 +239,7 @@ def cosine_with_linear_tail(
     Returns:
         (value, slope to the cosine, slope to the margin), each of the shape of `cosine`.
     """
-    m = torch.full_like(cosine, margin) if isinstance(margin, float) else margin
+    m = margin if isinstance(margin, Tensor) else torch.full_like(cosine, margin)
     inside = cosine > torch.cos(math.pi - m)
     theta = torch.acos(cosine)
     value = torch.where(inside, torch.cos(theta + m), cosine - m * torch.sin(m))

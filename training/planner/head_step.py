@@ -95,9 +95,8 @@ def count_head_step(
         part = make(classes)
         assert part.fused is not None
         kept, copied = (first + others, first) if has_copies else (first, 0)
-        work = rows * cost.work_bytes_per_row
-        budget = work + kept * rows * cost.kept_bytes_per_row
-        budget += copied * rows * cost.width * cost.element_bytes
+        work = rows * cost.work
+        budget = work + rows * (kept * cost.kept + copied * cost.copied)
         part.fused.workspace = Workspace(budget, work)
         found, _ = part.planned_blocks()
         has = [len(found.blocks()), found.rows_per_block]

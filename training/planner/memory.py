@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from arcshard.head.centers import LocalCenters
+from arcshard.head.centers import ClassCenters
 from arcshard.head.reference import reference_loss
 from arcshard.head.sampling import sample_size
 from arcshard.head.workspace import Workspace, choose_workspace
@@ -399,14 +399,13 @@ def _head_needs(
             positives = local * -math.expm1(-batch / (local * world_size))  # expected, distinct
             num_rows = k * max(sample_size(local, head.sample_rate), round(positives))
             rows = torch.empty(num_rows, dtype=torch.int64, device=device)
-        like = torch.empty(0, dtype=head.work_dtype, device=device)
         buffer, plan, matmul_dtype = 0, None, head.work_dtype
         if head.fused is not None:
-            shard = LocalCenters(weight, rule, bias, None, rows, state=state)
-            plan = head.fused.plan(shard, batch, head.embedding_size, like)
-            cost = head.fused.cost(shard, batch, head.embedding_size, like)
+            shard = ClassCenters(weight, rule, bias, None, rows, state=state)
+            plan = head.fused.plan(shard, batch, head.embedding_size)
+            cost = head.fused.cost(shard, batch, head.embedding_size)
             buffer = cost.total_bytes(plan)
-            matmul_dtype = head.fused.matmul_dtype(like)
+            matmul_dtype = head.fused.operand_dtype
     trace = None if plan is not None else _trace_autograd_head(head, num_rows, batch)
     work = HeadWork(
         rows=num_rows,
