@@ -33,7 +33,7 @@ from arcshard.head.arguments import check_arguments
 from arcshard.head.batch import PAD_LABEL, BatchGatherer, GlobalBatch, mean_pairwise_cosine
 from arcshard.head.block import NORM_FLOOR, without_autocast
 from arcshard.head.centers import ClassCenters
-from arcshard.head.fused import FusedMarginSoftmax
+from arcshard.head.fused import FusedMarginSoftmax, update_centers
 from arcshard.head.init import init_centers
 from arcshard.head.offload import CenterOffload
 from arcshard.head.reference import reference_loss
@@ -41,7 +41,13 @@ from arcshard.head.row_optimizer import RowOptimizer, refuse_plain_optimizers
 from arcshard.head.sampling import columns_of, draw_sample, likely_classes, sample_size
 from arcshard.head.step import StepContext
 from arcshard.head.target import PositiveLogits, find_positive_logits
-from arcshard.head.workspace import BlockCost, Plan, choose_workspace, memory_bytes_of
+from arcshard.head.workspace import (
+    BlockCost,
+    BlockPlanner,
+    Plan,
+    choose_workspace,
+    memory_bytes_of,
+)
 from arcshard.losses import BatchFacts, Margin
 from arcshard.margins.base import Context
 from arcshard.random import hash_key
@@ -167,19 +173,16 @@ class PartialFC(nn.Module):
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
         self.matmul_half = half
-        self.fused: FusedMarginSoftmax | None = None
+        self.fused: BlockPlanner | None = None
         if update == "fused":
-            workspace = choose_workspace(
-                workspace_mib, self.device.type, memory_bytes_of(self.device)
-            )
-            self.fused = FusedMarginSoftmax(
+            self.fused = BlockPlanner(
                 margin,
                 self.group,
-                workspace,
+                choose_workspace(workspace_mib, self.device.type, memory_bytes_of(self.device)),
                 self.device,
                 self.work_dtype,
-                centers_per_class=centers_per_class,
-                half=half,
+                half if half and self.work_dtype == torch.float32 else self.work_dtype,
+                centers_per_class,
             )
             refuse_plain_optimizers(self.weight, "update='fused' moves its class centers itself")
         elif self.sample_rate < 1.0:
@@ -244,8 +247,10 @@ class PartialFC(nn.Module):
             )
             context, after = self._begin_margin(norms, target, batch.is_real)
             if self.fused is not None:
-                loss = self.fused(
-                    step, self.weight, unit, norms, target, context, row_weight, learning_rate, veto
+                keeps = torch.is_grad_enabled() and not step.refusal
+                loss = FusedMarginSoftmax.apply(
+                    *(unit, norms, self.weight, self.fused, step, target, context, row_weight),
+                    *(learning_rate, veto, keeps),
                 )
             else:
                 loss = reference_loss(
@@ -261,7 +266,9 @@ class PartialFC(nn.Module):
                     self.matmul_half,
                 )
                 loss = loss + torch.where(veto, torch.nan, 0.0)
-                step.guard(loss)
+                if loss.requires_grad:
+                    constant, updates = loss.detach(), step.updates
+                    loss.register_hook(lambda _: step.check_backward(updates, constant))
             if self._is_training():
                 self._advance_margin(step, after, loss.detach())
             return loss
@@ -322,7 +329,7 @@ class PartialFC(nn.Module):
             self._update_by_weight_grad(step, learning_rate, bad, gradient_scale)
         elif step.passes:
             with without_autocast(self.device):
-                self.fused.update(step, learning_rate, bad, gradient_scale)
+                update_centers(step, learning_rate, bad, gradient_scale)
         if bad is not None:
             for name, before in step.margin_before.items():
                 state = self.get_buffer(f"margin_{name}")

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from arcshard.head.fused import FusedMarginSoftmax
 from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
-from arcshard.head.step import SoftmaxContext, StepContext
+from arcshard.head.step import StepContext
 from arcshard.head.target import find_positive_logits
 from arcshard.losses import ArcFace
 from arcshard.partial_fc import PartialFC
@@ -241,18 +242,20 @@ def _trace_loop(head: PartialFC) -> list[Operation]:
     assert head.fused is not None
     assert head.row_optimizer is not None
     head.row_optimizer.state(head.weight)
-    unit = torch.empty(batch, WIDTH, device="meta")
+    unit = torch.empty(batch, WIDTH, device="meta", requires_grad=True)
     column = torch.empty(batch, dtype=torch.int64, device="meta")
     head.prepare([column])
     step = StepContext(*head.sampled_centers())
     target = find_positive_logits(
-        unit, column, step.centers, head.margin.normalize, head.centers_per_class
+        unit.detach(), column, step.centers, head.margin.normalize, head.centers_per_class
     )
     weight, veto = unit.new_empty(batch), torch.empty((), dtype=torch.bool, device="meta")
-    plan = head.fused.plan(step.centers, batch, WIDTH)
     with OperationLog() as log:
-        one = SoftmaxContext(step, unit, None, target, {}, weight, LEARNING_RATE, plan)
-        head.fused.backward(one, torch.empty_like(head.fused.forward(one, veto)))
+        loss = FusedMarginSoftmax.apply(
+            *(unit, None, head.weight, head.fused, step, target, {}, weight),
+            *(LEARNING_RATE, veto, True),
+        )
+        loss.backward(torch.empty_like(loss))
     return log.operations
 
 

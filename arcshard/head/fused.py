@@ -2,12 +2,12 @@
 
 Forward keeps, per row, the log-sum-exp over the classes that are not its own and the logit of its
 own. With d = lse - z_target the loss of a row is log(1 + exp(d)), which is exact however small it
-is. With sigma = 1 / (1 + exp(-d)) and numerators N = exp(z - m)
+is. With sigma = 1 / (1 + exp(-d)) and numerators N = exp(z - level)
 
-    dloss/dz_j = sigma exp(m - lse) N_j  (others),     dloss/dz_target = -sigma
+    dloss/dz_j = sigma exp(level - lse) N_j  (others),     dloss/dz_target = -sigma
 
-so that the target's place among the numerators, empty in forward, gets -exp(lse - m) dphi/dcos
-before backward, and one factor per row makes N the gradient of all similarities.
+so the target's place among the numerators, empty in forward, gets -exp(lse - level) dphi/dcos in
+backward; then N times one factor per row is the gradient of all similarities.
 
 Backward visits the blocks again. A block adds to dE, and its dw goes to the row optimizer at once.
 Where the step can still be skipped or is not complete, backward adds to dE only, and `update`
@@ -15,19 +15,16 @@ visits the blocks once more. Numerators of the first blocks are kept from the fo
 as the workspace allows (3 matmuls); those of the others are computed again (4 matmuls, 5 when the
 update is deferred).
 
-Beyond the centers and their state this holds one workspace, O(B D), and O(B) per block.
-
     B rows of the global batch, D width, n rows of a block (K per class)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from arcshard.collectives import combine_softmax
@@ -37,388 +34,263 @@ from arcshard.head.block import (
     add_matmul,
     as_operand,
     exponentials,
-    logits_are_small,
     matmul,
     normalization_backward,
     norms_of,
     small_exponentials,
     without_autocast,
 )
-from arcshard.head.centers import ClassCenters
-from arcshard.head.step import Block, SoftmaxContext, StepContext
+from arcshard.head.step import StepContext
 from arcshard.head.target import PositiveLogits
-from arcshard.head.workspace import BlockCost, Plan, Scratch, Workspace, plan_blocks
-from arcshard.margins.base import Context, Margin
+from arcshard.head.workspace import BlockPlanner
+from arcshard.margins.base import Context
 
 
-class FusedMarginSoftmax:
-    """The fused path of a head: its settings and its workspace.
-
-    Args:
-        margin: The loss.
-        group: Process group of the ranks that share the classes, None for one rank.
-        workspace: Budget.
-        device: Device of the computation.
-        dtype: Working precision.
-        centers_per_class: K.
-        half: Dtype of the large matmuls' operands (torch.bfloat16), None for full precision.
+@dataclass
+class Block:
+    """Softmax numerators of a block of classes.
 
     Attributes:
-        operand_dtype: Dtype of the large matmuls' operands.
+        numerators: [B, n], divided by |w| in full precision (arcshard/head/block.py).
+        norm: [n] |w|, None where the margin does not normalize.
+        row_max: [B] what was subtracted from the logits, None where it is the level of all blocks.
+        operand: [n, D] the centers as an operand of products, None in a block that is kept.
+        copy: [n, D] copied centers, None where they are read again.
+        has_target: Whether the targets' places are filled.
     """
 
-    def __init__(
-        self,
-        margin: Margin,
-        group: dist.ProcessGroup | None,
-        workspace: Workspace,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        centers_per_class: int = 1,
-        half: torch.dtype | None = None,
-    ) -> None:
-        self.margin, self.group, self.workspace = margin, group, workspace
-        self.device, self.dtype, self.centers_per_class = device, dtype, centers_per_class
-        self.operand_dtype = half if half is not None and dtype == torch.float32 else dtype
-        self.scratch = Scratch(device)
-        self._is_half = self.operand_dtype != dtype
-        self._divides = margin.normalize and not self._is_half  # numerators by |w|
-        self._is_small = logits_are_small(margin) and centers_per_class == 1
-        self._level = LEVEL if self._divides else 0.0
-        self._keeper: SoftmaxContext | None = None  # the pass whose numerators the scratch holds
-
-    def plan(self, centers: ClassCenters, batch: int, width: int) -> Plan:
-        """Plans the blocks of a step's rows.
-
-        Args:
-            centers: Centers of the step.
-            batch: B, the rows of the global batch.
-            width: D.
-
-        Raises:
-            WorkspaceTooSmallError: Not one class fits the budget.
-        """
-        cost = self.cost(centers, batch, width)
-        return plan_blocks(centers.num_rows, cost, self.workspace, self.centers_per_class)
-
-    def cost(self, centers: ClassCenters, batch: int, width: int) -> BlockCost:
-        """Computes what a row of a step takes in the workspace.
-
-        Args:
-            centers: Centers of the step.
-            batch: B, the rows of the global batch.
-            width: D.
-        """
-        item, operand = self.dtype.itemsize, self.operand_dtype.itemsize * self._is_half
-        copies_operands = item if self._is_half and self.device.type == "cpu" else 0
-        of_batch = item + operand + copies_operands  # logits, numerators
-        of_batch += 3 * item if self.margin.touches_others else 0  # values, slope, mask
-        of_batch += 3 * item if self.centers_per_class > 1 else 0  # best values and their places
-        # The gradient before and after the normalization, the operand, and the copies that reading
-        # and updating the centers makes.
-        of_width = item * (2 + centers.reads_copies + centers.rule_matrices)
-        of_width += operand + copies_operands
-        return BlockCost(
-            work=batch * of_batch + width * of_width + 4 * item,
-            kept=batch * self.operand_dtype.itemsize + item,
-            copied=width * item if centers.reads_copies else 0,
-        )
-
-    def __call__(
-        self,
-        step: StepContext,
-        weight: Tensor,
-        unit: Tensor,
-        norms: Tensor | None,
-        target: PositiveLogits,
-        context: Context,
-        row_weight: Tensor,
-        learning_rate: float | None,
-        veto: Tensor,
-    ) -> Tensor:
-        """Computes the mean loss over the global batch, differentiable in embeddings and norms.
-
-        Args:
-            step: The optimizer step.
-            weight: The class centers. They make the loss differentiable where no embedding is (a
-                frozen backbone), and get no gradient here.
-            unit: [B, D] embeddings of the global batch, divided by their norms where the margin
-                normalizes.
-            norms: [B] norms of the embeddings, or None.
-            target: What this rank knows of the rows' own classes.
-            context: What `margin.begin` returned for this batch.
-            row_weight: [B] share of each row in the loss: 1 / rows, 0 for padding rows.
-            learning_rate: With it backward updates the centers; with None `update` does.
-            veto: Boolean scalar. Where it is True, the loss is NaN and nothing is updated.
-
-        Returns:
-            Scalar, the same on every rank.
-        """
-        plan = self.plan(step.centers, *unit.shape)
-        if step.refusal or not torch.is_grad_enabled():
-            plan = replace(plan, kept_rows=0, copied_rows=0)  # there is no backward
-        constants = (unit.detach(), None if norms is None else norms.detach())
-        one = SoftmaxContext(step, *constants, target, context, row_weight, learning_rate, plan)
-        loss: Tensor = _MarginSoftmax.apply(unit, norms, weight, self, one, veto)
-        return loss
-
-    def forward(self, one: SoftmaxContext, veto: Tensor) -> Tensor:
-        """Computes the mean loss over the global batch.
-
-        Args:
-            one: The pass.
-            veto: Boolean scalar. Where it is True, the loss is NaN and nothing is updated.
-
-        Returns:
-            Scalar, the same on every rank.
-        """
-        margin, target, blocks = self.margin, one.target, one.plan.blocks()
-        scale = 1.0 if margin.touches_others else margin.scale
-        one.operand = (scale * one.unit).to(self.operand_dtype)  # [B, D]
-        # One slot per block, and one that stands for no class at all.
-        row_sum = one.unit.new_zeros(len(blocks) + 1, len(one.unit))
-        row_max = torch.full_like(row_sum, self._level)
-        row_max[-1] = -math.inf
-        self._take_scratch(one)
-        for number, (start, stop) in enumerate(blocks):
-            rows = self._read(one.step, one.plan, start, stop)  # [n, D]
-            block = self._numerators(one, start, stop, rows, row_sum[number], one.kept)
-            if block.row_max is not None:
-                row_max[number] = block.row_max
-        peak = row_max.amax(dim=0)
-        shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
-        total = (row_sum * torch.exp(row_max - shift)).sum(dim=0)
-
-        phi, one.slope = margin.target(target.similarity, one.context)
-        z_target = torch.where(target.here, margin.scale * phi, 0.0)
-        lse, z_target = combine_softmax(peak, total, z_target, self.group)
-        excess = lse - z_target  # [B]
-        row_loss = torch.logaddexp(torch.zeros_like(excess), excess)
-        if one.norms is not None and (penalty := margin.penalty(one.norms)) is not None:
-            row_loss = row_loss + penalty[0]
-        is_real = one.row_weight > 0
-        loss = torch.where(is_real, row_loss * one.row_weight, 0.0).sum()
-        one.loss = torch.where(veto, torch.nan, loss)
-        one.lse = lse.masked_fill(lse == -math.inf, 0.0)  # -inf: there is no other class at all
-        one.per_logit = torch.where(is_real, one.row_weight * torch.sigmoid(excess), 0.0)
-        return one.loss
-
-    def backward(
-        self, one: SoftmaxContext, upstream: Tensor, wants_embeddings: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Computes this rank's gradients; with a learning rate, also updates the centers.
-
-        Args:
-            one: The pass.
-            upstream: Scalar gradient of the loss.
-            wants_embeddings: Whether dE is needed.
-
-        Returns:
-            (dE [B, D] or None, dnorm [B] or None).
-
-        Raises:
-            RuntimeError: It is the second backward of this pass, its step is over, or the centers
-                were updated after its forward.
-        """
-        if one.upstream is not None:
-            raise RuntimeError(
-                "a second backward of the same loss: the head adds up and moves its class "
-                "centers in backward; call forward again"
-            )
-        one.step.check_backward(one.updates, one.learning_rate)
-        one.step.add_bad(one.loss)
-        self._set_upstream(one, upstream)
-        gradient = torch.zeros_like(one.unit) if wants_embeddings else None
-        if one.learning_rate is None:
-            one.step.passes.append(one)
-        bad = ~(torch.isfinite(one.loss) & torch.isfinite(upstream))
-        self._visit([one], gradient, one.learning_rate, bad)
-        if gradient is not None:
-            gradient.mul_(one.factor[:, None])
-        return gradient, self._norm_gradient(one)
-
-    def update(
-        self,
-        step: StepContext,
-        learning_rate: float,
-        bad: Tensor | None,
-        gradient_scale: Tensor | None,
-    ) -> None:
-        """Updates the centers by the gradient of all passes that wait for it.
-
-        Args:
-            step: The step, with at least one such pass.
-            learning_rate: Learning rate of this step.
-            bad: Boolean scalar or None. Where it is True, nothing is updated.
-            gradient_scale: Factor by which the loss was multiplied; the gradient is divided by it.
-        """
-        for one in step.passes:
-            if gradient_scale is not None and one.upstream is not None:
-                self._set_upstream(one, one.upstream / gradient_scale)
-        self._visit(step.passes, None, learning_rate, bad)
-
-    def _visit(
-        self,
-        passes: list[SoftmaxContext],
-        gradient: Tensor | None,
-        learning_rate: float | None,
-        bad: Tensor | None,
-    ) -> None:
-        """Adds to the similarities' dE [B, D], or updates the centers, or both."""
-        if gradient is None and learning_rate is None:
-            return
-        step = passes[0].step
-        plan = max(passes, key=lambda one: len(one.unit)).plan
-        for start, stop in plan.blocks():
-            rows = self._read(step, plan, start, stop)  # [n, D]
-            dw = db = norm = None
-            for one in passes:
-                block = self._block(one, plan, start, stop, rows)
-                norm = block.norm
-                if gradient is not None:  # [B, n] x [n, D]
-                    operand = block.operand
-                    if operand is None:
-                        operand = as_operand(rows, block.norm, self.operand_dtype)
-                    add_matmul(gradient, block.numerators, operand)
-                if learning_rate is not None:  # [n, B] x [B, D]
-                    if dw is None:
-                        dw = self._product("gradient", block.numerators.t(), one.factored)
-                    else:
-                        add_matmul(dw, block.numerators.t(), one.factored)
-                    if self.margin.bias:
-                        part = self._bias_gradient(one, block)
-                        db = part if db is None else db + part
-            if dw is not None and learning_rate is not None:
-                if norm is not None:
-                    dw = normalization_backward(dw, rows, norm, self._divides)
-                step.centers.update(start, stop, rows, dw, db, learning_rate, bad)
-        if learning_rate is not None:
-            step.finish()
-            self._take_scratch(None)
-
-    def _numerators(
-        self,
-        one: SoftmaxContext,
-        start: int,
-        stop: int,
-        rows: Tensor,
-        row_sum: Tensor | None = None,
-        kept: dict[int, Block] | None = None,
-    ) -> Block:
-        """Computes a block; a block that the plan keeps is entered into `kept`."""
-        k, (batch, n) = self.centers_per_class, (len(one.unit), stop - start)
-        store = None
-        if kept is not None and stop <= one.plan.kept_rows:
-            store = self.scratch.get("numerators", one.plan.kept_rows, batch, self.operand_dtype)
-            store = store[start:stop].view(batch, n)
-        norm = norms_of(rows) if self.margin.normalize else None
-        operand = as_operand(rows, norm, self.operand_dtype)
-        z = self._product("logits", one.operand, operand.t(), None if self._is_half else store)
-        numerators = z
-        if self._is_half:
-            numerators = torch.empty_like(z, dtype=self.operand_dtype) if store is None else store
-        row_sum = torch.empty_like(one.minus_inf) if row_sum is None else row_sum
-        at = (one.target.column - start // k, one.minus_inf, norm if self._divides else None)
-        row_max = None
-        if self._is_small:
-            small_exponentials(z, *at, row_sum, numerators)
-        else:
-            bias = one.step.centers.read_bias(start, stop)
-            row_max = exponentials(z, *at, row_sum, self.margin, one.context, bias, k)
-            numerators = numerators.copy_(z) if self._is_half else z
-        block = Block(numerators, norm, row_max, operand)
-        if kept is not None and store is not None:
-            block.operand = None
-            kept[start] = block
-        return block
-
-    def _read(self, step: StepContext, plan: Plan, start: int, stop: int) -> Tensor:
-        """Returns centers start .. stop - 1, [n, D]; copies that the plan keeps are made once."""
-        if stop > plan.copied_rows:
-            return step.centers.read(start, stop)
-        if (start, stop) not in step.copies:
-            width = step.centers.weight.shape[1]
-            flat = self.scratch.get("centers", plan.copied_rows, width, self.dtype)
-            step.copies[start, stop] = step.centers.read(start, stop, flat[start:stop])
-        return step.copies[start, stop]
-
-    def _product(self, name: str, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-        """Multiplies into `out`, or into scratch of this name where a product can be given one."""
-        if out is None and (not self._is_half or self.device.type == "cpu"):
-            out = self.scratch.get(name, len(left), right.shape[1], self.dtype)
-        return matmul(left, right, out)
-
-    def _set_upstream(self, one: SoftmaxContext, upstream: Tensor) -> None:
-        """Computes what the gradient of the loss makes of each row of the batch."""
-        one.upstream = upstream
-        share = torch.exp(self._level - one.lse) if self._is_small else torch.ones_like(one.lse)
-        one.factor = upstream * self.margin.scale * one.per_logit * share  # [B]
-        one.factored = (one.factor[:, None] * one.unit).to(self.operand_dtype)  # [B, D]
-        at_target = -one.slope / share
-        if self._divides:
-            at_target = at_target / one.target.norm
-        one.at_target = at_target.to(self.operand_dtype)
-
-    def _block(self, one: SoftmaxContext, plan: Plan, start: int, stop: int, rows: Tensor) -> Block:
-        """Returns numerators that, times the factor of each row, are the similarities' gradient."""
-        block = one.kept.get(start) if one.plan == plan else None
-        if block is None:
-            block = self._numerators(one, start, stop, rows)
-        if not block.has_target:
-            if block.row_max is not None:
-                block.numerators.mul_(torch.exp(block.row_max - one.lse)[:, None])
-            add_at_target(block.numerators, one.target.row - start, one.at_target)
-            block.has_target = True
-        return block
-
-    def _bias_gradient(self, one: SoftmaxContext, block: Block) -> Tensor:
-        """Returns [n] the gradient of the block's biases."""
-        gradient = block.numerators.t().to(one.factor.dtype) @ one.factor
-        return gradient * block.norm if self._divides and block.norm is not None else gradient
-
-    def _norm_gradient(self, one: SoftmaxContext) -> Tensor | None:
-        """Computes [B] the gradient of the norms.
-
-        Only the rank that has the target returns it, so that the sum over ranks counts no row
-        twice.
-        """
-        if one.norms is None:
-            return None
-        assert one.upstream is not None
-        gradient = torch.zeros_like(one.norms)
-        slope = self.margin.norm_slope(one.target.similarity, one.context)
-        if slope is not None:
-            gradient -= self.margin.scale * one.per_logit * slope
-        penalty = self.margin.penalty(one.norms)
-        if penalty is not None:
-            gradient += one.row_weight * penalty[1]
-        return one.upstream * torch.where(one.target.here, gradient, 0.0)
-
-    def _take_scratch(self, one: SoftmaxContext | None) -> None:
-        """Makes room for a pass's numerators; another pass computes its own again."""
-        if one is None or one.plan.kept_rows:
-            if self._keeper is not None:
-                self._keeper.kept.clear()
-            self._keeper = one
+    numerators: Tensor
+    norm: Tensor | None
+    row_max: Tensor | None
+    operand: Tensor | None
+    copy: Tensor | None = None
+    has_target: bool = False
 
 
-class _MarginSoftmax(torch.autograd.Function):
+class FusedMarginSoftmax(torch.autograd.Function):
+    """Forward and backward of one pass over the classes of this rank."""
+
     @staticmethod
     def forward(
         ctx: Any,
         unit: Tensor,
         norms: Tensor | None,
         weight: Tensor,
-        fused: FusedMarginSoftmax,
-        one: SoftmaxContext,
+        planner: BlockPlanner,
+        step: StepContext,
+        target: PositiveLogits,
+        context: Context,
+        row_weight: Tensor,
+        learning_rate: float | None,
         veto: Tensor,
+        keeps: bool,
     ) -> Tensor:
-        ctx.fused, ctx.one = fused, one
-        return fused.forward(one, veto)
+        """Computes the mean loss over the global batch.
+
+        Args:
+            ctx: What backward and the update need of this pass.
+            unit: [B, D] embeddings of the global batch, divided by their norms where the margin
+                normalizes.
+            norms: [B] norms of the embeddings, or None.
+            weight: The class centers. They make the loss differentiable where no embedding is (a
+                frozen backbone), and get no gradient here.
+            planner: The fused path's settings.
+            step: The optimizer step.
+            target: What this rank knows of the rows' own classes.
+            context: What `margin.begin` returned for this batch.
+            row_weight: [B] share of each row in the loss: 1 / rows, 0 for padding rows.
+            learning_rate: With it backward updates the centers; with None `update` does.
+            veto: Boolean scalar. Where it is True, the loss is NaN and nothing is updated.
+            keeps: Whether numerators are kept for backward.
+
+        Returns:
+            Scalar, the same on every rank.
+        """
+        margin, (batch, width) = planner.margin, unit.shape
+        ctx.planner, ctx.step, ctx.target, ctx.context = planner, step, target, context
+        ctx.unit, ctx.row_weight = unit.detach(), row_weight
+        ctx.norms = None if norms is None else norms.detach()
+        ctx.learning_rate, ctx.updates, ctx.upstream = learning_rate, step.updates, None
+        ctx.plan = planner.plan(step.centers, batch, width)
+        ctx.kept = step.new_kept() if keeps else {}
+        ctx.minus_inf = unit.new_full((batch,), -math.inf)
+        scale = 1.0 if margin.touches_others else margin.scale
+        ctx.operand = (scale * unit).to(planner.operand_dtype)  # [B, D]
+
+        blocks = ctx.plan.blocks()
+        # One slot per block, and one that stands for no class at all.
+        row_sum = unit.new_zeros(len(blocks) + 1, batch)
+        row_max = torch.full_like(row_sum, LEVEL if planner.divides else 0.0)
+        row_max[-1] = -math.inf
+        for number, (start, stop) in enumerate(blocks):
+            rows = step.centers.read(start, stop)  # [n, D]
+            block = _numerators(ctx, start, stop, rows, row_sum[number])
+            if block.row_max is not None:
+                row_max[number] = block.row_max
+            if keeps and stop <= ctx.plan.kept_rows:
+                block.operand, block.copy = None, rows if ctx.plan.keeps_copies else None
+                ctx.kept[start] = block
+        peak = row_max.amax(dim=0)
+        shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
+        total = (row_sum * torch.exp(row_max - shift)).sum(dim=0)
+
+        phi, ctx.slope = margin.target(target.similarity, context)
+        z_target = torch.where(target.here, margin.scale * phi, 0.0)
+        lse, z_target = combine_softmax(peak, total, z_target, planner.group)
+        excess = lse - z_target  # [B]
+        row_loss = torch.logaddexp(torch.zeros_like(excess), excess)
+        if norms is not None and (penalty := margin.penalty(norms)) is not None:
+            row_loss = row_loss + penalty[0]
+        loss = torch.where(row_weight > 0, row_loss * row_weight, 0.0).sum()
+        ctx.loss = loss = torch.where(veto, torch.nan, loss)
+        ctx.lse = lse.masked_fill(lse == -math.inf, 0.0)  # -inf: there is no other class at all
+        ctx.per_logit = torch.where(row_weight > 0, row_weight * torch.sigmoid(excess), 0.0)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(gradients[0].device):
-            found = ctx.fused.backward(ctx.one, gradients[0], ctx.needs_input_grad[0])
-        return *found, None, None, None, None
+        """Computes this rank's gradients; with a learning rate, also updates the centers.
+
+        Raises:
+            RuntimeError: It is the second backward of this pass, its step is over, or the centers
+                were updated after its forward.
+        """
+        if ctx.upstream is not None:
+            raise RuntimeError(
+                "a second backward of the same loss: the head adds up and moves its class "
+                "centers in backward; call forward again"
+            )
+        ctx.step.check_backward(ctx.updates, ctx.loss, ctx.learning_rate)
+        with without_autocast(ctx.unit.device):
+            _set_upstream(ctx, gradients[0])
+            gradient = torch.zeros_like(ctx.unit) if ctx.needs_input_grad[0] else None
+            if ctx.learning_rate is None:
+                ctx.step.passes.append(ctx)
+            bad = ~(torch.isfinite(ctx.loss) & torch.isfinite(gradients[0]))
+            _visit([ctx], gradient, ctx.learning_rate, bad)
+            if gradient is not None:
+                gradient.mul_(ctx.factor[:, None])
+            return gradient, _norm_gradient(ctx), *[None] * 9
+
+
+def update_centers(
+    step: StepContext, learning_rate: float, bad: Tensor | None, gradient_scale: Tensor | None
+) -> None:
+    """Updates the centers by the gradient of all passes that wait for it.
+
+    Args:
+        step: The step, with at least one such pass.
+        learning_rate: Learning rate of this step.
+        bad: Boolean scalar or None. Where it is True, nothing is updated.
+        gradient_scale: Factor by which the loss was multiplied; the gradient is divided by it.
+    """
+    for ctx in step.passes:
+        if gradient_scale is not None:
+            _set_upstream(ctx, ctx.upstream / gradient_scale)
+    _visit(step.passes, None, learning_rate, bad)
+
+
+def _visit(
+    passes: list[Any], gradient: Tensor | None, learning_rate: float | None, bad: Tensor | None
+) -> None:
+    """Adds to `gradient` [B, D], updates the centers, or both.
+
+    Args:
+        passes: Passes of one step; one of them where `gradient` is given.
+        gradient: [B, D], receives dE without the factor of each row; None if it is not wanted.
+        learning_rate: Learning rate of the update, None for none.
+        bad: Boolean scalar or None. Where it is True, nothing is updated.
+    """
+    if gradient is None and learning_rate is None:
+        return
+    largest = max(passes, key=lambda ctx: len(ctx.unit))
+    planner, centers, plan = largest.planner, largest.step.centers, largest.plan
+    for start, stop in plan.blocks():
+        rows = dw = db = norm = None
+        for ctx in passes:
+            block = ctx.kept.get(start) if ctx.plan == plan else None
+            if rows is None:
+                rows = block.copy if block is not None else None
+                rows = centers.read(start, stop) if rows is None else rows  # [n, D]
+            if block is None:
+                block = _numerators(ctx, start, stop, rows)
+            _fill_targets(ctx, block, start)
+            norm = block.norm
+            if gradient is not None:  # [B, n] x [n, D]
+                operand = block.operand
+                if operand is None:
+                    operand = as_operand(rows, norm, planner.operand_dtype)
+                add_matmul(gradient, block.numerators, operand)
+            if learning_rate is not None:  # [n, B] x [B, D]
+                if dw is None:
+                    dw = matmul(block.numerators.t(), ctx.factored)
+                else:
+                    add_matmul(dw, block.numerators.t(), ctx.factored)
+                if planner.margin.bias:
+                    part = block.numerators.t().to(ctx.factor.dtype) @ ctx.factor
+                    part = part * norm if planner.divides else part
+                    db = part if db is None else db + part
+        if learning_rate is not None:
+            if norm is not None:
+                dw = normalization_backward(dw, rows, norm, planner.divides)
+            centers.update(start, stop, rows, dw, db, learning_rate, bad)
+    if learning_rate is not None:
+        largest.step.finish()
+
+
+def _numerators(
+    ctx: Any, start: int, stop: int, rows: Tensor, row_sum: Tensor | None = None
+) -> Block:
+    """Computes the numerators of centers `rows` [n, D], and their sums [B] into `row_sum`."""
+    planner, k = ctx.planner, ctx.planner.centers_per_class
+    norm = norms_of(rows) if planner.margin.normalize else None
+    operand = as_operand(rows, norm, planner.operand_dtype)
+    z = matmul(ctx.operand, operand.t())  # [B, n]
+    row_sum = torch.empty_like(ctx.minus_inf) if row_sum is None else row_sum
+    column = ctx.target.column - start // k
+    divisor = norm if planner.divides else None
+    if planner.is_small:
+        numerators = z if planner.divides else torch.empty_like(z, dtype=planner.operand_dtype)
+        small_exponentials(z, column, ctx.minus_inf, divisor, row_sum, numerators)
+        return Block(numerators, norm, None, operand)
+    bias = ctx.step.centers.read_bias(start, stop)
+    row_max = exponentials(
+        z, column, ctx.minus_inf, divisor, row_sum, planner.margin, ctx.context, bias, k
+    )
+    return Block(z.to(planner.operand_dtype), norm, row_max, operand)
+
+
+def _set_upstream(ctx: Any, upstream: Tensor) -> None:
+    """Computes what the gradient of the loss makes of each row of the batch."""
+    planner = ctx.planner
+    level = (LEVEL if planner.divides else 0.0) if planner.is_small else ctx.lse
+    share = torch.exp(level - ctx.lse)
+    ctx.upstream = upstream
+    ctx.factor = upstream * planner.margin.scale * ctx.per_logit * share  # [B]
+    ctx.factored = (ctx.factor[:, None] * ctx.unit).to(planner.operand_dtype)  # [B, D]
+    at_target = -ctx.slope / share  # [B]
+    at_target = at_target / ctx.target.norm if planner.divides else at_target
+    ctx.at_target = at_target.to(planner.operand_dtype)
+
+
+def _fill_targets(ctx: Any, block: Block, start: int) -> None:
+    """Makes numerators, times the factor of each row, the gradient of the similarities."""
+    if block.has_target:
+        return
+    if block.row_max is not None:  # all blocks get the level lse
+        block.numerators.mul_(torch.exp(block.row_max - ctx.lse)[:, None])
+    add_at_target(block.numerators, ctx.target.row - start, ctx.at_target)
+    block.has_target = True
+
+
+def _norm_gradient(ctx: Any) -> Tensor | None:
+    """Computes [B] the gradient of the norms, on the rank that has the target; 0 on the others."""
+    if ctx.norms is None:
+        return None
+    margin = ctx.planner.margin
+    gradient = torch.zeros_like(ctx.norms)
+    if (slope := margin.norm_slope(ctx.target.similarity, ctx.context)) is not None:
+        gradient -= margin.scale * ctx.per_logit * slope
+    if (penalty := margin.penalty(ctx.norms)) is not None:
+        gradient += ctx.row_weight * penalty[1]
+    return ctx.upstream * torch.where(ctx.target.here, gradient, 0.0)

@@ -1,4 +1,4 @@
-"""The memory plan of the fused path: blocks of classes, and the matrices of a block.
+"""The memory plan of the fused path: blocks of classes, and what is kept of them.
 
 `choose_workspace` returns the budget and `plan_blocks` the blocks; both are pure functions. The
 block that is being computed needs matrices [B, rows] and [rows, D]. The rest of the budget keeps
@@ -11,7 +11,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+
+from arcshard.head.block import logits_are_small
+from arcshard.head.centers import ClassCenters
+from arcshard.margins.base import Margin
 
 # Share of the budget for the block that is being computed. Large blocks make better matmuls and
 # fewer calls; smaller ones leave room to keep numerators, which saves a matmul. On a CPU 4,000 to
@@ -82,7 +86,7 @@ class BlockCost:
     Attributes:
         work: Bytes of a row of the block that is being computed.
         kept: Bytes of a row whose numerators, one per row of the batch, and norm are kept.
-        copied: Bytes of a row whose copied center is kept; 0 where reading copies nothing.
+        copied: Bytes of a copied center; 0 where reading copies nothing.
     """
 
     work: int
@@ -91,8 +95,8 @@ class BlockCost:
 
     def total_bytes(self, plan: Plan) -> int:
         """Returns the most that a step by `plan` takes: the block being computed and kept data."""
-        kept = plan.kept_rows * self.kept + plan.copied_rows * self.copied
-        return plan.rows_per_block * self.work + kept
+        kept = self.kept + self.copied * plan.keeps_copies
+        return plan.rows_per_block * self.work + plan.kept_rows * kept
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,13 @@ class Plan:
         num_rows: Number of rows of the step.
         rows_per_block: Number of rows of a block; the last one may have fewer.
         kept_rows: Number of rows, from the first, whose numerators are kept.
-        copied_rows: Number of rows, from the first, whose copied centers are kept.
+        keeps_copies: Whether copied centers are kept with the numerators, of all rows.
     """
 
     num_rows: int
     rows_per_block: int
     kept_rows: int
-    copied_rows: int = 0
+    keeps_copies: bool = False
 
     def blocks(self) -> list[tuple[int, int]]:
         """Returns (start, stop) of every block, in order."""
@@ -150,33 +154,78 @@ def plan_blocks(
         classes += -classes % ALIGNED
     rows = classes * centers_per_class
     left = budget_bytes - rows * cost.work
-    kept = _whole_blocks(left // cost.kept, rows, num_rows)
-    copied = 0
-    if cost.copied and kept == num_rows:
-        copied = _whole_blocks((left - kept * cost.kept) // cost.copied, rows, num_rows)
-    return Plan(num_rows, rows, kept, copied)
+    if cost.copied and left >= num_rows * (cost.kept + cost.copied):
+        return Plan(num_rows, rows, num_rows, keeps_copies=True)
+    kept = left // cost.kept
+    return Plan(num_rows, rows, num_rows if kept >= num_rows else kept // rows * rows)
 
 
-def _whole_blocks(rows: int, rows_per_block: int, num_rows: int) -> int:
-    return num_rows if rows >= num_rows else rows // rows_per_block * rows_per_block
+@dataclass
+class BlockPlanner:
+    """The settings of a head's fused path, and the blocks that follow from them.
 
-
-class Scratch:
-    """Matrices by name that last as long as the head, so that steps do not allocate them again.
-
-    Args:
-        device: Device of the matrices.
+    Attributes:
+        margin: The loss.
+        group: Process group of the ranks that share the classes, None for one rank.
+        workspace: Budget.
+        device: Device of the computation.
+        dtype: Working precision.
+        operand_dtype: Dtype of the large matmuls' operands: torch.bfloat16, or the working
+            precision.
+        centers_per_class: K.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._flat: dict[str, Tensor] = {}
+    margin: Margin
+    group: dist.ProcessGroup | None
+    workspace: Workspace
+    device: torch.device
+    dtype: torch.dtype
+    operand_dtype: torch.dtype
+    centers_per_class: int
 
-    def get(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Returns the matrix [rows, width] of this name; its content is that of the last use."""
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < rows * width:
-            self._flat.pop(name, None)  # frees the old memory first
-            del flat
-            flat = self._flat[name] = torch.empty(rows * width, dtype=dtype, device=self.device)
-        return flat[: rows * width].view(rows, width)
+    @property
+    def divides(self) -> bool:
+        """Whether numerators, rather than operands, are divided by |w|."""
+        return self.margin.normalize and self.operand_dtype == self.dtype
+
+    @property
+    def is_small(self) -> bool:
+        """Whether numerators need no maximum, and a class has one center."""
+        return self.centers_per_class == 1 and logits_are_small(self.margin)
+
+    def plan(self, centers: ClassCenters, batch: int, width: int) -> Plan:
+        """Plans the blocks of a step's rows.
+
+        Args:
+            centers: Centers of the step.
+            batch: B, the rows of the global batch.
+            width: D.
+
+        Raises:
+            WorkspaceTooSmallError: Not one class fits the budget.
+        """
+        cost = self.cost(centers, batch, width)
+        return plan_blocks(centers.num_rows, cost, self.workspace, self.centers_per_class)
+
+    def cost(self, centers: ClassCenters, batch: int, width: int) -> BlockCost:
+        """Computes what a row of a step takes in the workspace.
+
+        Args:
+            centers: Centers of the step.
+            batch: B, the rows of the global batch.
+            width: D.
+        """
+        item, operand = self.dtype.itemsize, self.operand_dtype.itemsize
+        half = operand if operand < item else 0
+        copies = item if half and self.device.type == "cpu" else 0  # operands that `matmul` casts
+        of_batch = item + half + copies  # logits, numerators
+        of_batch += 3 * item if self.margin.touches_others else 0  # values, slope, mask
+        of_batch += 3 * item if self.centers_per_class > 1 else 0  # best values and their places
+        # The gradient before and after the normalization, and the copies that reading and updating
+        # the centers makes.
+        of_width = item * (2 + centers.reads_copies + centers.rule_matrices) + half + copies
+        return BlockCost(
+            work=batch * of_batch + width * of_width + 4 * item,
+            kept=batch * operand + item,
+            copied=width * item if centers.reads_copies else 0,
+        )

@@ -84,9 +84,8 @@ def count_head_step(
     count, rows = len(plan.blocks()), plan.rows_per_block
     if count <= MOST_BLOCKS or head.sample_rate == 0:
         return HeadOperations(trace(head))
-    # There are two kinds of blocks at most. The first ones are kept, or kept with their copies.
-    has_copies = plan.copied_rows > 0
-    first = math.ceil((plan.copied_rows if has_copies else plan.kept_rows) / rows)
+    # There are two kinds of blocks at most: the first ones are kept.
+    first = math.ceil(plan.kept_rows / rows)
     numbers = (min(first, 2), min(count - first, 2))
 
     def of_blocks(first: int, others: int) -> PartialFC | None:
@@ -94,14 +93,13 @@ def count_head_step(
         classes = math.floor((first + others) * rows / head.centers_per_class / head.sample_rate)
         part = make(classes)
         assert part.fused is not None
-        kept, copied = (first + others, first) if has_copies else (first, 0)
         work = rows * cost.work
-        budget = work + rows * (kept * cost.kept + copied * cost.copied)
-        part.fused.workspace = Workspace(budget, work)
+        kept = first * rows * (cost.kept + cost.copied * plan.keeps_copies)
+        part.fused.workspace = Workspace(work + kept, work)
         found, _ = part.planned_blocks()
-        has = [len(found.blocks()), found.rows_per_block]
-        has += [math.ceil(n / rows) for n in (found.kept_rows, found.copied_rows)]
-        return part if has == [first + others, rows, kept, copied] else None
+        has = [len(found.blocks()), found.rows_per_block, math.ceil(found.kept_rows / rows)]
+        same = has == [first + others, rows, first] and found.keeps_copies == plan.keeps_copies
+        return part if same else None
 
     wanted = [(numbers, 1)]
     if first > numbers[0]:
