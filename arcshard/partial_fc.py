@@ -20,6 +20,7 @@ An et al. 2022, "Killing Two Birds with One Stone" (arXiv:2203.15565); An et al.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 
 from arcshard.collectives import gather_labels, sum_over_ranks
 from arcshard.deprecation import renamed_arguments
-from arcshard.head.arguments import check_arguments
 from arcshard.head.batch import PAD_LABEL, BatchGatherer, GlobalBatch, mean_pairwise_cosine
 from arcshard.head.block import NORM_FLOOR, without_autocast
 from arcshard.head.centers import ClassCenters
@@ -49,7 +49,7 @@ from arcshard.head.workspace import (
     memory_bytes_of,
 )
 from arcshard.losses import BatchFacts, Margin
-from arcshard.margins.base import Context
+from arcshard.margins.base import Context, refuse
 from arcshard.random import hash_key
 from arcshard.shard import class_range
 
@@ -126,20 +126,6 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         update = update or ("autograd" if row_optimizer is None else "fused")
-        check_arguments(
-            margin,
-            embedding_size,
-            num_classes,
-            sample_rate,
-            row_optimizer,
-            update,
-            batch_size_per_rank,
-            centers_per_class,
-            workspace_mib,
-            half,
-            dtype,
-            center_device,
-        )
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self.world_size = dist.get_world_size(process_group) if process_group else 1
@@ -148,12 +134,12 @@ class PartialFC(nn.Module):
         self.device = torch.device(device)
 
         self.margin, self.row_optimizer, self.update = margin, row_optimizer, update
-        self.embedding_size, self.num_classes = embedding_size, num_classes
+        self.embedding_size, self.num_classes, self.seed = embedding_size, num_classes, seed
         self.sample_rate, self.centers_per_class = float(sample_rate), centers_per_class
-        self.seed = seed
+        self.batch_size_per_rank, self.matmul_half = batch_size_per_rank, half
+        self._check(workspace_mib, dtype, center_device)
         self.class_range = class_range(num_classes, self.rank, self.world_size)
         self.num_classes_local = len(self.class_range)
-        self.batch_size_per_rank = batch_size_per_rank
         self._rules = BatchGatherer(
             embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
         )
@@ -161,9 +147,7 @@ class PartialFC(nn.Module):
 
         lives_on = self.device if center_device is None else center_device
         rows = self.num_classes_local * centers_per_class
-        self.weight = nn.Parameter(
-            torch.empty(rows, embedding_size, device=lives_on, dtype=dtype),
-        )
+        self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=lives_on, dtype=dtype))
         init_centers(self.weight, self.class_range.start * centers_per_class, seed)
         self.bias: nn.Parameter | None = None
         if margin.bias:
@@ -172,17 +156,15 @@ class PartialFC(nn.Module):
         for name, value in margin.initial_state().items():
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
-        self.matmul_half = half
         self.fused: BlockPlanner | None = None
         if update == "fused":
+            workspace = choose_workspace(
+                workspace_mib, self.device.type, memory_bytes_of(self.device)
+            )
+            operand_dtype = half if half and self.work_dtype == torch.float32 else self.work_dtype
+            dtypes = (self.work_dtype, operand_dtype)
             self.fused = BlockPlanner(
-                margin,
-                self.group,
-                choose_workspace(workspace_mib, self.device.type, memory_bytes_of(self.device)),
-                self.device,
-                self.work_dtype,
-                half if half and self.work_dtype == torch.float32 else self.work_dtype,
-                centers_per_class,
+                margin, self.group, workspace, self.device, *dtypes, centers_per_class
             )
             refuse_plain_optimizers(self.weight, "update='fused' moves its class centers itself")
         elif self.sample_rate < 1.0:
@@ -192,15 +174,12 @@ class PartialFC(nn.Module):
                 "sample_rate < 1 pass row_optimizer=SGDRows(...) or AdamWRows(...) and "
                 "call head.step(learning_rate)",
             )
-        self._host = (
-            CenterOffload(self.weight, row_optimizer, self.device, self._next_rows)
-            if center_device is not None and row_optimizer is not None
-            else None
-        )
+        self._host: CenterOffload | None = None
+        if center_device is not None and row_optimizer is not None:
+            self._host = CenterOffload(self.weight, row_optimizer, self.device, self._next_rows)
         self._step: StepContext | None = None  # the optimizer step in progress
         self.mean_pairwise_cosine: Tensor | None = None
-        self._samples_drawn = 0
-        self._forwards = 0
+        self._samples_drawn = self._forwards = 0
         if self.fused is not None and batch_size_per_rank is not None:
             self.planned_blocks()  # raises if the workspace does not hold one class
 
@@ -237,7 +216,9 @@ class PartialFC(nn.Module):
                 local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
             )
             step = self._step_of(batch.labels)
-            column = self._columns(step, batch.labels)  # [B]
+            column = self._localize(batch.labels)  # [B] -1 where another rank has the class
+            if step.classes is not None:
+                column = columns_of(step.classes, column)
             unit, norms, veto = self._unit_and_norms(batch)
             if step.prepared is not None:
                 veto = veto | self._is_unprepared(step.prepared, batch.labels)
@@ -285,7 +266,6 @@ class PartialFC(nn.Module):
         """
         if self.sample_rate >= 1.0:
             return
-        self._refuse_pending("head.prepare()")
         local_labels = torch.cat([labels.to(torch.int64) for labels in local_label_batches])
         local_labels = local_labels.to(self.device)
         if self.batch_size_per_rank is not None:
@@ -293,9 +273,7 @@ class PartialFC(nn.Module):
         else:
             capacity = self._rules.capacity(len(local_labels), self.device)
         labels = gather_labels(local_labels, PAD_LABEL, capacity, self.group)
-        self._step = self._new_step(labels)
-        self._step.prepared = labels.sort().values
-        self._samples_drawn += 1
+        self._begin(self._new_step(labels, labels.sort().values))
 
     @torch.no_grad()
     def step(
@@ -318,7 +296,7 @@ class PartialFC(nn.Module):
                 "AdamWRows(...) of arcshard, or step weight.grad with an optimizer of yours"
             )
         step = self._step
-        if step is None or not (step.updates or self._has_gradient(step)):
+        if step is None or not (step.was_updated or step.updates or self._has_gradient(step)):
             raise RuntimeError(
                 "no gradient: call loss.backward() before head.step(), on a loss of this step that "
                 "was computed in training mode"
@@ -327,7 +305,7 @@ class PartialFC(nn.Module):
             bad = step.bad if bad is None else bad | step.bad
         if self.fused is None:
             self._update_by_weight_grad(step, learning_rate, bad, gradient_scale)
-        elif step.passes:
+        if step.passes:
             with without_autocast(self.device):
                 update_centers(step, learning_rate, bad, gradient_scale)
         if bad is not None:
@@ -380,21 +358,13 @@ class PartialFC(nn.Module):
         """
         assert self.fused is not None
         assert self.batch_size_per_rank is not None
-        assert self.row_optimizer is not None
         batch = self.batch_size_per_rank * self.world_size
-        weight: Tensor = self.weight
-        rows, state = None, self.row_optimizer.state(weight)
+        rows = None
         if self.sample_rate < 1.0:
             size = sample_size(self.num_classes_local, self.sample_rate)
             size = max(size, min(batch, self.num_classes_local)) * self.centers_per_class
-            if self._host is not None:  # a sample's rows are a small shard on the device
-                weight = self.weight[:size]
-            else:
-                rows = torch.empty(size, dtype=torch.int64, device="meta")
-        centers = ClassCenters(
-            weight, self.row_optimizer, self.bias, self._bias_optimizer, rows, state
-        )
-        step = (centers, batch, self.embedding_size)
+            rows = torch.empty(size, dtype=torch.int64, device="meta")
+        step = (ClassCenters(*self._parts(), rows), batch, self.embedding_size)
         return self.fused.plan(*step), self.fused.cost(*step)
 
     def describe_memory(self) -> str:
@@ -440,50 +410,50 @@ class PartialFC(nn.Module):
             return step
         if step is not None and (step.prepared is not None or not (is_sampled or step.updates)):
             return step
-        new = self._new_step(labels)
-        if step is not None:
-            self._refuse_pending("a second forward")
-            new.updates = step.updates
-            step.refusal = (
+        return self._begin(self._new_step(labels))
+
+    def _begin(self, new: StepContext) -> StepContext:
+        """Begins a step; losses of the step before cannot be differentiated any more.
+
+        Raises:
+            RuntimeError: A gradient of the step before waits for `step`.
+        """
+        if self._step is not None:
+            if self._has_gradient(self._step):
+                raise RuntimeError(
+                    "a second forward before head.step(): its classes would be another sample. To "
+                    "accumulate gradients call head.prepare(labels of all micro-batches) first; to "
+                    "drop a gradient call head.step(learning_rate, torch.tensor(True))"
+                )
+            new.was_updated = self._step.was_updated or self._step.updates > 0
+            self._step.refusal = (
                 "a later forward has begun another step: call backward before the next forward, or "
                 "head.prepare(labels of all micro-batches) before the first one"
             )
-        self._samples_drawn += is_sampled
+        self._samples_drawn += self.sample_rate < 1.0
         self._step = new
         return new
 
-    def _new_step(self, labels: Tensor) -> StepContext:
-        """Draws the classes of a step; the number of the draw stays the same."""
-        parts = (self.weight, self.row_optimizer, self.bias, self._bias_optimizer)
+    def _new_step(self, labels: Tensor, prepared: Tensor | None = None) -> StepContext:
+        """Draws the classes of a step for labels [B]; the number of the draw stays the same."""
         if self.sample_rate >= 1.0:
-            return StepContext(ClassCenters(*parts))
-        classes = draw_sample(
-            self._localize(labels),
-            self.num_classes_local,
-            self.sample_rate,
-            seed=self.seed,
-            rank=self.rank,
-            step=self._samples_drawn,
-        )
+            return StepContext(ClassCenters(*self._parts()))
+        classes = draw_sample(self._localize(labels), *self._of_draw())
         rows = self._rows_of(classes)
-        centers = ClassCenters(*parts, rows) if self._host is None else self._host.of_step(rows)
-        return StepContext(centers, classes)
+        if self._host is not None:
+            return StepContext(self._host.of_step(rows), classes, prepared)
+        return StepContext(ClassCenters(*self._parts(), rows), classes, prepared)
 
-    def _columns(self, step: StepContext, labels: Tensor) -> Tensor:
-        """Returns [B] the place of each row's class among the step's, -1 on other ranks."""
-        local = self._localize(labels)
-        return local if step.classes is None else columns_of(step.classes, local)
+    def _parts(self) -> tuple[Any, ...]:
+        return self.weight, self.row_optimizer, self.bias, self._bias_optimizer
+
+    def _of_draw(self) -> tuple[int, float, int, int, int]:
+        """Returns what the next draw of classes depends on, beside the positive classes."""
+        draw = (self.seed, self.rank, self._samples_drawn)
+        return self.num_classes_local, self.sample_rate, *draw
 
     def _has_gradient(self, step: StepContext) -> bool:
         return bool(step.passes) or (self.fused is None and self.weight.grad is not None)
-
-    def _refuse_pending(self, what: str) -> None:
-        if self._step is not None and self._has_gradient(self._step):
-            raise RuntimeError(
-                f"{what} before head.step(): its classes would be another sample. To accumulate "
-                "gradients call head.prepare(labels of all micro-batches) first; to drop a "
-                "gradient call head.step(learning_rate, torch.tensor(True))"
-            )
 
     def _is_unprepared(self, prepared: Tensor, labels: Tensor) -> Tensor:
         """Says whether a label [B] was not given to `prepare`; on a CPU every rank raises."""
@@ -502,14 +472,13 @@ class PartialFC(nn.Module):
             ([B, D] embeddings, divided by their norms where the margin normalizes; [B] norms where
             the margin reads them; boolean scalar).
         """
-        veto = batch.has_unknown | ~batch.is_real.any()
         norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
+        # An infinite embedding can have a finite loss without normalization. Finite ones that are
+        # so long that their norms overflow would count as zero vectors.
+        veto = batch.has_unknown | ~batch.is_real.any() | ~torch.isfinite(norms.detach()).all()
         unit = batch.embeddings / norms.clamp_min(NORM_FLOOR)[:, None]
         self.mean_pairwise_cosine = mean_pairwise_cosine(unit, batch.is_real)
-        if not self.margin.normalize:
-            return batch.embeddings, norms if self.margin.reads_norms else None, veto
-        # Finite embeddings so long that their norms overflow would count as zero vectors.
-        veto = veto | ~torch.isfinite(norms.detach()).all()
+        unit = unit if self.margin.normalize else batch.embeddings
         return unit, norms if self.margin.reads_norms else None, veto
 
     def _rows_of(self, classes: Tensor) -> Tensor:
@@ -524,20 +493,8 @@ class PartialFC(nn.Module):
 
         The number of the draw is fixed now. The function may be called later and in another thread.
         """
-        draw = self._samples_drawn
-
-        def find() -> Tensor:
-            return self._rows_of(
-                likely_classes(
-                    self.num_classes_local,
-                    self.sample_rate,
-                    seed=self.seed,
-                    rank=self.rank,
-                    step=draw,
-                )
-            )
-
-        return find
+        draw = self._of_draw()
+        return lambda: self._rows_of(likely_classes(*draw))
 
     def _rows_of_step(self, step: StepContext) -> tuple[Tensor, Tensor | None]:
         """Returns weight and bias of the classes that take part, for autograd."""
@@ -582,8 +539,66 @@ class PartialFC(nn.Module):
                 gradient = gradient / gradient_scale
             rule.update_rows(parameter, gradient, rows, learning_rate, bad)
             parameter.grad = None
+        step.finish()
 
     def _localize(self, labels: Tensor) -> Tensor:
         """Returns global labels in this rank's numbering, -1 where another rank owns the class."""
         here = (labels >= self.class_range.start) & (labels < self.class_range.stop)
         return torch.where(here, labels - self.class_range.start, -1)
+
+    def _check(
+        self,
+        workspace_mib: float | str,
+        dtype: torch.dtype,
+        center_device: torch.device | str | None,
+    ) -> None:
+        is_fused, is_half = self.update == "fused", self.matmul_half is not None
+        is_size = isinstance(workspace_mib, (int, float)) and 0 < workspace_mib < math.inf
+        refuse(
+            (
+                self.embedding_size >= 1 and self.num_classes >= 1,
+                f"embedding_size={self.embedding_size}, num_classes={self.num_classes}: at least 1 "
+                "each",
+            ),
+            (
+                0.0 <= self.sample_rate <= 1.0,
+                f"sample_rate={self.sample_rate!r}: a share in [0, 1] (1 uses all classes)",
+            ),
+            (self.update in ("fused", "autograd"), f"update={self.update!r}: fused or autograd"),
+            (
+                not is_fused or self.row_optimizer is not None,
+                "update='fused' moves the class centers itself: pass row_optimizer=SGDRows(...) or "
+                "AdamWRows(...)",
+            ),
+            (
+                self.batch_size_per_rank is None or self.batch_size_per_rank >= 1,
+                f"batch_size_per_rank={self.batch_size_per_rank}: at least 1, or None",
+            ),
+            (
+                self.centers_per_class >= 1,
+                f"centers_per_class={self.centers_per_class}: at least 1",
+            ),
+            (
+                workspace_mib == "auto" or is_size,
+                f"workspace_mib={workspace_mib!r}: MiB above 0, or 'auto'",
+            ),
+            (
+                not is_half or self.matmul_half == torch.bfloat16,
+                f"half={self.matmul_half}: torch.bfloat16, or None for full precision",
+            ),
+            (
+                dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and is_fused),
+                f"dtype={dtype}: class centers are float32 or float64, or bfloat16 with "
+                "update='fused'",
+            ),
+            (
+                center_device is None
+                or (is_fused and self.sample_rate < 1.0 and not self.margin.bias),
+                f"center_device={center_device!r}: centers away from the computing device need "
+                "update='fused', sample_rate < 1 and a loss without bias",
+            ),
+            (
+                center_device is None or torch.device(center_device).type == "cpu",
+                f"center_device={center_device!r}: 'cpu' (host memory), or None",
+            ),
+        )

@@ -440,7 +440,7 @@ def test_backward_and_step_inside_autocast_compute_as_outside():
 
 
 def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centers_exists():
-    """The largest tensor any operator makes stays within the work buffer."""
+    """The largest tensor that any operator makes is a matrix of one block."""
 
     class Largest(TorchDispatchMode):
         bytes = 0
@@ -467,7 +467,8 @@ def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centers_exists(
         loss = head(embeddings, labels)
         loss.backward()
         head.step(0.1)
-    assert 2**18 < Largest.bytes <= 2**20
+    rows = head.planned_blocks()[0].rows_per_block
+    assert Largest.bytes == 64 * rows * 4 <= 2**17
     assert head.weight.grad is None
 
 

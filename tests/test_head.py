@@ -83,9 +83,7 @@ def test_negatives_are_uniform(classes, size):
     counts, pairs = torch.zeros(classes), torch.zeros(classes)
     for step in range(draws):
         chosen = torch.zeros(classes)
-        sample = draw_sample(
-            torch.tensor([-1]), classes, size / classes, seed=7, rank=2, step=step
-        ).classes
+        sample = draw_sample(torch.tensor([-1]), classes, size / classes, seed=7, rank=2, step=step)
         chosen[sample] = 1
         counts += chosen
         pairs += chosen * chosen.roll(1)

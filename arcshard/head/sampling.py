@@ -48,7 +48,6 @@ def draw_sample(
     local_labels: Tensor,
     num_classes_local: int,
     sample_rate: float,
-    *,
     seed: int,
     rank: int,
     step: int,
@@ -97,7 +96,7 @@ def draw_sample(
 
 
 def likely_classes(
-    num_classes_local: int, sample_rate: float, *, seed: int, rank: int, step: int
+    num_classes_local: int, sample_rate: float, seed: int, rank: int, step: int
 ) -> Tensor:
     """Returns the classes that `draw_sample` would take without positives, ascending.
 

@@ -24,7 +24,8 @@ class StepContext:
         classes: [S] int64 ascending local classes that take part, None for all.
         prepared: [n] ascending labels that `prepare` was given on all ranks, or None.
         refusal: The reason why no gradient can be computed in this step, empty if one can.
-        updates: Number of updates of the centers since the last `PartialFC.step`.
+        updates: Number of updates of the centers in this step.
+        was_updated: Whether they were updated before this step, since the last `PartialFC.step`.
         passes: Passes whose gradient waits for the update.
         kept: Numerators of the last pass, by first row.
         bad: Boolean scalar, True if the loss of a pass is not finite; None before the first
@@ -37,6 +38,7 @@ class StepContext:
     prepared: Tensor | None = None
     refusal: str = ""
     updates: int = 0
+    was_updated: bool = False
     passes: list[Any] = field(default_factory=list)
     kept: dict[int, Any] = field(default_factory=dict)
     bad: Tensor | None = None
