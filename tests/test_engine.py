@@ -613,19 +613,3 @@ def test_arguments_of_the_engine_outside_their_domain_are_refused(arguments, wor
 def test_margins_outside_their_domain_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-@pytest.mark.parametrize("rule", [SGDRows(), AdamWRows()], ids=["sgd", "adamw"])
-def test_a_veto_decided_on_the_device_moves_nothing_and_its_absence_everything(rule):
-    """What an accelerator runs: `move` may not look at `bad`."""
-    weight, gradient = torch.randn(5, 8), torch.randn(5, 8)
-    results = []
-    for bad in (torch.tensor(True), torch.tensor(False), None):
-        work, state = weight.clone(), rule.create_state(weight)
-        rule.move(work, gradient.clone(), state, 0.1, bad)
-        results.append([work, *state.values()])
-    untouched = [weight, *rule.create_state(weight).values()]
-    for vetoed, free, plain, before in zip(*results, untouched, strict=True):
-        assert torch.equal(vetoed, before)
-        assert torch.equal(free, plain)
-        assert not torch.equal(free, before)
