@@ -33,7 +33,7 @@ from arcshard.deprecation import renamed_arguments
 from arcshard.head.arguments import check_arguments
 from arcshard.head.batch import PAD_LABEL, BatchGatherer, mean_pairwise_cosine
 from arcshard.head.block import without_autocast
-from arcshard.head.centers import ClassCenters, LocalCenters
+from arcshard.head.centers import ClassCenters
 from arcshard.head.fused import FusedMarginSoftmax, FusedMarginSoftmaxFunction
 from arcshard.head.init import init_centers
 from arcshard.head.offload import CenterOffload
@@ -374,7 +374,7 @@ class PartialFC(nn.Module):
                 weight = self.weight[:size]
             else:
                 rows = torch.empty(size, dtype=torch.int64, device="meta")
-        centers = LocalCenters(
+        centers = ClassCenters(
             weight, self.row_optimizer, self.bias, self._bias_optimizer, rows, state=state
         )
         like = torch.empty(0, dtype=self.work_dtype, device=self.device)
@@ -474,7 +474,7 @@ class PartialFC(nn.Module):
         rows = self._sampled_rows()
         if self._host is not None and rows is not None:
             return self._host.of_step(rows)
-        return LocalCenters(self.weight, self.row_optimizer, self.bias, self._bias_optimizer, rows)
+        return ClassCenters(self.weight, self.row_optimizer, self.bias, self._bias_optimizer, rows)
 
     def _rows_of_sample(self) -> tuple[Tensor, Tensor | None]:
         """Returns weight and bias of the classes that take part, for autograd."""

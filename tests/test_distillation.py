@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from arcshard.head.centers import LocalCenters
+from arcshard.head.centers import ClassCenters
 from arcshard.head.distillation import DistillationInputs, TeacherCenters, sharded_divergence
 from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
@@ -94,7 +94,7 @@ def divergence_here(
         rows = (classes[:, None] * k + torch.arange(k)).view(-1)
     unit = normalize(given["teacher"][here], dim=2) * given["known"][here, None, None]
     sides = DistillationInputs(
-        LocalCenters(given["weight"][here].reshape(-1, WIDTH), None, rows=rows),
+        ClassCenters(given["weight"][here].reshape(-1, WIDTH), None, rows=rows),
         k,
         classes,
         TeacherCenters(unit, given["known"][here]),
@@ -137,7 +137,7 @@ def test_logits_equal_the_dense_twin_loss_and_gradient(ranks: Ranks, world_size:
 
 def test_a_step_whose_classes_the_teacher_does_not_know_teaches_nothing() -> None:
     embeddings = torch.randn(3, 4, requires_grad=True)
-    centers = LocalCenters(torch.randn(5, 4), None)
+    centers = ClassCenters(torch.randn(5, 4), None)
     teacher = TeacherCenters(torch.zeros(5, 1, 6), torch.zeros(5, dtype=torch.bool))
     sides = DistillationInputs(centers, 1, None, teacher, SCALE, TEMPERATURE, 3, None, 10**6)
     loss = sharded_divergence(normalize(embeddings), torch.randn(3, 6), sides)

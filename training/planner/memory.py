@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from arcshard.head.centers import LocalCenters
+from arcshard.head.centers import ClassCenters
 from arcshard.head.reference import reference_loss
 from arcshard.head.sampling import sample_size
 from arcshard.head.workspace import Workspace, choose_workspace
@@ -289,7 +289,7 @@ def estimate_requirements(
         share = min(1.0, work.rows / max(head.weight.shape[0], 1))
         staged = round((centers + state) * share)
         on_host = centers + state + staged
-        rows_here = 2 * share  # the rows that were gathered ahead, and the copy for the step
+        rows_here = share
         if device_type == "cpu":
             rows_here += 1
             on_host = 0
@@ -402,7 +402,7 @@ def _head_needs(
         like = torch.empty(0, dtype=head.work_dtype, device=device)
         buffer, plan, matmul_dtype = 0, None, head.work_dtype
         if head.fused is not None:
-            shard = LocalCenters(weight, rule, bias, None, rows, state=state)
+            shard = ClassCenters(weight, rule, bias, None, rows, state=state)
             plan = head.fused.plan(shard, batch, head.embedding_size, like)
             cost = head.fused.cost(shard, batch, head.embedding_size, like)
             buffer = cost.total_bytes(plan)
