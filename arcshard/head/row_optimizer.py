@@ -114,14 +114,12 @@ class RowOptimizer(ABC):
                 return
             bad = None
         rows = slice(None) if rows is None else rows
-        parts = {"weight": weight, **(self.state(weight) if state is None else state)}
-        work = {} if current is None else {"weight": current}
-        for name in parts.keys() - work.keys():
-            work[name] = in_working_precision(take(parts[name], rows))
-        of_rows = {name: values for name, values in work.items() if name != "weight"}
-        self.move(work["weight"], gradient, of_rows, learning_rate, bad)
-        for name, part in parts.items():
-            new = work[name]
+        state = self.state(weight) if state is None else state
+        moved = in_working_precision(take(weight, rows)) if current is None else current
+        of_rows = {name: in_working_precision(take(part, rows)) for name, part in state.items()}
+        self.move(moved, gradient, of_rows, learning_rate, bad)
+        parts, new_parts = (weight, *state.values()), (moved, *of_rows.values())
+        for part, new in zip(parts, new_parts, strict=True):
             if new.dtype != part.dtype:
                 new = self._round_stochastically(new)  # exact for values that did not change
             elif isinstance(rows, slice):
