@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,10 +35,10 @@ from arcshard.head.block import NORM_FLOOR, without_autocast
 from arcshard.head.centers import ClassCenters
 from arcshard.head.fused import FusedMarginSoftmax, update_centers
 from arcshard.head.init import init_centers
-from arcshard.head.offload import CenterOffload
+from arcshard.head.offload import CenterOffload, OffloadedCenters
 from arcshard.head.reference import reference_loss
 from arcshard.head.row_optimizer import RowOptimizer, refuse_plain_optimizers
-from arcshard.head.sampling import columns_of, draw_sample, likely_classes, sample_size
+from arcshard.head.sampling import columns_of, draw_sample, sample_size
 from arcshard.head.step import StepContext
 from arcshard.head.target import PositiveLogits, find_positive_logits
 from arcshard.head.workspace import (
@@ -176,7 +176,7 @@ class PartialFC(nn.Module):
             )
         self._host: CenterOffload | None = None
         if center_device is not None and row_optimizer is not None:
-            self._host = CenterOffload(self.weight, row_optimizer, self.device, self._next_rows)
+            self._host = CenterOffload(self.weight, row_optimizer, self.device)
         self._step: StepContext | None = None  # the optimizer step in progress
         self.mean_pairwise_cosine: Tensor | None = None
         self._samples_drawn = self._forwards = 0
@@ -438,19 +438,17 @@ class PartialFC(nn.Module):
         """Draws the classes of a step for labels [B]; the number of the draw stays the same."""
         if self.sample_rate >= 1.0:
             return StepContext(ClassCenters(*self._parts()))
-        classes = draw_sample(self._localize(labels), *self._of_draw())
+        draw = (self.seed, self.rank, self._samples_drawn)
+        classes = draw_sample(
+            self._localize(labels), self.num_classes_local, self.sample_rate, *draw
+        )
         rows = self._rows_of(classes)
         if self._host is not None:
-            return StepContext(self._host.of_step(rows), classes, prepared)
+            return StepContext(OffloadedCenters(self._host, rows), classes, prepared)
         return StepContext(ClassCenters(*self._parts(), rows), classes, prepared)
 
     def _parts(self) -> tuple[Any, ...]:
         return self.weight, self.row_optimizer, self.bias, self._bias_optimizer
-
-    def _of_draw(self) -> tuple[int, float, int, int, int]:
-        """Returns what the next draw of classes depends on, beside the positive classes."""
-        draw = (self.seed, self.rank, self._samples_drawn)
-        return self.num_classes_local, self.sample_rate, *draw
 
     def _has_gradient(self, step: StepContext) -> bool:
         return bool(step.passes) or (self.fused is None and self.weight.grad is not None)
@@ -487,14 +485,6 @@ class PartialFC(nn.Module):
         if k == 1:
             return classes
         return (classes[:, None] * k + torch.arange(k, device=classes.device)).view(-1)
-
-    def _next_rows(self) -> Callable[[], Tensor]:
-        """Returns a function that finds the rows the next step will probably need: its negatives.
-
-        The number of the draw is fixed now. The function may be called later and in another thread.
-        """
-        draw = self._of_draw()
-        return lambda: self._rows_of(likely_classes(*draw))
 
     def _rows_of_step(self, step: StepContext) -> tuple[Tensor, Tensor | None]:
         """Returns weight and bias of the classes that take part, for autograd."""

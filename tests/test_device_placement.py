@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16", "gradient_acc": 2},
     "sampled": {"sample_rate": 0.1},
+    "sampled, centers in host memory": {"sample_rate": 0.1, "head_offload": True},
     "autograd": {"head_update": "autograd", "clip_grad_norm": 0.0},
     "adamw, bf16 centers": {
         "optimizer": "adamw",

@@ -508,27 +508,6 @@ def test_a_frozen_backbone_trains_the_centers_alone():
     assert not torch.equal(head.weight, before)
 
 
-def test_host_centers_bring_most_rows_ahead_of_time_and_notice_a_loaded_checkpoint():
-    def make(**options: Any) -> PartialFC:
-        return PartialFC(
-            CosFace(), 8, 4001, 0.1, row_optimizer=SGDRows(), dtype=torch.float64, **options
-        )
-
-    hosted, plain = make(center_device="cpu"), make()
-    for step in range(6):
-        embeddings, labels, _, _ = batch_for(0, [16], 4001, 8, seed=step)
-        for head in (hosted, plain):
-            head(embeddings.detach().requires_grad_(True), labels, 0.1).backward()
-            head.step(0.1)
-        if step == 3:  # what loading a checkpoint does
-            for head in (hosted, plain):
-                with torch.no_grad():
-                    head.weight.mul_(1.5)
-    assert torch.equal(hosted.weight, plain.weight)
-    host = hosted._host
-    assert host.rows_ahead > 10 * (host.rows_fetched - 2 * 400)
-
-
 @pytest.mark.parametrize("margin", [ElasticFace(), Softmax(bias=True)])
 def test_a_saved_head_goes_on_as_if_it_had_not_been_interrupted(margin):
     def run(stop: int | None) -> torch.Tensor:
@@ -612,19 +591,3 @@ def test_arguments_of_the_engine_outside_their_domain_are_refused(arguments, wor
 def test_margins_outside_their_domain_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-@pytest.mark.parametrize("rule", [SGDRows(), AdamWRows()], ids=["sgd", "adamw"])
-def test_a_veto_decided_on_the_device_moves_nothing_and_its_absence_everything(rule):
-    """What an accelerator runs: `move` may not look at `bad`."""
-    weight, gradient = torch.randn(5, 8), torch.randn(5, 8)
-    results = []
-    for bad in (torch.tensor(True), torch.tensor(False), None):
-        work, state = weight.clone(), rule.create_state(weight)
-        rule.move(work, gradient.clone(), state, 0.1, bad)
-        results.append([work, *state.values()])
-    untouched = [weight, *rule.create_state(weight).values()]
-    for vetoed, free, plain, before in zip(*results, untouched, strict=True):
-        assert torch.equal(vetoed, before)
-        assert torch.equal(free, plain)
-        assert not torch.equal(free, before)

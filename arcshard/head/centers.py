@@ -1,19 +1,18 @@
-"""The class centers (and biases) that take part in a step, read and updated in blocks of rows.
-
-arcshard/head/fused.py knows this protocol only. `LocalCenters` reads the shard in place, all of it
-or the rows of a sample; arcshard/head/offload.py keeps the shard in host memory.
-"""
+"""The class centers (and biases) that take part in a step, read and updated in blocks of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from arcshard.head.row_optimizer import RowOptimizer
+from arcshard.head.row_optimizer import RowOptimizer, Rows, State, in_working_precision, take
 
 
 class ClassCenters:
-    """Rows of this rank's shard, on the device where the head computes.
+    """Rows 0 .. num_rows - 1 of one step, on the device where the head computes.
+
+    They are the shard or the rows of a sample; the K sub-centers of a class are K consecutive rows.
+    arcshard/head/offload.py has those of a shard in host memory.
 
     Args:
         weight: [num_rows_local, D] class centers.
@@ -22,6 +21,12 @@ class ClassCenters:
         bias_rule: Row optimizer of `bias`.
         rows: [S] int64 distinct rows that take part, None for all.
         state: Optimizer state of `weight`; None for the state that `rule` owns.
+
+    Attributes:
+        num_rows: Number of rows that take part.
+        reads_copies: Whether `read` returns a copy (sampled rows, half precision) rather than a
+            view of the shard.
+        rule_matrices: Number of temporary matrices [rows, D] that the update of a block needs.
     """
 
     def __init__(
@@ -31,7 +36,7 @@ class ClassCenters:
         bias: Tensor | None = None,
         bias_rule: RowOptimizer | None = None,
         rows: Tensor | None = None,
-        state: dict[str, Tensor] | None = None,
+        state: State | None = None,
     ) -> None:
         self.weight, self.rule, self.bias, self.bias_rule = weight, rule, bias, bias_rule
         self.rows, self.state = rows, state
@@ -41,30 +46,23 @@ class ClassCenters:
         if rule is not None:
             self.rule_matrices = rule.matrices_per_block(weight, rows is not None, state)
 
-    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Returns [stop - start, D]: a view of the shard, or copies of sampled or bf16 rows."""
-        weight = self.weight.detach()
-        if weight.dtype == torch.bfloat16:
-            block = weight[start:stop] if self.rows is None else weight[self.rows[start:stop]]
-            return block.float() if out is None else out.copy_(block)
-        if self.rows is None:
-            return weight[start:stop]
-        return torch.index_select(weight, 0, self.rows[start:stop], out=out)
+    def read(self, start: int, stop: int) -> Tensor:
+        """Returns rows [stop - start, D] in working precision."""
+        return in_working_precision(take(self.weight.detach(), self._in_shard(start, stop)))
 
     def read_rows(self, rows: Tensor) -> Tensor:
-        """Returns any rows [n, D] in working precision."""
-        return _working(self._pick(self.weight, rows))
+        """Returns any rows [n, D] in working precision, as constants."""
+        rows = rows if self.rows is None else self.rows[rows]
+        return in_working_precision(take(self.weight.detach(), rows))
 
     def read_bias(self, start: int, stop: int) -> Tensor | None:
-        """Returns the biases [stop - start], or None."""
-        if self.bias is None:
-            return None
-        bias = self.bias.detach()
-        return bias[start:stop] if self.rows is None else bias[self.rows[start:stop]]
+        """Returns the biases [stop - start], or None without a bias."""
+        return None if self.bias is None else take(self.bias.detach(), self._in_shard(start, stop))
 
     def read_bias_rows(self, rows: Tensor) -> Tensor | None:
-        """Returns the biases [n] of any rows, or None."""
-        return None if self.bias is None else self._pick(self.bias, rows)
+        """Returns the biases [n] of any rows, or None without a bias."""
+        rows = rows if self.rows is None else self.rows[rows]
+        return None if self.bias is None else take(self.bias.detach(), rows)
 
     def update(
         self,
@@ -76,28 +74,26 @@ class ClassCenters:
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
-        """Updates these rows and their state, and no other row."""
+        """Applies one step of the row optimizer to rows start .. stop - 1, and to no other row.
+
+        Args:
+            start: First row.
+            stop: Row after the last one.
+            current: [stop - start, D] the rows as `read` returned them; overwritten.
+            gradient: [stop - start, D]; may be overwritten.
+            bias_gradient: [stop - start], or None without a bias.
+            learning_rate: Learning rate of this step.
+            bad: Boolean scalar on the device. Where it is True, nothing is updated.
+        """
         assert self.rule is not None
-        rows = slice(start, stop) if self.rows is None else self.rows[start:stop]
-        self.rule.update_rows(
-            self.weight,
-            gradient,
-            rows,
-            learning_rate,
-            bad,
-            state=self.state,
-            current=current if self.reads_copies else None,
-        )
+        rows, copy = self._in_shard(start, stop), current if self.reads_copies else None
+        step = rows, learning_rate, bad
+        self.rule.update_rows(self.weight, gradient, *step, state=self.state, current=copy)
         if self.bias is not None and self.bias_rule is not None and bias_gradient is not None:
-            self.bias_rule.update_rows(self.bias, bias_gradient, rows, learning_rate, bad)
+            self.bias_rule.update_rows(self.bias, bias_gradient, *step)
 
     def flush(self) -> None:
-        """Does nothing, because rows are updated in place."""
+        """Completes the step when all its rows are updated; here they are updated in place."""
 
-    def _pick(self, values: Tensor, rows: Tensor) -> Tensor:
-        rows = rows if self.rows is None else self.rows[rows]
-        return values.detach().index_select(0, rows)
-
-
-def _working(rows: Tensor) -> Tensor:
-    return rows.float() if rows.dtype == torch.bfloat16 else rows
+    def _in_shard(self, start: int, stop: int) -> Rows:
+        return slice(start, stop) if self.rows is None else self.rows[start:stop]

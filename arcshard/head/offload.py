@@ -1,127 +1,69 @@
 """Class centers in host memory: RAM rather than the accelerator bounds the number of classes.
 
 Centers and optimizer state stay on the host. A step's sampled rows are copied to the device, used
-and updated there like a small shard, and copied back. While the backbone computes, a thread gathers
-the rows that the next step will most likely need: its random negatives are known ahead, only the
-batch's own classes are not. The thread starts after the rows of the last step are back, so it never
-reads a row that is about to change.
+and updated there like a small shard, and copied back.
 
-Cost: the copies to the device and back wait for the device; only the gathering on the host is
-hidden. The device holds one copy of a sample's centers and state, and two for a moment. The host
-holds as many again in page-locked memory.
+Cost: the step waits while the host gathers the rows, and again while it writes them back. Copies to
+and from CUDA pass through page-locked memory; while a part is copied, the host gathers the next or
+writes the last. These copies were never timed on a GPU. The device holds one copy of a sample's
+centers and state, and another for an evaluation during a step. The host holds as many again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 from arcshard.head.centers import ClassCenters
-from arcshard.head.row_optimizer import RowOptimizer
-
-
-@dataclass
-class _Ahead:
-    """Rows gathered ahead: ascending row numbers, each part's rows [n, ...], and its version."""
-
-    rows: Tensor
-    parts: dict[str, Tensor]
-    versions: dict[str, int]
+from arcshard.head.row_optimizer import RowOptimizer, State
 
 
 class CenterOffload:
-    """The shard in host memory, of which one sample at a time is on the device.
+    """The shard in host memory, of which the samples of steps are on the device.
 
     Args:
         weight: [num_rows_local, D] on the CPU.
         rule: Row optimizer that updates the rows and owns their state, also on the CPU.
         device: Device where the head computes.
-        next_rows: Function that is called after every step. It returns a function that the thread
-            calls for the rows that the next step will probably need, ascending, on the CPU.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        rule: RowOptimizer,
-        device: torch.device,
-        next_rows: Callable[[], Callable[[], Tensor]],
-    ) -> None:
+    def __init__(self, weight: Tensor, rule: RowOptimizer, device: torch.device) -> None:
         self.weight, self.rule, self.device = weight, rule, device
-        self._next_rows = next_rows
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="centers")
-        self._ahead: Future[_Ahead] | None = None
-        self._lent: OffloadedCenters | None = None
-        self.rows_ahead = self.rows_fetched = 0  # rows that were gathered ahead, and that were not
+        self.uses_staging = device.type != "cpu"
+        self._staging: dict[str, _Staging] = defaultdict(lambda: _Staging(device))
 
-    def of_step(self, rows: Tensor) -> OffloadedCenters:
-        """Returns the rows of a step on the device; the same object for the same `rows` tensor."""
-        if self._lent is None or self._lent.sample is not rows:
-            on_host = rows.cpu()  # waits for the device
-            parts = self._bring(on_host)
-            self._lent = OffloadedCenters(self, rows, on_host, parts)
-        return self._lent
+    def versions(self) -> list[int]:
+        """Returns numbers that change when the shard is written, also by loading a checkpoint."""
+        return [part._version for part in self._parts().values()]
 
-    def put_back(self, rows: Tensor, parts: dict[str, Tensor]) -> None:
-        """Writes updated rows to the shard and starts gathering for the next step."""
-        with torch.no_grad():
-            for name, part in self._parts().items():
-                part.index_copy_(0, rows, parts[name].to(part.device))
-        self._lent = None
-        stream = None
-        if self.device.type == "cuda":  # a thread has a current stream of its own
-            stream = torch.cuda.current_stream(self.device)
-        self._ahead = self._thread.submit(self._gather, self._next_rows(), stream)
+    def fetch(self, rows: Tensor) -> State:
+        """Copies rows of the weight and of its state to the device."""
+        if not self.uses_staging:
+            return {name: part.index_select(0, rows) for name, part in self._parts().items()}
+        fetched = {}
+        for name, part in self._parts().items():
+            staged = self._staging[name].rows(len(rows), part)
+            torch.index_select(part, 0, rows, out=staged)
+            on_device = torch.empty_like(staged, device=self.device)
+            fetched[name] = self._staging[name].copy(staged, on_device)
+        return fetched
 
-    def _parts(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def put_back(self, rows: Tensor, updated: State) -> None:
+        """Writes updated rows of the weight and of its state to the shard."""
+        if self.uses_staging:
+            updated = {
+                name: self._staging[name].copy(part, self._staging[name].rows(len(rows), part))
+                for name, part in updated.items()
+            }
+        for name, part in self._parts().items():
+            self._staging[name].wait()
+            part.index_copy_(0, rows, updated[name])
+
+    def _parts(self) -> State:
         return {"weight": self.weight.detach(), **self.rule.state(self.weight)}
-
-    def _gather(
-        self, rows_wanted: Callable[[], Tensor], stream: torch.cuda.Stream | None
-    ) -> _Ahead:
-        """Gathers, in the thread, the rows of the next step on the stream that the step uses."""
-        rows = rows_wanted()
-        parts = self._parts()
-        versions = {name: part._version for name, part in parts.items()}
-        with torch.cuda.stream(stream):
-            fetched = {name: self._fetch(part, rows) for name, part in parts.items()}
-        return _Ahead(rows, fetched, versions)
-
-    def _fetch(self, part: Tensor, rows: Tensor) -> Tensor:
-        """Copies rows of a part to the device, through page-locked memory to an accelerator."""
-        if self.device.type == "cpu":
-            return part.index_select(0, rows)
-        staged = torch.empty(len(rows), *part.shape[1:], dtype=part.dtype, pin_memory=True)
-        torch.index_select(part, 0, rows, out=staged)
-        return staged.to(self.device, non_blocking=True)
-
-    def _bring(self, rows: Tensor) -> dict[str, Tensor]:
-        """Returns every part's rows on the device, as many as possible from those ahead."""
-        ahead = self._ahead.result() if self._ahead is not None else None
-        self._ahead = None
-        parts = self._parts()
-        if ahead is not None and any(
-            ahead.versions[name] != part._version for name, part in parts.items()
-        ):
-            ahead = None  # the shard was written since, for example by loading a checkpoint
-        if ahead is None or len(ahead.rows) == 0:
-            self.rows_fetched += len(rows)
-            return {name: self._fetch(part, rows) for name, part in parts.items()}
-        place = torch.searchsorted(ahead.rows, rows).clamp_max(len(ahead.rows) - 1)
-        found = ahead.rows[place] == rows
-        missing = (~found).nonzero().squeeze(1)
-        self.rows_ahead += int(found.sum())
-        self.rows_fetched += len(missing)
-        place, there = place.to(self.device), missing.to(self.device)
-        brought = {}
-        for name, part in parts.items():
-            brought[name] = ahead.parts.pop(name).index_select(0, place)
-            brought[name].index_copy_(0, there, self._fetch(part, rows[missing]))
-        return brought
 
 
 class OffloadedCenters(ClassCenters):
@@ -130,17 +72,54 @@ class OffloadedCenters(ClassCenters):
     Args:
         host: Owner of the shard, to which the rows are returned.
         sample: [S] int64 rows of the shard, as the sample names them.
-        on_host: The same row numbers on the CPU.
-        parts: "weight" and the optimizer state of these rows, on the device.
     """
 
-    def __init__(
-        self, host: CenterOffload, sample: Tensor, on_host: Tensor, parts: dict[str, Tensor]
-    ) -> None:
-        state = {name: part for name, part in parts.items() if name != "weight"}
-        super().__init__(parts["weight"], host.rule, state=state)
-        self.sample, self._host, self._on_host, self._parts_here = sample, host, on_host, parts
+    def __init__(self, host: CenterOffload, sample: Tensor) -> None:
+        self.sample, self._host, self._on_host = sample, host, sample.cpu()  # waits for the device
+        self.versions, self._parts = host.versions(), host.fetch(self._on_host)
+        state = {name: part for name, part in self._parts.items() if name != "weight"}
+        super().__init__(self._parts["weight"], host.rule, state=state)
 
     def flush(self) -> None:
-        """Copies the updated rows back to the host."""
-        self._host.put_back(self._on_host, self._parts_here)
+        """Copies the updated rows back to the host.
+
+        Raises:
+            RuntimeError: The shard was written since the rows were fetched.
+        """
+        if self.versions != self._host.versions():
+            raise RuntimeError(
+                "class centers were loaded or written between this forward and its backward"
+            )
+        self._host.put_back(self._on_host, self._parts)
+
+
+class _Staging:
+    """Host memory through which rows of one tensor go to the device and back; it only grows.
+
+    For CUDA it is page-locked, and copies are asynchronous in the order of the current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._buffer: Tensor | None = None
+
+    def rows(self, count: int, like: Tensor) -> Tensor:
+        """Returns [count, ...] of the memory, when the last copy from or to it is complete."""
+        self.wait()
+        if self._buffer is None or len(self._buffer) < count:
+            pinned = self.copied is not None
+            self._buffer = like.new_empty(count, *like.shape[1:], device="cpu", pin_memory=pinned)
+        return self._buffer[:count]
+
+    def copy(self, source: Tensor, to: Tensor) -> Tensor:
+        """Starts a copy from or to the memory, and returns `to`."""
+        to.copy_(source, non_blocking=self.copied is not None)
+        if self.copied is not None:
+            self.copied.record(torch.cuda.current_stream(self.device))
+        return to
+
+    def wait(self) -> None:
+        """Waits until the last copy is complete, so that the host may read or write the memory."""
+        if self.copied is not None:
+            self.copied.synchronize()

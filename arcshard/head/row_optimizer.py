@@ -12,16 +12,18 @@ probabilities that make the mean exact), so that small steps are not lost as in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.optim.sgd import sgd
 
 from arcshard.random import hash_key
 
 Rows = slice | Tensor
+State = dict[str, Tensor]
+Veto = Tensor | None  # boolean scalar on the device; where it is True, nothing is updated
 
 
 class RowOptimizer(ABC):
@@ -32,32 +34,23 @@ class RowOptimizer(ABC):
             halves their memory.
 
     Attributes:
-        matrices_for_veto: Number of copies that `move` makes where `bad` can be read only on the
-            device (accelerators).
         sr_counter: Number of stochastic roundings so far, part of the saved state of the head.
     """
-
-    matrices_for_veto = 0
 
     def __init__(self, state_dtype: torch.dtype | None = None) -> None:
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"state_dtype={state_dtype}: torch.bfloat16, or None (the weight's)")
         self.state_dtype = state_dtype
-        self._state: dict[str, Tensor] = {}
+        self._state: State = {}
         self.sr_counter = 0
 
     @abstractmethod
-    def create_state(self, weight: Tensor) -> dict[str, Tensor]:
+    def create_state(self, weight: Tensor) -> State:
         """Creates zeroed state for `weight` [rows, ...]; each tensor has `rows` rows."""
 
     @abstractmethod
     def move(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        learning_rate: float,
-        bad: Tensor | None,
+        self, weight: Tensor, gradient: Tensor, state: State, learning_rate: float, bad: Veto
     ) -> None:
         """Applies one step to the given rows, in place.
 
@@ -70,7 +63,7 @@ class RowOptimizer(ABC):
         """
 
     def matrices_per_block(
-        self, weight: Tensor, is_sampled: bool, state: dict[str, Tensor] | None = None
+        self, weight: Tensor, is_sampled: bool, state: State | None = None
     ) -> int:
         """Counts the temporary matrices of the shape of a block's rows that `update_rows` makes.
 
@@ -83,10 +76,9 @@ class RowOptimizer(ABC):
         averages = [part for part in state.values() if part.dim() == weight.dim()]
         copied = [part for part in averages if is_sampled or part.dtype == torch.bfloat16]
         rounds = any(part.dtype == torch.bfloat16 for part in (weight, *averages))
-        vetoed = 0 if weight.device.type == "cpu" else self.matrices_for_veto
-        return len(copied) + (5 if rounds else 0) + vetoed
+        return len(copied) + (5 if rounds else 0)
 
-    def state(self, weight: Tensor) -> dict[str, Tensor]:
+    def state(self, weight: Tensor) -> State:
         """Returns the state of `weight`, created at first use on its device."""
         if not self._state:
             self._state = self.create_state(weight)
@@ -99,9 +91,9 @@ class RowOptimizer(ABC):
         gradient: Tensor,
         rows: Rows | None,
         learning_rate: float,
-        bad: Tensor | None = None,
+        bad: Veto = None,
         *,
-        state: dict[str, Tensor] | None = None,
+        state: State | None = None,
         current: Tensor | None = None,
     ) -> None:
         """Updates `weight[rows]` in place.
@@ -122,22 +114,20 @@ class RowOptimizer(ABC):
                 return
             bad = None
         rows = slice(None) if rows is None else rows
-        parts = {"weight": weight, **(self.state(weight) if state is None else state)}
-        work = {
-            name: current
-            if name == "weight" and current is not None
-            else _in_working_precision(_take(part, rows))
-            for name, part in parts.items()
-        }
-        work_state = {name: value for name, value in work.items() if name != "weight"}
-        self.move(work["weight"], gradient, work_state, learning_rate, bad)
-        for name, part in parts.items():
-            new = work[name]
+        state = self.state(weight) if state is None else state
+        moved = in_working_precision(take(weight, rows)) if current is None else current
+        of_rows = {name: in_working_precision(take(part, rows)) for name, part in state.items()}
+        self.move(moved, gradient, of_rows, learning_rate, bad)
+        parts, new_parts = (weight, *state.values()), (moved, *of_rows.values())
+        for part, new in zip(parts, new_parts, strict=True):
             if new.dtype != part.dtype:
                 new = self._round_stochastically(new)  # exact for values that did not change
             elif isinstance(rows, slice):
                 continue  # a view, updated in place
-            _put(part, rows, new)
+            if isinstance(rows, slice):
+                part[rows] = new
+            else:
+                part.index_copy_(0, rows, new)
 
     def _round_stochastically(self, values: Tensor) -> Tensor:
         """Rounds fp32 to bf16, up or down at random; the draws follow from a saved count."""
@@ -155,19 +145,28 @@ class RowOptimizer(ABC):
         return torch.where(torch.isfinite(values), cut.view(torch.float32), values).bfloat16()
 
 
-def _take(part: Tensor, rows: Rows) -> Tensor:
+def take(part: Tensor, rows: Rows) -> Tensor:
+    """Returns a view of a slice of rows, or copies of numbered rows."""
     return part[rows] if isinstance(rows, slice) else part.index_select(0, rows)
 
 
-def _put(part: Tensor, rows: Rows, new: Tensor) -> None:
-    if isinstance(rows, slice):
-        part[rows] = new
-    else:
-        part.index_copy_(0, rows, new)
-
-
-def _in_working_precision(rows: Tensor) -> Tensor:
+def in_working_precision(rows: Tensor) -> Tensor:
+    """Returns bf16 rows in fp32, others as they are."""
     return rows.float() if rows.dtype == torch.bfloat16 else rows
+
+
+def _descend(
+    w: Tensor, g: Tensor, bad: Veto, lr: float, decay: float, *buffer: Tensor, momentum: float = 0.0
+) -> None:
+    """Computes w -= lr (g + decay w), with momentum if there is a buffer for it.
+
+    torch's fused SGD does this in one pass. Under a veto it returns before it writes, so that a
+    veto costs no copy, no pass and no wait for the device, and is exact to the bit.
+    """
+    options: Any = {"lr": lr, "weight_decay": decay, "momentum": momentum, "dampening": 0.0}
+    options |= dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
+    found_inf = None if bad is None else bad.float()
+    torch._fused_sgd_([w], [g], buffer, **options, found_inf=found_inf)
 
 
 class SGDRows(RowOptimizer):
@@ -188,37 +187,18 @@ class SGDRows(RowOptimizer):
         super().__init__(state_dtype)
         self.momentum, self.weight_decay = momentum, weight_decay
 
-    def create_state(self, weight: Tensor) -> dict[str, Tensor]:
+    def create_state(self, weight: Tensor) -> State:
         """Creates the momentum buffer; zeros make the first step the plain gradient, as torch's."""
         if not self.momentum:
             return {}
         return {"momentum_buffer": torch.zeros_like(weight, dtype=self.state_dtype)}
 
     def move(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        learning_rate: float,
-        bad: Tensor | None,
+        self, weight: Tensor, gradient: Tensor, state: State, learning_rate: float, bad: Veto
     ) -> None:
-        """Computes v = mu v + g + wd w and w = w - lr v.
-
-        torch's fused kernel does this in one pass over the rows.
-        """
-        sgd(
-            [weight],
-            [gradient],
-            [state.get("momentum_buffer")],
-            fused=True,
-            found_inf=None if bad is None else bad.to(torch.float32),
-            lr=learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
+        """Computes v = mu v + g + wd w and w = w - lr v."""
+        rates = learning_rate, self.weight_decay
+        _descend(weight, gradient, bad, *rates, *state.values(), momentum=self.momentum)
 
 
 class AdamWRows(RowOptimizer):
@@ -231,8 +211,6 @@ class AdamWRows(RowOptimizer):
         state_dtype: Dtype of both averages; None for the weight's dtype.
     """
 
-    matrices_for_veto = 4
-
     def __init__(
         self,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -243,7 +221,7 @@ class AdamWRows(RowOptimizer):
         super().__init__(state_dtype)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
 
-    def create_state(self, weight: Tensor) -> dict[str, Tensor]:
+    def create_state(self, weight: Tensor) -> State:
         """Creates both averages, and the number of steps of every row."""
         return {
             "exp_avg": torch.zeros_like(weight, dtype=self.state_dtype),
@@ -253,30 +231,32 @@ class AdamWRows(RowOptimizer):
         }
 
     def move(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        learning_rate: float,
-        bad: Tensor | None,
+        self, weight: Tensor, gradient: Tensor, state: State, learning_rate: float, bad: Veto
     ) -> None:
-        """Computes m and v as Adam does, and w = w (1 - lr wd) - lr m^ / (sqrt(v^) + eps)."""
-        parts = [weight, state["exp_avg"], state["exp_avg_sq"], state["step"]]
-        before = [part.clone() for part in parts] if bad is not None else []
+        """Computes m and v as Adam does, and w = w (1 - lr wd) - lr m^ / (sqrt(v^) + eps).
+
+        With c1 = 1 - beta1^t and a = c1 / sqrt(1 - beta2^t) of each row, the last term is
+        lr m / (a sqrt(v) + eps c1). Only `_descend` writes what a veto protects, and an average is
+        a descent too: m += (1 - beta1) (g - m). The gradient's memory holds what is in between,
+        which may be NaN under a veto.
+        """
         beta1, beta2 = self.betas
-        step = state["step"].add_(1)
-        first = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        by_row = (-1, *[1] * (weight.dim() - 1))
-        step_size = (learning_rate / (1 - beta1**step)).to(weight.dtype).view(by_row)
-        correction = (1 - beta2**step).sqrt().to(weight.dtype).view(by_row)
+        veto = None if bad is None else bad.float()  # once for three uses
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        _descend(first, gradient, veto, beta1 - 1, -1.0)
+        _descend(second, gradient.square_(), veto, beta2 - 1, -1.0)
         torch.sqrt(second, out=gradient)
-        gradient.div_(correction).add_(self.eps)
+
+        step = state["step"].add_(1 if bad is None else ~bad)
+        correction = (1 - beta1**step).view(-1, *[1] * (weight.dim() - 1))
+        factor = correction / (1 - beta2**step).sqrt_().view_as(correction)
+        factor, eps = factor.to(weight.dtype), (correction * self.eps).to(weight.dtype)
+        if bad is None:  # as on CPUs, whose addcmul of two numbers per row is five times slower
+            gradient.mul_(factor).add_(eps)
+        else:
+            torch.addcmul(eps, gradient, factor, out=gradient)
         torch.div(first, gradient, out=gradient)
-        weight.mul_(1 - learning_rate * self.weight_decay).sub_(gradient.mul_(step_size))
-        if bad is not None:
-            for part, old in zip(parts, before, strict=True):
-                part.copy_(torch.where(bad, old, part))
+        _descend(weight, gradient, veto, learning_rate, self.weight_decay)
 
 
 def refuse_plain_optimizers(weight: nn.Parameter, reason: str) -> None:
@@ -288,13 +268,12 @@ def refuse_plain_optimizers(weight: nn.Parameter, reason: str) -> None:
     """
     # The mark is on the tensor, because an optimizer knows its tensors and no module.
     weight.moved_by_partial_fc = reason  # type: ignore[attr-defined]
-    global _refusal_is_registered
-    if not _refusal_is_registered:
-        register_optimizer_step_pre_hook(_refuse)
-        _refusal_is_registered = True
+    _register_refusal()
 
 
-_refusal_is_registered = False
+@cache
+def _register_refusal() -> None:
+    register_optimizer_step_pre_hook(_refuse)
 
 
 def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

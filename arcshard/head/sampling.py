@@ -95,30 +95,6 @@ def draw_sample(
     return pool[order[:size]].sort().values
 
 
-def likely_classes(
-    num_classes_local: int, sample_rate: float, seed: int, rank: int, step: int
-) -> Tensor:
-    """Returns the classes that `draw_sample` would take without positives, ascending.
-
-    They are known before the batch is. All but the last few of a sample's negatives are among them.
-
-    Args:
-        num_classes_local: C_local, the number of classes that this rank owns.
-        sample_rate: r in [0, 1].
-        seed: Seed of the run.
-        rank: This rank.
-        step: Number of the draw.
-
-    Returns:
-        int64 classes on the CPU.
-    """
-    size = sample_size(num_classes_local, sample_rate)
-    if num_classes_local == 0 or size == 0:
-        return torch.empty(0, dtype=torch.int64)
-    candidates = permutation_prefix(num_classes_local, size, key=hash_key(seed, rank, step))
-    return candidates[candidates < num_classes_local][:size].sort().values
-
-
 def permutation_prefix(
     domain: int, length: int, *, key: int, device: torch.device | str = "cpu"
 ) -> Tensor:

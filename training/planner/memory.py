@@ -289,7 +289,7 @@ def estimate_requirements(
         share = min(1.0, work.rows / max(head.weight.shape[0], 1))
         staged = round((centers + state) * share)
         on_host = centers + state + staged
-        rows_here = 2 * share  # the rows that were gathered ahead, and the copy for the step
+        rows_here = share
         if device_type == "cpu":
             rows_here += 1
             on_host = 0

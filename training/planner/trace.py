@@ -164,6 +164,8 @@ class OperationLog(TorchDispatchMode):
                 moved -= _size(args[0])
             elif not made:
                 moved += sum(map(_size, _written(func, args, kwargs)))
+            else:
+                moved -= sum(map(_size, _tensors(kwargs.get("out"))))
             self.operations.append(Operation(name, flops, moved, dtype, named))
 
 
