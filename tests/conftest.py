@@ -59,8 +59,8 @@ class RankFailure(AssertionError):
 class Ranks:
     """`run(n, function, *args)` calls function(rank, n, *args) on n ranks and collects."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, seconds: float = ANSWER_WITHIN_SECONDS) -> None:
+        self._folder, self._seconds = folder, seconds
         self._stores: dict[int, str] = {}
         self._groups_made = 0
         self._last_size = 0
@@ -75,7 +75,11 @@ class Ranks:
             self._pool.append((process, ours))
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Results in rank order; RankFailure with all ranks' tracebacks if one raises."""
+        """Results in rank order; RankFailure with all ranks' tracebacks if one raises.
+
+        A rank that does not answer in time ends the pool, and a TimeoutError says what other ranks
+        raised; the next call starts a new pool.
+        """
         assert 1 <= world_size <= MAX_RANKS
         if not self._pool:
             self._start()
@@ -88,9 +92,13 @@ class Ranks:
             connection.send((self._stores[world_size], world_size, function, arguments))
         results, errors, texts = [], {}, []
         for rank, (_, connection) in enumerate(members):
-            if not connection.poll(ANSWER_WITHIN_SECONDS):
+            if not connection.poll(self._seconds):
+                for other, (_, theirs) in enumerate(members[rank + 1 :], rank + 1):
+                    ok, value = theirs.recv() if theirs.poll() else (True, None)
+                    texts += [] if ok else [f"rank {other}:\n{value[1]}"]
                 self.stop(kill=True)
-                raise TimeoutError(f"rank {rank} did not answer in {ANSWER_WITHIN_SECONDS} s")
+                words = f"rank {rank} did not answer in {self._seconds:g} s"
+                raise TimeoutError("\n".join([words, *texts]))
             ok, value = connection.recv()
             results.append(value)
             if not ok:
