@@ -3,10 +3,10 @@
     python -m benchmarks.fuzz_head [--cases 1000] [--seed 0] [--ranks 1 2 3 4] [--json FILE]
     python -m benchmarks.fuzz_head --only SEED
 
-A case follows from its seed alone (tests/head_fuzz.py): loss, sizes, optimizer, sample rate, batches,
-and the order in which the head is called. The cases are sorted by number of ranks, so that a group
-of gloo ranks is made once per number and again after a failure. A rank that does not answer in time
-is a failure of its case. The exit code is 1 if a case failed.
+A case follows from its seed, --ranks and --orders (tests/head_fuzz.py): loss, sizes, optimizer,
+sample rate, batches, and the order in which the head is called. The cases are sorted by number of
+ranks, so that a group of gloo ranks is made once per number and again after a failure. A rank that
+does not answer in time, or ends, is a failure of its case. The exit code is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,40 @@ from tests.conftest import Ranks
 from tests.head_fuzz import ORDERS, Case, check_case, draw_case, run_case
 
 
-def reason_of_failure(ranks: Ranks, case: Case) -> str:
-    """Runs one case; returns why it failed, or an empty string."""
-    try:
-        check_case(case, ranks.run(case.world_size, run_case, case))
-    except Exception as error:  # whatever it is, it is the result of this case
-        return f"{type(error).__name__}: {error}"
-    return ""
+class Pool:
+    """Gloo ranks that run cases; they start again after a case in which one did not answer.
+
+    Args:
+        folder: Folder for the files by which the ranks find each other.
+        seconds: Time for the answer to one case, without the start.
+    """
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds, self.starts = folder, seconds, 0
+        self.ranks: Ranks | None = None
+
+    def reason_of_failure(self, case: Case) -> str:
+        """Runs one case; returns why it failed, or an empty string."""
+        if self.ranks is None:
+            self.starts += 1
+            folder = self.folder / str(self.starts)
+            folder.mkdir()
+            self.ranks = Ranks(folder)
+            self.ranks.run(4, run_case, draw_case(0, (), (4,)))  # imports what a case needs
+            self.ranks.seconds = self.seconds
+        try:
+            check_case(case, self.ranks.run(case.world_size, run_case, case))
+        except (TimeoutError, EOFError) as error:
+            self.ranks = None
+            return f"{error}"
+        except Exception as error:  # whatever it is, it is the result of this case
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def stop(self) -> None:
+        """Ends the ranks."""
+        if self.ranks is not None:
+            self.ranks.stop()
 
 
 def features(case: Case) -> dict[str, set[str]]:
@@ -79,9 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[dict[str, Any]] = []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fuzz_head_") as folder:
-        ranks = Ranks(Path(folder), options.timeout)
+        pool = Pool(Path(folder), options.timeout)
         for number, case in enumerate(cases, 1):
-            reason = reason_of_failure(ranks, case)
+            reason = pool.reason_of_failure(case)
             for name, values in features(case).items():
                 counts[name].update(values)
                 failed_by[name].update(values if reason else ())
@@ -91,11 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if number % 100 == 0 or number == len(cases):
                 seconds = time.perf_counter() - start
                 print(f"{number} of {len(cases)} cases, {seconds:.0f} s", flush=True)
-        ranks.stop()
+        pool.stop()
 
     for name, counter in counts.items():
         parts = [
-            f"{value} {n}" + (f" ({failed_by[name][value]} failed)" if failed_by[name][value] else "")
+            f"{value} {n}"
+            + (f" ({failed_by[name][value]} failed)" if failed_by[name][value] else "")
             for value, n in sorted(counter.items())
         ]
         print(f"{name}: {', '.join(parts)}")
@@ -115,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _last_line(reason: str) -> str:
-    return reason.strip().splitlines()[-1]
+    return (reason.strip().splitlines() or [""])[-1]
 
 
 if __name__ == "__main__":

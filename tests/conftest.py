@@ -60,7 +60,7 @@ class Ranks:
     """`run(n, function, *args)` calls function(rank, n, *args) on n ranks and collects."""
 
     def __init__(self, folder: Path, seconds: float = ANSWER_WITHIN_SECONDS) -> None:
-        self._folder, self._seconds = folder, seconds
+        self._folder, self.seconds = folder, seconds
         self._stores: dict[int, str] = {}
         self._groups_made = 0
         self._last_size = 0
@@ -77,8 +77,8 @@ class Ranks:
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Results in rank order; RankFailure with all ranks' tracebacks if one raises.
 
-        A rank that does not answer in time ends the pool, and a TimeoutError says what other ranks
-        raised; the next call starts a new pool.
+        A rank that does not answer in time, or ends, is a TimeoutError or EOFError and the end of
+        the pool; the next call starts a new one.
         """
         assert 1 <= world_size <= MAX_RANKS
         if not self._pool:
@@ -92,14 +92,18 @@ class Ranks:
             connection.send((self._stores[world_size], world_size, function, arguments))
         results, errors, texts = [], {}, []
         for rank, (_, connection) in enumerate(members):
-            if not connection.poll(self._seconds):
+            if not connection.poll(self.seconds):
                 for other, (_, theirs) in enumerate(members[rank + 1 :], rank + 1):
                     ok, value = theirs.recv() if theirs.poll() else (True, None)
                     texts += [] if ok else [f"rank {other}:\n{value[1]}"]
                 self.stop(kill=True)
-                words = f"rank {rank} did not answer in {self._seconds:g} s"
+                words = f"rank {rank} did not answer in {self.seconds:g} s"
                 raise TimeoutError("\n".join([words, *texts]))
-            ok, value = connection.recv()
+            try:
+                ok, value = connection.recv()
+            except EOFError:
+                self.stop(kill=True)
+                raise EOFError(f"rank {rank} ended without an answer") from None
             results.append(value)
             if not ok:
                 errors[rank] = value[0]
