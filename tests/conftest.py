@@ -94,7 +94,7 @@ class Ranks:
         for rank, (_, connection) in enumerate(members):
             if not connection.poll(self.seconds):
                 for other, (_, theirs) in enumerate(members[rank + 1 :], rank + 1):
-                    ok, value = theirs.recv() if theirs.poll() else (True, None)
+                    ok, value = theirs.recv() if theirs.poll() else (True, ("", ""))
                     texts += [] if ok else [f"rank {other}:\n{value[1]}"]
                 self.stop(kill=True)
                 words = f"rank {rank} did not answer in {self.seconds:g} s"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arcshard import losses
 from arcshard.head.row_optimizer import AdamWRows, SGDRows
-from arcshard.partial_fc import PartialFC
+from arcshard.partial_fc import PartialFC, UpdateMode
 from arcshard.random import hash_key
 from arcshard.shard import class_range
 
@@ -90,7 +90,8 @@ class Batch:
     def part(self, case: Case, rank: int) -> tuple[Tensor, Tensor]:
         """The rows of one rank."""
         start = sum(self.sizes[:rank])
-        return tuple(all_rows[start : start + self.sizes[rank]] for all_rows in self.rows(case))
+        x, labels = self.rows(case)
+        return x[start : start + self.sizes[rank]], labels[start : start + self.sizes[rank]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Case:
     rule: str
     rule_options: dict[str, Any]
     sample_rate: float
-    update: str
+    update: UpdateMode
     workspace_mib: float
     batch_size_per_rank: int | None
     center_device: str | None
@@ -177,7 +178,8 @@ def draw_case(
     loss = random.choice(LOSSES)
     options = _draw_options(loss, random)
     r = random.choice((1.0, 1.0, 0.6, 0.3, 0.05, 0.0))
-    update = random.choice(("fused", "fused", "autograd"))
+    updates: tuple[UpdateMode, ...] = ("fused", "fused", "autograd")
+    update = random.choice(updates)
     k, num_classes = random.choice((1, 1, 2, 3)), random.randint(1, random.choice((5, 60)))
     width, limit = random.randint(2, 16), random.randint(1, 6)
     rule = random.choice(("SGDRows", "AdamWRows"))
@@ -436,7 +438,7 @@ def with_clamped_slope(phi: Any, cosine: Tensor, straight_through: bool = False)
 
 
 def elastic_margins(case: Case, batch: Batch, own: Tensor, key: int) -> Tensor:
-    """One draw per row of the padded global batch; with plus=True the hardest row has the largest."""
+    """[B] draws, one per row of the padded batch; with `plus` the hardest row has the largest."""
     capacity = case.batch_size_per_rank or max(batch.sizes)
     draws = torch.randn(
         case.world_size * capacity,
@@ -501,9 +503,12 @@ def row_losses(
         if o["kind"] == "arc":
             phi = with_clamped_slope(lambda c: past_pi(torch.acos(c) + m), own)
     else:
-        margins = {"ArcFace": (1, "margin", 0), "CosFace": (1, 0, "margin")}
-        margins |= {"SphereFace": ("margin", 0, 0), "CombinedMargin": ("m1", "m2", "m3")}
-        m1, m2, m3 = (o.get(m, m) for m in margins[case.loss])
+        m1, m2, m3 = {
+            "ArcFace": lambda: (1.0, o["margin"], 0.0),
+            "CosFace": lambda: (1.0, 0.0, o["margin"]),
+            "SphereFace": lambda: (o["margin"], 0.0, 0.0),
+            "CombinedMargin": lambda: (o["m1"], o["m2"], o["m3"]),
+        }[case.loss]()
         phi = with_clamped_slope(
             lambda c: past_pi(m1 * torch.acos(c) + m2) - m3, own, o["gradient"] != "exact"
         )
@@ -588,7 +593,8 @@ def _check_step(
     weight = before["weight"].requires_grad_(True)
     bias = before["bias"].requires_grad_(True) if "bias" in before else None
     state = {name[7:]: value for name, value in before.items() if name.startswith("margin_")}
-    known, inputs, total = [(state, forwards)], [], torch.zeros(()).double()
+    inputs: list[Tensor] = []
+    known, total = [(state, forwards)], torch.zeros((), dtype=torch.float64)
     unused_before = [step.orders["thrown away"]] if "thrown away" in step.orders else []
     unused_after = step.parts[1:] if is_alone else ()
     is_finite = True
@@ -617,18 +623,16 @@ def _check_step(
     _check_other_losses(case, step, records, weight, bias, takes_part, known, rtol)
 
     for number, (batch, x) in enumerate(zip(used, inputs, strict=True)):
-        if step.frozen or batch.strange is not None or (not is_finite and step.waits):
-            continue
-        if x.grad is None:
-            continue  # it came after an embedding that is not finite
-        parts = [record["gradients"][number] for record in records]
-        for rank, (given, size) in enumerate(zip(parts, batch.sizes, strict=True)):
-            assert size == 0 or given is not None, f"no gradient of rank {rank}'s embeddings"
-        given = torch.cat([torch.from_numpy(part) for part in parts if part is not None])
-        noise = 1e-13 * case.scale * abs(step.factor) / len(used)
-        if case.normalizes:
-            noise = noise / x.detach().norm(dim=1, keepdim=True)
-        _close(f"gradient of embeddings {number}", given, x.grad, rtol, noise)
+        # x.grad is None after an embedding that is not finite.
+        if x.grad is not None and not step.frozen and (is_finite or not step.waits):
+            parts = [record["gradients"][number] for record in records]
+            noise = 1e-13 * case.scale * step.factor / len(used)
+            if case.normalizes:
+                noise = noise / x.detach().norm(dim=1, keepdim=True)
+            for rank, (part, size) in enumerate(zip(parts, batch.sizes, strict=True)):
+                assert size == 0 or part is not None, f"no gradient of rank {rank}'s embeddings"
+            joined = torch.cat([torch.from_numpy(part) for part in parts if part is not None])
+            _close(f"gradient of embeddings {number}", joined, x.grad, rtol, noise)
 
     if step.bad or not is_finite:
         _check_unmoved(before, after, None)
@@ -638,23 +642,36 @@ def _check_step(
     rows = takes_part.repeat_interleave(case.centers_per_class)
     _check_unmoved(before, after, ~rows)
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        g = parameter.grad / (step.factor if step.divide else 1.0)
-        noise = rtol * g.abs().max() + 1e-13 * case.scale * abs(step.factor)
-        if case.normalizes and name == "weight":
-            noise = noise / parameter.detach().norm(dim=1, keepdim=True).clamp(max=1.0)
-        old = {key[len(name) + 1 :]: v for key, v in before.items() if key.startswith(f"{name}.")}
-        moved, new, error = optimizer_step(
-            case, step.learning_rate, parameter.detach(), g, old, noise
-        )
-        for key, value in new.items():
-            error_of_state = noise * (2 * g.abs().max() if key == "exp_avg_sq" else 1)
-            expected = torch.where(_by_row(rows, value), value, old[key])
-            _close(f"{name}.{key}", after[f"{name}.{key}"], expected, rtol, error_of_state)
-        expected = torch.where(_by_row(rows, moved), moved, parameter.detach())
-        _close(name, after[name], expected, 0.0, error + 1e-13 * parameter.detach().abs().max())
+        if parameter is not None:
+            _check_update(case, step, name, parameter, before, after, rows, rtol)
     return forwards
+
+
+def _check_update(
+    case: Case,
+    step: Step,
+    name: str,
+    parameter: Tensor,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    rows: Tensor,
+    rtol: float,
+) -> None:
+    """Checks centers or biases, and their optimizer state, after a step that was not vetoed."""
+    assert parameter.grad is not None
+    was, factor = parameter.detach(), step.factor
+    g = parameter.grad / (factor if step.divide else 1.0)
+    noise = rtol * g.abs().max() + 1e-13 * case.scale * (1.0 if step.divide else factor)
+    if case.normalizes and name == "weight":
+        noise = noise / was.norm(dim=1, keepdim=True).clamp(max=1.0)
+    old = {key[len(name) + 1 :]: v for key, v in before.items() if key.startswith(f"{name}.")}
+    moved, state, error = optimizer_step(case, step.learning_rate, was, g, old, noise)
+    for key, value in state.items():
+        expected = torch.where(_by_row(rows, value), value, old[key])
+        error_here = noise * (2 * g.abs().max() if key == "exp_avg_sq" else 1)
+        _close(f"{name}.{key}", after[f"{name}.{key}"], expected, rtol, error_here)
+    expected = torch.where(_by_row(rows, moved), moved, was)
+    _close(name, after[name], expected, 0.0, error + 1e-13 * was.abs().max())
 
 
 def _check_classes(

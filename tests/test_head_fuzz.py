@@ -174,7 +174,7 @@ def count_of_steps_per_row(patch):
     after_step(patch, lambda head: head.row_optimizer.state(head.weight)["step"].add_(1))
 
 
-@fault(lambda c: moves(c) and c.rule_options.get("momentum"))
+@fault(lambda c: moves(c) and c.rule_options.get("momentum", 0) > 0)
 def momentum(patch):
     after_step(
         patch,
