@@ -83,7 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="run the case of this seed alone")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], choices=range(1, 5))
     parser.add_argument(
-        "--orders", nargs="*", default=list(ORDERS), help=f"call orders among {', '.join(ORDERS)}"
+        "--orders",
+        nargs="*",
+        default=list(ORDERS),
+        help=f"call orders among {', '.join(ORDERS)}; none for forward, backward and step alone",
     )
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds per case")
     parser.add_argument("--json", type=Path, help="write counts and failures here")
