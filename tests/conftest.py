@@ -59,8 +59,8 @@ class RankFailure(AssertionError):
 class Ranks:
     """`run(n, function, *args)` calls function(rank, n, *args) on n ranks and collects."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, seconds: float = ANSWER_WITHIN_SECONDS) -> None:
+        self._folder, self.seconds = folder, seconds
         self._stores: dict[int, str] = {}
         self._groups_made = 0
         self._last_size = 0
@@ -75,7 +75,11 @@ class Ranks:
             self._pool.append((process, ours))
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Results in rank order; RankFailure with all ranks' tracebacks if one raises."""
+        """Results in rank order; RankFailure with all ranks' tracebacks if one raises.
+
+        A rank that does not answer in time, or ends, is a TimeoutError or EOFError and the end of
+        the pool; the next call starts a new one.
+        """
         assert 1 <= world_size <= MAX_RANKS
         if not self._pool:
             self._start()
@@ -88,10 +92,18 @@ class Ranks:
             connection.send((self._stores[world_size], world_size, function, arguments))
         results, errors, texts = [], {}, []
         for rank, (_, connection) in enumerate(members):
-            if not connection.poll(ANSWER_WITHIN_SECONDS):
+            if not connection.poll(self.seconds):
+                for other, (_, theirs) in enumerate(members[rank + 1 :], rank + 1):
+                    ok, value = theirs.recv() if theirs.poll() else (True, ("", ""))
+                    texts += [] if ok else [f"rank {other}:\n{value[1]}"]
                 self.stop(kill=True)
-                raise TimeoutError(f"rank {rank} did not answer in {ANSWER_WITHIN_SECONDS} s")
-            ok, value = connection.recv()
+                words = f"rank {rank} did not answer in {self.seconds:g} s"
+                raise TimeoutError("\n".join([words, *texts]))
+            try:
+                ok, value = connection.recv()
+            except EOFError:
+                self.stop(kill=True)
+                raise EOFError(f"rank {rank} ended without an answer") from None
             results.append(value)
             if not ok:
                 errors[rank] = value[0]
