@@ -447,7 +447,9 @@ class PartialFC(nn.Module):
             return StepContext(OffloadedCenters(self._host, rows), classes, prepared)
         return StepContext(ClassCenters(*self._parts(), rows), classes, prepared)
 
-    def _parts(self) -> tuple[Any, ...]:
+    def _parts(
+        self,
+    ) -> tuple[Tensor, RowOptimizer | None, Tensor | None, RowOptimizer | None]:
         return self.weight, self.row_optimizer, self.bias, self._bias_optimizer
 
     def _has_gradient(self, step: StepContext) -> bool:

@@ -148,7 +148,7 @@ def exponentials(
     bias: Tensor | None,
     centers_per_class: int,
 ) -> Tensor:
-    """Computes softmax numerators of any margin in place, relative to the row maxima m of the block.
+    """Computes softmax numerators of any margin in place, relative to the row maxima m.
 
     The numerators are exp(z - m) times the slope of `margin.others`, divided by |w| with `norm`; 0
     for the target and for centers that are not the best of their class.

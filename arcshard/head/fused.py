@@ -206,14 +206,13 @@ def _visit(
     largest = max(passes, key=lambda ctx: len(ctx.unit))
     planner, centers, plan = largest.planner, largest.step.centers, largest.plan
     for start, stop in plan.blocks():
-        rows = dw = db = norm = None
-        for ctx in passes:
-            block = ctx.kept.get(start) if ctx.plan == plan else None
-            if rows is None:
-                rows = block.copy if block is not None else None
-                rows = centers.read(start, stop) if rows is None else rows  # [n, D]
-            if block is None:
-                block = _numerators(ctx, start, stop, rows)
+        kept = [ctx.kept.get(start) if ctx.plan == plan else None for ctx in passes]
+        copies = [block.copy for block in kept if block is not None and block.copy is not None]
+        rows = copies[0] if copies else centers.read(start, stop)  # [n, D]
+        dw: Tensor | None = None
+        db: Tensor | None = None
+        for ctx, block in zip(passes, kept, strict=True):
+            block = block or _numerators(ctx, start, stop, rows)
             _fill_targets(ctx, block, start)
             norm = block.norm
             if gradient is not None:  # [B, n] x [n, D]
@@ -230,7 +229,7 @@ def _visit(
                     part = block.numerators.t().to(ctx.factor.dtype) @ ctx.factor
                     part = part * norm if planner.divides else part
                     db = part if db is None else db + part
-        if learning_rate is not None:
+        if dw is not None and learning_rate is not None:
             if norm is not None:
                 dw = normalization_backward(dw, rows, norm, planner.divides)
             centers.update(start, stop, rows, dw, db, learning_rate, bad)

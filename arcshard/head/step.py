@@ -15,9 +15,9 @@ from arcshard.head.centers import ClassCenters
 class StepContext:
     """The centers of one optimizer step, and the passes over them.
 
-    A step begins with `PartialFC.prepare` or with the first forward, and ends with
-    `PartialFC.step`, or with a forward after its centers were updated in backward. A forward without
-    a gradient, or of a sampled head in evaluation mode, has a step of its own that is never updated.
+    A step begins with `PartialFC.prepare` or with the first forward. It ends with `PartialFC.step`,
+    or with a forward after its centers were updated in backward. A forward of a sampled head that
+    is no training has a step of its own, in which no center moves.
 
     Attributes:
         centers: The rows that take part.
@@ -73,8 +73,8 @@ class StepContext:
             )
         if self.passes and learning_rate is not None:
             raise RuntimeError(
-                "a gradient of this step waits for head.step(...): leave learning_rate out of every "
-                "forward of the step"
+                "a gradient of this step waits for head.step(...): leave learning_rate out of "
+                "every forward of the step"
             )
         bad = ~torch.isfinite(loss)
         self.bad = bad if self.bad is None else self.bad | bad
