@@ -426,6 +426,8 @@ class PartialFC(nn.Module):
                     "drop a gradient call head.step(learning_rate, torch.tensor(True))"
                 )
             new.was_updated = self._step.was_updated or self._step.updates > 0
+            if not self._step.updates:  # a skipped step restores what its lost forwards moved, too
+                new.margin_before = self._step.margin_before
             self._step.refusal = (
                 "a later forward has begun another step: call backward before the next forward, or "
                 "head.prepare(labels of all micro-batches) before the first one"

@@ -26,7 +26,7 @@ EIGHTY_GB = choose_workspace("auto", "cuda", int(79.6 * GIB)).budget_bytes / 2**
 @pytest.mark.parametrize(
     ("classes", "workspace_mib", "optimizer", "launches", "gigabytes"),
     [
-        (2_000_000, 256, "sgd", 7_000, 110),
+        (2_000_000, 256, "sgd", 6_500, 127),
         (2_000_000, EIGHTY_GB, "sgd", 400, 91),
         (2_000_000, EIGHTY_GB, "adamw", 1_200, 165),
         (250_000, EIGHTY_GB, "sgd", 160, 12),
