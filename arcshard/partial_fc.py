@@ -305,7 +305,7 @@ class PartialFC(nn.Module):
             bad = step.bad if bad is None else bad | step.bad
         if self.fused is None:
             self._update_by_weight_grad(step, learning_rate, bad, gradient_scale)
-        if step.passes:
+        elif step.passes:
             with without_autocast(self.device):
                 update_centers(step, learning_rate, bad, gradient_scale)
         if bad is not None:
@@ -449,9 +449,7 @@ class PartialFC(nn.Module):
             return StepContext(OffloadedCenters(self._host, rows), classes, prepared)
         return StepContext(ClassCenters(*self._parts(), rows), classes, prepared)
 
-    def _parts(
-        self,
-    ) -> tuple[Tensor, RowOptimizer | None, Tensor | None, RowOptimizer | None]:
+    def _parts(self) -> tuple[nn.Parameter, Any, nn.Parameter | None, Any]:
         return self.weight, self.row_optimizer, self.bias, self._bias_optimizer
 
     def _has_gradient(self, step: StepContext) -> bool:
@@ -546,53 +544,42 @@ class PartialFC(nn.Module):
         dtype: torch.dtype,
         center_device: torch.device | str | None,
     ) -> None:
-        is_fused, is_half = self.update == "fused", self.matmul_half is not None
-        is_size = isinstance(workspace_mib, (int, float)) and 0 < workspace_mib < math.inf
+        size, classes, rate = self.embedding_size, self.num_classes, self.sample_rate
+        batch, k, half = self.batch_size_per_rank, self.centers_per_class, self.matmul_half
+        fused, mib, away = self.update == "fused", workspace_mib, center_device is not None
+        has_mib = mib == "auto" or (isinstance(mib, (int, float)) and 0 < mib < math.inf)
+        half_centers = dtype == torch.bfloat16 and fused
         refuse(
             (
-                self.embedding_size >= 1 and self.num_classes >= 1,
-                f"embedding_size={self.embedding_size}, num_classes={self.num_classes}: at least 1 "
-                "each",
+                size >= 1 <= classes,
+                f"embedding_size={size}, num_classes={classes}: at least 1 each",
             ),
+            (0 <= rate <= 1, f"sample_rate={rate!r}: a share in [0, 1] (1 uses all classes)"),
+            (fused or self.update == "autograd", f"update={self.update!r}: fused or autograd"),
             (
-                0.0 <= self.sample_rate <= 1.0,
-                f"sample_rate={self.sample_rate!r}: a share in [0, 1] (1 uses all classes)",
-            ),
-            (self.update in ("fused", "autograd"), f"update={self.update!r}: fused or autograd"),
-            (
-                not is_fused or self.row_optimizer is not None,
+                self.row_optimizer is not None or not fused,
                 "update='fused' moves the class centers itself: pass row_optimizer=SGDRows(...) or "
                 "AdamWRows(...)",
             ),
+            (batch is None or batch >= 1, f"batch_size_per_rank={batch}: at least 1, or None"),
+            (k >= 1, f"centers_per_class={k}: at least 1"),
+            (has_mib, f"workspace_mib={mib!r}: MiB above 0, or 'auto'"),
             (
-                self.batch_size_per_rank is None or self.batch_size_per_rank >= 1,
-                f"batch_size_per_rank={self.batch_size_per_rank}: at least 1, or None",
+                half in (None, torch.bfloat16),
+                f"half={half}: torch.bfloat16, or None for full precision",
             ),
             (
-                self.centers_per_class >= 1,
-                f"centers_per_class={self.centers_per_class}: at least 1",
-            ),
-            (
-                workspace_mib == "auto" or is_size,
-                f"workspace_mib={workspace_mib!r}: MiB above 0, or 'auto'",
-            ),
-            (
-                not is_half or self.matmul_half == torch.bfloat16,
-                f"half={self.matmul_half}: torch.bfloat16, or None for full precision",
-            ),
-            (
-                dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and is_fused),
+                dtype in (torch.float32, torch.float64) or half_centers,
                 f"dtype={dtype}: class centers are float32 or float64, or bfloat16 with "
                 "update='fused'",
             ),
             (
-                center_device is None
-                or (is_fused and self.sample_rate < 1.0 and not self.margin.bias),
+                not away or (fused and rate < 1 and not self.margin.bias),
                 f"center_device={center_device!r}: centers away from the computing device need "
                 "update='fused', sample_rate < 1 and a loss without bias",
             ),
             (
-                center_device is None or torch.device(center_device).type == "cpu",
+                not away or torch.device(center_device or "cpu").type == "cpu",
                 f"center_device={center_device!r}: 'cpu' (host memory), or None",
             ),
         )

@@ -159,18 +159,18 @@ class LayerClassifier(nn.Module):
         with torch.autocast(local_embeddings.device.type, enabled=False):
             embeddings, labels = local_embeddings.to(self.work_dtype), local_labels
             if self.dim is None:
-                everyone = self._rules.gather_labels(embeddings, labels)  # how many rows in all
+                everyone, has_unknown = self._rules.gather_labels(embeddings, labels)
                 is_real = torch.ones_like(labels, dtype=torch.bool)
             else:
                 batch = self._rules.gather(embeddings, labels, self.work_dtype)
                 embeddings, labels, is_real = batch.embeddings, batch.labels, batch.is_real
-                everyone = labels
+                everyone, has_unknown = labels, batch.has_unknown
             count = (everyone != PAD_LABEL).sum()
             rows = self.row_losses(embeddings, labels)  # [B], or [b] of the own rows
             loss = (rows * is_real).sum() / count
             if self.dim is None and self.group is not None:
                 loss = reduce(loss, self.group)
-            return loss + torch.where(self._rules.unknown(everyone).any(), torch.nan, 0.0)
+            return loss + torch.where(has_unknown, torch.nan, 0.0)
 
     def row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Compute the losses [B] of gathered embeddings [B, D] and labels [B].

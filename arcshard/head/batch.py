@@ -86,23 +86,17 @@ class BatchGatherer:
                 labels are not looked at, and only the rank whose own shape, dtype or size does not
                 fit raises.
         """
-        problem = self._problem(embeddings, labels)
-        device = embeddings.device
-        if problem:
-            embeddings = torch.zeros(1, self.embedding_size, dtype=dtype, device=device)
-            labels = torch.full((1,), POISON_LABEL, device=device)
-        capacity = self.capacity(embeddings.shape[0], device)
+        if problem := self._problem(embeddings, labels):
+            embeddings = embeddings.new_zeros(1, self.embedding_size, dtype=dtype)
+            labels = torch.full((1,), POISON_LABEL, device=embeddings.device)
+        capacity = self.capacity(len(labels), labels.device)
         everyone, labels = gather_rows(
             embeddings.to(dtype), labels.to(torch.int64), PAD_LABEL, capacity, self.group
         )
-        if problem:
-            raise ValueError(problem)
-        unknown = self.unknown(labels)
-        if device.type == "cpu":
-            self._refuse_unknown(labels, unknown, capacity)
+        unknown = self._checked(problem, labels, capacity)
         return GlobalBatch(everyone, labels, labels != PAD_LABEL, unknown.any())
 
-    def gather_labels(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def gather_labels(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Gathers the labels of the global batch, for a head that needs no other rank's embeddings.
 
         Args:
@@ -110,26 +104,26 @@ class BatchGatherer:
             labels: [b] integer labels of this rank.
 
         Returns:
-            [B] int64 labels, PAD_LABEL where a rank brings fewer rows.
+            ([B] int64 labels, PAD_LABEL where a rank brings fewer rows; boolean scalar, True if a
+            label is outside the classes).
 
         Raises:
             ValueError: As in `gather`.
         """
-        problem = self._problem(embeddings, labels)
-        device = embeddings.device
-        if problem:
-            labels = torch.full((1,), POISON_LABEL, device=device)
-        capacity = self.capacity(len(labels), device)
-        everyone = gather_labels(labels.to(torch.int64), PAD_LABEL, capacity, self.group)
+        if problem := self._problem(embeddings, labels):
+            labels = torch.full((1,), POISON_LABEL, device=labels.device)
+        capacity = self.capacity(len(labels), labels.device)
+        labels = gather_labels(labels.to(torch.int64), PAD_LABEL, capacity, self.group)
+        return labels, self._checked(problem, labels, capacity).any()
+
+    def _checked(self, problem: str, labels: Tensor, capacity: int) -> Tensor:
+        """Returns [B] boolean, True for rows that name no class; on a CPU they are refused."""
         if problem:
             raise ValueError(problem)
-        if device.type == "cpu":
-            self._refuse_unknown(everyone, self.unknown(everyone), capacity)
-        return everyone
-
-    def unknown(self, labels: Tensor) -> Tensor:
-        """Returns [B] boolean, True for labels of rows that name no class."""
-        return (labels != PAD_LABEL) & ((labels < 0) | (labels >= self.num_classes))
+        unknown = (labels != PAD_LABEL) & ((labels < 0) | (labels >= self.num_classes))
+        if labels.device.type == "cpu":
+            self._refuse_unknown(labels, unknown, capacity)
+        return unknown
 
     def _problem(self, embeddings: Tensor, labels: Tensor) -> str:
         """Says what does not fit about this rank's batch, or returns an empty string."""
@@ -160,7 +154,7 @@ class BatchGatherer:
         raise ValueError(
             f"label {int(labels[row])} in row {row_there} of rank {rank}'s batch: labels must be "
             f"in [0, {self.num_classes}); set num_classes to at least the largest label + 1, or "
-            "mend the set"
+            "correct the labels"
         )
 
 

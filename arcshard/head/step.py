@@ -26,7 +26,7 @@ class StepContext:
         refusal: The reason why no gradient can be computed in this step, empty if one can.
         updates: Number of updates of the centers in this step.
         was_updated: Whether they were updated before this step, since the last `PartialFC.step`.
-        passes: Passes whose gradient waits for the update.
+        passes: Passes of the fused path whose gradient waits for the update.
         kept: Numerators of the last pass, by first row.
         bad: Boolean scalar, True if the loss of a pass is not finite; None before the first
             backward.
