@@ -403,14 +403,15 @@ class PartialFC(nn.Module):
         A forward of a sampled head that is no training belongs to a step of its own, which leaves
         the step in progress and the number of draws alone.
         """
-        step, is_sampled = self._step, self.sample_rate < 1.0
-        if is_sampled and not self._is_training():
+        step, is_training = self._step, self._is_training()
+        if self.sample_rate < 1.0 and not is_training:
             step = self._new_step(labels)
             step.refusal = "this loss was computed in evaluation mode: call head.train() before"
-            return step
-        if step is not None and (step.prepared is not None or not (is_sampled or step.updates)):
-            return step
-        return self._begin(self._new_step(labels))
+        elif step is None or (self.sample_rate < 1.0 and step.prepared is None):
+            step = self._begin(self._new_step(labels))
+        elif step.updates and step.prepared is None and is_training:
+            step = self._begin(self._new_step(labels))
+        return step
 
     def _begin(self, new: StepContext) -> StepContext:
         """Begins a step; losses of the step before cannot be differentiated any more.

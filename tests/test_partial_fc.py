@@ -76,19 +76,24 @@ def test_fewer_classes_than_ranks(ranks, num_classes):
         assert parts[3]["range"][0] == parts[3]["range"][1]
 
 
-def golden_head(rank: int, world_size: int, margin: CombinedMargin, path: str, dtype: torch.dtype):
+def golden_head(
+    rank: int, world_size: int, margin: CombinedMargin, path: str, dtype: torch.dtype, update: str
+):
     with np.load(path) as golden:
         embeddings = torch.from_numpy(golden["embeddings"]).to(dtype)
         labels, weight = torch.from_numpy(golden["labels"]), torch.from_numpy(golden["weight"])
-    head = PartialFC(margin, 16, 37, dtype=dtype)
+    rule = SGDRows(0.0, 0.0)  # at a learning rate of 1 centers move by their gradient
+    head = PartialFC(margin, 16, 37, dtype=dtype, row_optimizer=rule, update=update)
+    weight = weight[head.class_range.start : head.class_range.stop].to(dtype)
     with torch.no_grad():
-        head.weight.copy_(weight[head.class_range.start : head.class_range.stop])
+        head.weight.copy_(weight)
     share = 16 // world_size
     part = slice(rank * share, (rank + 1) * share)
     local = embeddings[part].clone().requires_grad_(True)
-    loss = head(local, labels[part])
+    loss = head(local, labels[part], 1.0)
     loss.backward()
-    return loss.detach(), local.grad, head.weight.grad
+    head.step(1.0)
+    return loss.detach(), local.grad, weight - head.weight.detach()
 
 
 def close_to_golden(value: torch.Tensor, golden: np.ndarray) -> bool:
@@ -97,16 +102,17 @@ def close_to_golden(value: torch.Tensor, golden: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("update", ["fused", "autograd"])
 @pytest.mark.parametrize("mode", ["published", "exact"])
 @pytest.mark.parametrize("name", ["arcface", "cosface", "arcface_filter04", "cosface_filter04"])
-def test_golden_head(ranks, name, mode, world_size):
+def test_golden_head(ranks, name, mode, update, world_size):
     options = {"gradient": "straight_through" if mode == "published" else "exact"}
     if "filter04" in name:
         options |= {"interclass_filtering_threshold": 0.4, "interclass_filtering_mode": "legacy"}
     margin = (ArcFace if "arcface" in name else CosFace)(**options)
     path = GOLDEN / "head" / "arcface_torch_head.npz"
     dtype = torch.float32 if mode == "published" else torch.float64
-    parts = ranks.run(world_size, golden_head, margin, str(path), dtype)
+    parts = ranks.run(world_size, golden_head, margin, str(path), dtype, update)
     with np.load(path) as golden:
         key = f"{name}/exact" if mode == "exact" else f"{name}/ranks{world_size}"
         assert close_to_golden(parts[0][0], golden[f"{key}/loss"])
