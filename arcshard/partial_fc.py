@@ -407,9 +407,11 @@ class PartialFC(nn.Module):
         if self.sample_rate < 1.0 and not is_training:
             step = self._new_step(labels)
             step.refusal = "this loss was computed in evaluation mode: call head.train() before"
-        elif step is None or (self.sample_rate < 1.0 and step.prepared is None):
-            step = self._begin(self._new_step(labels))
-        elif step.updates and step.prepared is None and is_training:
+        elif (
+            step is None
+            or (self.sample_rate < 1.0 and step.prepared is None)
+            or (step.updates and step.prepared is None and is_training)
+        ):
             step = self._begin(self._new_step(labels))
         return step
 

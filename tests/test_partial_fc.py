@@ -10,7 +10,7 @@ import torch
 
 from arcshard.head.row_optimizer import AdamWRows, SGDRows
 from arcshard.losses import ArcFace, CombinedMargin, CosFace, SphereFace
-from arcshard.partial_fc import PartialFC
+from arcshard.partial_fc import PartialFC, UpdateMode
 from tests.conftest import RankFailure
 from tests.helpers import GOLDEN
 from tests.reference import dense_loss
@@ -77,7 +77,12 @@ def test_fewer_classes_than_ranks(ranks, num_classes):
 
 
 def golden_head(
-    rank: int, world_size: int, margin: CombinedMargin, path: str, dtype: torch.dtype, update: str
+    rank: int,
+    world_size: int,
+    margin: CombinedMargin,
+    path: str,
+    dtype: torch.dtype,
+    update: UpdateMode,
 ):
     with np.load(path) as golden:
         embeddings = torch.from_numpy(golden["embeddings"]).to(dtype)
