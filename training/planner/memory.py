@@ -264,10 +264,18 @@ def estimate_requirements(
     logits = gradient = 0
     if work.trace is not None:
         logits, gradient = work.trace.peak_bytes, work.trace.gradient_bytes
-    in_head = trace.saved_bytes + logits + batch_bytes
+    # An update that waits for the end of the step needs the kept numerators until then.
+    in_workspace = buffer if precision.needs_scaler or cfg.gradient_acc > 1 else 0
+    in_head = trace.saved_bytes + logits + buffer + batch_bytes
     in_head += trace.gradient_bytes if keeps_gradients else 0
-    in_backward = gradient + (
-        trace.gradient_bytes + trace.peak_without_gradients if keeps_gradients else trace.peak_bytes
+    in_backward = (
+        gradient
+        + in_workspace
+        + (
+            trace.gradient_bytes + trace.peak_without_gradients
+            if keeps_gradients
+            else trace.peak_bytes
+        )
     )
     in_teacher = 0
     if teacher is not None:
@@ -304,7 +312,7 @@ def estimate_requirements(
         activations=activations,
         centers=round(centers * rows_here),
         center_state=round(state * rows_here),
-        head=buffer + (logits if is_in_head else gradient),
+        head=buffer + logits if is_in_head else in_workspace + gradient,
         global_batch=batch_bytes if peak_is_in == "head" else 0,
         teacher=taught,
         images=batches * _bytes([images]),
