@@ -345,6 +345,8 @@ class PartialFC(nn.Module):
         self._forwards = state["forwards"]
         for (_, rule), count in zip(self.optimized_parameters(), state["roundings"], strict=True):
             rule.sr_counter = count
+        for parameter, _ in self.optimized_parameters():
+            parameter.grad = None  # a gradient of the centers before, for `step`
         self._step = None
 
     def planned_blocks(self) -> tuple[Plan, BlockCost]:
@@ -575,6 +577,12 @@ class PartialFC(nn.Module):
                 dtype in (torch.float32, torch.float64) or half_centers,
                 f"dtype={dtype}: class centers are float32 or float64, or bfloat16 with "
                 "update='fused'",
+            ),
+            (
+                dtype != torch.float64
+                or self.row_optimizer is None
+                or self.row_optimizer.state_dtype is None,
+                "state_dtype=torch.bfloat16: for centers in float32 or bfloat16",
             ),
             (
                 not away or (fused and rate < 1 and not self.margin.bias),

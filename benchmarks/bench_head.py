@@ -61,7 +61,7 @@ from benchmarks.count_head import (
 )
 from benchmarks.runs import in_a_process
 from tests.reference import DenseHead
-from training.planner.roofline import GPUS, LAUNCH_SECONDS
+from training.planner.roofline import GPUS, HEAD_LAUNCH_SECONDS
 from utils.memory import keep_freed_memory
 
 LEARNING_RATE = 0.1
@@ -514,7 +514,7 @@ def report_counts(options: argparse.Namespace) -> int:
     share = ", ".join(f"{value:.0%} of {name}" for name, value in REACHED.items())
     print(
         f"Counted on the meta device. Times are predicted, not measured: of the data sheets "
-        f"{share} is assumed, and {1e6 * LAUNCH_SECONDS['cuda']:g} us a launch."
+        f"{share} is assumed, and {1e6 * HEAD_LAUNCH_SECONDS:g} us a launch."
     )
     return 0
 

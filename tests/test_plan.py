@@ -26,6 +26,7 @@ from training.planner.memory import HEAD_BATCH_MATRICES, estimate_requirements
 from training.planner.roofline import (
     BACKWARD_SHARE,
     GPUS,
+    HEAD_LAUNCH_SECONDS,
     LAUNCH_SECONDS,
     SHARE_OF_PEAK,
     Links,
@@ -413,7 +414,7 @@ def test_the_heads_time_grows_where_numerators_are_made_again():
 
 
 def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
-    """C = 2M, B = 1024, 256 MiB on an H100: 23,281 launches of 8 us are 186 ms."""
+    """C = 2M, B = 1024, 256 MiB on an H100: 5,874 launches of 21 us are 123 ms."""
     setting = plan.Setting(GPUS["h100"], 1, Links(), 2_000_000, 10_000_000)
     keys = {"num_classes": 2_000_000, "batch_size": 1024, "embedding_size": 512}
     cfg = small(**{**keys, "head_workspace_mib": 256, "precision": "bf16"})
@@ -421,13 +422,14 @@ def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
     assert planned.needs.head.operations is not None
     launches = planned.needs.head.operations().launches
     assert launches == pytest.approx(5_874, rel=0.02)
-    assert planned.time.head == pytest.approx(launches * LAUNCH_SECONDS["cuda"])
+    assert planned.time.head == pytest.approx(launches * HEAD_LAUNCH_SECONDS)
     automatic = plan.make_plan(dataclasses.replace(cfg, head_workspace_mib="auto"), setting)
     assert automatic.time.head < planned.time.head
     facts = plan.describe_head(automatic.needs, setting.machine)
     assert facts is not None
-    assert facts["launches"] < 1_500
+    assert facts["launches"] < 500
     assert automatic.time.head == max(facts["launch_seconds"], facts["device_seconds"])
+    assert automatic.needs.footprint.peak_is_in == "head"
     assert 5000 * 2**20 < automatic.needs.footprint.head < GPUS["h100"].memory_gib * 2**30 / 8
 
 
