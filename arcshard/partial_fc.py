@@ -39,7 +39,7 @@ from arcshard.head.offload import CenterOffload, OffloadedCenters
 from arcshard.head.reference import reference_loss
 from arcshard.head.row_optimizer import RowOptimizer, refuse_plain_optimizers
 from arcshard.head.sampling import columns_of, draw_sample, sample_size
-from arcshard.head.step import StepContext
+from arcshard.head.step import SoftmaxInputs, StepContext
 from arcshard.head.target import PositiveLogits, find_positive_logits
 from arcshard.head.workspace import (
     BlockCost,
@@ -216,37 +216,14 @@ class PartialFC(nn.Module):
                 local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
             )
             step = self._step_of(batch.labels)
-            column = self._localize(batch.labels)  # [B] -1 where another rank has the class
-            if step.classes is not None:
-                column = columns_of(step.classes, column)
-            unit, norms, veto = self._unit_and_norms(batch)
-            if step.prepared is not None:
-                veto = veto | self._is_unprepared(step.prepared, batch.labels)
-            row_weight = batch.is_real.to(unit.dtype) / batch.is_real.sum()
-            target = find_positive_logits(
-                unit.detach(), column, step.centers, self.margin.normalize, self.centers_per_class
-            )
-            context, after = self._begin_margin(norms, target, batch.is_real)
+            inputs, after = self._inputs(batch, step)
             if self.fused is not None:
                 keeps = torch.is_grad_enabled() and not step.refusal
-                loss = FusedMarginSoftmax.apply(
-                    *(unit, norms, self.weight, self.fused, step, target, context, row_weight),
-                    *(learning_rate, veto, keeps),
-                )
+                settings = (self.weight, self.fused, step, inputs, learning_rate, keeps)
+                loss: Tensor = FusedMarginSoftmax.apply(inputs.unit, inputs.norms, *settings)
             else:
-                loss = reference_loss(
-                    self.margin,
-                    unit,
-                    norms,
-                    column,
-                    context,
-                    *self._rows_of_step(step),
-                    self.centers_per_class,
-                    row_weight,
-                    self.group,
-                    self.matmul_half,
-                )
-                loss = loss + torch.where(veto, torch.nan, 0.0)
+                rows, k = self._rows_of_step(step), self.centers_per_class
+                loss = reference_loss(self.margin, inputs, *rows, k, self.group, self.matmul_half)
                 if loss.requires_grad:
                     constant, updates = loss.detach(), step.updates
                     loss.register_hook(lambda _: step.check_backward(updates, constant))
@@ -304,7 +281,14 @@ class PartialFC(nn.Module):
         if step.bad is not None:  # the loss of a pass was not finite
             bad = step.bad if bad is None else bad | step.bad
         if self.fused is None:
-            self._update_by_weight_grad(step, learning_rate, bad, gradient_scale)
+            rows = step.centers.rows
+            for parameter, rule in self.optimized_parameters():
+                assert parameter.grad is not None
+                gradient = parameter.grad if rows is None else parameter.grad[rows]
+                gradient = gradient if gradient_scale is None else gradient / gradient_scale
+                rule.update_rows(parameter, gradient, rows, learning_rate, bad)
+                parameter.grad = None
+            step.finish()
         elif step.passes:
             with without_autocast(self.device):
                 update_centers(step, learning_rate, bad, gradient_scale)
@@ -470,21 +454,29 @@ class PartialFC(nn.Module):
             )
         return unknown.any()
 
-    def _unit_and_norms(self, batch: GlobalBatch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Returns embeddings and norms as the margin needs them, and whether the step is skipped.
-
-        Returns:
-            ([B, D] embeddings, divided by their norms where the margin normalizes; [B] norms where
-            the margin reads them; boolean scalar).
-        """
+    def _inputs(
+        self, batch: GlobalBatch, step: StepContext
+    ) -> tuple[SoftmaxInputs, Mapping[str, Tensor]]:
+        """Returns what the softmax needs to know, and the margin's running values after it."""
         norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
         # An infinite embedding can have a finite loss without normalization. Finite ones that are
         # so long that their norms overflow would count as zero vectors.
         veto = batch.has_unknown | ~batch.is_real.any() | ~torch.isfinite(norms.detach()).all()
+        if step.prepared is not None:
+            veto = veto | self._is_unprepared(step.prepared, batch.labels)
         unit = batch.embeddings / norms.clamp_min(NORM_FLOOR)[:, None]
         self.mean_pairwise_cosine = mean_pairwise_cosine(unit, batch.is_real)
         unit = unit if self.margin.normalize else batch.embeddings
-        return unit, norms if self.margin.reads_norms else None, veto
+        column = self._localize(batch.labels)
+        if step.classes is not None:
+            column = columns_of(step.classes, column)
+        target = find_positive_logits(
+            unit.detach(), column, step.centers, self.margin.normalize, self.centers_per_class
+        )
+        context, after = self._begin_margin(norms, target, batch.is_real)
+        row_weight = batch.is_real.to(unit.dtype) / batch.is_real.sum()
+        read = norms if self.margin.reads_norms else None
+        return SoftmaxInputs(unit, read, target, context, row_weight, veto), after
 
     def _rows_of(self, classes: Tensor) -> Tensor:
         """Returns the rows of the shard that hold these classes' centers, K per class."""
@@ -502,12 +494,11 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def _begin_margin(
-        self, norms: Tensor | None, target: PositiveLogits, is_real: Tensor
+        self, norms: Tensor, target: PositiveLogits, is_real: Tensor
     ) -> tuple[Context, Mapping[str, Tensor]]:
         """Returns the margin's context of this batch, and its running values after it."""
-        targets = None
-        if self.margin.reads_all_targets:
-            targets = sum_over_ranks(target.similarity, self.group)
+        reads = self.margin.reads_all_targets
+        targets = sum_over_ranks(target.similarity, self.group) if reads else None
         state = {name: self.get_buffer(f"margin_{name}") for name in self.margin.initial_state()}
         draw = hash_key(self.seed, 0xD4A3, self._forwards)
         return self.margin.begin(BatchFacts(norms, targets, is_real, draw), state)
@@ -520,23 +511,6 @@ class PartialFC(nn.Module):
             value = self.get_buffer(f"margin_{name}")
             step.margin_before.setdefault(name, value.clone())
             value.copy_(torch.where(torch.isfinite(loss), after[name], value))
-
-    def _update_by_weight_grad(
-        self,
-        step: StepContext,
-        learning_rate: float,
-        bad: Tensor | None,
-        gradient_scale: Tensor | None,
-    ) -> None:
-        rows = step.centers.rows
-        for parameter, rule in self.optimized_parameters():
-            assert parameter.grad is not None
-            gradient = parameter.grad if rows is None else parameter.grad[rows]
-            if gradient_scale is not None:
-                gradient = gradient / gradient_scale
-            rule.update_rows(parameter, gradient, rows, learning_rate, bad)
-            parameter.grad = None
-        step.finish()
 
     def _localize(self, labels: Tensor) -> Tensor:
         """Returns global labels in this rank's numbering, -1 where another rank owns the class."""

@@ -27,7 +27,7 @@ import torch
 
 from arcshard.head.fused import FusedMarginSoftmax
 from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
-from arcshard.head.step import StepContext
+from arcshard.head.step import SoftmaxInputs, StepContext
 from arcshard.head.target import find_positive_logits
 from arcshard.losses import ArcFace
 from arcshard.partial_fc import PartialFC
@@ -251,10 +251,9 @@ def _trace_loop(head: PartialFC) -> list[Operation]:
     )
     weight, veto = unit.new_empty(batch), torch.empty((), dtype=torch.bool, device="meta")
     with OperationLog() as log:
-        loss = FusedMarginSoftmax.apply(
-            *(unit, None, head.weight, head.fused, step, target, {}, weight),
-            *(LEARNING_RATE, veto, True),
-        )
+        inputs = SoftmaxInputs(unit, None, target, {}, weight, veto)
+        settings = (head.weight, head.fused, step, inputs, LEARNING_RATE, True)
+        loss = FusedMarginSoftmax.apply(unit, None, *settings)
         loss.backward(torch.empty_like(loss))
     return log.operations
 

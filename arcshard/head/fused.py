@@ -40,10 +40,8 @@ from arcshard.head.block import (
     small_exponentials,
     without_autocast,
 )
-from arcshard.head.step import StepContext
-from arcshard.head.target import PositiveLogits
+from arcshard.head.step import SoftmaxInputs, StepContext
 from arcshard.head.workspace import BlockPlanner
-from arcshard.margins.base import Context
 
 
 @dataclass
@@ -78,35 +76,29 @@ class FusedMarginSoftmax(torch.autograd.Function):
         weight: Tensor,
         planner: BlockPlanner,
         step: StepContext,
-        target: PositiveLogits,
-        context: Context,
-        row_weight: Tensor,
+        inputs: SoftmaxInputs,
         learning_rate: float | None,
-        veto: Tensor,
         keeps: bool,
     ) -> Tensor:
         """Computes the mean loss over the global batch.
 
         Args:
             ctx: What backward and the update need of this pass.
-            unit: [B, D] embeddings of the global batch, divided by their norms where the margin
-                normalizes.
-            norms: [B] norms of the embeddings, or None.
+            unit: [B, D], that of `inputs`, which get the gradient.
+            norms: [B] or None, those of `inputs`, which get the gradient.
             weight: The class centers. They make the loss differentiable where no embedding is (a
                 frozen backbone), and get no gradient here.
             planner: The fused path's settings.
             step: The optimizer step.
-            target: What this rank knows of the rows' own classes.
-            context: What `margin.begin` returned for this batch.
-            row_weight: [B] share of each row in the loss: 1 / rows, 0 for padding rows.
-            learning_rate: With it backward updates the centers; with None `update` does.
-            veto: Boolean scalar. Where it is True, the loss is NaN and nothing is updated.
-            keeps: Whether numerators are kept for backward.
+            inputs: What is known of the global batch.
+            learning_rate: With it backward updates the centers; with None `update_centers` does.
+            keeps: Whether there will be a backward, for which numerators are kept.
 
         Returns:
             Scalar, the same on every rank.
         """
         margin, (batch, width) = planner.margin, unit.shape
+        target, context, row_weight, veto = inputs[2:]
         ctx.planner, ctx.step, ctx.target, ctx.context = planner, step, target, context
         ctx.unit, ctx.row_weight = unit.detach(), row_weight
         ctx.norms = None if norms is None else norms.detach()
@@ -170,7 +162,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
             _visit([ctx], gradient, ctx.learning_rate, bad)
             if gradient is not None:
                 gradient.mul_(ctx.factor[:, None])
-            return gradient, _norm_gradient(ctx), *[None] * 9
+            return gradient, _norm_gradient(ctx), *[None] * 6
 
 
 def update_centers(

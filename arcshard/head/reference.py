@@ -8,19 +8,16 @@ from torch.nn.functional import linear, normalize
 
 from arcshard.collectives import Group
 from arcshard.head.cross_entropy import sharded_cross_entropy
-from arcshard.margins.base import Context, Margin
+from arcshard.head.step import SoftmaxInputs
+from arcshard.margins.base import Margin
 
 
 def reference_loss(
     margin: Margin,
-    unit: Tensor,
-    norms: Tensor | None,
-    column: Tensor,
-    context: Context,
+    inputs: SoftmaxInputs,
     weight: Tensor,
     bias: Tensor | None,
     centers_per_class: int,
-    row_weight: Tensor,
     group: Group,
     half: torch.dtype | None = None,
 ) -> Tensor:
@@ -28,22 +25,18 @@ def reference_loss(
 
     Args:
         margin: The loss.
-        unit: [B, D] embeddings of the global batch, divided by their norms where the margin
-            normalizes.
-        norms: [B] norms of the embeddings, or None.
-        column: [B] int64 place of each row's class among `weight`'s classes, -1 where another rank
-            has the class.
-        context: What `margin.begin` returned for this batch.
+        inputs: What is known of the global batch.
         weight: [S K, D] centers of this rank that take part.
         bias: [S K], or None.
         centers_per_class: K.
-        row_weight: [B] share of each row in the loss, 0 for padding rows.
         group: Process group of the ranks that share the classes, None for one rank.
         half: Dtype of the product's operands and result, as in autocast; None for fp32.
 
     Returns:
         Scalar, the same on every rank.
     """
+    unit, norms, target, context, row_weight, veto = inputs
+    column = target.column  # [B] place of the class among `weight`'s, -1 on other ranks
     centers = normalize(weight) if margin.normalize else weight
     if half is not None and unit.dtype == torch.float32:
         similarities = linear(unit.to(half), centers.to(half)).float()  # [B, S K]
@@ -61,4 +54,5 @@ def reference_loss(
         # Backward sums over ranks: only the rank that has a row's class adds the penalty's slope.
         slope = torch.where(column >= 0, slope, 0.0)
         losses = losses + value + slope * (norms - norms.detach())
-    return torch.where(row_weight > 0, losses * row_weight, 0.0).sum()
+    loss = torch.where(row_weight > 0, losses * row_weight, 0.0).sum()
+    return loss + torch.where(veto, torch.nan, 0.0)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from arcshard.head.centers import ClassCenters
+from arcshard.head.target import PositiveLogits
+from arcshard.margins.base import Context
+
+
+class SoftmaxInputs(NamedTuple):
+    """What a forward knows of the global batch before it visits the classes.
+
+    Attributes:
+        unit: [B, D] embeddings, divided by their norms where the margin normalizes.
+        norms: [B] norms of the embeddings, None where the margin does not read them.
+        target: What this rank knows of the rows' own classes.
+        context: What `margin.begin` returned.
+        row_weight: [B] share of each row in the loss: 1 / rows, 0 for padding rows.
+        veto: Boolean scalar. Where it is True, the loss is NaN and nothing is updated.
+    """
+
+    unit: Tensor
+    norms: Tensor | None
+    target: PositiveLogits
+    context: Context
+    row_weight: Tensor
+    veto: Tensor
 
 
 @dataclass

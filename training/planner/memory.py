@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from arcshard.head.centers import ClassCenters
 from arcshard.head.reference import reference_loss
 from arcshard.head.sampling import sample_size
+from arcshard.head.step import SoftmaxInputs
+from arcshard.head.target import PositiveLogits
 from arcshard.head.workspace import Workspace, choose_workspace
 from arcshard.losses import BatchFacts
 from arcshard.partial_fc import PartialFC
@@ -490,18 +492,11 @@ def _trace_autograd_head(head: PartialFC, num_rows: int, batch: int) -> Trace:
                 if rows is None
                 else (weight[rows], None if bias is None else bias[rows])
             )
-            return reference_loss(
-                head.margin,
-                unit,
-                norms,
-                column,
-                context,
-                *of_step,
-                head.centers_per_class,
-                row_weight,
-                None,
-                head.matmul_half,
-            )
+            target = PositiveLogits(column, column, row_weight, row_weight)
+            veto = torch.zeros((), dtype=torch.bool)
+            inputs = SoftmaxInputs(unit, norms, target, context, row_weight, veto)
+            k, half = head.centers_per_class, head.matmul_half
+            return reference_loss(head.margin, inputs, *of_step, k, None, half)
 
         parameters = [weight] if bias is None else [weight, bias]
         return trace_step(forward, parameters, [embeddings, column, row_weight, *state.values()])
