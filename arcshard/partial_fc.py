@@ -258,6 +258,8 @@ class PartialFC(nn.Module):
     ) -> None:
         """Updates the class centers, unless backward did, and forgets the sample of the step.
 
+        Centers whose `weight.requires_grad` is False stay as they are.
+
         Args:
             learning_rate: Learning rate of this step, the same as the backbone's.
             bad: Boolean scalar on the device. Where it is True, no row and no state is updated.
@@ -273,6 +275,9 @@ class PartialFC(nn.Module):
                 "AdamWRows(...) of arcshard, or step weight.grad with an optimizer of yours"
             )
         step = self._step
+        if not self.weight.requires_grad:
+            self._step = None
+            return
         if step is None or not (step.was_updated or step.updates or self._has_gradient(step)):
             raise RuntimeError(
                 "no gradient: call loss.backward() before head.step(), on a loss of this step that "

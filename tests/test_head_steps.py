@@ -550,3 +550,20 @@ def test_a_state_taken_over_in_the_middle_of_a_step_ends_it(path, rate, has_grad
         one(*batch(1), in_forward(path)).backward()
         one.step(RATE)
     assert_equal(everything(head), everything(alone))
+
+
+@pytest.mark.parametrize("path", ["fused", "deferred", "autograd"])
+def test_centers_that_require_no_gradient_stay(path):
+    update = "autograd" if path == "autograd" else "fused"
+    head = PartialFC(CosFace(), 8, 41, row_optimizer=AdamWRows(), update=update, seed=1)
+    before = head.weight.detach().clone()
+    x, y = torch.randn(6, 8), torch.arange(6)
+    gradients = []
+    for is_frozen in (True, False):
+        head.weight.requires_grad_(not is_frozen)
+        embeddings = x.clone().requires_grad_(True)
+        head(embeddings, y, 0.1 if path == "fused" else None).backward()
+        head.step(0.1)
+        gradients.append(embeddings.grad)
+        assert torch.equal(head.weight, before) == is_frozen
+    torch.testing.assert_close(gradients[0], gradients[1])

@@ -103,7 +103,7 @@ def test_kept_identities_keep_centers_and_state_and_new_ones_start_at_their_mean
     length = there["head/weight"][[OLD.index(name) for name in KEPT]].norm(dim=1).mean()
     for name in sorted({*NEW} - {*KEPT}):
         expected = mean_embedding(old, data / name) * length
-        torch.testing.assert_close(centers[NEW.index(name)], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(centers[NEW.index(name)], expected, rtol=0, atol=4e-6)  # fp32
         assert not momentum[NEW.index(name)].any()
 
 

@@ -87,7 +87,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
             unit: [B, D], that of `inputs`, which get the gradient.
             norms: [B] or None, those of `inputs`, which get the gradient.
             weight: The class centers. They make the loss differentiable where no embedding is (a
-                frozen backbone), and get no gradient here.
+                frozen backbone), and get no gradient here. They stay if they require none.
             planner: The fused path's settings.
             step: The optimizer step.
             inputs: What is known of the global batch.
@@ -156,10 +156,13 @@ class FusedMarginSoftmax(torch.autograd.Function):
         with without_autocast(ctx.unit.device):
             _set_upstream(ctx, gradients[0])
             gradient = torch.zeros_like(ctx.unit) if ctx.needs_input_grad[0] else None
-            if ctx.learning_rate is None:
+            learning_rate = ctx.learning_rate
+            if not ctx.needs_input_grad[2]:  # frozen centers
+                learning_rate = None
+            elif learning_rate is None:
                 ctx.step.passes.append(ctx)
             bad = ~(torch.isfinite(ctx.loss) & torch.isfinite(gradients[0]))
-            _visit([ctx], gradient, ctx.learning_rate, bad)
+            _visit([ctx], gradient, learning_rate, bad)
             if gradient is not None:
                 gradient.mul_(ctx.factor[:, None])
             return gradient, _norm_gradient(ctx), *[None] * 6
