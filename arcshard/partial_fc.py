@@ -42,7 +42,6 @@ from arcshard.head.sampling import columns_of, draw_sample, sample_size
 from arcshard.head.step import SoftmaxInputs, StepContext
 from arcshard.head.target import PositiveLogits, find_positive_logits
 from arcshard.head.workspace import (
-    BlockCost,
     BlockPlanner,
     Plan,
     choose_workspace,
@@ -338,8 +337,8 @@ class PartialFC(nn.Module):
             parameter.grad = None  # a gradient of the centers before, for `step`
         self._step = None
 
-    def planned_blocks(self) -> tuple[Plan, BlockCost]:
-        """Plans the blocks of a step on this rank, and computes what a row of them takes.
+    def planned_blocks(self) -> Plan:
+        """Plans the blocks of a step on this rank.
 
         It is for the fused path with a `batch_size_per_rank`. A sample smaller than the batch
         counts as large as the batch's own classes can make it.
@@ -355,8 +354,8 @@ class PartialFC(nn.Module):
             size = sample_size(self.num_classes_local, self.sample_rate)
             size = max(size, min(batch, self.num_classes_local)) * self.centers_per_class
             rows = torch.empty(size, dtype=torch.int64, device="meta")
-        step = (ClassCenters(*self._parts(), rows), batch, self.embedding_size)
-        return self.fused.plan(*step), self.fused.cost(*step)
+        centers = ClassCenters(*self._parts(), rows)
+        return self.fused.plan(centers, batch, self.embedding_size)
 
     def describe_memory(self) -> str:
         """Describes, for the log, what memory the head holds on this rank."""
@@ -368,9 +367,9 @@ class PartialFC(nn.Module):
         budget = self.fused.workspace.budget_bytes / 2**20
         if self.batch_size_per_rank is None:
             return told + f"workspace of at most {budget:,.0f} MiB"
-        plan, cost = self.planned_blocks()
+        plan = self.planned_blocks()
         return told + (
-            f"workspace {cost.total_bytes(plan) / 2**20:,.0f} of at most {budget:,.0f} MiB, "
+            f"workspace {plan.total_bytes / 2**20:,.0f} of at most {budget:,.0f} MiB, "
             f"{len(plan.blocks())} blocks, softmax numerators of {plan.kept_rows:,} of "
             f"{plan.num_rows:,} centers kept for backward"
         )

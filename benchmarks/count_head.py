@@ -178,7 +178,7 @@ def count(
             half=torch.bfloat16,
         )
 
-    plan, cost = make(num_classes).planned_blocks()
+    plan = make(num_classes).planned_blocks()
     loop = count_head_step(make, num_classes, _trace_loop)
     whole = count_head_step(make, num_classes, trace_head_step)
     size = plan.num_rows
@@ -203,7 +203,7 @@ def count(
         "blocks": len(plan.blocks()),
         "rows_per_block": plan.rows_per_block,
         "kept_share": plan.kept_rows / max(plan.num_rows, 1),
-        "workspace_used_mib": cost.total_bytes(plan) / 2**20,
+        "workspace_used_mib": plan.total_bytes / 2**20,
         "kinds": _by_kind(loop),
         "predicted": {
             one.name: predict(one, whole)

@@ -101,7 +101,7 @@ def test_a_step_of_many_blocks_is_counted_from_a_few(workspace_mib, rate, rule, 
     def trace(head: PartialFC):
         return trace_head_step(head, passes, is_deferred)
 
-    plan, _ = make(20_000).planned_blocks()
+    plan = make(20_000).planned_blocks()
     assert len(plan.blocks()) > MOST_BLOCKS
     counted, exact = count_head_step(make, 20_000, trace), trace(make(20_000))
     assert counted.launches == len(exact)
@@ -131,7 +131,7 @@ def test_blocks_of_a_sample_that_the_batch_makes_large_are_counted_one_by_one(
             workspace_mib=workspace_mib,
         )
 
-    assert len(make(40_000).planned_blocks()[0].blocks()) > MOST_BLOCKS
+    assert len(make(40_000).planned_blocks().blocks()) > MOST_BLOCKS
     counted = count_head_step(make, 40_000, trace_head_step)
     assert counted.launches == len(trace_head_step(make(40_000)))
 

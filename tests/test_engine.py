@@ -308,7 +308,7 @@ def test_blocks_cover_all_rows_in_whole_classes_within_the_budget(
     assert [a for a, _ in blocks[1:]] == [b for _, b in blocks[:-1]]
     assert (blocks[0][0], blocks[-1][1]) == (0, classes * k) if blocks else classes == 0
     assert all(a % k == 0 and b % k == 0 for a, b in blocks)
-    assert cost.total_bytes(plan) <= budget
+    assert plan.total_bytes <= budget
     assert plan.kept_rows in {0, classes * k} or plan.kept_rows % plan.rows_per_block == 0
     aligned = plan.rows_per_block % (8 * k) == 0
     assert aligned or len(blocks) <= 1 or plan.rows_per_block < 8 * k
@@ -467,7 +467,7 @@ def test_no_matrix_of_batch_times_classes_and_no_gradient_of_the_centers_exists(
         loss = head(embeddings, labels)
         loss.backward()
         head.step(0.1)
-    rows = head.planned_blocks()[0].rows_per_block
+    rows = head.planned_blocks().rows_per_block
     assert Largest.bytes == 64 * rows * 4 <= 2**17
     assert head.weight.grad is None
 

@@ -194,8 +194,7 @@ def test_the_heads_work_is_no_more_than_planned_and_not_much_less(rate, optimize
     batch_bytes = HEAD_BATCH_MATRICES * batch * width * 4
     # the numbers of a sample's classes, 8 bytes each and several of them, are not in the plan
     numbers = 100 * planned.head.rows if rate < 1 else 0
-    plan, cost = head.planned_blocks()
-    workspace = cost.total_bytes(plan)
+    workspace = head.planned_blocks().total_bytes
     assert workspace <= 2**20
     assert ledger.peak <= workspace + batch_bytes + numbers
     assert ledger.peak >= 0.7 * workspace

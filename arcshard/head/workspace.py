@@ -93,11 +93,6 @@ class BlockCost:
     kept: int
     copied: int = 0
 
-    def total_bytes(self, plan: Plan) -> int:
-        """Returns the most that a step by `plan` takes: the block being computed and kept data."""
-        kept = self.kept + self.copied * plan.keeps_copies
-        return plan.rows_per_block * self.work + plan.kept_rows * kept
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,12 +103,24 @@ class Plan:
         rows_per_block: Number of rows of a block; the last one may have fewer.
         kept_rows: Number of rows, from the first, whose numerators are kept.
         keeps_copies: Whether copied centers are kept with the numerators, of all rows.
+        cost: What a row takes.
     """
 
     num_rows: int
     rows_per_block: int
     kept_rows: int
-    keeps_copies: bool = False
+    keeps_copies: bool
+    cost: BlockCost
+
+    @property
+    def kept_bytes_per_row(self) -> int:
+        """Bytes that are kept of a row of which anything is kept."""
+        return self.cost.kept + self.cost.copied * self.keeps_copies
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that a step takes: the block being computed, and what is kept."""
+        return self.rows_per_block * self.cost.work + self.kept_rows * self.kept_bytes_per_row
 
     def blocks(self) -> list[tuple[int, int]]:
         """Returns (start, stop) of every block, in order."""
@@ -154,10 +161,10 @@ def plan_blocks(
         classes += -classes % ALIGNED
     rows = classes * centers_per_class
     left = budget_bytes - rows * cost.work
-    if cost.copied and left >= num_rows * (cost.kept + cost.copied):
-        return Plan(num_rows, rows, num_rows, keeps_copies=True)
-    kept = left // cost.kept
-    return Plan(num_rows, rows, num_rows if kept >= num_rows else kept // rows * rows)
+    keeps_copies = cost.copied > 0 and left >= num_rows * (cost.kept + cost.copied)
+    kept = num_rows if keeps_copies else min(left // cost.kept, num_rows)
+    kept = kept if kept == num_rows else kept // rows * rows
+    return Plan(num_rows, rows, kept, keeps_copies, cost)
 
 
 @dataclass
@@ -204,17 +211,6 @@ class BlockPlanner:
         Raises:
             WorkspaceTooSmallError: Not one class fits the budget.
         """
-        cost = self.cost(centers, batch, width)
-        return plan_blocks(centers.num_rows, cost, self.workspace, self.centers_per_class)
-
-    def cost(self, centers: ClassCenters, batch: int, width: int) -> BlockCost:
-        """Computes what a row of a step takes in the workspace.
-
-        Args:
-            centers: Centers of the step.
-            batch: B, the rows of the global batch.
-            width: D.
-        """
         item, operand = self.dtype.itemsize, self.operand_dtype.itemsize
         half = operand if operand < item else 0
         copies = item if half and self.device.type == "cpu" else 0  # operands that `matmul` casts
@@ -224,8 +220,9 @@ class BlockPlanner:
         # The gradient before and after the normalization, and the copies that reading and updating
         # the centers makes.
         of_width = item * (2 + centers.reads_copies + centers.rule_matrices) + half + copies
-        return BlockCost(
+        cost = BlockCost(
             work=batch * of_batch + width * of_width + 4 * item,
             kept=batch * operand + item,
             copied=width * item if centers.reads_copies else 0,
         )
+        return plan_blocks(centers.num_rows, cost, self.workspace, self.centers_per_class)

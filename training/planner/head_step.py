@@ -80,7 +80,7 @@ def count_head_step(
         The operations.
     """
     head = make(num_classes)
-    plan, cost = head.planned_blocks()
+    plan = head.planned_blocks()
     count, rows = len(plan.blocks()), plan.rows_per_block
     if count <= MOST_BLOCKS or head.sample_rate == 0:
         return HeadOperations(trace(head))
@@ -93,10 +93,9 @@ def count_head_step(
         classes = math.floor((first + others) * rows / head.centers_per_class / head.sample_rate)
         part = make(classes)
         assert part.fused is not None
-        work = rows * cost.work
-        kept = first * rows * (cost.kept + cost.copied * plan.keeps_copies)
+        work, kept = rows * plan.cost.work, first * rows * plan.kept_bytes_per_row
         part.fused.workspace = Workspace(work + kept, work)
-        found, _ = part.planned_blocks()
+        found = part.planned_blocks()
         has = [len(found.blocks()), found.rows_per_block, math.ceil(found.kept_rows / rows)]
         same = has == [first + others, rows, first] and found.keeps_copies == plan.keeps_copies
         return part if same else None

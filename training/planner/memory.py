@@ -413,8 +413,7 @@ def _head_needs(
         if head.fused is not None:
             shard = ClassCenters(weight, rule, bias, None, rows, state=state)
             plan = head.fused.plan(shard, batch, head.embedding_size)
-            cost = head.fused.cost(shard, batch, head.embedding_size)
-            buffer = cost.total_bytes(plan)
+            buffer = plan.total_bytes
             matmul_dtype = head.fused.operand_dtype
     trace = None if plan is not None else _trace_autograd_head(head, num_rows, batch)
     work = HeadWork(
