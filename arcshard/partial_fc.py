@@ -42,7 +42,7 @@ from arcshard.head.sampling import columns_of, draw_sample, sample_size
 from arcshard.head.step import SoftmaxInputs, StepContext
 from arcshard.head.target import PositiveLogits, find_positive_logits
 from arcshard.head.workspace import (
-    BlockPlanner,
+    FusedSettings,
     Plan,
     choose_workspace,
     memory_bytes_of,
@@ -139,7 +139,7 @@ class PartialFC(nn.Module):
         self._check(workspace_mib, dtype, center_device)
         self.class_range = class_range(num_classes, self.rank, self.world_size)
         self.num_classes_local = len(self.class_range)
-        self._rules = BatchGatherer(
+        self._gatherer = BatchGatherer(
             embedding_size, num_classes, batch_size_per_rank, self.rank, self.group
         )
         self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -155,14 +155,14 @@ class PartialFC(nn.Module):
         for name, value in margin.initial_state().items():
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
-        self.fused: BlockPlanner | None = None
+        self.fused: FusedSettings | None = None
         if update == "fused":
             workspace = choose_workspace(
                 workspace_mib, self.device.type, memory_bytes_of(self.device)
             )
             operand_dtype = half if half and self.work_dtype == torch.float32 else self.work_dtype
             dtypes = (self.work_dtype, operand_dtype)
-            self.fused = BlockPlanner(
+            self.fused = FusedSettings(
                 margin, self.group, workspace, self.device, *dtypes, centers_per_class
             )
             refuse_plain_optimizers(self.weight, "update='fused' moves its class centers itself")
@@ -177,6 +177,7 @@ class PartialFC(nn.Module):
         if center_device is not None and row_optimizer is not None:
             self._host = CenterOffload(self.weight, row_optimizer, self.device)
         self._step: StepContext | None = None  # the optimizer step in progress
+        self._was_updated = False  # in backward, before it and since the last call of `step`
         self.mean_pairwise_cosine: Tensor | None = None
         self._samples_drawn = self._forwards = 0
         if self.fused is not None and batch_size_per_rank is not None:
@@ -211,21 +212,20 @@ class PartialFC(nn.Module):
                 without `prepare`.
         """
         with without_autocast(local_embeddings.device):
-            batch = self._rules.gather(
+            batch = self._gatherer.gather(
                 local_embeddings.to(self.device), local_labels.to(self.device), self.work_dtype
             )
             step = self._step_of(batch.labels)
             inputs, after = self._inputs(batch, step)
             if self.fused is not None:
-                keeps = torch.is_grad_enabled() and not step.refusal
+                keeps = torch.is_grad_enabled() and not step.is_evaluation
                 settings = (self.weight, self.fused, step, inputs, learning_rate, keeps)
                 loss: Tensor = FusedMarginSoftmax.apply(inputs.unit, inputs.norms, *settings)
             else:
                 rows, k = self._rows_of_step(step), self.centers_per_class
                 loss = reference_loss(self.margin, inputs, *rows, k, self.group, self.matmul_half)
                 if loss.requires_grad:
-                    constant, updates = loss.detach(), step.updates
-                    loss.register_hook(lambda _: step.check_backward(updates, constant))
+                    step.guard(loss)
             if self._is_training():
                 self._advance_margin(step, after, loss.detach())
             return loss
@@ -238,7 +238,8 @@ class PartialFC(nn.Module):
         from its own batch. It costs one all-gather of labels, and nothing at r = 1.
 
         Args:
-            local_label_batches: [b] integer labels of each micro-batch of this rank.
+            local_label_batches: [b] integer labels of each micro-batch of this rank; as many
+                micro-batches on every rank.
         """
         if self.sample_rate >= 1.0:
             return
@@ -247,9 +248,9 @@ class PartialFC(nn.Module):
         if self.batch_size_per_rank is not None:
             capacity = len(local_label_batches) * self.batch_size_per_rank
         else:
-            capacity = self._rules.capacity(len(local_labels), self.device)
+            capacity = self._gatherer.capacity(len(local_labels), self.device)
         labels = gather_labels(local_labels, PAD_LABEL, capacity, self.group)
-        self._begin(self._new_step(labels, labels.sort().values))
+        self._begin(labels, labels.sort().values)
 
     @torch.no_grad()
     def step(
@@ -277,10 +278,10 @@ class PartialFC(nn.Module):
         if not self.weight.requires_grad:
             self._step = None
             return
-        if step is None or not (step.was_updated or step.updates or self._has_gradient(step)):
+        if step is None or not (self._was_updated or step.updates or self._has_gradient(step)):
             raise RuntimeError(
-                "no gradient: call loss.backward() before head.step(), on a loss of this step that "
-                "was computed in training mode"
+                "no gradient: call loss.backward() before head.step(); the loss of a sampled head "
+                "in evaluation mode does not count"
             )
         if step.bad is not None:  # the loss of a pass was not finite
             bad = step.bad if bad is None else bad | step.bad
@@ -300,7 +301,7 @@ class PartialFC(nn.Module):
             for name, before in step.margin_before.items():
                 state = self.get_buffer(f"margin_{name}")
                 state.copy_(torch.where(bad, before, state))
-        self._step = None
+        self._step, self._was_updated = None, False
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns what sampling and draws need to continue as if they had not been interrupted."""
@@ -396,21 +397,22 @@ class PartialFC(nn.Module):
         step, is_training = self._step, self._is_training()
         if self.sample_rate < 1.0 and not is_training:
             step = self._new_step(labels)
-            step.refusal = "this loss was computed in evaluation mode: call head.train() before"
+            step.is_evaluation = True
         elif (
             step is None
             or (self.sample_rate < 1.0 and step.prepared is None)
             or (step.updates and step.prepared is None and is_training)
         ):
-            step = self._begin(self._new_step(labels))
+            step = self._begin(labels)
         return step
 
-    def _begin(self, new: StepContext) -> StepContext:
+    def _begin(self, labels: Tensor, prepared: Tensor | None = None) -> StepContext:
         """Begins a step; losses of the step before cannot be differentiated any more.
 
         Raises:
             RuntimeError: A gradient of the step before waits for `step`.
         """
+        margin_before: dict[str, Tensor] = {}
         if self._step is not None:
             if self._has_gradient(self._step):
                 raise RuntimeError(
@@ -418,16 +420,18 @@ class PartialFC(nn.Module):
                     "accumulate gradients call head.prepare(labels of all micro-batches) first; to "
                     "drop a gradient call head.step(learning_rate, torch.tensor(True))"
                 )
-            new.was_updated = self._step.was_updated or self._step.updates > 0
+            self._was_updated |= self._step.updates > 0
             if not self._step.updates:  # a skipped step restores what its lost forwards moved, too
-                new.margin_before = self._step.margin_before
+                margin_before = self._step.margin_before
             self._step.refusal = (
                 "a later forward has begun another step: call backward before the next forward, or "
                 "head.prepare(labels of all micro-batches) before the first one"
             )
+            self._step = None  # frees the centers of the step before
+        self._step = self._new_step(labels, prepared)
+        self._step.margin_before = margin_before
         self._samples_drawn += self.sample_rate < 1.0
-        self._step = new
-        return new
+        return self._step
 
     def _new_step(self, labels: Tensor, prepared: Tensor | None = None) -> StepContext:
         """Draws the classes of a step for labels [B]; the number of the draw stays the same."""
@@ -494,6 +498,8 @@ class PartialFC(nn.Module):
         rows = step.centers.rows
         if rows is None:
             return self.weight, self.bias
+        if step.is_evaluation:  # a gradient would be added to that of the step in progress
+            return step.centers.read(0, len(rows)), step.centers.read_bias(0, len(rows))
         return self.weight[rows], None if self.bias is None else self.bias[rows]
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ parts:
              `gigabytes_moved` and `products` are of this part.
     around   gathering and normalizing the batch, finding its targets, drawing the sample
 
-launches: operations that start a kernel; a few, such as sorting, start more than one.
+launches: operations that start a kernel; a few, such as sorting and the fused optimizers on large
+blocks, start more than one.
 gigabytes_moved: bytes that they read and write. gigabytes: the tensors that they are given and
 return, which leaves out what a fused optimizer writes, and counts what a copy overwrites.
 products: units of 2 B S D floating-point operations, the batch with all S classes of the step.

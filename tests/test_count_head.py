@@ -58,12 +58,12 @@ def test_a_step_with_bf16_products_makes_only_the_passes_that_it_needs():
 
 def test_one_more_pass_over_the_logits_is_found(monkeypatch):
     before = count(2_000_000, 1024, 1.0, 4096)
-    real = fused.small_exponentials
+    real = fused.exponentials_of_small_logits
 
     def slower(z, *arguments):
         return real(z.mul_(1.0), *arguments)
 
-    monkeypatch.setattr(fused, "small_exponentials", slower)
+    monkeypatch.setattr(fused, "exponentials_of_small_logits", slower)
     after = count(2_000_000, 1024, 1.0, 4096)
     assert before["kept_share"] < 1
     visits = before["blocks"] * (2 - before["kept_share"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -187,12 +190,19 @@ def test_an_evaluation_of_other_classes_leaves_no_trace_in_a_step(
     run(ranks, world_size, train_and_evaluate, path, kind, places, is_prepared)
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_a_sampled_loss_of_evaluation_mode_has_no_gradient(update):
-    head = make(update, rate=0.3).eval()
+@pytest.mark.parametrize("path", PATHS)
+def test_a_sampled_loss_of_evaluation_mode_has_a_gradient_and_is_no_part_of_a_step(path):
+    head = make(path, rate=0.3)
+    x, labels = batch(0)
+    head(x, labels, in_forward(path)).backward()
+    expected, x.grad = x.grad, None
+    head = make(path, rate=0.3).eval()
     before = everything(head)
-    assert "evaluation mode" in refusal(RuntimeError, head(*batch(0)).backward)
+    head(x, labels).backward()
+    torch.testing.assert_close(x.grad, expected)
     assert_equal(everything(head), before)
+    assert head.weight.grad is None
+    assert "evaluation mode" in refusal(RuntimeError, lambda: head.step(RATE))
 
 
 # --- ranks that bring different things ---------------------------------------------------------
@@ -567,3 +577,114 @@ def test_centers_that_require_no_gradient_stay(path):
         gradients.append(embeddings.grad)
         assert torch.equal(head.weight, before) == is_frozen
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# --- what is held, and for how long --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_loss_and_what_it_holds_are_freed_with_the_last_reference(path, rate, is_lost):
+    head = make(path, rate=rate)
+    gc.collect()
+    gc.disable()
+    try:
+        x, labels = batch(0)
+        unit = x * 1.0
+        loss = head(unit, labels, in_forward(path))
+        watched = [weakref.ref(loss), weakref.ref(unit)]
+        if not is_lost:
+            loss.backward()
+            head.step(RATE)
+        del loss, unit
+        assert [ref() for ref in watched] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_rows_of_a_step_are_on_the_device_once_although_the_loss_is_kept():
+    head = make("fused", rate=0.3, center_device="cpu")
+    losses, held = [], []
+    for number in range(3):
+        x, labels = batch(number)
+        losses.append(head(x, labels, RATE))
+        held.append(weakref.ref(head.sampled_centers()[0]))
+        losses[-1].backward()
+        if number != 1:  # without `step`, as a loop may be that updates in backward
+            head.step(RATE)
+            assert [ref() for ref in held] == [None] * len(held)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_an_update_that_an_error_interrupts_is_not_made_twice(rate, monkeypatch):
+    head = make("deferred", rate=rate, workspace_mib=0.004)
+    x, labels = batch(0)
+    head(x, labels).backward()
+    real, calls = AdamWRows.move, []
+
+    def fail_once(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        real(self, *arguments)
+
+    monkeypatch.setattr(AdamWRows, "move", fail_once)
+    with pytest.raises(MemoryError):
+        head.step(RATE)
+    moved = everything(head)
+    assert "no gradient" in refusal(RuntimeError, lambda: head.step(RATE))
+    assert_equal(everything(head), moved)
+    head(x, labels).backward()
+    head.step(RATE)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_a_head_is_copied_and_pickled_while_a_gradient_waits(rate):
+    head = make("deferred", rate=rate)
+    x, labels = batch(0)
+    head(x, labels).backward()
+    copies = [copy.deepcopy(head), pickle.loads(pickle.dumps(head))]
+    for each in (head, *copies):
+        each.step(RATE)
+        assert_equal(everything(each), everything(head))
+
+
+def test_a_loss_scale_of_2_to_the_16_does_not_overflow_at_the_far_end_of_the_cosine():
+    """All other classes are opposite to the embedding: exp(-lse) is as large as it gets."""
+    head = PartialFC(CosFace(0.4, 64.0), 8, 4, row_optimizer=SGDRows(0, 0))
+    x = torch.nn.functional.normalize(torch.randn(1, 8))
+    with torch.no_grad():
+        head.weight.copy_(-x.expand(4, 8))
+        head.weight[0] = x[0]
+    embeddings = x.clone().requires_grad_(True)
+    (head(embeddings, torch.tensor([1])) * 65536).backward()
+    assert torch.isfinite(embeddings.grad).all()
+    head.step(0.1, gradient_scale=torch.tensor(65536.0))
+    assert torch.isfinite(head.weight).all()
+
+
+def test_a_gradient_that_overflows_although_the_loss_is_finite_moves_nothing():
+    """Very many classes at the embedding, and a center of its own of norm 1e-12."""
+    classes = 300_000
+    head = PartialFC(CosFace(0.4, 64.0), 2, classes, row_optimizer=SGDRows(0, 0))
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([1.0, 0.0]).expand(classes, 2))
+        head.weight[7] = torch.tensor([6e-13, 8e-13])
+    for rate in (0.1, None):
+        x = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        loss = head(x, torch.tensor([7]), rate)
+        assert torch.isfinite(loss)
+        loss.backward()
+        head.step(0.1)
+        assert torch.isfinite(head.weight).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_gradient_from_above_that_is_not_finite_moves_nothing(path):
+    head = make(path)
+    before = everything(head)
+    x, labels = batch(0)
+    (head(x, labels, in_forward(path)) * math.inf).backward()
+    head.step(RATE)
+    assert_equal(everything(head), before)

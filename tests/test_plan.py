@@ -413,14 +413,14 @@ def test_the_heads_time_grows_where_numerators_are_made_again():
 
 
 def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
-    """C = 2M, B = 1024, 256 MiB on an H100: 5,874 launches of 21 us are 123 ms."""
+    """C = 2M, B = 1024, 256 MiB on an H100: 6,208 launches of 21 us are 130 ms."""
     setting = plan.Setting(GPUS["h100"], 1, Links(), 2_000_000, 10_000_000)
     keys = {"num_classes": 2_000_000, "batch_size": 1024, "embedding_size": 512}
     cfg = small(**{**keys, "head_workspace_mib": 256, "precision": "bf16"})
     planned = plan.make_plan(cfg, setting)
     assert planned.needs.head.operations is not None
     launches = planned.needs.head.operations().launches
-    assert launches == pytest.approx(5_874, rel=0.02)
+    assert launches == pytest.approx(6_208, rel=0.02)
     assert planned.time.head == pytest.approx(launches * HEAD_LAUNCH_SECONDS)
     automatic = plan.make_plan(dataclasses.replace(cfg, head_workspace_mib="auto"), setting)
     assert automatic.time.head < planned.time.head

@@ -26,8 +26,9 @@ from torch import Tensor
 from arcshard.margins.base import Context, Margin
 
 NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
-# exp(z - LEVEL) / |w| of |z| <= 64 and |w| >= NORM_FLOOR lies between 2e-35 and 7e32.
-LEVEL = 16.0
+# exp(z - LEVEL) / |w| of |z| <= 64 and |w| >= NORM_FLOOR is at most 1.2e38. A row's factor is at
+# most exp(LEVEL + 64) s = 2e31, which leaves room for a loss scale of 2^16.
+LEVEL = 4.0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -38,7 +39,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+def matmul(left: Tensor, right: Tensor) -> Tensor:
     """Multiplies `left` by `right`.
 
     Half-precision operands are multiplied exactly and summed in fp32. A CPU has no product of half
@@ -48,16 +49,15 @@ def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         left: [n, k] matrix.
         right: [k, m] matrix of the same dtype.
-        out: [n, m] result matrix, used unless an accelerator multiplies in half precision.
 
     Returns:
         [n, m] in fp32, or in fp64 for fp64 operands.
     """
     if left.dtype in (torch.float32, torch.float64):
-        return torch.mm(left, right, out=out)
+        return torch.mm(left, right)
     if left.device.type == "cpu":
         with _operands_rounded_to_bf16():
-            return torch.mm(left.float(), right.float(), out=out)
+            return torch.mm(left.float(), right.float())
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
@@ -115,21 +115,23 @@ def logits_are_small(margin: Margin) -> bool:
     return margin.normalize and not margin.bias and not margin.touches_others and margin.scale <= 64
 
 
-def add_at_target(matrix: Tensor, column: Tensor, values: Tensor) -> None:
+def add_at_target(matrix: Tensor, column: Tensor, values: Tensor | float) -> None:
     """Adds one value per row to a matrix [B, n], where the row's target is among its columns.
 
     Args:
         matrix: [B, n], written in place.
         column: [B] int64 column of the target; a number outside [0, n) where it is elsewhere.
-        values: [B] of the matrix's dtype.
+        values: [B] of the matrix's dtype, or one number.
     """
     inside = column.clamp(0, matrix.shape[1] - 1)
+    if isinstance(values, float):
+        values = matrix.new_full(column.shape, values)
     values = values.masked_fill(inside != column, 0.0)
     matrix.scatter_add_(1, inside[:, None], values[:, None])
 
 
-def small_exponentials(
-    z: Tensor, column: Tensor, minus_inf: Tensor, norm: Tensor | None, row_sum: Tensor, out: Tensor
+def exponentials_of_small_logits(
+    z: Tensor, column: Tensor, norm: Tensor | None, row_sum: Tensor, out: Tensor
 ) -> None:
     """Computes softmax numerators of logits at most 64, without subtracting their maximum.
 
@@ -138,14 +140,13 @@ def small_exponentials(
     Args:
         z: [B, n] logits, multiplied by |w| if `norm` is given; overwritten.
         column: [B] int64 column of the target; a number outside [0, n) where it is elsewhere.
-        minus_inf: [B] of -inf.
         norm: [n] |w|, or None.
         row_sum: [B], receives the sums of exp(z), or of exp(z - LEVEL) with `norm`.
         out: [B, n], receives the numerators; may be `z`.
     """
     if norm is not None:
         torch.addcmul(-(norm.log() + LEVEL), z, norm.reciprocal(), out=z)
-    add_at_target(z, column, minus_inf)
+    add_at_target(z, column, -math.inf)
     torch.exp(z, out=out)
     if norm is not None:
         torch.mv(out, norm, out=row_sum)
@@ -156,7 +157,6 @@ def small_exponentials(
 def exponentials(
     z: Tensor,
     column: Tensor,
-    minus_inf: Tensor,
     norm: Tensor | None,
     row_sum: Tensor,
     margin: Margin,
@@ -174,7 +174,6 @@ def exponentials(
             the margin touches the other classes; overwritten.
         column: [B] int64 column (class) of the target; a number outside [0, n) where it is in
             another block.
-        minus_inf: [B] of -inf.
         norm: [n K] |w|, or None.
         row_sum: [B], receives the sums of exp(z - m).
         margin: The loss.
@@ -195,7 +194,7 @@ def exponentials(
     if margin.touches_others:
         values, slope = margin.others(z, context)
         z = torch.mul(values, margin.scale, out=z)
-    add_at_target(z, column, minus_inf)
+    add_at_target(z, column, -math.inf)
     row_max = z.amax(dim=1)
     z.sub_(row_max.masked_fill(row_max == -math.inf, 0.0)[:, None])  # not -inf - -inf
     torch.sum(z.exp_(), dim=1, out=row_sum)

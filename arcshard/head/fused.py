@@ -21,7 +21,7 @@ update is deferred).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,19 +29,18 @@ from torch import Tensor
 
 from arcshard.collectives import combine_softmax
 from arcshard.head.block import (
-    LEVEL,
     add_at_target,
     add_matmul,
     as_operand,
     exponentials,
+    exponentials_of_small_logits,
     matmul,
     normalization_backward,
     norms_of,
-    small_exponentials,
     without_autocast,
 )
 from arcshard.head.step import SoftmaxInputs, StepContext
-from arcshard.head.workspace import BlockPlanner
+from arcshard.head.workspace import FusedSettings, Plan
 
 
 @dataclass
@@ -65,6 +64,48 @@ class Block:
     has_target: bool = False
 
 
+@dataclass
+class SoftmaxContext:
+    """One forward pass over the classes, as backward and the update need it.
+
+    Attributes:
+        settings: The fused path's settings.
+        step: The optimizer step that the pass belongs to.
+        inputs: What is known of the global batch, as constants.
+        learning_rate: With it backward updates the centers; with None `update_centers` does.
+        plan: Blocks of the step's rows.
+        updates: Number of updates of the step before this pass.
+        kept: Blocks that are kept for backward, by first row.
+        operand: [B, D] embeddings as an operand of the logits' products, times s unless the margin
+            touches the other classes.
+        slope: [B] dphi/dcos.
+        lse: [B] log-sum-exp over the classes that are not the row's own; 0 where there are none.
+        per_logit: [B] sigma times the row's share in the loss.
+        loss: The loss as a constant.
+        upstream: Scalar gradient of the loss, None before backward.
+        factor: [B] factors that make numerators the gradient of the similarities.
+        factored: [B, D] embeddings times these factors, as an operand.
+        at_target: [B] what goes into the targets' places.
+    """
+
+    settings: FusedSettings
+    step: StepContext
+    inputs: SoftmaxInputs
+    learning_rate: float | None
+    plan: Plan
+    updates: int
+    kept: dict[int, Block]
+    operand: Tensor
+    slope: Tensor = field(init=False)
+    lse: Tensor = field(init=False)
+    per_logit: Tensor = field(init=False)
+    loss: Tensor = field(init=False)
+    upstream: Tensor | None = None
+    factor: Tensor = field(init=False)
+    factored: Tensor = field(init=False)
+    at_target: Tensor = field(init=False)
+
+
 class FusedMarginSoftmax(torch.autograd.Function):
     """Forward and backward of one pass over the classes of this rank."""
 
@@ -74,7 +115,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
         unit: Tensor,
         norms: Tensor | None,
         weight: Tensor,
-        planner: BlockPlanner,
+        settings: FusedSettings,
         step: StepContext,
         inputs: SoftmaxInputs,
         learning_rate: float | None,
@@ -83,12 +124,12 @@ class FusedMarginSoftmax(torch.autograd.Function):
         """Computes the mean loss over the global batch.
 
         Args:
-            ctx: What backward and the update need of this pass.
+            ctx: Holds the pass.
             unit: [B, D], that of `inputs`, which get the gradient.
             norms: [B] or None, those of `inputs`, which get the gradient.
             weight: The class centers. They make the loss differentiable where no embedding is (a
                 frozen backbone), and get no gradient here. They stay if they require none.
-            planner: The fused path's settings.
+            settings: The fused path's settings.
             step: The optimizer step.
             inputs: What is known of the global batch.
             learning_rate: With it backward updates the centers; with None `update_centers` does.
@@ -97,46 +138,47 @@ class FusedMarginSoftmax(torch.autograd.Function):
         Returns:
             Scalar, the same on every rank.
         """
-        margin, (batch, width) = planner.margin, unit.shape
+        margin, batch = settings.margin, len(unit)
+        unit, norms = unit.detach(), None if norms is None else norms.detach()
+        inputs = inputs._replace(unit=unit, norms=norms)
         target, context, row_weight, veto = inputs[2:]
-        ctx.planner, ctx.step, ctx.target, ctx.context = planner, step, target, context
-        ctx.unit, ctx.row_weight = unit.detach(), row_weight
-        ctx.norms = None if norms is None else norms.detach()
-        ctx.learning_rate, ctx.updates, ctx.upstream = learning_rate, step.updates, None
-        ctx.plan = planner.plan(step.centers, batch, width)
-        ctx.kept = step.new_kept() if keeps else {}
-        ctx.minus_inf = unit.new_full((batch,), -math.inf)
+        plan = settings.plan(step.centers, *unit.shape)
         scale = 1.0 if margin.touches_others else margin.scale
-        ctx.operand = (scale * unit).to(planner.operand_dtype)  # [B, D]
+        operand = (scale * unit).to(settings.operand_dtype)  # [B, D]
+        kept = step.new_kept() if keeps else {}
+        ctx.one = one = SoftmaxContext(
+            settings, step, inputs, learning_rate, plan, step.updates, kept, operand
+        )
 
-        blocks = ctx.plan.blocks()
+        blocks = plan.blocks()
         # One slot per block, and one that stands for no class at all.
         row_sum = unit.new_zeros(len(blocks) + 1, batch)
-        row_max = torch.full_like(row_sum, LEVEL if planner.divides else 0.0)
+        row_max = torch.full_like(row_sum, settings.level)
         row_max[-1] = -math.inf
         for number, (start, stop) in enumerate(blocks):
             rows = step.centers.read(start, stop)  # [n, D]
-            block = _numerators(ctx, start, stop, rows, row_sum[number])
+            block = _numerators(one, start, stop, rows, row_sum[number])
             if block.row_max is not None:
                 row_max[number] = block.row_max
-            if keeps and stop <= ctx.plan.kept_rows:
-                block.operand, block.copy = None, rows if ctx.plan.keeps_copies else None
-                ctx.kept[start] = block
+            if keeps and stop <= plan.kept_rows:
+                block.operand, block.copy = None, rows if plan.keeps_copies else None
+                kept[start] = block
         peak = row_max.amax(dim=0)
         shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
         total = (row_sum * torch.exp(row_max - shift)).sum(dim=0)
 
-        phi, ctx.slope = margin.target(target.similarity, context)
+        phi, one.slope = margin.target(target.similarity, context)
         z_target = torch.where(target.here, margin.scale * phi, 0.0)
-        lse, z_target = combine_softmax(peak, total, z_target, planner.group)
+        lse, z_target = combine_softmax(peak, total, z_target, settings.group)
         excess = lse - z_target  # [B]
         row_loss = torch.logaddexp(torch.zeros_like(excess), excess)
         if norms is not None and (penalty := margin.penalty(norms)) is not None:
             row_loss = row_loss + penalty[0]
         loss = torch.where(row_weight > 0, row_loss * row_weight, 0.0).sum()
-        ctx.loss = loss = torch.where(veto, torch.nan, loss)
-        ctx.lse = lse.masked_fill(lse == -math.inf, 0.0)  # -inf: there is no other class at all
-        ctx.per_logit = torch.where(row_weight > 0, row_weight * torch.sigmoid(excess), 0.0)
+        loss = torch.where(veto, torch.nan, loss)
+        one.loss = loss.detach()  # the output itself would hold the graph, and the graph it
+        one.lse = lse.masked_fill(lse == -math.inf, 0.0)  # -inf: there is no other class at all
+        one.per_logit = torch.where(row_weight > 0, row_weight * torch.sigmoid(excess), 0.0)
         return loss
 
     @staticmethod
@@ -147,25 +189,25 @@ class FusedMarginSoftmax(torch.autograd.Function):
             RuntimeError: It is the second backward of this pass, its step is over, or the centers
                 were updated after its forward.
         """
-        if ctx.upstream is not None:
+        one: SoftmaxContext | None = ctx.one
+        if one is None:
             raise RuntimeError(
                 "a second backward of the same loss: the head adds up and moves its class "
                 "centers in backward; call forward again"
             )
-        ctx.step.check_backward(ctx.updates, ctx.loss, ctx.learning_rate)
-        with without_autocast(ctx.unit.device):
-            _set_upstream(ctx, gradients[0])
-            gradient = torch.zeros_like(ctx.unit) if ctx.needs_input_grad[0] else None
-            learning_rate = ctx.learning_rate
-            if not ctx.needs_input_grad[2]:  # frozen centers
-                learning_rate = None
-            elif learning_rate is None:
-                ctx.step.passes.append(ctx)
-            bad = ~(torch.isfinite(ctx.loss) & torch.isfinite(gradients[0]))
-            _visit([ctx], gradient, learning_rate, bad)
+        one.step.check_backward(one.updates, one.learning_rate)
+        ctx.one = None  # frees what the pass holds, although the user may hold the loss
+        wants_embeddings, _, is_trained, *_ = ctx.needs_input_grad
+        learning_rate = one.learning_rate if is_trained else None
+        with without_autocast(one.operand.device):
+            bad = _set_upstream(one, gradients[0])
+            gradient = torch.zeros_like(one.inputs.unit) if wants_embeddings else None
+            _visit([one], gradient, learning_rate, bad)
+            if is_trained and learning_rate is None and not one.step.is_evaluation:
+                one.step.passes.append(one)
             if gradient is not None:
-                gradient.mul_(ctx.factor[:, None])
-            return gradient, _norm_gradient(ctx), *[None] * 6
+                gradient.mul_(one.factor[:, None])
+            return gradient, _norm_gradient(one), *[None] * 6
 
 
 def update_centers(
@@ -179,14 +221,18 @@ def update_centers(
         bad: Boolean scalar or None. Where it is True, nothing is updated.
         gradient_scale: Factor by which the loss was multiplied; the gradient is divided by it.
     """
-    for ctx in step.passes:
-        if gradient_scale is not None:
-            _set_upstream(ctx, ctx.upstream / gradient_scale)
-    _visit(step.passes, None, learning_rate, bad)
+    passes, step.passes = step.passes, []  # after an error nothing is updated twice
+    for one in passes:
+        if gradient_scale is not None and one.upstream is not None:
+            _set_upstream(one, one.upstream / gradient_scale)
+    _visit(passes, None, learning_rate, bad)
 
 
 def _visit(
-    passes: list[Any], gradient: Tensor | None, learning_rate: float | None, bad: Tensor | None
+    passes: list[SoftmaxContext],
+    gradient: Tensor | None,
+    learning_rate: float | None,
+    bad: Tensor | None,
 ) -> None:
     """Adds to `gradient` [B, D], updates the centers, or both.
 
@@ -198,93 +244,100 @@ def _visit(
     """
     if gradient is None and learning_rate is None:
         return
-    largest = max(passes, key=lambda ctx: len(ctx.unit))
-    planner, centers, plan = largest.planner, largest.step.centers, largest.plan
+    largest = max(passes, key=lambda one: len(one.operand))
+    settings, centers, plan = largest.settings, largest.step.centers, largest.plan
     for start, stop in plan.blocks():
-        kept = [ctx.kept.get(start) if ctx.plan == plan else None for ctx in passes]
+        kept = [one.kept.get(start) if one.plan == plan else None for one in passes]
         copies = [block.copy for block in kept if block is not None and block.copy is not None]
         rows = copies[0] if copies else centers.read(start, stop)  # [n, D]
         dw: Tensor | None = None
         db: Tensor | None = None
-        for ctx, block in zip(passes, kept, strict=True):
-            block = block or _numerators(ctx, start, stop, rows)
-            _fill_targets(ctx, block, start)
+        for one, block in zip(passes, kept, strict=True):
+            block = block or _numerators(one, start, stop, rows)
+            _fill_targets(one, block, start)
             norm = block.norm
             if gradient is not None:  # [B, n] x [n, D]
                 operand = block.operand
                 if operand is None:
-                    operand = as_operand(rows, norm, planner.operand_dtype)
+                    operand = as_operand(rows, norm, settings.operand_dtype)
                 add_matmul(gradient, block.numerators, operand)
             if learning_rate is not None:  # [n, B] x [B, D]
                 if dw is None:
-                    dw = matmul(block.numerators.t(), ctx.factored)
+                    dw = matmul(block.numerators.t(), one.factored)
                 else:
-                    add_matmul(dw, block.numerators.t(), ctx.factored)
-                if planner.margin.bias:
-                    part = block.numerators.t().to(ctx.factor.dtype) @ ctx.factor
-                    part = part * norm if planner.divides else part
+                    add_matmul(dw, block.numerators.t(), one.factored)
+                if settings.margin.bias:
+                    part = block.numerators.t().to(one.factor.dtype) @ one.factor
+                    part = part if not settings.divides or norm is None else part * norm
                     db = part if db is None else db + part
         if dw is not None and learning_rate is not None:
             if norm is not None:
-                dw = normalization_backward(dw, rows, norm, planner.divides)
+                dw = normalization_backward(dw, rows, norm, settings.divides)
             centers.update(start, stop, rows, dw, db, learning_rate, bad)
     if learning_rate is not None:
         largest.step.finish()
 
 
 def _numerators(
-    ctx: Any, start: int, stop: int, rows: Tensor, row_sum: Tensor | None = None
+    one: SoftmaxContext, start: int, stop: int, rows: Tensor, row_sum: Tensor | None = None
 ) -> Block:
     """Computes the numerators of centers `rows` [n, D], and their sums [B] into `row_sum`."""
-    planner, k = ctx.planner, ctx.planner.centers_per_class
-    norm = norms_of(rows) if planner.margin.normalize else None
-    operand = as_operand(rows, norm, planner.operand_dtype)
-    z = matmul(ctx.operand, operand.t())  # [B, n]
-    row_sum = torch.empty_like(ctx.minus_inf) if row_sum is None else row_sum
-    column = ctx.target.column - start // k
-    divisor = norm if planner.divides else None
-    if planner.is_small:
-        numerators = z if planner.divides else torch.empty_like(z, dtype=planner.operand_dtype)
-        small_exponentials(z, column, ctx.minus_inf, divisor, row_sum, numerators)
+    settings, k = one.settings, one.settings.centers_per_class
+    norm = norms_of(rows) if settings.margin.normalize else None
+    operand = as_operand(rows, norm, settings.operand_dtype)
+    z = matmul(one.operand, operand.t())  # [B, n]
+    row_sum = z.new_empty(len(z)) if row_sum is None else row_sum
+    column = one.inputs.target.column - start // k
+    divisor = norm if settings.divides else None
+    if settings.has_small_logits:
+        numerators = z if settings.divides else torch.empty_like(z, dtype=settings.operand_dtype)
+        exponentials_of_small_logits(z, column, divisor, row_sum, numerators)
         return Block(numerators, norm, None, operand)
-    bias = ctx.step.centers.read_bias(start, stop)
+    bias = one.step.centers.read_bias(start, stop)
     row_max = exponentials(
-        z, column, ctx.minus_inf, divisor, row_sum, planner.margin, ctx.context, bias, k
+        z, column, divisor, row_sum, settings.margin, one.inputs.context, bias, k
     )
-    return Block(z.to(planner.operand_dtype), norm, row_max, operand)
+    return Block(z.to(settings.operand_dtype), norm, row_max, operand)
 
 
-def _set_upstream(ctx: Any, upstream: Tensor) -> None:
-    """Computes what the gradient of the loss makes of each row of the batch."""
-    planner = ctx.planner
-    level = (LEVEL if planner.divides else 0.0) if planner.is_small else ctx.lse
-    share = torch.exp(level - ctx.lse)
-    ctx.upstream = upstream
-    ctx.factor = upstream * planner.margin.scale * ctx.per_logit * share  # [B]
-    ctx.factored = (ctx.factor[:, None] * ctx.unit).to(planner.operand_dtype)  # [B, D]
-    at_target = -ctx.slope / share  # [B]
-    at_target = at_target / ctx.target.norm if planner.divides else at_target
-    ctx.at_target = at_target.to(planner.operand_dtype)
+def _set_upstream(one: SoftmaxContext, upstream: Tensor) -> Tensor:
+    """Computes what the gradient of the loss makes of each row of the batch.
+
+    Returns:
+        Boolean scalar, True if the loss or a number of these is not finite.
+    """
+    settings, one.upstream = one.settings, upstream
+    level = settings.level if settings.has_small_logits else one.lse
+    share = torch.exp(level - one.lse)
+    one.factor = upstream * settings.margin.scale * one.per_logit * share  # [B]
+    one.factored = (one.factor[:, None] * one.inputs.unit).to(settings.operand_dtype)  # [B, D]
+    at_target = -one.slope / share  # [B]
+    at_target = at_target / one.inputs.target.norm if settings.divides else at_target
+    one.at_target = at_target.to(settings.operand_dtype)
+    is_finite = torch.isfinite(one.factored).all() & torch.isfinite(one.at_target).all()
+    bad = ~(torch.isfinite(one.loss) & is_finite)
+    one.step.skip_if(bad)
+    return bad
 
 
-def _fill_targets(ctx: Any, block: Block, start: int) -> None:
+def _fill_targets(one: SoftmaxContext, block: Block, start: int) -> None:
     """Makes numerators, times the factor of each row, the gradient of the similarities."""
     if block.has_target:
         return
     if block.row_max is not None:  # all blocks get the level lse
-        block.numerators.mul_(torch.exp(block.row_max - ctx.lse)[:, None])
-    add_at_target(block.numerators, ctx.target.row - start, ctx.at_target)
+        block.numerators.mul_(torch.exp(block.row_max - one.lse)[:, None])
+    add_at_target(block.numerators, one.inputs.target.row - start, one.at_target)
     block.has_target = True
 
 
-def _norm_gradient(ctx: Any) -> Tensor | None:
+def _norm_gradient(one: SoftmaxContext) -> Tensor | None:
     """Computes [B] the gradient of the norms, on the rank that has the target; 0 on the others."""
-    if ctx.norms is None:
+    margin, (_, norms, target, context, row_weight, _) = one.settings.margin, one.inputs
+    if norms is None or one.upstream is None:
         return None
-    margin = ctx.planner.margin
-    gradient = torch.zeros_like(ctx.norms)
-    if (slope := margin.norm_slope(ctx.target.similarity, ctx.context)) is not None:
-        gradient -= margin.scale * ctx.per_logit * slope
-    if (penalty := margin.penalty(ctx.norms)) is not None:
-        gradient += ctx.row_weight * penalty[1]
-    return ctx.upstream * torch.where(ctx.target.here, gradient, 0.0)
+    gradient = torch.zeros_like(norms)
+    if (slope := margin.norm_slope(target.similarity, context)) is not None:
+        gradient -= margin.scale * one.per_logit * slope
+    if (penalty := margin.penalty(norms)) is not None:
+        gradient += row_weight * penalty[1]
+    return one.upstream * torch.where(target.here, gradient, 0.0)

@@ -39,7 +39,7 @@ class StepContext:
 
     A step begins with `PartialFC.prepare` or with the first forward. It ends with `PartialFC.step`,
     or with a forward after its centers were updated in backward. A forward of a sampled head that
-    is no training has a step of its own, in which no center moves.
+    is no training has a step of its own, which `PartialFC.step` does not know.
 
     Attributes:
         centers: The rows that take part.
@@ -47,11 +47,11 @@ class StepContext:
         prepared: [n] ascending labels that `prepare` was given on all ranks, or None.
         refusal: The reason why no gradient can be computed in this step, empty if one can.
         updates: Number of updates of the centers in this step.
-        was_updated: Whether they were updated before this step, since the last `PartialFC.step`.
+        is_evaluation: Whether the step is that of one forward which is no training.
         passes: Passes of the fused path whose gradient waits for the update.
         kept: Numerators of the last pass, by first row.
-        bad: Boolean scalar, True if the loss of a pass is not finite; None before the first
-            backward.
+        bad: Boolean scalar, True if the loss of a pass or its gradient is not finite; None before
+            the first backward.
         margin_before: Running values of the margin before the step.
     """
 
@@ -60,7 +60,7 @@ class StepContext:
     prepared: Tensor | None = None
     refusal: str = ""
     updates: int = 0
-    was_updated: bool = False
+    is_evaluation: bool = False
     passes: list[Any] = field(default_factory=list)
     kept: dict[int, Any] = field(default_factory=dict)
     bad: Tensor | None = None
@@ -72,14 +72,11 @@ class StepContext:
         self.kept = {}
         return self.kept
 
-    def check_backward(
-        self, updates: int, loss: Tensor, learning_rate: float | None = None
-    ) -> None:
+    def check_backward(self, updates: int, learning_rate: float | None = None) -> None:
         """Refuses a backward that would use other centers than its forward.
 
         Args:
             updates: Value of `updates` at the forward.
-            loss: Scalar. If it is not finite, `PartialFC.step` updates nothing.
             learning_rate: Learning rate with which this backward updates the centers, or None.
 
         Raises:
@@ -98,8 +95,20 @@ class StepContext:
                 "a gradient of this step waits for head.step(...): leave learning_rate out of "
                 "every forward of the step"
             )
-        bad = ~torch.isfinite(loss)
+
+    def skip_if(self, bad: Tensor) -> None:
+        """Lets `PartialFC.step` update nothing if the boolean scalar `bad` is True."""
         self.bad = bad if self.bad is None else self.bad | bad
+
+    def guard(self, loss: Tensor) -> None:
+        """Does for the backward of the reference path what the fused path does in its own."""
+        constant, updates = loss.detach(), self.updates
+
+        def check(upstream: Tensor) -> None:
+            self.check_backward(updates)
+            self.skip_if(~(torch.isfinite(constant) & torch.isfinite(upstream)))
+
+        loss.register_hook(check)
 
     def finish(self) -> None:
         """Completes an update of all rows."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from arcshard.head.block import logits_are_small
+from arcshard.head.block import LEVEL, logits_are_small
 from arcshard.head.centers import ClassCenters
 from arcshard.margins.base import Margin
 
@@ -168,7 +168,7 @@ def plan_blocks(
 
 
 @dataclass
-class BlockPlanner:
+class FusedSettings:
     """The settings of a head's fused path, and the blocks that follow from them.
 
     Attributes:
@@ -196,8 +196,13 @@ class BlockPlanner:
         return self.margin.normalize and self.operand_dtype == self.dtype
 
     @property
-    def is_small(self) -> bool:
-        """Whether numerators need no maximum, and a class has one center."""
+    def level(self) -> float:
+        """What is subtracted from all logits where `has_small_logits`."""
+        return LEVEL if self.divides else 0.0
+
+    @property
+    def has_small_logits(self) -> bool:
+        """Whether no maximum has to be subtracted, and a class has one center."""
         return self.centers_per_class == 1 and logits_are_small(self.margin)
 
     def plan(self, centers: ClassCenters, batch: int, width: int) -> Plan:
