@@ -229,7 +229,7 @@ def test_the_log_says_how_large_the_workspace_is_and_what_is_kept(rate):
 
     rows = round(40_000 * rate)
     assert f"numerators of {rows:,} of {rows:,} centers kept" in words(64)
-    assert f"numerators of 280 of {rows:,} centers kept" in words(0.04)
+    assert f"numerators of 300 of {rows:,} centers kept" in words(0.04)
     assert "of at most 64 MiB" in words(64)
 
 

@@ -165,7 +165,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
                 kept[start] = block
         peak = row_max.amax(dim=0)
         shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
-        total = (row_sum * torch.exp(row_max - shift)).sum(dim=0)
+        total = row_max.sub_(shift).exp_().mul_(row_sum).sum(dim=0)
 
         phi, one.slope = margin.target(target.similarity, context)
         z_target = torch.where(target.here, margin.scale * phi, 0.0)
