@@ -209,7 +209,7 @@ def test_the_automatic_workspace_is_a_share_of_a_gpus_memory_and_256_mib_elsewhe
     assert choose_workspace("auto", "cpu", 80 * GIB).budget_bytes == AUTO_MIB * 2**20
     assert choose_workspace("auto", "xpu").budget_bytes == AUTO_MIB * 2**20
     assert choose_workspace(1024, "cuda", GIB).budget_bytes == GIB
-    assert choose_workspace(256, "cpu").work_bytes == 32 * 2**20
+    assert choose_workspace(256, "cpu").work_bytes == 16 * 2**20
     assert memory_bytes_of(torch.device("cpu")) is None
 
 
