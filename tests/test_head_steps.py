@@ -579,6 +579,21 @@ def test_centers_that_require_no_gradient_stay(path):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def gradient_beside_an_evaluation(rank: int, world_size: int, path: str) -> Tensor | None:
+    head = make(path, rate=0.3)
+    if rank == 0:
+        head.eval()
+    x, labels = batch(0, rank, world_size)
+    head(x, labels, in_forward(path)).backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_rank_in_evaluation_mode_lets_no_other_rank_wait(ranks, path):
+    for gradient in ranks.run(2, gradient_beside_an_evaluation, path):
+        assert torch.isfinite(gradient).all()
+
+
 # --- what is held, and for how long --------------------------------------------------------------
 
 

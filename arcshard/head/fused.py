@@ -10,10 +10,10 @@ so the target's place among the numerators, empty in forward, gets -exp(lse - le
 backward; then N times one factor per row is the gradient of all similarities.
 
 Backward visits the blocks again. A block adds to dE, and its dw goes to the row optimizer at once.
-Where the step can still be skipped or is not complete, backward adds to dE only, and `update`
-visits the blocks once more. Numerators of the first blocks are kept from the forward pass, as far
-as the workspace allows (3 matmuls); those of the others are computed again (4 matmuls, 5 when the
-update is deferred).
+Where the step can still be skipped or is not complete, backward adds to dE only, and
+`update_centers` visits the blocks once more. Numerators of the first blocks are kept from the
+forward pass, as far as the workspace allows (3 matmuls); those of the others are computed again (4
+matmuls, 5 when the update is deferred).
 
     B rows of the global batch, D width, n rows of a block (K per class)
 """
