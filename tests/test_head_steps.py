@@ -594,6 +594,33 @@ def test_a_rank_in_evaluation_mode_lets_no_other_rank_wait(ranks, path):
         assert torch.isfinite(gradient).all()
 
 
+def two_steps_of_few_classes(rank: int, world_size: int, path: str) -> dict[str, Tensor]:
+    head = PartialFC(
+        CurricularFace(0.3, 0.5, 16.0),
+        WIDTH,
+        3,
+        row_optimizer=SGDRows(),
+        dtype=torch.float64,
+        update="autograd" if path == "autograd" else "fused",
+    )
+    for number in range(2):
+        x, labels, _, _ = batch_for(rank, [3] * world_size, 3, WIDTH, number)
+        head(x, labels, in_forward(path)).backward()
+        head.step(RATE)
+    return {"weight": head.weight.detach(), **dict(head.named_buffers())}
+
+
+def test_a_rank_without_a_class_has_the_running_values_of_the_others(ranks):
+    expected = ranks.run(4, two_steps_of_few_classes, "autograd")
+    assert len(expected[3]["weight"]) == 0
+    assert all(part["margin_t"] == expected[0]["margin_t"] != 0 for part in expected)
+    for path in ("fused", "deferred"):
+        parts = ranks.run(4, two_steps_of_few_classes, path)
+        for part, reference in zip(parts, expected, strict=True):
+            for name, value in reference.items():
+                torch.testing.assert_close(part[name], value, rtol=1e-9, atol=1e-12)
+
+
 # --- what is held, and for how long --------------------------------------------------------------
 
 

@@ -86,6 +86,8 @@ class SoftmaxContext:
         factor: [B] factors that make numerators the gradient of the similarities.
         factored: [B, D] embeddings times these factors, as an operand.
         at_target: [B] what goes into the targets' places.
+        overflows: Boolean scalar, True if one of these numbers is not finite. Then no center of
+            this rank moves.
     """
 
     settings: FusedSettings
@@ -104,6 +106,7 @@ class SoftmaxContext:
     factor: Tensor = field(init=False)
     factored: Tensor = field(init=False)
     at_target: Tensor = field(init=False)
+    overflows: Tensor = field(init=False)
 
 
 class FusedMarginSoftmax(torch.autograd.Function):
@@ -200,7 +203,9 @@ class FusedMarginSoftmax(torch.autograd.Function):
         wants_embeddings, _, is_trained, *_ = ctx.needs_input_grad
         learning_rate = one.learning_rate if is_trained else None
         with without_autocast(one.operand.device):
-            bad = _set_upstream(one, gradients[0])
+            bad = ~(torch.isfinite(one.loss) & torch.isfinite(gradients[0]))
+            one.step.skip_if(bad)
+            _set_upstream(one, gradients[0])
             gradient = torch.zeros_like(one.inputs.unit) if wants_embeddings else None
             _visit([one], gradient, learning_rate, bad)
             if is_trained and learning_rate is None and not one.step.is_evaluation:
@@ -244,6 +249,8 @@ def _visit(
     """
     if gradient is None and learning_rate is None:
         return
+    for one in passes:
+        bad = one.overflows if bad is None else bad | one.overflows
     largest = max(passes, key=lambda one: len(one.operand))
     settings, centers, plan = largest.settings, largest.step.centers, largest.plan
     for start, stop in plan.blocks():
@@ -300,24 +307,18 @@ def _numerators(
     return Block(z.to(settings.operand_dtype), norm, row_max, operand)
 
 
-def _set_upstream(one: SoftmaxContext, upstream: Tensor) -> Tensor:
-    """Computes what the gradient of the loss makes of each row of the batch.
-
-    Returns:
-        Boolean scalar, True if the loss or a number of these is not finite.
-    """
+def _set_upstream(one: SoftmaxContext, upstream: Tensor) -> None:
+    """Computes what the gradient of the loss makes of each row of the batch."""
     settings, one.upstream = one.settings, upstream
     level = settings.level if settings.has_small_logits else one.lse
     share = torch.exp(level - one.lse)
     one.factor = upstream * settings.margin.scale * one.per_logit * share  # [B]
     one.factored = (one.factor[:, None] * one.inputs.unit).to(settings.operand_dtype)  # [B, D]
+    target = one.inputs.target
     at_target = -one.slope / share  # [B]
-    at_target = at_target / one.inputs.target.norm if settings.divides else at_target
-    one.at_target = at_target.to(settings.operand_dtype)
-    is_finite = torch.isfinite(one.factored).all() & torch.isfinite(one.at_target).all()
-    bad = ~(torch.isfinite(one.loss) & is_finite)
-    one.step.skip_if(bad)
-    return bad
+    at_target = at_target / target.norm if settings.divides else at_target
+    one.at_target = torch.where(target.here, at_target, 0.0).to(settings.operand_dtype)
+    one.overflows = ~(torch.isfinite(one.factored).all() & torch.isfinite(one.at_target).all())
 
 
 def _fill_targets(one: SoftmaxContext, block: Block, start: int) -> None:

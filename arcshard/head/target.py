@@ -49,7 +49,8 @@ def find_positive_logits(
     """
     batch, width = unit_embeddings.shape
     if centers.num_rows == 0:
-        return PositiveLogits(column, column, *unit_embeddings.new_zeros(2, batch))
+        zeros = unit_embeddings.new_zeros(batch)
+        return PositiveLogits(column, column, zeros, torch.ones_like(zeros))
     here = column >= 0
     rows = column.clamp_min(0)[:, None] * k + torch.arange(k, device=column.device)  # [B, k]
     own = centers.read_rows(rows.view(-1))  # [B k, D]
