@@ -274,18 +274,17 @@ class PartialFC(nn.Module):
                 "this PartialFC has no row optimizer: pass row_optimizer=SGDRows(...) or "
                 "AdamWRows(...) of arcshard, or step weight.grad with an optimizer of yours"
             )
-        step = self._step
-        if not self.weight.requires_grad:
-            self._step = None
-            return
-        if step is None or not (self._was_updated or step.updates or self._has_gradient(step)):
+        step, is_trained = self._step, self.weight.requires_grad
+        if not is_trained:
+            step = step or StepContext(ClassCenters(*self._parts()))
+        elif step is None or not (self._was_updated or step.updates or self._has_gradient(step)):
             raise RuntimeError(
                 "no gradient: call loss.backward() before head.step(); the loss of a sampled head "
                 "in evaluation mode does not count"
             )
         if step.bad is not None:  # the loss of a pass was not finite
             bad = step.bad if bad is None else bad | step.bad
-        if self.fused is None:
+        if self.fused is None and is_trained:
             rows = step.centers.rows
             for parameter, rule in self.optimized_parameters():
                 assert parameter.grad is not None

@@ -188,7 +188,7 @@ def draw_case(
         rule_options["momentum"] = random.choice((0.0, 0.9))
     else:
         rule_options |= {"betas": (0.8, 0.95), "eps": random.choice((1e-8, 1e-3))}
-    # Room for a few classes, whose logits and centers need several matrices; or for all.
+    # Memory for a few classes, whose logits and centers need several matrices; or for all.
     touches = loss == "CurricularFace" or options.get("interclass_filtering_threshold", 0) > 0
     matrices = 1 + 3 * touches + 3 * (k > 1)
     per_class = 8 * k * (world_size * limit * matrices + 6 * width + 8)
@@ -216,7 +216,7 @@ def draw_case(
     for _ in range(random.randint(1, 4)):
         steps.append(_draw_step(case, random, limit, orders, is_first=not steps))
         if "two forwards" in steps[-1].orders and r < 1 and not steps[-1].prepare:
-            break  # the head may refuse this step, and nothing says how a refused step goes on
+            break  # the head may refuse this step, and nothing says how a refused step continues
     return replace(case, steps=tuple(steps))
 
 

@@ -561,6 +561,7 @@ def test_every_rank_refuses_a_buffer_too_small_for_one_class(ranks, capacity):
         ({"center_device": "cpu", "sample_rate": 1.0}, "sample_rate < 1"),
         ({"dtype": torch.bfloat16, "update": "autograd"}, "bfloat16"),
         ({"dtype": torch.float16}, "float32"),
+        ({"dtype": torch.float64, "row_optimizer": SGDRows(state_dtype=BF16)}, "state_dtype"),
     ],
 )
 def test_arguments_of_the_engine_outside_their_domain_are_refused(arguments, words):

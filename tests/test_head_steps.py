@@ -258,7 +258,9 @@ def test_a_rank_that_wants_no_gradient_changes_none_of_the_others(ranks, compute
     assert ours[1][0] is None
 
 
-def stranger(rank: int, world_size: int, update: str, bringer: int, owner: int) -> None:
+def bring_an_unprepared_label(
+    rank: int, world_size: int, update: str, bringer: int, owner: int
+) -> None:
     head = make(update, rate=0.1)
     before = everything(head)
     x, labels = batch(0, rank, world_size)
@@ -286,7 +288,7 @@ def stranger(rank: int, world_size: int, update: str, bringer: int, owner: int) 
 @pytest.mark.parametrize("bringer", [0, 1])
 @pytest.mark.parametrize("update", UPDATES)
 def test_every_rank_names_a_label_that_prepare_was_not_given(ranks, update, bringer, owner):
-    ranks.run(2, stranger, update, bringer, owner)
+    ranks.run(2, bring_an_unprepared_label, update, bringer, owner)
 
 
 # --- numbers at the edge -----------------------------------------------------------------------
@@ -698,7 +700,6 @@ def test_a_loss_scale_of_2_to_the_16_does_not_overflow_at_the_far_end_of_the_cos
     x = torch.nn.functional.normalize(torch.randn(1, 8))
     with torch.no_grad():
         head.weight.copy_(-x.expand(4, 8))
-        head.weight[0] = x[0]
     embeddings = x.clone().requires_grad_(True)
     (head(embeddings, torch.tensor([1])) * 65536).backward()
     assert torch.isfinite(embeddings.grad).all()
@@ -729,4 +730,16 @@ def test_a_gradient_from_above_that_is_not_finite_moves_nothing(path):
     x, labels = batch(0)
     (head(x, labels, in_forward(path)) * math.inf).backward()
     head.step(RATE)
+    assert_equal(everything(head), before)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_skipped_step_of_frozen_centers_restores_the_running_values(path):
+    head = make(path, AdaFace(scale=8.0))
+    head.weight.requires_grad_(False)
+    before = everything(head)
+    x, labels = batch(0)
+    head(x, labels, in_forward(path)).backward()
+    assert head.get_buffer("margin_norm_mean") != before["margin_norm_mean"]
+    head.step(RATE, torch.tensor(True))
     assert_equal(everything(head), before)

@@ -27,7 +27,7 @@ from arcshard.margins.base import Context, Margin
 
 NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 # exp(z - LEVEL) / |w| of |z| <= 64 and |w| >= NORM_FLOOR is at most 1.2e38. A row's factor is at
-# most exp(LEVEL + 64) s = 2e31, which leaves room for a loss scale of 2^16.
+# most exp(LEVEL + 64) s = 2e31, which a loss scale of 2^16 does not make infinite.
 LEVEL = 4.0
 
 
@@ -64,6 +64,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 @contextmanager
 def _operands_rounded_to_bf16() -> Iterator[None]:
     """Lets a CPU compute fp32 products of operands that it rounds to bf16."""
+    # torch replaces this module by an object when it is imported, which mypy does not see.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"

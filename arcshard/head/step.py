@@ -113,6 +113,5 @@ class StepContext:
     def finish(self) -> None:
         """Completes an update of all rows."""
         self.centers.flush()
-        self.passes.clear()
         self.kept.clear()
         self.updates += 1

@@ -18,7 +18,7 @@ from arcshard.head.centers import ClassCenters
 from arcshard.margins.base import Margin
 
 # Share of the budget for the block that is being computed. Large blocks make better matmuls and
-# fewer calls; smaller ones leave room to keep numerators, which saves a matmul. On a CPU 2,000 to
+# fewer calls; smaller ones leave memory for numerators, which saves a matmul. On a CPU 2,000 to
 # 16,000 rows of 512 take the same time, and a sixteenth instead of an eighth of the budget makes
 # the resident memory of a step 20 to 25 % smaller (C = 100,000, B = 128). An accelerator needs more
 # work per kernel launch: at the bound in bytes, B = 1024 and D = 512, a block has 182,000 classes,
