@@ -35,6 +35,7 @@ from arcshard.head.block import NORM_FLOOR, without_autocast
 from arcshard.head.centers import ClassCenters
 from arcshard.head.fused import FusedMarginSoftmax, update_centers
 from arcshard.head.init import init_centers
+from arcshard.head.kernels import MODES, KernelMode, why_not
 from arcshard.head.offload import CenterOffload, OffloadedCenters
 from arcshard.head.reference import reference_loss
 from arcshard.head.row_optimizer import RowOptimizer, refuse_plain_optimizers
@@ -86,6 +87,9 @@ class PartialFC(nn.Module):
             rounded stochastically; fused only).
         center_device: Device of the centers and their state, if it is not `device`. "cpu" keeps
             them in host memory and copies the sampled rows to the device (r < 1, fused).
+        kernels: "auto" or "triton" lets Triton kernels do what is not a plain product, on CUDA
+            devices of compute capability 8.0 or higher with bf16 products. Where they cannot, and
+            with "torch", PyTorch does it; `describe_kernels` says which and why.
 
     Attributes:
         weight: [num_classes_local * K, D] parameter, this rank's class centers, class-major.
@@ -122,6 +126,7 @@ class PartialFC(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         center_device: torch.device | str | None = None,
+        kernels: KernelMode = "auto",
     ) -> None:
         super().__init__()
         update = update or ("autograd" if row_optimizer is None else "fused")
@@ -136,7 +141,7 @@ class PartialFC(nn.Module):
         self.embedding_size, self.num_classes, self.seed = embedding_size, num_classes, seed
         self.sample_rate, self.centers_per_class = float(sample_rate), centers_per_class
         self.batch_size_per_rank, self.matmul_half = batch_size_per_rank, half
-        self._check(workspace_mib, dtype, center_device)
+        self._check(workspace_mib, dtype, center_device, kernels)
         self.class_range = class_range(num_classes, self.rank, self.world_size)
         self.num_classes_local = len(self.class_range)
         self._gatherer = BatchGatherer(
@@ -155,6 +160,8 @@ class PartialFC(nn.Module):
         for name, value in margin.initial_state().items():
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
+        self._identify_rules()
+        self._no_kernels = ""  # the reason why Triton kernels that were allowed cannot be used
         self.fused: FusedSettings | None = None
         if update == "fused":
             workspace = choose_workspace(
@@ -162,8 +169,12 @@ class PartialFC(nn.Module):
             )
             operand_dtype = half if half and self.work_dtype == torch.float32 else self.work_dtype
             dtypes = (self.work_dtype, operand_dtype)
+            if kernels != "torch":
+                about = (self.device, operand_dtype, embedding_size, row_optimizer)
+                self._no_kernels = why_not(*about)
+            has_kernels = kernels != "torch" and not self._no_kernels
             self.fused = FusedSettings(
-                margin, self.group, workspace, self.device, *dtypes, centers_per_class
+                margin, self.group, workspace, self.device, *dtypes, centers_per_class, has_kernels
             )
             refuse_plain_optimizers(self.weight, "update='fused' moves its class centers itself")
         elif self.sample_rate < 1.0:
@@ -333,6 +344,7 @@ class PartialFC(nn.Module):
         self._forwards = state["forwards"]
         for (_, rule), count in zip(self.optimized_parameters(), state["roundings"], strict=True):
             rule.sr_counter = count
+        self._identify_rules()
         for parameter, _ in self.optimized_parameters():
             parameter.grad = None  # a gradient of the centers before, for `step`
         self._step = None
@@ -374,6 +386,24 @@ class PartialFC(nn.Module):
             f"{plan.num_rows:,} centers kept for backward"
         )
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton kernels are used."""
+        return self.fused is not None and self.fused.has_kernels
+
+    def describe_kernels(self) -> str:
+        """Describes, for the log, what computes what is not a plain product, and why."""
+        if self.fused is None:
+            return "kernels: those of PyTorch (update='autograd')"
+        if not self.fused.has_kernels:
+            why = self._no_kernels or "as kernels='torch' says"
+            return f"kernels: those of PyTorch ({why})"
+        if self.fused.has_logits_kernel:
+            return "kernels: Triton for the logits and the update"
+        k, margin = self.centers_per_class, self.margin.describe()
+        why = f"{k} centers per class" if k > 1 else margin
+        return f"kernels: Triton for the update, those of PyTorch for the logits ({why})"
+
     def extra_repr(self) -> str:
         """Returns the text in the parentheses of print(head)."""
         return (
@@ -383,6 +413,12 @@ class PartialFC(nn.Module):
         )
 
     # --- details ----------------------------------------------------------------------------
+
+    def _identify_rules(self) -> None:
+        """Tells the row optimizers which rows they have, for the random bits of their rounding."""
+        for _, rule in self.optimized_parameters():
+            rule.seed = self.seed
+            rule.first_row = self.class_range.start * self.centers_per_class
 
     def _is_training(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -531,6 +567,7 @@ class PartialFC(nn.Module):
         workspace_mib: float | str,
         dtype: torch.dtype,
         center_device: torch.device | str | None,
+        kernels: str,
     ) -> None:
         size, classes, rate = self.embedding_size, self.num_classes, self.sample_rate
         batch, k, half = self.batch_size_per_rank, self.centers_per_class, self.matmul_half
@@ -551,6 +588,7 @@ class PartialFC(nn.Module):
             ),
             (batch is None or batch >= 1, f"batch_size_per_rank={batch}: at least 1, or None"),
             (k >= 1, f"centers_per_class={k}: at least 1"),
+            (kernels in MODES, f"kernels={kernels!r}: one of {', '.join(MODES)}"),
             (has_mib, f"workspace_mib={mib!r}: MiB above 0, or 'auto'"),
             (
                 half in (None, torch.bfloat16),

@@ -46,6 +46,7 @@ from torch.nn import functional
 from torch.nn.functional import cross_entropy, linear, normalize
 
 from arcshard import partial_fc
+from arcshard.head.kernels import KernelMode
 from arcshard.head.workspace import choose_workspace
 from arcshard.losses import ArcFace
 from benchmarks.count_head import (
@@ -90,6 +91,7 @@ class Case(NamedTuple):
         optimizer: "sgd" or "adamw", for the fused head.
         weight_dtype: "fp32" or "bf16", for the fused head.
         state_dtype: "fp32" or "bf16", for the fused head.
+        kernels: "auto" or "torch", for the fused head.
     """
 
     head: str
@@ -99,6 +101,7 @@ class Case(NamedTuple):
     optimizer: str = "sgd"
     weight_dtype: str = "fp32"
     state_dtype: str = "fp32"
+    kernels: KernelMode = "auto"
 
 
 class Result(NamedTuple):
@@ -216,6 +219,7 @@ def _our_step(
             update="fused" if case.head == "fused" else "autograd",
             half=torch.bfloat16 if device == "cuda" else None,
             workspace_mib=workspace_mib,
+            kernels=case.kernels,
         )
     rate = LEARNING_RATE if case.head == "fused" else None
 
@@ -249,7 +253,7 @@ def measure(case: Case, device: str, repeats: int, workspace_mib: float | str) -
     bytes_per_second = 2 * right.numel() * right.itemsize / copy  # reads and writes
     del left, right
     peaks = Peaks("here", 2 * case.batch * case.num_classes * WIDTH / matmul, bytes_per_second)
-    limit = limit_seconds(peaks, case.batch, case.num_classes * case.sample_rate, *case[4:])
+    limit = limit_seconds(peaks, case.batch, case.num_classes * case.sample_rate, *case[4:7])
     seconds, peak_mib = time_step(case, device, repeats, workspace_mib)
     return Result(seconds, matmul, limit, peak_mib)
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from arcshard.head.fused import FusedMarginSoftmax
+from arcshard.head.kernels import KernelMode
 from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
 from arcshard.head.step import SoftmaxInputs, StepContext
 from arcshard.head.target import find_positive_logits
@@ -44,6 +45,12 @@ PREDICTED = ("h100", "h200", "a100")
 REACHED = {"products": 0.6, "memory": 0.9}
 KINDS = {
     "matrix products": {"addmm", "baddbmm", "bmm", "dot", "mm", "mv"},
+    "kernels of the head": {
+        "arcshard::fill_targets_",
+        "arcshard::normalize_rows",
+        "arcshard::softmax_numerators",
+        "arcshard::update_rows_",
+    },
     "optimizer": {"_fused_sgd_"},
     "sums and norms": {
         "_weight_norm_interface_backward",
@@ -151,6 +158,7 @@ def count(
     weight_dtype: str = "fp32",
     state_dtype: str = "fp32",
     peaks: Iterable[Peaks] = (),
+    kernels: KernelMode = "triton",
 ) -> dict[str, Any]:
     """Counts what a step of the head on one GPU starts, moves and multiplies, as one row.
 
@@ -163,6 +171,7 @@ def count(
         weight_dtype: Dtype of the centers, "fp32" or "bf16".
         state_dtype: Dtype of the optimizer state, "fp32" or "bf16".
         peaks: Rates of the GPUs for which times are predicted.
+        kernels: "triton", or "torch" as on a GPU that the kernels do not serve.
     """
 
     def make(classes: int) -> PartialFC:
@@ -177,6 +186,7 @@ def count(
             dtype=DTYPES[weight_dtype],
             workspace_mib=workspace_mib,
             half=torch.bfloat16,
+            kernels=kernels,
         )
 
     plan = make(num_classes).planned_blocks()
@@ -194,6 +204,7 @@ def count(
             "weight_dtype": weight_dtype,
             "state_dtype": state_dtype,
             "workspace_mib": workspace_mib,
+            "kernels": kernels,
         },
         "launches": loop.launches,
         "gigabytes": loop.named_bytes / 1e9,

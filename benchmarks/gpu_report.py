@@ -47,6 +47,7 @@ NAMED = {
     "sample_rate": "r = {:g}",
     "optimizer": "{}",
     "workspace_mib": "workspace {}",
+    "kernels": "kernels {}",
 }
 # Section: (baseline's name, figure to compare at the same settings, whether smaller is better).
 RATIOS = {"head": ("dense", "step_ms", True), "step": ("plain", "samples_per_second", False)}
@@ -72,6 +73,7 @@ HEAD = (
     ("optimizer", "optimizer", ""),
     ("centers", "weight_dtype", ""),
     ("workspace, MiB", "workspace_mib", ""),
+    ("kernels", "kernels", ""),
     ("step, ms", "step_ms", ",.2f"),
     ("times the dense head's speed", "ratio", ".2f"),
     ("limit, ms", "limit_ms", ",.2f"),

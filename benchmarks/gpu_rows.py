@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from arcshard.head.kernels import KernelMode
 from arcshard.head.workspace import choose_workspace, memory_bytes_of
 from benchmarks.bench_head import Case, held_mib, median_seconds, time_step
 from benchmarks.count_head import WIDTH, Peaks, count, limit_seconds
@@ -83,12 +84,18 @@ def head(
         peaks = Peaks(
             "here", measured["matmul_tflops"] * 1e12, measured["copy_gigabytes_per_second"] * 1e9
         )
-        limit = limit_seconds(peaks, one.batch, one.num_classes * one.sample_rate, *one[4:])
+        limit = limit_seconds(peaks, one.batch, one.num_classes * one.sample_rate, *one[4:7])
         found |= {"limit_ms": 1e3 * limit, "share_of_limit": limit / seconds}
     if one.head == "fused":
         workspace = choose_workspace(workspace_mib, device, memory_bytes_of(torch.device(device)))
+        kernels: KernelMode = "torch" if one.kernels == "torch" else "triton"
         counted = count(
-            one.num_classes, one.batch, one.sample_rate, workspace.budget_bytes / 2**20, *one[4:]
+            one.num_classes,
+            one.batch,
+            one.sample_rate,
+            workspace.budget_bytes / 2**20,
+            *one[4:7],
+            kernels=kernels,
         )
         for key in ("launches", "gigabytes_moved", "products"):
             found[f"{key}_counted"] = counted[key]

@@ -37,6 +37,7 @@ LOSSES = (
     "subcenter_arcface",
 )
 HEAD_UPDATES = ("fused", "autograd")
+HEAD_KERNELS = ("auto", "triton", "torch")
 HEAD_DTYPES = ("fp32", "bf16")
 ON_BAD_RECORD = ("error", "skip")
 WORKER_TYPES = ("threads", "processes")
@@ -250,6 +251,11 @@ class Config:
     """Memory of the fused head per rank, in MiB, beside class centers, their state and O(global
     batch). More memory keeps more from forward to backward, which is faster. "auto": an eighth of a
     GPU's memory, or less where all softmax numerators are kept with less; 256 MiB on a CPU."""
+
+    head_kernels: str = "auto"
+    """"auto" and "triton": Triton kernels do what is not a plain matmul in the fused head, on GPUs
+    of compute capability 8.0 or higher with bf16 (see precision). "torch": PyTorch does it, as
+    everywhere else. The log says which, and why."""
 
     head_offload: bool = False
     """Keep class centers and their optimizer state in host memory and copy the sampled ones to the
@@ -474,6 +480,7 @@ class Config:
         one_of("optimizer", OPTIMIZERS)
         one_of("loss", LOSSES)
         one_of("head_update", HEAD_UPDATES)
+        one_of("head_kernels", HEAD_KERNELS)
         one_of("head_weight_dtype", HEAD_DTYPES)
         one_of("head_state_dtype", HEAD_DTYPES)
         one_of("lr_schedule", LR_SCHEDULES)

@@ -1,6 +1,7 @@
 """`make gpu-check`: checks what a GPU must get right; exits with 0 if there is none, and says so.
 
-    1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centers;
+    1. the head on the GPU equals the head on the CPU, for every loss: loss, gradient, centers; its
+       Triton kernels equal PyTorch's, and two runs of them are the same to the bit;
     2. batches arrive on the GPU as they left the host;
     3. a step never waits for the device (CUDA's sync debug mode raises);
     4. fp32, tf32, bf16 and fp16 runs of train_v2.py end with a finite, falling loss;
@@ -82,6 +83,17 @@ HEAD_OPTIONS: tuple[dict[str, Any], ...] = (
     {"update": "autograd"},
     {"sample_rate": 0.1},
     {"sample_rate": 0.1, "center_device": "cpu"},
+)
+# What the Triton kernels are compared in: batch, and arguments of PartialFC and of its optimizer.
+KERNEL_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"batch": 1000, "rule": "sgd"},
+    {"batch": 33, "rule": "sgd", "size": 100, "deferred": True},
+    {"batch": 48, "rule": "adamw", "deferred": True},
+    {"batch": 48, "rule": "sgd", "dtype": "bfloat16"},
+    {"batch": 48, "rule": "adamw", "dtype": "bfloat16", "sample_rate": 0.3},
+    {"batch": 48, "rule": "sgd", "sample_rate": 0.3, "center_device": "cpu"},
+    {"batch": 48, "rule": "sgd", "centers_per_class": 3},
+    {"batch": 1, "rule": "sgd", "num_classes": 1},
 )
 STEPS: tuple[dict[str, Any], ...] = (
     {"sample_rate": 1.0, "gradient_acc": 1},
@@ -190,6 +202,71 @@ def head_equals_cpu(
         assert error < tolerance, f"{margin}, {half}, {options}: GPU and CPU differ by {error:.2e}"
 
 
+def kernels_equal_torch(
+    where: str,
+    batch: int,
+    rule: str,
+    size: int = 512,
+    num_classes: int = 5001,
+    dtype: str = "float32",
+    deferred: bool = False,
+    **options: Any,
+) -> None:
+    """Compares a head with Triton kernels with one without, and with itself.
+
+    Args:
+        where: Device.
+        batch: B.
+        rule: "sgd" or "adamw", whose eps is so large that its steps follow the gradient's size.
+        size: D.
+        num_classes: C.
+        dtype: Dtype of the centers and of their state.
+        deferred: Whether the centers are updated in `step`, under a veto in the first one.
+        **options: Further arguments of PartialFC.
+    """
+    from arcshard.head.row_optimizer import AdamWRows, SGDRows
+    from arcshard.partial_fc import PartialFC
+
+    def run(kernels: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        state = torch.bfloat16 if dtype == "bfloat16" else None
+        head = PartialFC(
+            ArcFace(),
+            size,
+            num_classes,
+            row_optimizer=AdamWRows(eps=1e-3, state_dtype=state)
+            if rule == "adamw"
+            else SGDRows(state_dtype=state),
+            device=where,
+            batch_size_per_rank=batch,
+            workspace_mib=8,
+            half=torch.bfloat16,
+            dtype=getattr(torch, dtype),
+            kernels=kernels,  # type: ignore[arg-type]
+            **options,
+        )
+        assert head.has_kernels == (kernels == "triton" and where != "cpu"), head.describe_kernels()
+        seen = []
+        for number in range(3):
+            embeddings = torch.randn(batch, size).to(where).requires_grad_(True)
+            labels = torch.randint(num_classes, (batch,)).to(where)
+            labels[0] = num_classes - 1
+            loss = head(embeddings, labels, None if deferred else 0.1)
+            loss.backward()
+            head.step(0.1, torch.tensor(deferred and number == 0, device=where))
+            assert embeddings.grad is not None
+            seen += [loss.detach(), embeddings.grad]
+        assert head.row_optimizer is not None
+        seen += [head.weight.detach(), *head.row_optimizer.state(head.weight).values()]
+        return [part.double().cpu() for part in seen]
+
+    ours, again, theirs = run("triton"), run("triton"), run("torch")
+    for one, two, three in zip(ours, again, theirs, strict=True):
+        assert torch.equal(one, two), "two runs of the kernels differ"
+        error = float((one - three).norm() / three.norm().clamp_min(1e-9))
+        assert error < 1e-2, f"the kernels differ by {error:.2e} from PyTorch's"
+
+
 def batches_arrive_whole(where: str) -> None:
     """Checks that batches copied one ahead to a busy GPU are those of the host."""
     from dataset import get_dataloader
@@ -271,13 +348,17 @@ def run_trains(where: str, precision: str) -> None:
 
 
 def quick_checks(where: str) -> list[Check]:
-    """Returns checks of two small heads."""
+    """Returns checks of small heads."""
     equal = partial(head_equals_cpu, where, sgd=True)
     tolerance = 5e-2 if where == "cpu" else 1e-2  # a CPU rounds the sums of bf16 products too
-    return [
+    checks = [
         Check("head: ArcFace, SGD, fp32", partial(equal, ArcFace(), 1e-3)),
         Check("head: CosFace, SGD, bf16", partial(equal, CosFace(), tolerance, torch.bfloat16)),
     ]
+    for options in KERNEL_OPTIONS:
+        function = partial(kernels_equal_torch, where, **options)
+        checks.append(Check(f"kernels: {_words(options)}", function))
+    return checks
 
 
 def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import arcshard
+from arcshard.partial_fc import PartialFC
 from backbones.base import Backbone
 from backbones.weights import ModelMetadata
 from configs.base import Config
@@ -305,6 +306,11 @@ def _announce(cfg: Config, world: DistContext, parts: TrainComponents, precision
         f"; {head.centers_per_class} centers per class" if head.centers_per_class > 1 else "",
         head.describe_memory(),
     )
+    if isinstance(head, PartialFC):
+        is_wanted = cfg.head_kernels == "triton" and not head.has_kernels
+        logger.log(
+            logging.WARNING if is_wanted else logging.INFO, "head %s", head.describe_kernels()
+        )
     if cfg.gradient_acc > 1:
         logger.info(
             "gradient_acc=%d: %s",

@@ -103,6 +103,7 @@ def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Prec
             device=world.device,
             dtype=dtype,
             center_device="cpu" if cfg.head_offload else None,
+            kernels=cfg.head_kernels,  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise SetupError(str(error)) from error

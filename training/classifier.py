@@ -221,6 +221,7 @@ class LayerClassifier(nn.Module):
                 gradient = gradient / gradient_scale
             if parameter.numel():
                 rule.update_rows(parameter, gradient, None, learning_rate, bad)
+            rule.end_step()
             parameter.grad = None
 
     def optimized_parameters(self) -> list[tuple[nn.Parameter, RowOptimizer]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arcshard.head import kernels
 from arcshard.head.row_optimizer import RowOptimizer, Rows, State, in_working_precision, take
 
 
@@ -70,7 +71,6 @@ class ClassCenters:
         stop: int,
         current: Tensor,
         gradient: Tensor,
-        bias_gradient: Tensor | None,
         learning_rate: float,
         bad: Tensor | None,
     ) -> None:
@@ -81,19 +81,82 @@ class ClassCenters:
             stop: Row after the last one.
             current: [stop - start, D] the rows as `read` returned them; overwritten.
             gradient: [stop - start, D]; may be overwritten.
-            bias_gradient: [stop - start], or None without a bias.
             learning_rate: Learning rate of this step.
             bad: Boolean scalar on the device. Where it is True, nothing is updated.
         """
         assert self.rule is not None
         rows, copy = self._in_shard(start, stop), current if self.reads_copies else None
-        step = rows, learning_rate, bad
-        self.rule.update_rows(self.weight, gradient, *step, state=self.state, current=copy)
-        if self.bias is not None and self.bias_rule is not None and bias_gradient is not None:
-            self.bias_rule.update_rows(self.bias, bias_gradient, *step)
+        step, options = (rows, learning_rate, bad), {"state": self.state, "current": copy}
+        numbers = self.numbers(start, stop)
+        self.rule.update_rows(self.weight, gradient, *step, **options, numbers=numbers)
+
+    def normalized(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns normalized rows [stop - start, D] and their norms [stop - start], by a kernel."""
+        weight, rows = self.weight.detach(), self._in_shard(start, stop)
+        if isinstance(rows, slice):
+            return kernels.normalize_rows(weight[rows], None, dtype)
+        return kernels.normalize_rows(weight, rows, dtype)
+
+    def update_by_kernel(
+        self,
+        start: int,
+        stop: int,
+        gradient: Tensor,
+        learning_rate: float,
+        bad: Tensor | None,
+        normalizes: bool,
+    ) -> None:
+        """Does what `update` does, by one kernel.
+
+        Args:
+            start: First row.
+            stop: Row after the last one.
+            gradient: [stop - start, D] of the normalized rows if it `normalizes`, else of the rows.
+            learning_rate: Learning rate of this step.
+            bad: Boolean scalar on the device. Where it is True, nothing is updated.
+            normalizes: Whether the gradient goes through the normalization.
+        """
+        assert self.rule is not None
+        rows, weight, first = self._in_shard(start, stop), self.weight.detach(), self.rule.first_row
+        state = self.rule.state(self.weight) if self.state is None else self.state
+        numbers = self.numbers(start, stop)
+        picked: Tensor | None = None
+        if isinstance(rows, slice):
+            first += start if numbers is None else 0
+            weight, state = weight[rows], {name: part[rows] for name, part in state.items()}
+        else:
+            picked = rows
+        options = {"rows": picked, "numbers": numbers, "normalizes": normalizes}
+        step = gradient, learning_rate, bad
+        kernels.update_rows(self.rule, weight, *step, state=state, first_row=first, **options)
+
+    def update_bias(
+        self, start: int, stop: int, gradient: Tensor, learning_rate: float, bad: Tensor | None
+    ) -> None:
+        """Applies one step of the row optimizer to biases start .. stop - 1.
+
+        Args:
+            start: First row.
+            stop: Row after the last one.
+            gradient: [stop - start].
+            learning_rate: Learning rate of this step.
+            bad: Boolean scalar on the device. Where it is True, nothing is updated.
+        """
+        assert self.bias is not None
+        assert self.bias_rule is not None
+        self.bias_rule.update_rows(
+            self.bias, gradient, self._in_shard(start, stop), learning_rate, bad
+        )
+
+    def numbers(self, start: int, stop: int) -> Tensor | None:
+        """Returns [stop - start] numbers of rows in the shard; None where `weight` is the shard."""
+        return None
 
     def flush(self) -> None:
         """Completes the step when all its rows are updated; here they are updated in place."""
+        for rule in (self.rule, self.bias_rule):
+            if rule is not None:
+                rule.end_step()
 
     def _in_shard(self, start: int, stop: int) -> Rows:
         return slice(start, stop) if self.rows is None else self.rows[start:stop]

@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arcshard.collectives import combine_softmax
+from arcshard.head import kernels
 from arcshard.head.block import (
     add_at_target,
     add_matmul,
@@ -39,8 +41,62 @@ from arcshard.head.block import (
     norms_of,
     without_autocast,
 )
+from arcshard.head.centers import ClassCenters
 from arcshard.head.step import SoftmaxInputs, StepContext
 from arcshard.head.workspace import FusedSettings, Plan
+
+
+class BlockCenters:
+    """The class centers of one block, in the forms that products and the update need.
+
+    Each is made when it is first read. `release` drops those that are cheap to make again.
+
+    Args:
+        settings: The fused path's settings.
+        centers: Centers of the step.
+        start: First row.
+        stop: Row after the last one.
+    """
+
+    def __init__(
+        self, settings: FusedSettings, centers: ClassCenters, start: int, stop: int
+    ) -> None:
+        self.settings, self.centers, self.start, self.stop = settings, centers, start, stop
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[n, D] in working precision."""
+        return self.centers.read(self.start, self.stop)
+
+    @cached_property
+    def norm(self) -> Tensor | None:
+        """[n] |w|, None where the margin does not normalize."""
+        if self.settings.has_normalize_kernel:
+            return self._normalized[1]
+        return norms_of(self.rows) if self.settings.margin.normalize else None
+
+    @property
+    def operand(self) -> Tensor:
+        """[n, D] as an operand of products; divided by |w| unless the numerators are."""
+        if self.settings.has_normalize_kernel:
+            return self._normalized[0]
+        return self._operand
+
+    @cached_property
+    def _operand(self) -> Tensor:
+        return as_operand(self.rows, self.norm, self.settings.operand_dtype)
+
+    @cached_property
+    def _normalized(self) -> tuple[Tensor, Tensor]:
+        return self.centers.normalized(self.start, self.stop, self.settings.operand_dtype)
+
+    def release(self, keeps_copies: bool) -> None:
+        """Drops what no plan counts as kept: all but norms, and one copy if it is kept."""
+        made = self.__dict__
+        made.pop("_operand", None)
+        if not keeps_copies:
+            made.pop("rows", None)
+            made.pop("_normalized", None)
 
 
 @dataclass
@@ -48,19 +104,16 @@ class Block:
     """Softmax numerators of a block of classes.
 
     Attributes:
-        numerators: [B, n], divided by |w| in full precision (arcshard/head/block.py).
-        norm: [n] |w|, None where the margin does not normalize.
+        numerators: [B, n], divided by |w| in full precision (arcshard/head/block.py). The kernels
+            write them as [n, B], of which this is a view.
         row_max: [B] what was subtracted from the logits, None where it is the level of all blocks.
-        operand: [n, D] the centers as an operand of products, None in a block that is kept.
-        copy: [n, D] copied centers, None where they are read again.
+        centers: The block's centers.
         has_target: Whether the targets' places are filled.
     """
 
     numerators: Tensor
-    norm: Tensor | None
     row_max: Tensor | None
-    operand: Tensor | None
-    copy: Tensor | None = None
+    centers: BlockCenters
     has_target: bool = False
 
 
@@ -159,12 +212,13 @@ class FusedMarginSoftmax(torch.autograd.Function):
         row_max = torch.full_like(row_sum, settings.level)
         row_max[-1] = -math.inf
         for number, (start, stop) in enumerate(blocks):
-            rows = step.centers.read(start, stop)  # [n, D]
-            block = _numerators(one, start, stop, rows, row_sum[number])
+            block = _numerators(
+                one, BlockCenters(settings, step.centers, start, stop), row_sum[number]
+            )
             if block.row_max is not None:
                 row_max[number] = block.row_max
             if keeps and stop <= plan.kept_rows:
-                block.operand, block.copy = None, rows if plan.keeps_copies else None
+                block.centers.release(plan.keeps_copies)
                 kept[start] = block
         peak = row_max.amax(dim=0)
         shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
@@ -255,19 +309,17 @@ def _visit(
     settings, centers, plan = largest.settings, largest.step.centers, largest.plan
     for start, stop in plan.blocks():
         kept = [one.kept.get(start) if one.plan == plan else None for one in passes]
-        copies = [block.copy for block in kept if block is not None and block.copy is not None]
-        rows = copies[0] if copies else centers.read(start, stop)  # [n, D]
+        block_centers = next(
+            (block.centers for block in kept if block is not None),
+            BlockCenters(settings, centers, start, stop),
+        )
         dw: Tensor | None = None
         db: Tensor | None = None
         for one, block in zip(passes, kept, strict=True):
-            block = block or _numerators(one, start, stop, rows)
-            _fill_targets(one, block, start)
-            norm = block.norm
+            block = block or _numerators(one, block_centers)
+            _fill_targets(one, block)
             if gradient is not None:  # [B, n] x [n, D]
-                operand = block.operand
-                if operand is None:
-                    operand = as_operand(rows, norm, settings.operand_dtype)
-                add_matmul(gradient, block.numerators, operand)
+                add_matmul(gradient, block.numerators, block_centers.operand)
             if learning_rate is not None:  # [n, B] x [B, D]
                 if dw is None:
                     dw = matmul(block.numerators.t(), one.factored)
@@ -275,36 +327,57 @@ def _visit(
                     add_matmul(dw, block.numerators.t(), one.factored)
                 if settings.margin.bias:
                     part = block.numerators.t().to(one.factor.dtype) @ one.factor
+                    norm = block_centers.norm
                     part = part if not settings.divides or norm is None else part * norm
                     db = part if db is None else db + part
         if dw is not None and learning_rate is not None:
-            if norm is not None:
-                dw = normalization_backward(dw, rows, norm, settings.divides)
-            centers.update(start, stop, rows, dw, db, learning_rate, bad)
+            _update(block_centers, dw, db, learning_rate, bad)
+        block_centers.release(plan.keeps_copies)
     if learning_rate is not None:
         largest.step.finish()
 
 
-def _numerators(
-    one: SoftmaxContext, start: int, stop: int, rows: Tensor, row_sum: Tensor | None = None
-) -> Block:
-    """Computes the numerators of centers `rows` [n, D], and their sums [B] into `row_sum`."""
-    settings, k = one.settings, one.settings.centers_per_class
-    norm = norms_of(rows) if settings.margin.normalize else None
-    operand = as_operand(rows, norm, settings.operand_dtype)
-    z = matmul(one.operand, operand.t())  # [B, n]
+def _update(
+    block: BlockCenters, dw: Tensor, db: Tensor | None, learning_rate: float, bad: Tensor | None
+) -> None:
+    """Updates the centers of a block by dw [n, D] of their operands, and their biases by db [n]."""
+    settings, centers, place = block.settings, block.centers, (block.start, block.stop)
+    if settings.has_kernels:
+        normalizes = settings.margin.normalize
+        centers.update_by_kernel(*place, dw, learning_rate, bad, normalizes)
+    else:
+        if block.norm is not None:
+            dw = normalization_backward(dw, block.rows, block.norm, settings.divides)
+        centers.update(*place, block.rows, dw, learning_rate, bad)
+    if db is not None:
+        centers.update_bias(*place, db, learning_rate, bad)
+
+
+def _numerators(one: SoftmaxContext, centers: BlockCenters, row_sum: Tensor | None = None) -> Block:
+    """Computes the numerators of a block, and their sums [B] into `row_sum` in forward."""
+    settings, k, start = one.settings, one.settings.centers_per_class, centers.start
+    column = one.inputs.target.column
+    if settings.has_logits_kernel:
+        at_target = None if row_sum is not None else one.at_target
+        by_class, sums = kernels.softmax_numerators(
+            one.operand, centers.operand, column, start, at_target, row_sum is not None
+        )
+        if row_sum is not None:
+            torch.sum(sums, dim=0, out=row_sum)
+        return Block(by_class.t(), None, centers, has_target=row_sum is None)
+    z = matmul(one.operand, centers.operand.t())  # [B, n]
     row_sum = z.new_empty(len(z)) if row_sum is None else row_sum
-    column = one.inputs.target.column - start // k
-    divisor = norm if settings.divides else None
+    column = column - start // k
+    divisor = centers.norm if settings.divides else None
     if settings.has_small_logits:
         numerators = z if settings.divides else torch.empty_like(z, dtype=settings.operand_dtype)
         exponentials_of_small_logits(z, column, divisor, row_sum, numerators)
-        return Block(numerators, norm, None, operand)
-    bias = one.step.centers.read_bias(start, stop)
+        return Block(numerators, None, centers)
+    bias = centers.centers.read_bias(start, centers.stop)
     row_max = exponentials(
         z, column, divisor, row_sum, settings.margin, one.inputs.context, bias, k
     )
-    return Block(z.to(settings.operand_dtype), norm, row_max, operand)
+    return Block(z.to(settings.operand_dtype), row_max, centers)
 
 
 def _set_upstream(one: SoftmaxContext, upstream: Tensor) -> None:
@@ -321,13 +394,17 @@ def _set_upstream(one: SoftmaxContext, upstream: Tensor) -> None:
     one.overflows = ~(torch.isfinite(one.factored).all() & torch.isfinite(one.at_target).all())
 
 
-def _fill_targets(one: SoftmaxContext, block: Block, start: int) -> None:
+def _fill_targets(one: SoftmaxContext, block: Block) -> None:
     """Makes numerators, times the factor of each row, the gradient of the similarities."""
     if block.has_target:
         return
+    start, target = block.centers.start, one.inputs.target
     if block.row_max is not None:  # all blocks get the level lse
         block.numerators.mul_(torch.exp(block.row_max - one.lse)[:, None])
-    add_at_target(block.numerators, one.inputs.target.row - start, one.at_target)
+    if one.settings.has_logits_kernel:
+        kernels.fill_targets(block.numerators.t(), target.row, start, one.at_target)
+    else:
+        add_at_target(block.numerators, target.row - start, one.at_target)
     block.has_target = True
 
 

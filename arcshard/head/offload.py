@@ -80,6 +80,10 @@ class OffloadedCenters(ClassCenters):
         state = {name: part for name, part in self._parts.items() if name != "weight"}
         super().__init__(self._parts["weight"], host.rule, state=state)
 
+    def numbers(self, start: int, stop: int) -> Tensor | None:
+        """Returns [stop - start] the rows of the shard, as the sample names them."""
+        return self.sample[start:stop]
+
     def flush(self) -> None:
         """Copies the updated rows back to the host.
 
@@ -91,6 +95,7 @@ class OffloadedCenters(ClassCenters):
                 "class centers were loaded or written between this forward and its backward"
             )
         self._host.put_back(self._on_host, self._parts)
+        super().flush()
 
 
 class _Staging:

@@ -7,6 +7,8 @@ averages.
 
 Centers or state kept in bf16 are updated in fp32 and rounded stochastically (up or down with
 probabilities that make the mean exact), so that small steps are not lost as in rounding to nearest.
+The random bits are a hash of (seed, optimizer step, global row, column), so that they do not depend
+on blocks, ranks or the device.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ class RowOptimizer(ABC):
             halves their memory.
 
     Attributes:
-        sr_counter: Number of stochastic roundings so far, part of the saved state of the head.
+        sr_counter: Number of optimizer steps so far (`end_step`), part of the saved state of the
+            head: the random bits of the rounding are a function of it.
+        seed: Seed of these bits.
+        first_row: Number of the shard's first row among the rows of all ranks.
     """
 
     def __init__(self, state_dtype: torch.dtype | None = None) -> None:
@@ -42,7 +47,7 @@ class RowOptimizer(ABC):
             raise ValueError(f"state_dtype={state_dtype}: torch.bfloat16, or None (the weight's)")
         self.state_dtype = state_dtype
         self._state: State = {}
-        self.sr_counter = 0
+        self.sr_counter = self.seed = self.first_row = 0
 
     @abstractmethod
     def create_state(self, weight: Tensor) -> State:
@@ -95,8 +100,9 @@ class RowOptimizer(ABC):
         *,
         state: State | None = None,
         current: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
-        """Updates `weight[rows]` in place.
+        """Updates `weight[rows]` in place, as a part of the optimizer step that `end_step` ends.
 
         Args:
             weight: [num_rows_local, ...], the shard.
@@ -108,6 +114,7 @@ class RowOptimizer(ABC):
             state: State of `weight`; None for the state that this optimizer owns.
             current: A copy of `weight[rows]` in working precision, if the caller has one;
                 overwritten.
+            numbers: [S] int64 numbers of the rows in the shard, where they are others in `weight`.
         """
         if bad is not None and bad.device.type == "cpu":
             if bool(bad):
@@ -119,9 +126,12 @@ class RowOptimizer(ABC):
         of_rows = {name: in_working_precision(take(part, rows)) for name, part in state.items()}
         self.move(moved, gradient, of_rows, learning_rate, bad)
         parts, new_parts = (weight, *state.values()), (moved, *of_rows.values())
-        for part, new in zip(parts, new_parts, strict=True):
+        bits: Tensor | None = None
+        for place, (part, new) in enumerate(zip(parts, new_parts, strict=True)):
             if new.dtype != part.dtype:
-                new = self._round_stochastically(new)  # exact for values that did not change
+                if bits is None:
+                    bits = self._random_bits(weight, rows if numbers is None else numbers, moved)
+                new = round_stochastically(new, bits_of_part(bits, place))
             elif isinstance(rows, slice):
                 continue  # a view, updated in place
             if isinstance(rows, slice):
@@ -129,20 +139,76 @@ class RowOptimizer(ABC):
             else:
                 part.index_copy_(0, rows, new)
 
-    def _round_stochastically(self, values: Tensor) -> Tensor:
-        """Rounds fp32 to bf16, up or down at random; the draws follow from a saved count."""
-        generator = None  # the meta device, where nothing is drawn, has none
-        if not values.is_meta:
-            generator = torch.Generator(values.device)
-            generator.manual_seed(hash_key(0x5B, self.sr_counter))
+    def end_step(self) -> None:
+        """Ends an optimizer step, so that the next one rounds by other bits."""
         self.sr_counter += 1
-        noise = torch.randint(
-            0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
-        )
-        # bf16 is the upper half of fp32: adding noise to the lower half and cutting it off rounds
-        # with the right probability, and the cut value converts exactly.
-        cut = (values.view(torch.int32) + noise) & -65536
-        return torch.where(torch.isfinite(values), cut.view(torch.float32), values).bfloat16()
+
+    def rounding_keys(self) -> tuple[int, int]:
+        """Returns two int32 keys of this step's random bits."""
+        key = hash_key(0x5B, self.seed, self.sr_counter)
+        return _as_int32(key & _LOW_32), _as_int32(key >> 32)
+
+    def _random_bits(self, weight: Tensor, rows: Rows, like: Tensor) -> Tensor:
+        """Returns 32 random bits of every number of the rows, as int32 of the shape of `like`."""
+        if isinstance(rows, slice):
+            rows = torch.arange(*rows.indices(len(weight)), device=weight.device)
+        bits = random_bits(rows + self.first_row, like[0].numel(), *self.rounding_keys())
+        return bits.view_as(like)
+
+
+_LOW_32 = 0xFFFFFFFF
+
+
+def _as_int32(number: int) -> int:
+    """Returns the int32 that has the same bits as a number below 2^32."""
+    return number - (1 << 32) if number >= 1 << 31 else number
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Mixes the bits of int32 in place (MurmurHash3's finalizer, A. Appleby)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, None)):
+        # >> repeats the sign.
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+        if factor is not None:
+            x.mul_(_as_int32(factor))
+    return x
+
+
+def random_bits(numbers: Tensor, width: int, *keys: int) -> Tensor:
+    """Hashes (row, column) and two keys into 32 random bits.
+
+    The kernels of arcshard/head/triton_kernels.py compute the same.
+
+    Args:
+        numbers: [n] int64 numbers of the rows.
+        width: Number of columns.
+        keys: Two numbers of int32.
+
+    Returns:
+        [n, width] int32.
+    """
+    low, high = numbers.to(torch.int32), (numbers >> 32).to(torch.int32)
+    row = _mix(_mix(low ^ keys[0]) ^ high ^ keys[1])
+    column = torch.arange(width, dtype=torch.int32, device=numbers.device)
+    return _mix(row[:, None] ^ column.mul_(_as_int32(0x9E3779B1)))
+
+
+def bits_of_part(bits: Tensor, place: int) -> Tensor:
+    """Returns int32 whose lower halves are the random bits of the weight (0) or of its state."""
+    if place == 2:
+        return _mix(bits)  # the last use: exp_avg_sq follows exp_avg
+    return bits if place == 0 else bits >> 16
+
+
+def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
+    """Rounds fp32 to bf16, up or down by the lower halves of int32 `bits` of the same shape.
+
+    Values that bf16 holds stay, and so do infinity and NaN.
+    """
+    # bf16 is the upper half of fp32: adding noise to the lower half and cutting it off rounds with
+    # the right probability, and the cut value converts exactly.
+    cut = (bits & 0xFFFF).add_(values.view(torch.int32)).bitwise_and_(-65536)
+    return torch.where(torch.isfinite(values), cut.view(torch.float32), values).bfloat16()
 
 
 def take(part: Tensor, rows: Rows) -> Tensor:

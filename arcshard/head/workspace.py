@@ -87,7 +87,8 @@ class BlockCost:
     Attributes:
         work: Bytes of a row of the block that is being computed.
         kept: Bytes of a row whose numerators, one per row of the batch, and norm are kept.
-        copied: Bytes of a copied center; 0 where reading copies nothing.
+        copied: Bytes of a center's copy, where one is made in the forward pass that backward needs
+            again; else 0.
     """
 
     work: int
@@ -103,7 +104,7 @@ class Plan:
         num_rows: Number of rows of the step.
         rows_per_block: Number of rows of a block; the last one may have fewer.
         kept_rows: Number of rows, from the first, whose numerators are kept.
-        keeps_copies: Whether copied centers are kept with the numerators, of all rows.
+        keeps_copies: Whether copies of centers are kept with the numerators, of all rows.
         cost: What a row takes.
     """
 
@@ -181,6 +182,7 @@ class FusedSettings:
         operand_dtype: Dtype of the large matmuls' operands: torch.bfloat16, or the working
             precision.
         centers_per_class: K.
+        has_kernels: Whether Triton kernels do what is not a plain product.
     """
 
     margin: Margin
@@ -190,11 +192,13 @@ class FusedSettings:
     dtype: torch.dtype
     operand_dtype: torch.dtype
     centers_per_class: int
+    has_kernels: bool = False
 
     @property
     def divides(self) -> bool:
         """Whether numerators, rather than operands, are divided by |w|."""
-        return self.margin.normalize and self.operand_dtype == self.dtype
+        is_full_precision = self.operand_dtype == self.dtype and not self.has_kernels
+        return self.margin.normalize and is_full_precision
 
     @property
     def level(self) -> float:
@@ -205,6 +209,16 @@ class FusedSettings:
     def has_small_logits(self) -> bool:
         """Whether no maximum has to be subtracted, and a class has one center."""
         return self.centers_per_class == 1 and logits_are_small(self.margin)
+
+    @property
+    def has_logits_kernel(self) -> bool:
+        """Whether a kernel computes numerators without storing logits."""
+        return self.has_kernels and self.has_small_logits
+
+    @property
+    def has_normalize_kernel(self) -> bool:
+        """Whether a kernel makes the operands, so that no rows are read."""
+        return self.has_kernels and self.margin.normalize
 
     def plan(self, centers: ClassCenters, batch: int, width: int) -> Plan:
         """Plans the blocks of a step's rows.
@@ -218,17 +232,21 @@ class FusedSettings:
             WorkspaceTooSmallError: Not one class fits the budget.
         """
         item, operand = self.dtype.itemsize, self.operand_dtype.itemsize
-        half = operand if operand < item else 0
+        half = operand if operand < item or self.has_kernels else 0
         copies = item if half and self.device.type == "cpu" else 0  # operands that `matmul` casts
-        of_batch = item + half + copies  # logits, numerators
+        of_batch = half + copies  # numerators
+        of_batch += 0 if self.has_logits_kernel else item  # logits
         of_batch += 3 * item if self.margin.touches_others else 0  # values, slope, mask
         of_batch += 3 * item if self.centers_per_class > 1 else 0  # best values and their places
-        # The gradient before and after the normalization, and the copies that reading and updating
-        # the centers makes.
-        of_width = item * (2 + centers.reads_copies + centers.rule_matrices) + half + copies
+        of_width = 2 * item + half + copies  # the gradient, and a part of it or its projection
+        reads_copies = centers.reads_copies and not self.has_normalize_kernel
+        of_width += item * reads_copies
+        # What updating the centers copies.
+        of_width += item * centers.rule_matrices * (not self.has_kernels)
+        copied = item if reads_copies else half if self.has_normalize_kernel else 0
         cost = BlockCost(
             work=batch * of_batch + width * of_width + 4 * item,
             kept=batch * operand + item,
-            copied=width * item if centers.reads_copies else 0,
+            copied=width * copied,
         )
         return plan_blocks(centers.num_rows, cost, self.workspace, self.centers_per_class)

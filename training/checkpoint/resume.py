@@ -31,6 +31,7 @@ FREE = frozenset(
         "worker_type",
         "dali",
         "head_update",
+        "head_kernels",
         "head_workspace_mib",
         "head_offload",
         "gradient_checkpointing",

@@ -215,6 +215,8 @@ def estimate_requirements(
     kept = _bytes([statistics.statistics, statistics.counts])
     alone, local = rank0_equivalent(cfg, world_size, num_classes)
     alone = dataclasses.replace(alone, head_offload=False)
+    if device_type == "cpu":  # the meta device counts as a GPU
+        alone = dataclasses.replace(alone, head_kernels="torch")
 
     def make(classes: int) -> Head:
         head = make_head(alone, DistContext(0, 0, 1, torch.device("meta")), classes, precision)

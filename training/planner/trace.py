@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
+
+import arcshard.head.kernels  # noqa: F401  # registers the operations that are counted here
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -66,6 +68,7 @@ _PUTS = frozenset(
         "index_fill_",
         "scatter_",
         "scatter_add_",
+        "arcshard::fill_targets_",
     }
 )
 _OVERWRITES = frozenset({"copy_", "fill_", "normal_", "random_", "uniform_", "zero_"})
@@ -80,6 +83,12 @@ _TAKES_SHAPE = frozenset(
         "zeros_like",
     }
 )
+
+
+@register_flop_formula(torch.ops.arcshard.softmax_numerators)  # type: ignore[untyped-decorator]
+def _numerators_flops(unit: Any, operand: Any, *_: Any, **__: Any) -> int:
+    """Count the floating-point operations of the product, from the shapes of its operands."""
+    return 2 * unit[0] * unit[1] * operand[0]
 
 
 class Operation(NamedTuple):
@@ -152,7 +161,8 @@ class OperationLog(TorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         packet = func._overloadpacket
-        read, made = _tensors((args, kwargs)), _tensors(out)
+        given = _arguments(func, args, kwargs)
+        read, made = _tensors(given), _tensors(out)
         formula = flop_registry.get(_SAME_FLOPS.get(packet, packet))
         flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
         operands = read or made  # a product of half-precision operands may have an fp32 result
@@ -163,7 +173,7 @@ class OperationLog(TorchDispatchMode):
             if name in _OVERWRITES:
                 moved -= _size(args[0])
             elif not made:
-                moved += sum(map(_size, _written(func, args, kwargs)))
+                moved += sum(map(_size, _written(func, given)))
             else:
                 moved -= sum(map(_size, _tensors(kwargs.get("out"))))
             self.operations.append(Operation(name, flops, moved, dtype, named))
@@ -235,13 +245,22 @@ def _is_work(func: Any) -> bool:
     return not is_view
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments by name, those of the head's kernels cut to the rows that they visit."""
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+    if func.namespace == "arcshard" and isinstance(given.get("rows"), Tensor):
+        count = len(given["rows"])
+        given["weight"] = given["weight"][:count]
+        given["state"] = [part[:count] for part in given.get("state", [])]
+    return given
+
+
+def _written(func: Any, given: dict[str, Any]) -> list[Tensor]:
     """Return the operands that an operation changes.
 
     Fused optimizers may change gradients too, but only where they remove a loss scale, which does
     not happen here.
     """
-    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
     return _tensors(
         [
             given.get(one.name)

@@ -1,0 +1,409 @@
+"""When Triton kernels serve a head, with which launch settings, and their launches.
+
+The kernels (arcshard/head/triton_kernels.py) are registered as operations of torch, so that a
+profile names them, and the meta device counts them without Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from arcshard.head.block import NORM_FLOOR
+from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
+
+KernelMode = Literal["auto", "triton", "torch"]
+MODES = ("auto", "triton", "torch")
+LEAST_TRITON = (3, 6)  # the version of torch 2.11; older ones were not tried
+LEAST_CAPABILITY = (8, 0)  # tensor cores for bf16
+MOST_WIDTH = 8192  # a row of centers is in the registers of one program
+
+
+class Tile(NamedTuple):
+    """Launch settings of the kernel of the logits.
+
+    Attributes:
+        n: Classes of a tile.
+        b: Rows of the batch of a tile.
+        d: Columns per step of the product.
+        warps: Warps of a program.
+        stages: Steps of the product in flight.
+    """
+
+    n: int
+    b: int
+    d: int
+    warps: int
+    stages: int
+
+
+class Rows(NamedTuple):
+    """Launch settings of a kernel that visits rows of centers.
+
+    Attributes:
+        n: Rows of a program, at D <= 512.
+        warps: Warps of a program.
+    """
+
+    n: int
+    warps: int
+
+
+class LaunchSettings(NamedTuple):
+    """Launch settings of all kernels on one kind of GPU.
+
+    Attributes:
+        tile: Of the logits.
+        normalize: Of the normalized copies.
+        update: Of the update.
+    """
+
+    tile: Tile
+    normalize: Rows
+    update: Rows
+
+
+# By compute capability; a GPU takes the settings of the highest one that is not above its own.
+# Those of 9.0 are the fastest that `benchmarks.gpu_bench` tried on an H100. Those of 8.0 compile
+# without spills and need 48 KiB of shared memory, of which consumer GPUs have 99; never timed.
+SETTINGS = {
+    (8, 0): LaunchSettings(Tile(128, 128, 32, 8, 3), Rows(4, 4), Rows(1, 4)),
+    (9, 0): LaunchSettings(Tile(128, 128, 64, 4, 3), Rows(4, 4), Rows(1, 4)),
+}
+# Of the interpreter, for tests.
+SMALL = LaunchSettings(Tile(32, 16, 16, 4, 1), Rows(4, 4), Rows(2, 4))
+
+
+def is_interpreted() -> bool:
+    """Returns whether Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def settings_of(device: torch.device) -> LaunchSettings:
+    """Returns the launch settings for a device."""
+    if device.type != "cuda":
+        return SMALL
+    capability = torch.cuda.get_device_capability(device)
+    return SETTINGS[max(key for key in SETTINGS if key <= max(capability, LEAST_CAPABILITY))]
+
+
+def why_not(
+    device: torch.device, operand_dtype: torch.dtype, width: int, rule: RowOptimizer | None
+) -> str:
+    """Says why the kernels cannot serve a head, "" if they can.
+
+    The meta device counts as a GPU on which they can.
+
+    Args:
+        device: Device where the head computes.
+        operand_dtype: Dtype of the operands of its products.
+        width: D.
+        rule: Row optimizer of the class centers.
+    """
+    if operand_dtype != torch.bfloat16 and not is_interpreted():
+        return f"the products are {_short(operand_dtype)}, and the kernels' are bf16"
+    if type(rule) not in (SGDRows, AdamWRows):
+        return f"they update as SGDRows and AdamWRows do, and not as {type(rule).__name__}"
+    if width > MOST_WIDTH:
+        return f"embedding_size={width}, and they have at most {MOST_WIDTH:,} columns"
+    if device.type == "meta":
+        return ""
+    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
+        return f"they need a CUDA device, and this one is {device.type}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            found = ".".join(map(str, capability))
+            return f"they need compute capability 8.0, and this GPU has {found}"
+    return _triton_problem() or (_launch_problem(device) if device.type == "cuda" else "")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "fp")
+
+
+@cache
+def _triton_problem() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (python -m pip install triton)"
+    version = importlib.metadata.version("triton")
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers < LEAST_TRITON:
+        return f"they need Triton {'.'.join(map(str, LEAST_TRITON))}, and {version} is installed"
+    return ""
+
+
+@cache
+def _launch_problem(device: torch.device) -> str:
+    """Launches every kernel once, on few rows; returns the error in one line, or ""."""
+    try:
+        drawn: dict[str, Any] = {"device": device}
+        weight, unit = torch.ones(16, 512, **drawn), torch.ones(16, 512, **drawn).bfloat16()
+        column, at_target = torch.zeros(16, dtype=torch.int64, **drawn), unit[:, 0].contiguous()
+        operand, _ = normalize_rows(weight, None, torch.bfloat16)
+        numerators, _ = softmax_numerators(unit, operand, column, 0, None, True)
+        fill_targets(numerators, column, 0, at_target)
+        rule = SGDRows(state_dtype=torch.bfloat16)
+        update_rows(rule, weight, weight.clone(), 0.1, None)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # a compiler or a driver that does not fit raises anything
+        lines = str(error).strip().splitlines() or [""]
+        return f"Triton fails here: {type(error).__name__}: {lines[-1]}"
+    return ""
+
+
+# ---------------------------------------------------------------- the operations of torch
+
+_LIBRARY = torch.library.Library("arcshard", "FRAGMENT")
+
+
+def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function, whose tensors may be on the meta device, as an operation of torch."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _LIBRARY.define(schema)
+        name = schema.split("(")[0]
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.arcshard, name).default  # type: ignore[no-any-return]
+
+    return register
+
+
+def _kernels() -> Any:
+    from arcshard.head import triton_kernels
+
+    return triton_kernels
+
+
+def _columns(width: int) -> int:
+    """Returns the columns of a program's rows, a power of 2."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _rows_per_program(settings: Rows, width: int) -> int:
+    return max(1, settings.n * 512 // max(512, _columns(width)))
+
+
+@_operation("normalize_rows(Tensor weight, Tensor? rows, ScalarType dtype) -> (Tensor, Tensor)")
+def normalize_rows(
+    weight: Tensor, rows: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Computes normalized rows [n, D] in `dtype`, and their norms [n] in fp32.
+
+    Args:
+        weight: [N, D] in fp32 or bf16.
+        rows: [n] int64 rows, or None for all.
+        dtype: Dtype of the result.
+    """
+    n, width = len(weight if rows is None else rows), weight.shape[1]
+    operand = weight.new_empty(n, width, dtype=dtype)
+    norm = weight.new_empty(n, dtype=torch.float32)
+    if n and not weight.is_meta:
+        launch = settings_of(weight.device).normalize
+        block = _rows_per_program(launch, width)
+        _kernels().normalize_rows_kernel[(-(-n // block),)](
+            weight,
+            weight if rows is None else rows,
+            operand,
+            norm,
+            n,
+            NORM_FLOOR,
+            D=width,
+            BLOCK_D=_columns(width),
+            BLOCK_N=block,
+            HAS_ROWS=rows is not None,
+            num_warps=launch.warps,
+        )
+    return operand, norm
+
+
+@_operation(
+    "softmax_numerators(Tensor unit, Tensor operand, Tensor column, int start, Tensor? at_target, "
+    "bool sums) -> (Tensor, Tensor)"
+)
+def softmax_numerators(
+    unit: Tensor,
+    operand: Tensor,
+    column: Tensor,
+    start: int,
+    at_target: Tensor | None,
+    sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes exp(operand unit^T) and its sums.
+
+    Args:
+        unit: [B, D] embeddings times s.
+        operand: [n, D] normalized centers of the block, of the same dtype.
+        column: [B] int64 target among the classes of the step, negative where there is none.
+        start: First class of the block among the classes of the step.
+        at_target: [B] what stands in the targets' places, None for 0.
+        sums: Whether sums are wanted.
+
+    Returns:
+        (numerators [n, B] in the operands' dtype, sums [tiles, B] in fp32 of the numerators of each
+        tile of classes; no tiles if they are not wanted).
+    """
+    (batch, width), n = unit.shape, len(operand)
+    tile = settings_of(unit.device).tile
+    tiles = -(-n // tile.n)
+    numerators = unit.new_empty(n, batch)
+    totals = unit.new_empty(tiles if sums else 0, batch, dtype=torch.float32)
+    if n and batch and not unit.is_meta:
+        _kernels().softmax_numerators_kernel[(tiles * -(-batch // tile.b),)](
+            unit,
+            operand,
+            column,
+            unit if at_target is None else at_target,
+            numerators,
+            totals if sums else unit,
+            batch,
+            n,
+            start,
+            D=width,
+            BLOCK_N=tile.n,
+            BLOCK_B=tile.b,
+            BLOCK_D=tile.d,
+            HAS_AT_TARGET=at_target is not None,
+            HAS_SUMS=sums,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return numerators, totals
+
+
+@_operation(
+    "fill_targets_(Tensor(a!) numerators, Tensor column, int start, Tensor at_target) -> ()"
+)
+def fill_targets(numerators: Tensor, column: Tensor, start: int, at_target: Tensor) -> None:
+    """Writes `at_target` [B] into the targets' places of numerators [n, B].
+
+    Args:
+        numerators: [n, B], written in place.
+        column: [B] int64 target among the classes of the step, negative where there is none.
+        start: First class of the block among the classes of the step.
+        at_target: [B] of the numerators' dtype.
+    """
+    n, batch = numerators.shape
+    if n and batch and not numerators.is_meta:
+        _kernels().fill_targets_kernel[(-(-batch // 256),)](
+            numerators, column, at_target, batch, n, start, BLOCK_B=256
+        )
+
+
+def update_rows(
+    rule: RowOptimizer,
+    weight: Tensor,
+    gradient: Tensor,
+    learning_rate: float,
+    bad: Tensor | None,
+    *,
+    state: dict[str, Tensor] | None = None,
+    rows: Tensor | None = None,
+    numbers: Tensor | None = None,
+    first_row: int = 0,
+    normalizes: bool = True,
+) -> None:
+    """Applies one step of SGD or AdamW to rows in place, as `RowOptimizer.update_rows` does.
+
+    Args:
+        rule: Row optimizer.
+        weight: [N, D] in fp32 or bf16.
+        gradient: [n, D] in fp32, of the normalized rows if it `normalizes`, else of the rows.
+        learning_rate: Learning rate of this step.
+        bad: Boolean scalar on the device, or None. Where it is True, nothing is updated.
+        state: State of `weight`, of as many rows; None for the state that the rule owns.
+        rows: [n] int64 rows of `weight`; None for all, in order.
+        numbers: [n] int64 numbers of these rows in the shard; None for `first_row` + row.
+        first_row: See `numbers`.
+        normalizes: Whether the gradient goes through the normalization of the rows.
+    """
+    state = rule.state(weight) if state is None else state
+    if isinstance(rule, AdamWRows):
+        parts = [state["exp_avg"], state["exp_avg_sq"], state["step"]]
+        rates = [rule.weight_decay, *rule.betas, rule.eps]
+    else:
+        assert isinstance(rule, SGDRows)
+        parts, rates = list(state.values()), [rule.weight_decay, rule.momentum]
+    _update_rows(
+        weight,
+        parts,
+        gradient,
+        rows,
+        numbers,
+        None if bad is None else bad.view(torch.uint8),
+        first_row,
+        list(rule.rounding_keys()),
+        learning_rate,
+        rates,
+        normalizes,
+    )
+
+
+@_operation(
+    "update_rows_(Tensor(a!) weight, Tensor(b!)[] state, Tensor gradient, Tensor? rows, "
+    "Tensor? numbers, Tensor? bad, int first_row, int[] keys, float learning_rate, float[] rates, "
+    "bool normalizes) -> ()"
+)
+def _update_rows(
+    weight: Tensor,
+    state: list[Tensor],
+    gradient: Tensor,
+    rows: Tensor | None,
+    numbers: Tensor | None,
+    bad: Tensor | None,
+    first_row: int,
+    keys: list[int],
+    learning_rate: float,
+    rates: list[float],
+    normalizes: bool,
+) -> None:
+    """Launches the update; SGD has [weight decay, momentum], AdamW [weight decay, betas, eps]."""
+    (n, width), is_adamw = gradient.shape, len(rates) == 4
+    decay, beta1, beta2, eps = rates if is_adamw else (*rates, 0.5, 0.0)
+    averages = [part for part in state if part.dim() == 2]
+    if not n or weight.is_meta:
+        return
+    launch = settings_of(weight.device).update
+    block = _rows_per_program(launch, width)
+    _kernels().update_rows_kernel[(-(-n // block),)](
+        gradient,
+        weight,
+        averages[0] if averages else weight,
+        averages[1] if is_adamw else weight,
+        state[2] if is_adamw else weight,
+        weight if rows is None else rows,
+        weight if numbers is None else numbers,
+        weight if bad is None else bad,
+        n,
+        first_row,
+        *keys,
+        NORM_FLOOR,
+        learning_rate,
+        decay,
+        beta1,
+        beta2,
+        eps,
+        math.log(beta1) if beta1 else -math.inf,
+        math.log(beta2) if beta2 else -math.inf,
+        D=width,
+        BLOCK_D=_columns(width),
+        BLOCK_N=block,
+        IS_ADAMW=is_adamw,
+        HAS_MOMENTUM=bool(averages),
+        NORMALIZES=normalizes,
+        HAS_ROWS=rows is not None,
+        HAS_NUMBERS=numbers is not None,
+        HAS_VETO=bad is not None,
+        ROUNDS_WEIGHT=weight.dtype == torch.bfloat16,
+        ROUNDS_STATE=bool(averages) and averages[0].dtype == torch.bfloat16,
+        num_warps=launch.warps,
+    )
+    torch.autograd.graph.increment_version([weight, *state])
