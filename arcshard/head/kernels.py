@@ -71,15 +71,17 @@ class LaunchSettings(NamedTuple):
     update: Rows
 
 
+# 48 KiB of shared memory, of which consumer GPUs have 99. Never timed.
+_EVERYWHERE = LaunchSettings(Tile(128, 128, 32, 8, 3), Rows(4, 4), Rows(1, 4))
 # By compute capability; a GPU takes the settings of the highest one that is not above its own.
-# Those of 9.0 are the fastest that `benchmarks.gpu_bench` tried on an H100. Those of 8.0 compile
-# without spills and need 48 KiB of shared memory, of which consumer GPUs have 99; never timed.
+# Those of 9.0 are the fastest that `benchmarks.gpu_bench` tried on an H100.
 SETTINGS = {
-    (8, 0): LaunchSettings(Tile(128, 128, 32, 8, 3), Rows(4, 4), Rows(1, 4)),
+    (8, 0): _EVERYWHERE,
     (9, 0): LaunchSettings(Tile(128, 128, 64, 4, 3), Rows(4, 4), Rows(1, 4)),
+    (12, 0): _EVERYWHERE,
 }
 # Of the interpreter, for tests.
-SMALL = LaunchSettings(Tile(32, 16, 16, 4, 1), Rows(4, 4), Rows(2, 4))
+SMALL = LaunchSettings(Tile(32, 16, 16, 4, 1), Rows(16, 4), Rows(16, 4))
 
 
 def is_interpreted() -> bool:
@@ -89,9 +91,10 @@ def is_interpreted() -> bool:
 
 def settings_of(device: torch.device) -> LaunchSettings:
     """Returns the launch settings for a device."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return SMALL
-    capability = torch.cuda.get_device_capability(device)
+    is_here = device.type == "cuda"  # and not on the meta device
+    capability = torch.cuda.get_device_capability(device) if is_here else (9, 0)
     return SETTINGS[max(key for key in SETTINGS if key <= max(capability, LEAST_CAPABILITY))]
 
 
@@ -108,7 +111,9 @@ def why_not(
         width: D.
         rule: Row optimizer of the class centers.
     """
-    if operand_dtype != torch.bfloat16 and not is_interpreted():
+    if operand_dtype == torch.float64 or (
+        operand_dtype == torch.float32 and not (device.type == "cpu" and is_interpreted())
+    ):
         return f"the products are {_short(operand_dtype)}, and the kernels' are bf16"
     if type(rule) not in (SGDRows, AdamWRows):
         return f"they update as SGDRows and AdamWRows do, and not as {type(rule).__name__}"
@@ -183,13 +188,23 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def _columns(width: int) -> int:
-    """Returns the columns of a program's rows, a power of 2."""
+def _written(dtype: torch.dtype, like: Tensor) -> torch.dtype:
+    """Returns the dtype in which a kernel reads operands and writes.
+
+    The interpreter multiplies bf16 wrongly and cuts where a GPU rounds to bf16, so that torch
+    rounds what it has written as fp32. On other devices this costs nothing.
+    """
+    return torch.float32 if like.is_cpu and dtype == torch.bfloat16 else dtype
+
+
+def columns_of_program(width: int) -> int:
+    """Returns the columns of a program that visits rows of D numbers, a power of 2."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _rows_per_program(settings: Rows, width: int) -> int:
-    return max(1, settings.n * 512 // max(512, _columns(width)))
+def rows_per_program(settings: Rows, width: int) -> int:
+    """Returns the rows of a program, fewer where a row of D numbers is longer than 512."""
+    return max(1, settings.n * 512 // max(512, columns_of_program(width)))
 
 
 @_operation("normalize_rows(Tensor weight, Tensor? rows, ScalarType dtype) -> (Tensor, Tensor)")
@@ -204,11 +219,11 @@ def normalize_rows(
         dtype: Dtype of the result.
     """
     n, width = len(weight if rows is None else rows), weight.shape[1]
-    operand = weight.new_empty(n, width, dtype=dtype)
+    operand = weight.new_empty(n, width, dtype=_written(dtype, weight))
     norm = weight.new_empty(n, dtype=torch.float32)
     if n and not weight.is_meta:
         launch = settings_of(weight.device).normalize
-        block = _rows_per_program(launch, width)
+        block = rows_per_program(launch, width)
         _kernels().normalize_rows_kernel[(-(-n // block),)](
             weight,
             weight if rows is None else rows,
@@ -217,12 +232,12 @@ def normalize_rows(
             n,
             NORM_FLOOR,
             D=width,
-            BLOCK_D=_columns(width),
+            BLOCK_D=columns_of_program(width),
             BLOCK_N=block,
             HAS_ROWS=rows is not None,
             num_warps=launch.warps,
         )
-    return operand, norm
+    return operand.to(dtype), norm
 
 
 @_operation(
@@ -253,7 +268,8 @@ def softmax_numerators(
     """
     (batch, width), n = unit.shape, len(operand)
     tile = settings_of(unit.device).tile
-    tiles = -(-n // tile.n)
+    tiles, dtype = -(-n // tile.n), unit.dtype
+    unit, operand = (part.to(_written(dtype, part)) for part in (unit, operand))
     numerators = unit.new_empty(n, batch)
     totals = unit.new_empty(tiles if sums else 0, batch, dtype=torch.float32)
     if n and batch and not unit.is_meta:
@@ -276,7 +292,7 @@ def softmax_numerators(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return numerators, totals
+    return numerators.to(dtype), totals
 
 
 @_operation(
@@ -372,7 +388,7 @@ def _update_rows(
     if not n or weight.is_meta:
         return
     launch = settings_of(weight.device).update
-    block = _rows_per_program(launch, width)
+    block = rows_per_program(launch, width)
     _kernels().update_rows_kernel[(-(-n // block),)](
         gradient,
         weight,
@@ -394,7 +410,7 @@ def _update_rows(
         math.log(beta1) if beta1 else -math.inf,
         math.log(beta2) if beta2 else -math.inf,
         D=width,
-        BLOCK_D=_columns(width),
+        BLOCK_D=columns_of_program(width),
         BLOCK_N=block,
         IS_ADAMW=is_adamw,
         HAS_MOMENTUM=bool(averages),

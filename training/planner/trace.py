@@ -172,7 +172,7 @@ class OperationLog(TorchDispatchMode):
             moved = named
             if name in _OVERWRITES:
                 moved -= _size(args[0])
-            elif not made:
+            elif not made and name not in _PUTS:
                 moved += sum(map(_size, _written(func, given)))
             else:
                 moved -= sum(map(_size, _tensors(kwargs.get("out"))))
