@@ -97,6 +97,7 @@ def run_steps(
             x = x.float().to(head.work_dtype).requires_grad_(True)
             loss = head(x, labels, None if deferred or passes > 1 else 0.1)
             loss.backward()
+            assert x.grad is not None
             seen += [loss.detach(), x.grad]
         head.step(0.1)
     assert head.row_optimizer is not None
@@ -212,12 +213,13 @@ def errors_in_bf16() -> tuple[float, float]:
                     torch.nn.functional.normalize(e), torch.nn.functional.normalize(w)
                 )
             loss = torch.nn.functional.cross_entropy(margin.logits(cosine.float(), labels), labels)
-            parts = (e, w)
         else:
-            parts = tuple(part.detach().double().requires_grad_(True) for part in (e, w))
-            loss = dense_loss(margin, parts[0], labels, parts[1])
+            e, w = (part.detach().double().requires_grad_(True) for part in (e, w))
+            loss = dense_loss(margin, e, labels, w)
         loss.backward()
-        return [loss.detach().double(), *(part.grad.double() for part in parts)]
+        assert e.grad is not None
+        assert w.grad is not None
+        return [loss.detach().double(), e.grad.double(), w.grad.double()]
 
     rule = SGDRows(momentum=0.0, weight_decay=0.0)
     head = PartialFC(

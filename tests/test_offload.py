@@ -45,7 +45,7 @@ def update(centers: OffloadedCenters) -> Tensor:
     """Update all rows of a step, flush, and return what they are now."""
     count = centers.num_rows
     current = centers.read(0, count)
-    centers.update(0, count, current, torch.ones(count, 4), None, 0.1, None)
+    centers.update(0, count, current, torch.ones(count, 4), 0.1, None)
     centers.flush()
     return centers.weight.clone()
 
@@ -77,7 +77,7 @@ def test_an_abandoned_step_changes_nothing(uses_staging):
     rows = torch.arange(20)
     abandoned = OffloadedCenters(host, rows)
     count = abandoned.num_rows  # updated in part, and never flushed
-    abandoned.update(0, count, abandoned.read(0, count), torch.ones(count, 4), None, 0.1, None)
+    abandoned.update(0, count, abandoned.read(0, count), torch.ones(count, 4), 0.1, None)
     assert torch.equal(host.weight, start)
     assert torch.equal(OffloadedCenters(host, rows).read(0, 20), start[:20])
 

@@ -85,10 +85,16 @@ class ClassCenters:
             bad: Boolean scalar on the device. Where it is True, nothing is updated.
         """
         assert self.rule is not None
-        rows, copy = self._in_shard(start, stop), current if self.reads_copies else None
-        step, options = (rows, learning_rate, bad), {"state": self.state, "current": copy}
-        numbers = self.numbers(start, stop)
-        self.rule.update_rows(self.weight, gradient, *step, **options, numbers=numbers)
+        self.rule.update_rows(
+            self.weight,
+            gradient,
+            self._in_shard(start, stop),
+            learning_rate,
+            bad,
+            state=self.state,
+            current=current if self.reads_copies else None,
+            numbers=self.numbers(start, stop),
+        )
 
     def normalized(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns normalized rows [stop - start, D] and their norms [stop - start], by a kernel."""
@@ -117,18 +123,25 @@ class ClassCenters:
             normalizes: Whether the gradient goes through the normalization.
         """
         assert self.rule is not None
-        rows, weight, first = self._in_shard(start, stop), self.weight.detach(), self.rule.first_row
+        rows, weight, numbers = self._in_shard(start, stop), self.weight.detach(), None
         state = self.rule.state(self.weight) if self.state is None else self.state
-        numbers = self.numbers(start, stop)
-        picked: Tensor | None = None
+        first_row = self.rule.first_row
         if isinstance(rows, slice):
-            first += start if numbers is None else 0
             weight, state = weight[rows], {name: part[rows] for name, part in state.items()}
-        else:
-            picked = rows
-        options = {"rows": picked, "numbers": numbers, "normalizes": normalizes}
-        step = gradient, learning_rate, bad
-        kernels.update_rows(self.rule, weight, *step, state=state, first_row=first, **options)
+            numbers = self.numbers(start, stop)
+            first_row += start if numbers is None else 0
+        kernels.update_rows(
+            self.rule,
+            weight,
+            gradient,
+            learning_rate,
+            bad,
+            state=state,
+            rows=None if isinstance(rows, slice) else rows,
+            numbers=numbers,
+            first_row=first_row,
+            normalizes=normalizes,
+        )
 
     def update_bias(
         self, start: int, stop: int, gradient: Tensor, learning_rate: float, bad: Tensor | None

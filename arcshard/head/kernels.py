@@ -177,7 +177,7 @@ def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
         _LIBRARY.define(schema)
         name = schema.split("(")[0]
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.arcshard, name).default  # type: ignore[no-any-return]
+        return getattr(torch.ops.arcshard, name).default
 
     return register
 

@@ -85,7 +85,7 @@ _TAKES_SHAPE = frozenset(
 )
 
 
-@register_flop_formula(torch.ops.arcshard.softmax_numerators)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.arcshard.softmax_numerators)
 def _numerators_flops(unit: Any, operand: Any, *_: Any, **__: Any) -> int:
     """Count the floating-point operations of the product, from the shapes of its operands."""
     return 2 * unit[0] * unit[1] * operand[0]
