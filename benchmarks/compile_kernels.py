@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arcshard.head.kernels import SETTINGS, LaunchSettings, columns_of_program, rows_per_program
+from arcshard.head.kernels import SETTINGS, LaunchSettings, columns_of_program, launch_of, tile_of
 
 WIDTH = 512
 COMPILED = ((8, 0), (9, 0))  # 12.0 has the settings of 8.0
@@ -70,26 +70,26 @@ class Kernel(NamedTuple):
 
 def kernels_of(settings: LaunchSettings) -> Iterator[Kernel]:
     """Returns all kernels that a head of D = 512 launches with these settings."""
-    tile, width = settings.tile, {"D": WIDTH, "BLOCK_D": columns_of_program(WIDTH)}
+    width = {"D": WIDTH, "BLOCK_D": columns_of_program(WIDTH)}
     for dtype in ("fp32", "bf16"):
         for has_rows in (False, True):
-            launch = settings.normalize
-            block = rows_per_program(launch, WIDTH)
-            constants = {**width, "BLOCK_N": block, "HAS_ROWS": has_rows}
+            launch = launch_of(settings.normalize, WIDTH)
+            constants = {**width, "BLOCK_N": launch.n, "HAS_ROWS": has_rows}
             words = f"{dtype}{', sampled' if has_rows else ''}"
             yield Kernel("normalize_rows_kernel", words, constants, dtype, launch.warps)
     for has_sums in (True, False):
-        for is_aligned in (True, False):
+        for batch in (1024, 1001):
+            tile, has_tma = tile_of(settings, batch, WIDTH)
             constants = {"D": WIDTH, "BLOCK_N": tile.n, "BLOCK_B": tile.b, "BLOCK_D": tile.d}
-            constants |= {"HAS_AT_TARGET": not has_sums, "HAS_SUMS": has_sums}
-            words = f"{'forward' if has_sums else 'backward'}{'' if is_aligned else ', odd B'}"
-            launched = (tile.warps, tile.stages, is_aligned)
+            constants |= {"HAS_AT_TARGET": not has_sums, "HAS_SUMS": has_sums, "HAS_TMA": has_tma}
+            words = f"{'forward' if has_sums else 'backward'}, B = {batch}"
+            launched = (tile.warps, tile.stages, batch % 16 == 0)
             yield Kernel("softmax_numerators_kernel", words, constants, "bf16", *launched)
     yield Kernel("fill_targets_kernel", "", {"BLOCK_B": 256})
     for is_adamw in (False, True):
         for dtype in ("fp32", "bf16"):
-            launch = settings.update
-            constants = {**width, "BLOCK_N": rows_per_program(launch, WIDTH)}
+            launch = launch_of(settings.update, WIDTH)
+            constants = {**width, "BLOCK_N": launch.n}
             constants |= {"IS_ADAMW": is_adamw, "HAS_MOMENTUM": True, "NORMALIZES": True}
             constants |= {"HAS_ROWS": True, "HAS_NUMBERS": False, "HAS_VETO": True}
             constants |= dict.fromkeys(("ROUNDS_WEIGHT", "ROUNDS_STATE"), dtype == "bf16")
@@ -106,9 +106,16 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> dict[str, Any
     from arcshard.head import triton_kernels
 
     function = getattr(triton_kernels, kernel.name)
-    of_centers = dict.fromkeys(("weight", "first", "second"), f"*{kernel.dtype}")
+    types = TYPES | dict.fromkeys(("weight", "first", "second"), f"*{kernel.dtype}")
+    constants = dict(kernel.constants)
+    if "HAS_TMA" in constants:
+        constants["DTYPE"] = triton.language.bfloat16
+        if constants["HAS_TMA"]:
+            n, b, d = (constants[f"BLOCK_{name}"] for name in "NBD")
+            for name, block in (("unit", (b, d)), ("operand", (n, d)), ("numerators", (n, b))):
+                types[name] = f"tensordesc<bf16[{block[0]}, {block[1]}]>"
     signature = {
-        name: "constexpr" if name in kernel.constants else {**TYPES, **of_centers}.get(name, "fp32")
+        name: "constexpr" if name in constants else types.get(name, "fp32")
         for name in function.arg_names
     }
     aligned = {
@@ -117,7 +124,7 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> dict[str, Any
         if signature[name].startswith("*") or (name == "batch" and kernel.batch_is_aligned)
     }
     compiled = triton.compile(
-        ASTSource(function, signature, constexprs=kernel.constants, attrs=aligned),
+        ASTSource(function, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
         options={"num_warps": kernel.warps, "num_stages": kernel.stages},
     )

@@ -49,8 +49,8 @@ class Rows(NamedTuple):
     """Launch settings of a kernel that visits rows of centers.
 
     Attributes:
-        n: Rows of a program, at D <= 512.
-        warps: Warps of a program.
+        n: Rows of a program, at D <= 512; fewer of longer rows.
+        warps: Warps of a program, at D <= 512; more for longer rows.
     """
 
     n: int
@@ -62,26 +62,31 @@ class LaunchSettings(NamedTuple):
 
     Attributes:
         tile: Of the logits.
+        tma_tile: Of the logits where the tensor memory accelerator can move the tiles: B and D are
+            multiples of 8. None on a GPU without it.
         normalize: Of the normalized copies.
         update: Of the update.
     """
 
     tile: Tile
+    tma_tile: Tile | None
     normalize: Rows
     update: Rows
 
 
-# 48 KiB of shared memory, of which consumer GPUs have 99. Never timed.
-_EVERYWHERE = LaunchSettings(Tile(128, 128, 32, 8, 3), Rows(4, 4), Rows(1, 4))
+# The tiles need 32 KiB of shared memory, of which consumer GPUs have 99. Never timed.
+_EVERYWHERE = LaunchSettings(Tile(128, 128, 32, 8, 3), None, Rows(4, 4), Rows(1, 1))
 # By compute capability; a GPU takes the settings of the highest one that is not above its own.
-# Those of 9.0 are the fastest that `benchmarks.gpu_bench` tried on an H100.
+# Those of 9.0 were the fastest of some 40 on an H100; `benchmarks.gpu_bench` measures some again.
 SETTINGS = {
     (8, 0): _EVERYWHERE,
-    (9, 0): LaunchSettings(Tile(128, 128, 64, 4, 3), Rows(4, 4), Rows(1, 4)),
+    (9, 0): LaunchSettings(
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 2), Rows(4, 4), Rows(1, 1)
+    ),
     (12, 0): _EVERYWHERE,
 }
 # Of the interpreter, for tests.
-SMALL = LaunchSettings(Tile(32, 16, 16, 4, 1), Rows(16, 4), Rows(16, 4))
+SMALL = LaunchSettings(Tile(32, 16, 16, 4, 1), Tile(64, 32, 32, 4, 1), Rows(16, 4), Rows(16, 4))
 
 
 def is_interpreted() -> bool:
@@ -89,6 +94,7 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+@cache
 def settings_of(device: torch.device) -> LaunchSettings:
     """Returns the launch settings for a device."""
     if device.type == "cpu":
@@ -202,9 +208,17 @@ def columns_of_program(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def rows_per_program(settings: Rows, width: int) -> int:
-    """Returns the rows of a program, fewer where a row of D numbers is longer than 512."""
-    return max(1, settings.n * 512 // max(512, columns_of_program(width)))
+def launch_of(settings: Rows, width: int) -> Rows:
+    """Returns the launch settings for rows of D numbers: a program has registers for so many."""
+    times = max(1, columns_of_program(width) // 512)
+    return Rows(max(1, settings.n // times), min(16, settings.warps * times))
+
+
+def tile_of(settings: LaunchSettings, batch: int, width: int) -> tuple[Tile, bool]:
+    """Returns the tile of the logits, and whether the tensor memory accelerator moves it."""
+    if settings.tma_tile is not None and batch % 8 == 0 and width % 8 == 0:
+        return settings.tma_tile, True
+    return settings.tile, False
 
 
 @_operation("normalize_rows(Tensor weight, Tensor? rows, ScalarType dtype) -> (Tensor, Tensor)")
@@ -222,9 +236,8 @@ def normalize_rows(
     operand = weight.new_empty(n, width, dtype=_written(dtype, weight))
     norm = weight.new_empty(n, dtype=torch.float32)
     if n and not weight.is_meta:
-        launch = settings_of(weight.device).normalize
-        block = rows_per_program(launch, width)
-        _kernels().normalize_rows_kernel[(-(-n // block),)](
+        launch = launch_of(settings_of(weight.device).normalize, width)
+        _kernels().normalize_rows_kernel[(-(-n // launch.n),)](
             weight,
             weight if rows is None else rows,
             operand,
@@ -233,7 +246,7 @@ def normalize_rows(
             NORM_FLOOR,
             D=width,
             BLOCK_D=columns_of_program(width),
-            BLOCK_N=block,
+            BLOCK_N=launch.n,
             HAS_ROWS=rows is not None,
             num_warps=launch.warps,
         )
@@ -267,18 +280,25 @@ def softmax_numerators(
         tile of classes; no tiles if they are not wanted).
     """
     (batch, width), n = unit.shape, len(operand)
-    tile = settings_of(unit.device).tile
+    tile, has_tma = tile_of(settings_of(unit.device), batch, width)
     tiles, dtype = -(-n // tile.n), unit.dtype
     unit, operand = (part.to(_written(dtype, part)) for part in (unit, operand))
     numerators = unit.new_empty(n, batch)
     totals = unit.new_empty(tiles if sums else 0, batch, dtype=torch.float32)
     if n and batch and not unit.is_meta:
-        _kernels().softmax_numerators_kernel[(tiles * -(-batch // tile.b),)](
-            unit,
-            operand,
+        found = _kernels()
+        described = [unit, operand, numerators]
+        if has_tma:
+            blocks = ([tile.b, tile.d], [tile.n, tile.d], [tile.n, tile.b])
+            described = [
+                found.TensorDescriptor.from_tensor(part, block)
+                for part, block in zip(described, blocks, strict=True)
+            ]
+        found.softmax_numerators_kernel[(tiles * -(-batch // tile.b),)](
+            *described[:2],
             column,
             unit if at_target is None else at_target,
-            numerators,
+            described[2],
             totals if sums else unit,
             batch,
             n,
@@ -287,8 +307,10 @@ def softmax_numerators(
             BLOCK_N=tile.n,
             BLOCK_B=tile.b,
             BLOCK_D=tile.d,
+            HAS_TMA=has_tma,
             HAS_AT_TARGET=at_target is not None,
             HAS_SUMS=sums,
+            DTYPE=found.TYPES[numerators.dtype],
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -387,9 +409,8 @@ def _update_rows(
     averages = [part for part in state if part.dim() == 2]
     if not n or weight.is_meta:
         return
-    launch = settings_of(weight.device).update
-    block = rows_per_program(launch, width)
-    _kernels().update_rows_kernel[(-(-n // block),)](
+    launch = launch_of(settings_of(weight.device).update, width)
+    _kernels().update_rows_kernel[(-(-n // launch.n),)](
         gradient,
         weight,
         averages[0] if averages else weight,
@@ -411,7 +432,7 @@ def _update_rows(
         math.log(beta2) if beta2 else -math.inf,
         D=width,
         BLOCK_D=columns_of_program(width),
-        BLOCK_N=block,
+        BLOCK_N=launch.n,
         IS_ADAMW=is_adamw,
         HAS_MOMENTUM=bool(averages),
         NORMALIZES=normalizes,

@@ -9,8 +9,12 @@ the same bits. Offsets into a matrix are 64-bit, also where a block has more tha
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401  # for the launches
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -42,11 +46,11 @@ def normalize_rows_kernel(
 
 @triton.jit(do_not_specialize=["n", "start"])
 def softmax_numerators_kernel(
-    unit,  # [B, D] embeddings times s
-    operand,  # [n, D] normalized centers
+    unit,  # [B, D] embeddings times s: a pointer, or a tensor descriptor where HAS_TMA
+    operand,  # [n, D] normalized centers: likewise
     column,  # [B] int64 target among the classes of the step
     at_target,  # [B], or not read
-    numerators,  # [n, B], written
+    numerators,  # [n, B], written: likewise
     sums,  # [tiles of n, B] fp32, written where HAS_SUMS
     batch,
     n,
@@ -55,39 +59,58 @@ def softmax_numerators_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_TMA: tl.constexpr,
     HAS_AT_TARGET: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Writes exp(W E^T), with `at_target` or 0 at the targets, and sums over a tile's classes."""
     tiles = tl.cdiv(batch, BLOCK_B)
     # Tiles of the same classes follow each other, so that their centers are in the cache.
     tile, tile_b = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    first = tile.to(tl.int64) * BLOCK_N
-    j = tl.arange(0, BLOCK_N)  # classes from the first of the tile
-    i = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    in_block, in_batch = j < n - first, i < batch
-    z = tl.zeros((BLOCK_N, BLOCK_B), dtype=tl.float32)
+    first, first_b = tile * BLOCK_N, tile_b * BLOCK_B
+    i = first_b + tl.arange(0, BLOCK_B)
+    in_batch = i < batch
+    target = tl.load(column + i, mask=in_batch, other=-1) - (start + first)
+    is_here = (target >= 0) & (target < BLOCK_N) & in_batch
+    target = tl.where(is_here, target, -1).to(tl.int32)
+    # E W^T rather than W E^T: a row's sum is then within few threads. The tile is turned as it is
+    # stored.
+    z = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
-        k = d + tl.arange(0, BLOCK_D)
-        w_mask, e_mask = in_block[:, None], in_batch[:, None]
-        if D % BLOCK_D != 0:
-            w_mask, e_mask = w_mask & (k < D)[None, :], e_mask & (k < D)[None, :]
-        w = tl.load(operand + first * D + (j[:, None] * D + k[None, :]), mask=w_mask, other=0.0)
-        e = tl.load(unit + (i[:, None] * D + k[None, :]), mask=e_mask, other=0.0)
-        z = tl.dot(w, tl.trans(e), z)
+        if HAS_TMA:
+            w = operand.load([first, d])
+            e = unit.load([first_b, d])
+        else:
+            j = tl.arange(0, BLOCK_N)
+            k = d + tl.arange(0, BLOCK_D)
+            w_mask, e_mask = (j < n - first)[:, None], in_batch[:, None]
+            if D % BLOCK_D != 0:
+                w_mask, e_mask = w_mask & (k < D)[None, :], e_mask & (k < D)[None, :]
+            of_tile = operand + first.to(tl.int64) * D
+            w = tl.load(of_tile + (j[:, None] * D + k[None, :]), mask=w_mask, other=0.0)
+            e = tl.load(unit + (i[:, None] * D + k[None, :]), mask=e_mask, other=0.0)
+        z = tl.dot(e, tl.trans(w), z)
+    # This order leaves registers for three programs per multiprocessor on an H100.
+    j = tl.arange(0, BLOCK_N)  # classes from the first of the tile
+    in_block = j < n - first
     p = tl.exp(z)
-    target = tl.load(column + i, mask=in_batch, other=-1) - start - first
-    is_target = j[:, None] == target[None, :]
-    if HAS_AT_TARGET:
-        p = tl.where(is_target, tl.load(at_target + i, mask=in_batch, other=0.0)[None, :], p)
-    else:
-        p = tl.where(is_target, 0.0, p)
-    h = p.to(numerators.dtype.element_ty)
-    place = numerators + first * batch + (j[:, None] * batch + i[None, :])
-    tl.store(place, h, mask=in_block[:, None] & in_batch[None, :])
+    is_target = j[None, :] == target[:, None]
+    is_there = in_block[None, :]
+    if (tl.max(target, axis=0) >= 0) | (first + BLOCK_N > n):  # few tiles
+        at = 0.0
+        if HAS_AT_TARGET:
+            at = tl.load(at_target + i, mask=in_batch, other=0.0).to(tl.float32)[:, None]
+        p = tl.where(is_target, at, tl.where(is_there, p, 0.0))
+    h = p.to(DTYPE)
     if HAS_SUMS:
-        total = tl.sum(tl.where(in_block[:, None], h.to(tl.float32), 0.0), axis=0)
+        total = tl.sum(h.to(tl.float32), axis=1)
         tl.store(sums + tile.to(tl.int64) * batch + i, total, mask=in_batch)
+    if HAS_TMA:
+        numerators.store([first, first_b], tl.trans(h))
+    else:
+        place = numerators + first.to(tl.int64) * batch + (j[:, None] * batch + i[None, :])
+        tl.store(place, tl.trans(h), mask=in_block[:, None] & in_batch[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "start"])
