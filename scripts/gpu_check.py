@@ -87,6 +87,7 @@ HEAD_OPTIONS: tuple[dict[str, Any], ...] = (
 # What the Triton kernels are compared in: batch, and arguments of PartialFC and of its optimizer.
 KERNEL_OPTIONS: tuple[dict[str, Any], ...] = (
     {"batch": 1000, "rule": "sgd"},
+    {"batch": 16, "rule": "sgd", "size": 24},
     {"batch": 33, "rule": "sgd", "size": 100, "deferred": True},
     {"batch": 48, "rule": "adamw", "deferred": True},
     {"batch": 48, "rule": "sgd", "dtype": "bfloat16"},
