@@ -62,7 +62,7 @@ from benchmarks.count_head import (
 )
 from benchmarks.runs import in_a_process
 from tests.reference import DenseHead
-from training.planner.roofline import GPUS, HEAD_LAUNCH_SECONDS
+from training.planner.roofline import GPUS, HEAD_LAUNCH_SECONDS, TRITON_LAUNCH_SECONDS
 from utils.memory import keep_freed_memory
 
 LEARNING_RATE = 0.1
@@ -384,6 +384,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="auto",
         help="of the fused head (default auto)",
     )
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "torch"),
+        default="auto",
+        help="of the fused head: Triton's where they serve, or PyTorch's",
+    )
     parser.add_argument("--count", action="store_true", help="count instead of measuring; no GPU")
     parser.add_argument(
         "--optimizer", choices=("sgd", "adamw"), default="sgd", help="of the fused head's centers"
@@ -411,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("{:22} {:>9} {:>6} {:>6} {:>9} {:>9} {:>8} {:>9} {:>9}".format(*COLUMNS))
     rows: list[dict[str, Any]] = []
     baseline: dict[tuple[Any, ...], float] = {}
-    of_fused = (options.optimizer, options.weight_dtype, options.state_dtype)
+    of_fused = (options.optimizer, options.weight_dtype, options.state_dtype, options.kernels)
     for is_growth, case in [
         *((False, c) for c in cases(options.quick, options.device, memory_gib)),
         *((True, c) for c in growth_cases(options.quick, memory_gib)),
@@ -422,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if case.head == "fused":
             case = Case(*case[:4], *of_fused)
         result = in_a_process(measure, case, options.device, repeats, options.workspace_mib)
-        key = case[1:]  # another optimizer or dtype has no row of the dense head to compare with
+        key = case[1:7]  # another optimizer or dtype has no row of the dense head to compare with
         if case.head == BASELINE:
             baseline[key] = result.step
         ratio = result.step / baseline[key] if key in baseline else None
@@ -442,6 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "sample_rate": case.sample_rate,
                     "growth": is_growth,
                     "optimizer": case.optimizer,
+                    "kernels": case.kernels,
                     "weight_dtype": case.weight_dtype,
                     "state_dtype": case.state_dtype,
                 },
@@ -507,6 +514,7 @@ def report_counts(options: argparse.Namespace) -> int:
                         options.weight_dtype,
                         options.state_dtype,
                         peaks,
+                        "torch" if options.kernels == "torch" else "triton",
                     )
                     rows.append(row)
                     if options.json:
@@ -518,7 +526,8 @@ def report_counts(options: argparse.Namespace) -> int:
     share = ", ".join(f"{value:.0%} of {name}" for name, value in REACHED.items())
     print(
         f"Counted on the meta device. Times are predicted, not measured: of the data sheets "
-        f"{share} is assumed, and {1e6 * HEAD_LAUNCH_SECONDS:g} us a launch."
+        f"{share} is assumed, and {1e6 * HEAD_LAUNCH_SECONDS:g} us a launch, "
+        f"{1e6 * TRITON_LAUNCH_SECONDS:g} of a Triton kernel."
     )
     return 0
 

@@ -79,7 +79,7 @@ def kernels_of(settings: LaunchSettings) -> Iterator[Kernel]:
             yield Kernel("normalize_rows_kernel", words, constants, dtype, launch.warps)
     for has_sums in (True, False):
         for batch in (1024, 1001):
-            tile, has_tma = tile_of(settings, batch, WIDTH)
+            tile, has_tma = tile_of(settings, 2**18, batch, WIDTH)
             constants = {"D": WIDTH, "BLOCK_N": tile.n, "BLOCK_B": tile.b, "BLOCK_D": tile.d}
             constants |= {"HAS_AT_TARGET": not has_sums, "HAS_SUMS": has_sums, "HAS_TMA": has_tma}
             words = f"{'forward' if has_sums else 'backward'}, B = {batch}"

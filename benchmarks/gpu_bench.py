@@ -13,7 +13,8 @@ left out.
 
 The sections are, in this order: environment; ceilings (a large product, a copy); check (what
 scripts/gpu_check.py checks; the long ones come after step); head (benchmarks/bench_head.py, against
-the limit of this card); product (a ceiling for each shape of the head's products); step
+the limit of this card); launch (settings of the head's Triton kernels); product (a ceiling for each
+shape of the head's products); step
 (train_v2.py in the plain configuration and in ours); published (img/s and MiB against the number of
 identities, as published for eight V100); dali.
 
@@ -62,7 +63,29 @@ from utils.json_values import without_nan
 from utils.worker import Worker
 
 ROWS, REPORT, TRACE = "rows.jsonl", "report.md", "trace.json.gz"
-SECTIONS = ("environment", "ceilings", "check", "head", "product", "step", "published", "dali")
+SECTIONS = (
+    "environment",
+    "ceilings",
+    "check",
+    "head",
+    "launch",
+    "product",
+    "step",
+    "published",
+    "dali",
+)
+# Launch settings of the head's kernels that are tried (arcshard/head/kernels.py has the chosen).
+TILES = (
+    ((128, 128, 64, 4, 2), True),
+    ((128, 128, 64, 4, 3), True),
+    ((128, 128, 64, 8, 3), True),
+    ((256, 128, 64, 8, 3), True),
+    ((128, 128, 64, 8, 3), False),
+    ((128, 128, 64, 4, 3), False),
+    ((128, 128, 32, 8, 4), False),
+    ((128, 128, 32, 8, 3), False),
+)
+ROWS_PER_PROGRAM = ((1, 1), (1, 4), (2, 2), (4, 4))
 LEAST_SECONDS = 2.0  # nothing starts later than this before the end
 SMOKE_MINUTES = 1  # up to here only the head is measured, at small size
 CHECK_SHARE = 0.25  # of the time, for checks that come before everything else
@@ -281,6 +304,30 @@ def head_tasks(
     ]
 
 
+def launch_tasks(missing: str) -> list[Task]:
+    """Returns rows of the launch settings of the head's kernels."""
+    tried: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+        ("logits", tile, {"tma": tma}) for tile, tma in TILES
+    ]
+    for dtype in ("fp32", "bf16"):
+        tried += [("normalize", rows, {"dtype": dtype}) for rows in ROWS_PER_PROGRAM]
+        for optimizer in ("sgd", "adamw"):
+            options = {"dtype": dtype, "optimizer": optimizer}
+            tried += [("update", rows, options) for rows in ROWS_PER_PROGRAM]
+    return [
+        Task(
+            "launch",
+            kernel,
+            {"settings": "x".join(map(str, settings)), **options},
+            gpu_rows.launch,
+            (kernel, settings, options),
+            expected=2,
+            missing=missing,
+        )
+        for kernel, settings, options in tried
+    ]
+
+
 def product_tasks(device: str, is_rehearsal: bool) -> list[Task]:
     """Returns rows of the products of blocks of several sizes at B = 1024."""
     batch, sizes = (16, (256,)) if is_rehearsal else (1024, (32_768, 125_000))
@@ -439,6 +486,8 @@ def measure(bench: Bench, device: str, sections: Sequence[str], is_rehearsal: bo
     if is_quick:
         return
     tasks: list[Task] = []
+    if "launch" in sections:
+        tasks += launch_tasks("a GPU is needed" if is_rehearsal else triton_problem() or "")
     if "product" in sections:
         tasks += product_tasks(device, is_rehearsal)
     if "step" in sections:

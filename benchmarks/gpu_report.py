@@ -18,6 +18,11 @@ def report(rows: Sequence[Row]) -> str:
     for section, heading, columns in (
         ("ceilings", "What this card reaches", CEILINGS),
         ("head", "Head: forward, backward and update", HEAD),
+        (
+            "launch",
+            "Launch settings of the head's kernels, 131,072 centers of 512, B = 1024",
+            LAUNCH,
+        ),
         ("step", "Whole step: train_v2.py on generated images", TRAINING),
         ("published", "Identities on this one GPU", TRAINING),
         ("dali", "Records decoded by DALI", TRAINING),
@@ -48,6 +53,8 @@ NAMED = {
     "optimizer": "{}",
     "workspace_mib": "workspace {}",
     "kernels": "kernels {}",
+    "settings": "{}",
+    "dtype": "{}",
 }
 # Section: (baseline's name, figure to compare at the same settings, whether smaller is better).
 RATIOS = {"head": ("dense", "step_ms", True), "step": ("plain", "samples_per_second", False)}
@@ -81,6 +88,16 @@ HEAD = (
     ("peak beside centers and state, MiB allocated", "peak_mib", ",.0f"),
     ("launches, counted", "launches_counted", ",d"),
     ("GB moved, counted", "gigabytes_moved_counted", ".1f"),
+)
+LAUNCH = (
+    ("kernel", "name", ""),
+    ("settings", "settings", ""),
+    ("TMA", "tma", ""),
+    ("optimizer", "optimizer", ""),
+    ("centers", "dtype", ""),
+    ("ms", "ms", ".4f"),
+    ("TFLOP/s", "tflops", ".4g"),
+    ("GB/s", "gigabytes_per_second", ",.0f"),
 )
 TRAINING = (
     ("configuration", "name", ""),

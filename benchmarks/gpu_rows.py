@@ -8,19 +8,24 @@ PyTorch is imported by the row that needs it.
 from __future__ import annotations
 
 import gc
+import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.nn import functional
 
+from arcshard.head import kernels
 from arcshard.head.kernels import KernelMode
+from arcshard.head.row_optimizer import AdamWRows, SGDRows
 from arcshard.head.workspace import choose_workspace, memory_bytes_of
 from benchmarks.bench_head import Case, held_mib, median_seconds, time_step
-from benchmarks.count_head import WIDTH, Peaks, count, limit_seconds
+from benchmarks.count_head import DTYPES, WIDTH, Peaks, count, limit_seconds
 from benchmarks.runs import run_training
 from utils.files import write_whole
 
@@ -88,19 +93,76 @@ def head(
         found |= {"limit_ms": 1e3 * limit, "share_of_limit": limit / seconds}
     if one.head == "fused":
         workspace = choose_workspace(workspace_mib, device, memory_bytes_of(torch.device(device)))
-        kernels: KernelMode = "torch" if one.kernels == "torch" else "triton"
+        mode: KernelMode = "torch" if one.kernels == "torch" else "triton"
         counted = count(
             one.num_classes,
             one.batch,
             one.sample_rate,
             workspace.budget_bytes / 2**20,
             *one[4:7],
-            kernels=kernels,
+            kernels=mode,
         )
         for key in ("launches", "gigabytes_moved", "products"):
             found[f"{key}_counted"] = counted[key]
         found["blocks"] = counted["blocks"]
     return found
+
+
+def launch(kernel: str, settings: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Measures a kernel of the head with launch settings, on a block of 131,072 centers.
+
+    Args:
+        kernel: "logits", "normalize" or "update".
+        settings: Fields of a `Tile`, or of `Rows`.
+        options: tma (of the logits); dtype of the centers, "fp32" or "bf16"; optimizer.
+
+    Returns:
+        Milliseconds, and TFLOP/s of the product or GB/s read and written.
+    """
+    _clean("cuda")
+    n, batch = 131_072, 1024
+    drawn: dict[str, Any] = {"device": "cuda"}
+    chosen = kernels.settings_of(torch.device("cuda:0"))
+    if kernel == "logits":
+        tile = kernels.Tile(*settings)
+        chosen = chosen._replace(tile=tile, tma_tile=tile if options["tma"] else None)
+    else:
+        rows = kernels.Rows(*settings)
+        chosen = chosen._replace(normalize=rows, update=rows)
+    dtype = DTYPES[options.get("dtype", "fp32")]
+    weight = torch.randn(n, WIDTH, **drawn).to(dtype)
+    if kernel == "logits":
+        operand, _ = kernels.normalize_rows(weight, None, torch.bfloat16)
+        unit = (64 * functional.normalize(torch.randn(batch, WIDTH, **drawn))).bfloat16()
+        column = torch.arange(batch, **drawn)
+        run = partial(kernels.softmax_numerators, unit, operand, column, 0, None, True)
+    elif kernel == "normalize":
+        run = partial(kernels.normalize_rows, weight, None, torch.bfloat16)
+        moved = n * WIDTH * (dtype.itemsize + 2)
+    else:
+        state_dtype = torch.bfloat16 if dtype == torch.bfloat16 else None
+        is_sgd = options["optimizer"] == "sgd"
+        rule = SGDRows(state_dtype=state_dtype) if is_sgd else AdamWRows(state_dtype=state_dtype)
+        gradient, bad = torch.randn(n, WIDTH, **drawn), torch.zeros((), dtype=torch.bool, **drawn)
+        run = partial(kernels.update_rows, rule, weight, gradient, 0.0, bad)
+        moved = n * WIDTH * (4 + (4 if is_sgd else 6) * dtype.itemsize)
+    with mock.patch.object(kernels, "settings_of", return_value=chosen):
+        seconds = _device_seconds(run)
+    if kernel == "logits":
+        return {"ms": 1e3 * seconds, "tflops": 2 * n * batch * WIDTH / seconds / 1e12}
+    return {"ms": 1e3 * seconds, "gigabytes_per_second": moved / seconds / 1e9}
+
+
+def _device_seconds(run: Callable[[], object], repeats: int = 20) -> float:
+    """Returns the median of the device's time for a call, after a warm-up."""
+    run()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in pairs:
+        before.record()
+        run()
+        after.record()
+    torch.cuda.synchronize()
+    return 1e-3 * statistics.median(before.elapsed_time(after) for before, after in pairs)
 
 
 def products(device: str, batch: int, rows: int) -> dict[str, Any]:

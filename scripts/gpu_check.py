@@ -87,7 +87,7 @@ HEAD_OPTIONS: tuple[dict[str, Any], ...] = (
 # What the Triton kernels are compared in: batch, and arguments of PartialFC and of its optimizer.
 KERNEL_OPTIONS: tuple[dict[str, Any], ...] = (
     {"batch": 1000, "rule": "sgd"},
-    {"batch": 16, "rule": "sgd", "size": 24},
+    {"batch": 1000, "rule": "sgd", "size": 24, "num_classes": 40_001, "workspace_mib": 1024},
     {"batch": 33, "rule": "sgd", "size": 100, "deferred": True},
     {"batch": 48, "rule": "adamw", "deferred": True},
     {"batch": 48, "rule": "sgd", "dtype": "bfloat16"},
@@ -240,11 +240,10 @@ def kernels_equal_torch(
             else SGDRows(state_dtype=state),
             device=where,
             batch_size_per_rank=batch,
-            workspace_mib=8,
             half=torch.bfloat16,
             dtype=getattr(torch, dtype),
             kernels=kernels,  # type: ignore[arg-type]
-            **options,
+            **{"workspace_mib": 8, **options},
         )
         assert head.has_kernels == (kernels == "triton" and where != "cpu"), head.describe_kernels()
         seen = []

@@ -35,7 +35,7 @@ EIGHTY_GB = choose_workspace("auto", "cuda", int(79.6 * GIB)).budget_bytes / 2**
 def test_a_step_starts_and_moves_no_more_than_was_counted(
     classes, workspace_mib, optimizer, launches, gigabytes
 ):
-    row = count(classes, 1024, 1.0, workspace_mib, optimizer)
+    row = count(classes, 1024, 1.0, workspace_mib, optimizer, kernels="torch")
     assert row["launches"] <= launches
     assert row["gigabytes"] <= gigabytes
     assert row["launches_around"] <= 80
@@ -45,7 +45,7 @@ def test_a_step_starts_and_moves_no_more_than_was_counted(
 
 def test_a_step_with_bf16_products_makes_only_the_passes_that_it_needs():
     """Passes over the centers [C, D] and over the logits [B, C], in bytes of a number."""
-    row = count(2_000_000, 1024, 1.0, EIGHTY_GB)
+    row = count(2_000_000, 1024, 1.0, EIGHTY_GB, kernels="torch")
     # Forward: norms (4), the operand (4 + 2), its product (2). Backward: the operand (4 + 2), two
     # products (2 + 4), the projection (4 + 4 + 4), SGD (5 x 4).
     of_centers = 4 + 6 + 2 + 6 + 6 + 12 + 20
@@ -57,14 +57,14 @@ def test_a_step_with_bf16_products_makes_only_the_passes_that_it_needs():
 
 
 def test_one_more_pass_over_the_logits_is_found(monkeypatch):
-    before = count(2_000_000, 1024, 1.0, 4096)
+    before = count(2_000_000, 1024, 1.0, 4096, kernels="torch")
     real = fused.exponentials_of_small_logits
 
     def slower(z, *arguments):
         return real(z.mul_(1.0), *arguments)
 
     monkeypatch.setattr(fused, "exponentials_of_small_logits", slower)
-    after = count(2_000_000, 1024, 1.0, 4096)
+    after = count(2_000_000, 1024, 1.0, 4096, kernels="torch")
     assert before["kept_share"] < 1
     visits = before["blocks"] * (2 - before["kept_share"])
     assert after["launches"] - before["launches"] == round(visits)
@@ -148,7 +148,8 @@ def test_blocks_of_a_sample_that_the_batch_makes_large_are_counted_one_by_one(
     ids=lambda margin: type(margin).__name__,
 )
 @pytest.mark.parametrize("rate", [1.0, 0.1, 0.001])  # the last: fewer classes than the batch
-def test_every_loss_can_be_counted(margin, rate):
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_every_loss_can_be_counted(margin, rate, kernels):
     rule: RowOptimizer = SGDRows()
     head = PartialFC(
         margin,
@@ -159,12 +160,16 @@ def test_every_loss_can_be_counted(margin, rate):
         batch_size_per_rank=32,
         device="meta",
         half=torch.bfloat16,
+        kernels=kernels,
     )
     operations = trace_head_step(head)
     assert {op.dtype for op in operations if op.flops > 2 * 32 * 64} == {torch.bfloat16}
     names = [op.name for op in operations]
-    assert names.count("mm") == 4  # the fourth is of the batch's mean cosine
-    assert "_fused_sgd_" in names
+    logits = "arcshard::softmax_numerators"
+    has_kernel = kernels == "triton" and not margin.touches_others
+    assert names.count(logits) == has_kernel
+    assert names.count("mm") == 4 - has_kernel  # the last is of the batch's mean cosine
+    assert ("arcshard::update_rows_" if kernels == "triton" else "_fused_sgd_") in names
     assert not {"view", "t", "empty", "slice", "detach", "expand"} & set(names)
 
 

@@ -45,7 +45,7 @@ def test_a_rehearsal_runs_the_code_of_all_checks(tmp_path: Path) -> None:
     said = [line for line in run.stdout.splitlines() if line and not line.startswith("check  ")]
     assert all("rehearsal" in line for line in said)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 32
+    assert len(rows) == 41
     assert rows[-1]["result"] == "left out: rehearsed with --rehearse-compile only"
     assert {row["result"] for row in rows[:-1]} == {"passed"}
     assert rows[0]["name"] == "rehearsal of head: ArcFace, SGD, fp32"
@@ -120,7 +120,7 @@ def test_the_compiled_step_is_left_out_by_reason() -> None:
     compiled = all_checks("cuda:0", "no Python.h")[-1]
     assert (compiled.seconds, compiled.left_out) == (300, "no Python.h")
     assert all_checks("cuda:0")[-1].left_out == ""
-    assert len({check.name for check in all_checks("cuda:0")}) == 35
+    assert len({check.name for check in all_checks("cuda:0")}) == 44
 
 
 def test_without_a_gpu_it_says_so(

@@ -534,6 +534,8 @@ def test_settings_follow_the_capability(monkeypatch):
         ((12, 1), (12, 0)),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=found: c)
+        kernels.settings_of.cache_clear()
         assert kernels.settings_of(torch.device("cuda:0")) == kernels.SETTINGS[wanted]
+    kernels.settings_of.cache_clear()
     assert kernels.settings_of(torch.device("meta")) == kernels.SETTINGS[9, 0]
     assert kernels.settings_of(torch.device("cpu")) == kernels.SMALL

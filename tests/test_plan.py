@@ -29,6 +29,7 @@ from training.planner.roofline import (
     HEAD_LAUNCH_SECONDS,
     LAUNCH_SECONDS,
     SHARE_OF_PEAK,
+    TRITON_LAUNCH_SECONDS,
     Links,
     collective_seconds,
     head_seconds,
@@ -409,19 +410,29 @@ def test_the_heads_time_grows_where_numerators_are_made_again():
     product = 2 * 1024 * 512 * 100_000 / (SHARE_OF_PEAK["cuda"]["products"] * 989.4e12)
     assert kept > 3 * product
     large: dict[str, Any] = {"num_classes": 1_000_000, "head_workspace_mib": 8192}
-    assert seconds(**large, sample_rate=0.1) < 0.3 * seconds(**large)
+    assert seconds(**large, sample_rate=0.1) < 0.5 * seconds(**large)
 
 
 def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
-    """C = 2M, B = 1024, 256 MiB on an H100: 6,208 launches of 21 us are 130 ms."""
+    """C = 2M, B = 1024, 256 MiB on an H100, PyTorch's kernels: 6,208 launches of 21 us."""
     setting = plan.Setting(GPUS["h100"], 1, Links(), 2_000_000, 10_000_000)
     keys = {"num_classes": 2_000_000, "batch_size": 1024, "embedding_size": 512}
-    cfg = small(**{**keys, "head_workspace_mib": 256, "precision": "bf16"})
+    keys |= {"head_workspace_mib": 256, "precision": "bf16", "head_kernels": "torch"}
+    cfg = small(**keys)
     planned = plan.make_plan(cfg, setting)
     assert planned.needs.head.operations is not None
     launches = planned.needs.head.operations().launches
     assert launches == pytest.approx(6_208, rel=0.02)
     assert planned.time.head == pytest.approx(launches * HEAD_LAUNCH_SECONDS)
+    triton = plan.make_plan(dataclasses.replace(cfg, head_kernels="auto"), setting)
+    assert triton.needs.head.operations is not None
+    counted = triton.needs.head.operations()
+    kernels = counted.total(lambda operations: sum(op.is_triton for op in operations))
+    others = counted.launches - kernels
+    assert triton.time.head == pytest.approx(
+        kernels * TRITON_LAUNCH_SECONDS + others * HEAD_LAUNCH_SECONDS
+    )
+    assert triton.time.head < planned.time.head / 2
     automatic = plan.make_plan(dataclasses.replace(cfg, head_workspace_mib="auto"), setting)
     assert automatic.time.head < planned.time.head
     facts = plan.describe_head(automatic.needs, setting.machine)

@@ -62,8 +62,8 @@ class LaunchSettings(NamedTuple):
 
     Attributes:
         tile: Of the logits.
-        tma_tile: Of the logits where the tensor memory accelerator can move the tiles: B and D are
-            multiples of 8. None on a GPU without it.
+        tma_tile: Of the logits where the tensor memory accelerator can move the tiles (B and D are
+            multiples of 8) and the block is large. None on a GPU without it.
         normalize: Of the normalized copies.
         update: Of the update.
     """
@@ -85,6 +85,9 @@ SETTINGS = {
     ),
     (12, 0): _EVERYWHERE,
 }
+# A tensor descriptor makes a launch 25 us longer, as much as it saves of a product of so many
+# numbers (measured on an H100).
+LEAST_TMA_NUMBERS = 2**25
 # Of the interpreter, for tests.
 SMALL = LaunchSettings(Tile(32, 16, 16, 4, 1), Tile(64, 32, 32, 4, 1), Rows(16, 4), Rows(16, 4))
 
@@ -214,9 +217,10 @@ def launch_of(settings: Rows, width: int) -> Rows:
     return Rows(max(1, settings.n // times), min(16, settings.warps * times))
 
 
-def tile_of(settings: LaunchSettings, batch: int, width: int) -> tuple[Tile, bool]:
+def tile_of(settings: LaunchSettings, n: int, batch: int, width: int) -> tuple[Tile, bool]:
     """Returns the tile of the logits, and whether the tensor memory accelerator moves it."""
-    if settings.tma_tile is not None and batch % 8 == 0 and width % 8 == 0:
+    is_large = n * batch >= LEAST_TMA_NUMBERS or settings is SMALL
+    if settings.tma_tile is not None and batch % 8 == width % 8 == 0 and is_large:
         return settings.tma_tile, True
     return settings.tile, False
 
@@ -280,7 +284,7 @@ def softmax_numerators(
         tile of classes; no tiles if they are not wanted).
     """
     (batch, width), n = unit.shape, len(operand)
-    tile, has_tma = tile_of(settings_of(unit.device), batch, width)
+    tile, has_tma = tile_of(settings_of(unit.device), n, batch, width)
     tiles, dtype = -(-n // tile.n), unit.dtype
     unit, operand = (part.to(_written(dtype, part)) for part in (unit, operand))
     numerators = unit.new_empty(n, batch)

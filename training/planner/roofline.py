@@ -9,7 +9,7 @@ the peaks that real kernels reach is assumed (SHARE_OF_PEAK). A measured minute
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,8 +121,9 @@ SHARE_OF_PEAK = {
 }
 # Seconds that Python and the driver need to start an operation: the lower limit of small batches.
 LAUNCH_SECONDS = {"cuda": 8e-6, "cpu": 8e-6}
-# The same for the head, whose loop is in Python: 23,282 operations took 499 ms beside an H100.
-HEAD_LAUNCH_SECONDS = 21e-6
+# The same for the head, whose loop is in Python: 23,282 operations took 499 ms beside an H100. Its
+# Triton kernels took 26 to 80 us.
+HEAD_LAUNCH_SECONDS, TRITON_LAUNCH_SECONDS = 21e-6, 55e-6
 # The all-reduce of the network's gradients can overlap with backward, which takes this fraction of
 # the network's time.
 BACKWARD_SHARE = 2 / 3
@@ -253,7 +254,12 @@ def head_seconds(head: HeadWork, machine: Machine, passes: int) -> float:
 
 def launch_seconds(counted: HeadOperations) -> float:
     """Estimate how long the host takes to start the operations, while a GPU works in parallel."""
-    return counted.launches * HEAD_LAUNCH_SECONDS
+
+    def seconds(operations: Sequence[Operation]) -> float:
+        triton = sum(operation.is_triton for operation in operations)
+        return triton * TRITON_LAUNCH_SECONDS + (len(operations) - triton) * HEAD_LAUNCH_SECONDS
+
+    return counted.total(seconds)
 
 
 def device_seconds(counted: HeadOperations, machine: Machine) -> float:

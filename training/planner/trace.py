@@ -110,6 +110,11 @@ class Operation(NamedTuple):
     dtype: torch.dtype
     named_bytes: int = 0
 
+    @property
+    def is_triton(self) -> bool:
+        """Whether it is a Triton kernel of the head."""
+        return self.name.startswith("arcshard::")
+
 
 @dataclass
 class Trace:
