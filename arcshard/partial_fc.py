@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from arcshard.collectives import gather_labels, sum_over_ranks
 from arcshard.deprecation import renamed_arguments
 from arcshard.head.batch import PAD_LABEL, BatchGatherer, GlobalBatch, mean_pairwise_cosine
-from arcshard.head.block import NORM_FLOOR, without_autocast
+from arcshard.head.block import NORM_FLOOR, is_finite, without_autocast
 from arcshard.head.centers import ClassCenters
 from arcshard.head.fused import FusedMarginSoftmax, update_centers
 from arcshard.head.init import init_centers
@@ -377,6 +377,8 @@ class PartialFC(nn.Module):
             return f"centers and state {size:,.0f} MiB; logits and gradients by autograd"
         told = f"centers and state {size:,.0f} MiB{' in host memory' if self._host else ''}, "
         budget = self.fused.workspace.budget_bytes / 2**20
+        if self.fused.workspace.note:
+            told += f"{self.fused.workspace.note}, "
         if self.batch_size_per_rank is None:
             return told + f"workspace of at most {budget:,.0f} MiB"
         plan = self.planned_blocks()
@@ -504,7 +506,7 @@ class PartialFC(nn.Module):
         norms = torch.linalg.vector_norm(batch.embeddings, dim=1)  # [B]
         # An infinite embedding can have a finite loss without normalization. Finite ones that are
         # so long that their norms overflow would count as zero vectors.
-        veto = batch.has_unknown | ~batch.is_real.any() | ~torch.isfinite(norms.detach()).all()
+        veto = batch.has_unknown | ~batch.is_real.any() | ~is_finite(norms.detach()).all()
         if step.prepared is not None:
             veto = veto | self._is_unprepared(step.prepared, batch.labels)
         unit = batch.embeddings / norms.clamp_min(NORM_FLOOR)[:, None]

@@ -214,6 +214,9 @@ def test_the_automatic_workspace_is_a_share_of_a_gpus_memory_and_256_mib_elsewhe
     assert choose_workspace("auto", "cpu", 80 * GIB).budget_bytes == AUTO_MIB * 2**20
     assert choose_workspace("auto", "xpu").budget_bytes == AUTO_MIB * 2**20
     assert choose_workspace(1024, "cuda", GIB).budget_bytes == GIB
+    too_much = choose_workspace(2048, "cuda", GIB)
+    assert too_much.budget_bytes == GIB // 8
+    assert too_much.note == "2,048 MiB were asked for, the device has 1,024: automatic"
     assert choose_workspace(256, "cpu").work_bytes == 16 * 2**20
     assert memory_bytes_of(torch.device("cpu")) is None
 

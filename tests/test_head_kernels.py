@@ -248,6 +248,24 @@ def test_the_error_in_bf16_is_at_most_twice_that_of_torchs_dense_computation(int
     assert 0 < ours <= 2 * theirs
 
 
+def strided_embeddings() -> float:
+    """Distance between embeddings as columns of a matrix and the same embeddings as its rows."""
+    results = []
+    for is_strided in (True, False):
+        head = make_head("triton", ArcFace(), SGDRows(), 50, 24)
+        x = torch.randn(24, 8, generator=torch.Generator().manual_seed(0)).t()
+        x = (x if is_strided else x.contiguous()).requires_grad_(True)
+        loss = head(x, torch.arange(16)[::2], 0.1)
+        loss.backward()
+        assert x.grad is not None
+        results.append([loss.detach(), x.grad, head.weight.detach()])
+    return distance(*results)
+
+
+def test_embeddings_may_be_strided(interpreter):
+    assert interpreter(strided_embeddings) < 1e-6
+
+
 # --- sampled, sharded and stored elsewhere ---------------------------------------------------
 
 

@@ -36,6 +36,7 @@ from arcshard.head.block import (
     as_operand,
     exponentials,
     exponentials_of_small_logits,
+    is_finite,
     matmul,
     normalization_backward,
     norms_of,
@@ -209,8 +210,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
         blocks = plan.blocks()
         # One slot per block, and one that stands for no class at all.
         row_sum = unit.new_zeros(len(blocks) + 1, batch)
-        row_max = torch.full_like(row_sum, settings.level)
-        row_max[-1] = -math.inf
+        row_max = torch.full_like(row_sum, -math.inf)
         for number, (start, stop) in enumerate(blocks):
             block = _numerators(
                 one, BlockCenters(settings, step.centers, start, stop), row_sum[number]
@@ -220,9 +220,12 @@ class FusedMarginSoftmax(torch.autograd.Function):
             if keeps and stop <= plan.kept_rows:
                 block.centers.release(plan.keeps_copies)
                 kept[start] = block
-        peak = row_max.amax(dim=0)
-        shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
-        total = row_max.sub_(shift).exp_().mul_(row_sum).sum(dim=0)
+        if settings.has_small_logits:
+            peak, total = torch.full_like(row_sum[0], settings.level), row_sum.sum(dim=0)
+        else:
+            peak = row_max.amax(dim=0)
+            shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
+            total = row_max.sub_(shift).exp_().mul_(row_sum).sum(dim=0)
 
         phi, one.slope = margin.target(target.similarity, context)
         z_target = torch.where(target.here, margin.scale * phi, 0.0)
@@ -257,7 +260,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
         wants_embeddings, _, is_trained, *_ = ctx.needs_input_grad
         learning_rate = one.learning_rate if is_trained else None
         with without_autocast(one.operand.device):
-            bad = ~(torch.isfinite(one.loss) & torch.isfinite(gradients[0]))
+            bad = ~(is_finite(one.loss) & is_finite(gradients[0]))
             one.step.skip_if(bad)
             _set_upstream(one, gradients[0])
             gradient = torch.zeros_like(one.inputs.unit) if wants_embeddings else None
@@ -391,7 +394,7 @@ def _set_upstream(one: SoftmaxContext, upstream: Tensor) -> None:
     at_target = -one.slope / share  # [B]
     at_target = at_target / target.norm if settings.divides else at_target
     one.at_target = torch.where(target.here, at_target, 0.0).to(settings.operand_dtype)
-    one.overflows = ~(torch.isfinite(one.factored).all() & torch.isfinite(one.at_target).all())
+    one.overflows = ~(is_finite(one.factored).all() & is_finite(one.at_target).all())
 
 
 def _fill_targets(one: SoftmaxContext, block: Block) -> None:

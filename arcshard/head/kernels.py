@@ -206,6 +206,15 @@ def _written(dtype: torch.dtype, like: Tensor) -> torch.dtype:
     return torch.float32 if like.is_cpu and dtype == torch.bfloat16 else dtype
 
 
+def _must_be_contiguous(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            shape, stride = tuple(tensor.shape), tensor.stride()
+            raise ValueError(
+                f"a matrix of the head of shape {shape} has stride {stride}: it must be contiguous"
+            )
+
+
 def columns_of_program(width: int) -> int:
     """Returns the columns of a program that visits rows of D numbers, a power of 2."""
     return max(16, 1 << (width - 1).bit_length())
@@ -237,6 +246,7 @@ def normalize_rows(
         dtype: Dtype of the result.
     """
     n, width = len(weight if rows is None else rows), weight.shape[1]
+    _must_be_contiguous(weight)
     operand = weight.new_empty(n, width, dtype=_written(dtype, weight))
     norm = weight.new_empty(n, dtype=torch.float32)
     if n and not weight.is_meta:
@@ -286,7 +296,7 @@ def softmax_numerators(
     (batch, width), n = unit.shape, len(operand)
     tile, has_tma = tile_of(settings_of(unit.device), n, batch, width)
     tiles, dtype = -(-n // tile.n), unit.dtype
-    unit, operand = (part.to(_written(dtype, part)) for part in (unit, operand))
+    unit, operand = (part.to(_written(dtype, part)).contiguous() for part in (unit, operand))
     numerators = unit.new_empty(n, batch)
     totals = unit.new_empty(tiles if sums else 0, batch, dtype=torch.float32)
     if n and batch and not unit.is_meta:
@@ -334,6 +344,7 @@ def fill_targets(numerators: Tensor, column: Tensor, start: int, at_target: Tens
         at_target: [B] of the numerators' dtype.
     """
     n, batch = numerators.shape
+    _must_be_contiguous(numerators)
     if n and batch and not numerators.is_meta:
         _kernels().fill_targets_kernel[(-(-batch // 256),)](
             numerators, column, at_target, batch, n, start, BLOCK_B=256
@@ -411,6 +422,8 @@ def _update_rows(
     (n, width), is_adamw = gradient.shape, len(rates) == 4
     decay, beta1, beta2, eps = rates if is_adamw else (*rates, 0.5, 0.0)
     averages = [part for part in state if part.dim() == 2]
+    gradient = gradient.contiguous()
+    _must_be_contiguous(weight, *state)
     if not n or weight.is_meta:
         return
     launch = launch_of(settings_of(weight.device).update, width)

@@ -45,10 +45,12 @@ class Workspace:
     Attributes:
         budget_bytes: All of the memory.
         work_bytes: The most that the block being computed may take of it.
+        note: What the log should say of a size that was asked for and is not used, or "".
     """
 
     budget_bytes: int
     work_bytes: int
+    note: str = ""
 
 
 def choose_workspace(
@@ -59,18 +61,22 @@ def choose_workspace(
     Args:
         mib: Its size in MiB. "auto" is an eighth of an accelerator's memory, which keeps the
             numerators of 2 million classes at a global batch of 1024 on 80 GB, and 256 MiB on a CPU
-            or where the memory is unknown.
+            or where the memory is unknown. More MiB than the accelerator has count as "auto".
         device_type: "cpu", or the type of an accelerator.
         memory_bytes: Memory of the accelerator, None where it is unknown.
     """
-    is_cpu = device_type == "cpu"
+    is_cpu, note = device_type == "cpu", ""
+    known = None if is_cpu else memory_bytes
+    if known is not None and not isinstance(mib, str) and mib * 2**20 > known:
+        note = f"{mib:,.0f} MiB were asked for, the device has {known / 2**20:,.0f}: automatic"
+        mib = "auto"
     if isinstance(mib, str):
-        known = None if is_cpu else memory_bytes
         mib = AUTO_MIB if known is None else AUTO_SHARE * known / 2**20
     budget = int(mib * 2**20)
     if is_cpu:
         return Workspace(budget, int(budget * CPU_WORK_SHARE))
-    return Workspace(budget, min(int(budget * ACCELERATOR_WORK_SHARE), MOST_WORK_BYTES))
+    work = min(int(budget * ACCELERATOR_WORK_SHARE), MOST_WORK_BYTES)
+    return Workspace(budget, work, note)
 
 
 def memory_bytes_of(device: torch.device) -> int | None:

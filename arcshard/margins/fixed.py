@@ -131,16 +131,14 @@ class CombinedMargin(Margin):
     def target(self, similarity: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Computes phi and dphi/dcos of target cosines of any shape."""
         cosine = at_least_fp32(similarity)
-        if self.m1 == 1.0 and self.m2 == 0.0:
-            phi, slope = cosine - self.m3, torch.ones_like(cosine)
-        else:
+        phi, slope = cosine, torch.ones_like(cosine)
+        if self.m1 != 1.0 or self.m2 != 0.0:
             phi, _ = monotone_cosine(self.m1 * torch.acos(cosine) + self.m2)
-            phi = phi - self.m3
-            theta = angle_for_slope(cosine)
-            _, angle_slope = monotone_cosine(self.m1 * theta + self.m2)
-            slope = -self.m1 * angle_slope / torch.sin(theta)
-        if self.gradient == "straight_through":
-            slope = torch.ones_like(cosine)
+            if self.gradient == "exact":
+                theta = angle_for_slope(cosine)
+                _, angle_slope = monotone_cosine(self.m1 * theta + self.m2)
+                slope = -self.m1 * angle_slope / torch.sin(theta)
+        phi = phi - self.m3
         return phi.to(similarity.dtype), slope.to(similarity.dtype)
 
     def others(self, similarities: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
