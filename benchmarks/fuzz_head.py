@@ -2,11 +2,16 @@
 
     python -m benchmarks.fuzz_head [--cases 1000] [--seed 0] [--ranks 1 2 3 4] [--json FILE]
     python -m benchmarks.fuzz_head --only SEED
+    python -m benchmarks.fuzz_head --kernels [--cases 300]
 
 A case follows from its seed, --ranks and --orders (tests/head_fuzz.py): loss, sizes, optimizer,
 sample rate, batches, and the order in which the head is called. The cases are sorted by number of
 ranks, so that a group of gloo ranks is made once per number and again after a failure. A rank that
 does not answer in time, or ends, is a failure of its case. The exit code is 1 if a case failed.
+
+--kernels runs heads in fp32 whose Triton kernels the interpreter executes, in the cases that have
+any (update="fused"), against the same truth. A case in which the head without kernels is as wrong
+is ill-conditioned in fp32: it is named and counts as no failure.
 """
 
 from __future__ import annotations
@@ -14,17 +19,19 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.conftest import Ranks
-from tests.head_fuzz import ORDERS, Case, check_case, draw_case, run_case
+from tests.head_fuzz import ORDERS, Case, check_case, draw_case, in_fp32, run_case
 
 
 class Pool:
@@ -88,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=list(ORDERS),
         help=f"call orders among {', '.join(ORDERS)}; none for forward, backward and step alone",
     )
+    parser.add_argument("--kernels", action="store_true", help="Triton kernels, interpreted, fp32")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds per case")
     parser.add_argument("--json", type=Path, help="write counts and failures here")
     options = parser.parse_args(arguments)
@@ -103,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw_case(seed, tuple(options.orders), tuple(options.ranks))
         for seed in range(first, first + count)
     )
+    if options.kernels:
+        os.environ["TRITON_INTERPRET"] = "1"  # the ranks, which have not started, inherit it
+        drawn = (one for case in drawn if (one := in_fp32(case, "triton")) is not None)
     cases = sorted(drawn, key=lambda case: case.world_size)  # stable: seeds ascend in each group
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failed_by: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -112,6 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pool = Pool(Path(folder), options.timeout)
         for number, case in enumerate(cases, 1):
             reason = pool.reason_of_failure(case)
+            if reason and options.kernels:
+                plain = pool.reason_of_failure(replace(case, kernels="torch"))
+                if plain:
+                    print(f"ill-conditioned {case}\n    {_last_line(reason)}", flush=True)
+                    print(f"    without kernels: {_last_line(plain)}", flush=True)
+                    reason = ""
             for name, values in features(case).items():
                 counts[name].update(values)
                 failed_by[name].update(values if reason else ())

@@ -4,6 +4,9 @@ A case follows from one integer: `draw_case(seed)`. `run_case` runs it on every 
 float64, and `check_case` compares what the ranks recorded with formulas that stand here: all
 classes on one process, autograd, nothing of the head's own formulas. Every step is checked by
 itself: its truth starts from the values that the head had before the step.
+
+`in_fp32` makes of a case one of a head in fp32, with the kernels of Triton (which then need
+TRITON_INTERPRET=1 in the environment of the ranks) or without. The truth stays float64.
 """
 
 from __future__ import annotations
@@ -132,6 +135,7 @@ class Case:
     center_device: str | None
     weight_size: float
     steps: tuple[Step, ...]
+    kernels: str | None = None  # "triton" or "torch" for a head in fp32, None for one in float64
 
     def __str__(self) -> str:
         """All but the steps, and their orders."""
@@ -141,6 +145,7 @@ class Case:
             f"seed {self.seed}: {self.loss}({options}), K {self.centers_per_class}, "
             f"C {self.num_classes}, D {self.embedding_size}, r {self.sample_rate}, "
             f"{self.rule} {self.update}, ranks {self.world_size}, orders {orders}"
+            + (f", fp32 {self.kernels}" if self.kernels else "")
         )
 
     @property
@@ -150,6 +155,16 @@ class Case:
     @property
     def scale(self) -> float:
         return self.options["scale"]
+
+    @property
+    def rtol(self) -> float:
+        """Allowed error of a number, relative to the largest one of its kind."""
+        return 2e-4 if self.kernels else 1e-9
+
+    @property
+    def noise(self) -> float:
+        """Allowed error of a cosine, which a gradient has however small it is."""
+        return 1e-6 if self.kernels else 1e-13
 
     @property
     def normalizes(self) -> bool:
@@ -218,6 +233,16 @@ def draw_case(
         if "two forwards" in steps[-1].orders and r < 1 and not steps[-1].prepare:
             break  # the head may refuse this step, and nothing says how a refused step continues
     return replace(case, steps=tuple(steps))
+
+
+def in_fp32(case: Case, kernels: str) -> Case | None:
+    """The case of a head in fp32 with these kernels; None where fp32 has no answer.
+
+    That is update="autograd", which has no kernels, and cosines of +-1, where the slope of a margin
+    is a quotient of rounding errors.
+    """
+    is_aligned = any(part.aligned for step in case.steps for part in step.parts)
+    return None if case.update != "fused" or is_aligned else replace(case, kernels=kernels)
 
 
 def _draw_options(loss: str, random: Random) -> dict[str, Any]:
@@ -333,9 +358,11 @@ def _run(rank: int, case: Case) -> list[dict[str, Any]]:
         centers_per_class=case.centers_per_class,
         workspace_mib=case.workspace_mib,
         seed=case.seed,
-        dtype=torch.float64,
+        dtype=torch.float32 if case.kernels else torch.float64,
         center_device=case.center_device,
+        kernels=case.kernels or "torch",  # type: ignore[arg-type]
     )
+    assert head.has_kernels == (case.kernels == "triton"), head.describe_kernels()
     here, k = head.class_range, case.centers_per_class
     with torch.no_grad():
         for name, parameter in head.named_parameters():
@@ -598,7 +625,7 @@ def _check_step(
     unused_before = [step.orders["thrown away"]] if "thrown away" in step.orders else []
     unused_after = step.parts[1:] if is_alone else ()
     is_finite = True
-    rtol = 1e-5 if any(part.aligned for part in step.parts) else 1e-9
+    rtol = 1e-5 if any(part.aligned for part in step.parts) else case.rtol
     for batch in (*unused_before, *used, *unused_after):
         x, y = batch.rows(case)
         x.requires_grad_(True)
@@ -626,7 +653,7 @@ def _check_step(
         # x.grad is None after an embedding that is not finite.
         if x.grad is not None and not step.frozen and (is_finite or not step.waits):
             parts = [record["gradients"][number] for record in records]
-            noise = 1e-13 * case.scale * step.factor / len(used)
+            noise = case.noise * case.scale * step.factor / len(used)
             if case.normalizes:
                 noise = noise / x.detach().norm(dim=1, keepdim=True)
             for rank, (part, size) in enumerate(zip(parts, batch.sizes, strict=True)):
@@ -661,7 +688,7 @@ def _check_update(
     assert parameter.grad is not None
     was, factor = parameter.detach(), step.factor
     g = parameter.grad / (factor if step.divide else 1.0)
-    noise = rtol * g.abs().max() + 1e-13 * case.scale * (1.0 if step.divide else factor)
+    noise = rtol * g.abs().max() + case.noise * case.scale * (1.0 if step.divide else factor)
     if case.normalizes and name == "weight":
         noise = noise / was.norm(dim=1, keepdim=True).clamp(max=1.0)
     old = {key[len(name) + 1 :]: v for key, v in before.items() if key.startswith(f"{name}.")}
@@ -671,7 +698,7 @@ def _check_update(
         error_here = noise * (2 * g.abs().max() if key == "exp_avg_sq" else 1)
         _close(f"{name}.{key}", after[f"{name}.{key}"], expected, rtol, error_here)
     expected = torch.where(_by_row(rows, moved), moved, was)
-    _close(name, after[name], expected, 0.0, error + 1e-13 * was.abs().max())
+    _close(name, after[name], expected, 0.0, error + case.noise * was.abs().max())
 
 
 def _check_classes(
@@ -740,7 +767,7 @@ def _joined(snapshots: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     """The shards of all ranks in one; running values are the same on all."""
     found = {}
     for name in snapshots[0]:
-        parts = [torch.from_numpy(snapshot[name]) for snapshot in snapshots]
+        parts = [torch.from_numpy(snapshot[name]).double() for snapshot in snapshots]
         if name.startswith("margin_"):
             assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs: {parts}"
             found[name] = parts[0]
