@@ -87,9 +87,10 @@ class PartialFC(nn.Module):
             rounded stochastically; fused only).
         center_device: Device of the centers and their state, if it is not `device`. "cpu" keeps
             them in host memory and copies the sampled rows to the device (r < 1, fused).
-        kernels: "auto" or "triton" lets Triton kernels do what is not a plain product, on CUDA
-            devices of compute capability 8.0 or higher with bf16 products. Where they cannot, and
-            with "torch", PyTorch does it; `describe_kernels` says which and why.
+        kernels: "auto" lets Triton kernels do what is not a plain product, on CUDA devices of
+            compute capability 8.0 or higher with bf16 products. Where they cannot, and with
+            "torch", PyTorch does it; `describe_kernels` says which and why. "triton" is "auto", and
+            on a CPU takes Triton's interpreter where TRITON_INTERPRET=1 is set, for tests.
 
     Attributes:
         weight: [num_classes_local * K, D] parameter, this rank's class centers, class-major.
@@ -161,7 +162,7 @@ class PartialFC(nn.Module):
             state = torch.tensor(value, dtype=self.work_dtype, device=self.device)
             self.register_buffer(f"margin_{name}", state)
         self._identify_rules()
-        self._no_kernels = ""  # the reason why Triton kernels that were allowed cannot be used
+        self._no_kernels = ""  # the reason why there are no Triton kernels
         self.fused: FusedSettings | None = None
         if update == "fused":
             workspace = choose_workspace(
@@ -169,10 +170,9 @@ class PartialFC(nn.Module):
             )
             operand_dtype = half if half and self.work_dtype == torch.float32 else self.work_dtype
             dtypes = (self.work_dtype, operand_dtype)
-            if kernels != "torch":
-                about = (self.device, operand_dtype, embedding_size, row_optimizer)
-                self._no_kernels = why_not(*about)
-            has_kernels = kernels != "torch" and not self._no_kernels
+            about = (self.device, operand_dtype, embedding_size, row_optimizer, dtype)
+            self._no_kernels = why_not(kernels, *about)
+            has_kernels = not self._no_kernels
             self.fused = FusedSettings(
                 margin, self.group, workspace, self.device, *dtypes, centers_per_class, has_kernels
             )
@@ -398,13 +398,13 @@ class PartialFC(nn.Module):
         if self.fused is None:
             return "kernels: those of PyTorch (update='autograd')"
         if not self.fused.has_kernels:
-            why = self._no_kernels or "as kernels='torch' says"
-            return f"kernels: those of PyTorch ({why})"
+            return f"kernels: those of PyTorch ({self._no_kernels})"
+        triton = "Triton" if self.device.type != "cpu" else "Triton (interpreted)"
         if self.fused.has_logits_kernel:
-            return "kernels: Triton for the logits and the update"
+            return f"kernels: {triton} for the logits and the update"
         k, margin = self.centers_per_class, self.margin.describe()
         why = f"{k} centers per class" if k > 1 else margin
-        return f"kernels: Triton for the update, those of PyTorch for the logits ({why})"
+        return f"kernels: {triton} for the update, those of PyTorch for the logits ({why})"
 
     def extra_repr(self) -> str:
         """Returns the text in the parentheses of print(head)."""

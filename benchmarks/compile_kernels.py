@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from arcshard.head.kernels import SETTINGS, LaunchSettings, columns_of_program, launch_of, tile_of
 
 WIDTH = 512
-COMPILED = ((8, 0), (9, 0))  # 12.0 has the settings of 8.0
+COMPILED = ((8, 0), (9, 0))  # 10.0 has the settings of 8.0
 COLUMNS = ("kernel", "capability", "registers", "stack", "shared", "wgmma", "mma")
 TYPES = {
     "unit": "*bf16",

@@ -5,7 +5,10 @@ The interpreter must be on before Triton is imported, so that `interpreter` is a
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +35,7 @@ from arcshard.shard import class_range
 from benchmarks.compile_kernels import compile_all
 from benchmarks.count_head import count
 from tests.reference import dense_loss
+from training.planner.trace import MemoryTracker
 from utils.worker import Worker
 
 EIGHTY_GB = 10_188.0  # MiB, the automatic workspace of a GPU of 79.6 GiB
@@ -161,7 +165,7 @@ def test_a_step_with_kernels_equals_the_reference_for_every_margin(interpreter, 
     error, blocks, said = interpreter(step_error, margin, rule, 75, 7, 20)
     assert error < 2e-5
     assert blocks > 3
-    assert said == "kernels: Triton for the logits and the update"
+    assert said == "kernels: Triton (interpreted) for the logits and the update"
 
 
 @pytest.mark.parametrize("rule", [SGDRows, AdamWRows])
@@ -169,7 +173,7 @@ def test_a_step_with_kernels_equals_the_reference_for_every_margin(interpreter, 
 def test_margins_that_the_logits_kernel_does_not_know_have_its_update(interpreter, margin, rule):
     error, _, said = interpreter(step_error, margin, rule, 75, 7, 20)
     assert error < 2e-5
-    assert said.startswith("kernels: Triton for the update, those of PyTorch for the logits (")
+    assert said.startswith("kernels: Triton (interpreted) for the update, those of PyTorch")
 
 
 @pytest.mark.parametrize(
@@ -490,6 +494,46 @@ def test_a_step_with_kernels_passes_over_the_matrices_only_as_often_as_it_must()
     assert row["gigabytes_moved"] == pytest.approx(moved, rel=0.01)
 
 
+# --- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("batch", "rate", "dtype", "rule", "mib"),
+    [
+        (4096, 1.0, torch.float32, SGDRows, 2048),
+        (8192, 1.0, torch.bfloat16, AdamWRows, 1024),
+        (1024, 1.0, torch.float32, SGDRows, 8192),
+        (2048, 0.3, torch.float32, AdamWRows, 512),
+    ],
+)
+def test_a_step_holds_no_more_than_its_plan(kind, batch, rate, dtype, rule, mib):
+    """On the meta device, beside what is O(B D)."""
+    head = PartialFC(
+        ArcFace(),
+        512,
+        500_000,
+        rate,
+        row_optimizer=rule(state_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None),
+        batch_size_per_rank=batch,
+        device="meta",
+        dtype=dtype,
+        half=torch.bfloat16,
+        workspace_mib=mib,
+        kernels=kind,
+    )
+    assert head.row_optimizer is not None
+    state = head.row_optimizer.state(head.weight)
+    x = torch.empty(batch, 512, device="meta", requires_grad=True)
+    labels = torch.empty(batch, dtype=torch.int64, device="meta")
+    with MemoryTracker([head.weight, *state.values(), x, labels]) as tracker:
+        head(x, labels, 0.1).backward()
+    plan = head.planned_blocks()
+    assert len(plan.blocks()) > 1
+    allowed = plan.total_bytes + 16 * batch * 512 * 4 + 64 * 500_000 * (rate < 1)
+    assert 0.5 * plan.total_bytes < tracker.peak < allowed
+
+
 # --- when they are not used ------------------------------------------------------------------
 
 
@@ -501,7 +545,7 @@ class OwnRule(SGDRows):
     ("capability", "operand", "width", "rule", "why"),
     [
         ((7, 0), torch.bfloat16, 512, SGDRows(), "compute capability 8.0, and this GPU has 7.0"),
-        ((9, 0), torch.float32, 512, SGDRows(), "the products are fp32, and the kernels' are bf16"),
+        ((9, 0), torch.float32, 512, SGDRows(), "the products are fp32, and those of Triton's"),
         ((9, 0), torch.float64, 512, SGDRows(), "the products are fp64"),
         ((9, 0), torch.bfloat16, 9000, SGDRows(), "embedding_size=9000"),
         ((9, 0), torch.bfloat16, 512, OwnRule(), "and not as OwnRule"),
@@ -511,31 +555,126 @@ class OwnRule(SGDRows):
 def test_why_a_gpu_has_no_kernels_is_said(monkeypatch, capability, operand, width, rule, why):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     kernels._launch_problem.cache_clear()
-    assert why in kernels.why_not(torch.device("cuda:0"), operand, width, rule)
+    kernels.settings_of.cache_clear()
+    assert why in kernels.why_not("auto", torch.device("cuda:0"), operand, width, rule)
+    kernels.settings_of.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("version", "why"), [(None, "Triton is not installed"), ("3.1.0", "they need Triton 3.6")]
+    ("module", "why"),
+    [
+        (None, "Triton cannot be imported (python -m pip install triton)"),
+        ("3.1.0", "Triton 3.6 is needed, and 3.1.0 is installed"),
+        ("unknown", "Triton 3.6 is needed, and unknown is installed"),
+        ("", "Triton cannot be imported: AttributeError"),
+        ("3.6.0rc1", ""),
+        ("3.10.0+git", ""),
+    ],
 )
-def test_a_triton_that_is_missing_or_too_old_is_said(monkeypatch, version, why):
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: version)
-    monkeypatch.setattr(kernels.importlib.metadata, "version", lambda name: version)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_a_triton_that_is_missing_too_old_or_broken_is_said(monkeypatch, module, why):
+    found = None if module is None else types.ModuleType("triton")
+    if found is not None and module:
+        found.__version__ = module
+    monkeypatch.setitem(sys.modules, "triton", found)
     kernels._triton_problem.cache_clear()
-    device = torch.device("cuda:0")
     try:
-        assert why in kernels.why_not(device, torch.bfloat16, 512, SGDRows())
+        said = kernels._triton_problem()
     finally:
         kernels._triton_problem.cache_clear()
+    assert said.startswith(why)
+    assert bool(said) == bool(why)
+
+
+def test_the_interpreter_is_not_used_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device, rule = torch.device("cuda:0"), SGDRows()
+    said = kernels.why_not("auto", device, torch.bfloat16, 512, rule)
+    assert said == "TRITON_INTERPRET is set"
+
+
+def kernels_of_modes() -> list[bool]:
+    return [
+        PartialFC(ArcFace(), 8, 10, row_optimizer=SGDRows(), kernels=mode).has_kernels
+        for mode in ("auto", "triton", "torch")
+    ]
+
+
+def test_the_interpreter_is_used_where_it_is_asked_for(interpreter):
+    assert interpreter(kernels_of_modes) == [False, True, False]
+
+
+@pytest.mark.parametrize("value", ["1", "0", "off"])
+def test_an_interpreter_that_comes_too_late_leaves_the_path_of_pytorch(monkeypatch, value):
+    """Triton is imported already, without it."""
+    importlib.import_module("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    kernels._launch_problem.cache_clear()
+    head = PartialFC(ArcFace(), 8, 10, row_optimizer=SGDRows(), kernels="triton")
+    kernels._launch_problem.cache_clear()
+    assert not head.has_kernels
+    why = "Triton fails here: InterpreterError" if value == "1" else "need a CUDA device"
+    assert why in head.describe_kernels()
 
 
 @pytest.mark.parametrize("mode", ["auto", "triton", "torch"])
 def test_a_cpu_takes_the_path_of_pytorch_and_says_so(mode):
     head = PartialFC(ArcFace(), 8, 10, row_optimizer=SGDRows(), half=torch.bfloat16, kernels=mode)
     assert not head.has_kernels
-    why = "as kernels='torch' says" if mode == "torch" else "they need a CUDA device"
+    why = "as kernels='torch' says" if mode == "torch" else "Triton's need a CUDA device"
     assert why in head.describe_kernels()
     head(torch.randn(2, 8, requires_grad=True), torch.tensor([1, 9]), 0.1).backward()
+
+
+@pytest.mark.parametrize("kernel", ["normalize_rows", "softmax_numerators", "update_rows"])
+def test_a_kernel_that_computes_something_else_is_found_before_work_starts(interpreter, kernel):
+    assert interpreter(said_of_a_wrong_kernel, kernel).startswith("Triton fails here: Arithmetic")
+
+
+def said_of_a_wrong_kernel(kernel: str) -> str:
+    real = getattr(kernels, kernel)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        if kernel == "update_rows":
+            return None
+        first, second = real(*arguments, **options)
+        return first * 1.05, second
+
+    args = (torch.device("cpu"), SGDRows, torch.float32, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, kernel, wrong)
+        return kernels._launch_problem.__wrapped__(*args)
+
+
+def huge_center() -> tuple[float, bool]:
+    head = make_head("triton", ArcFace(), SGDRows(), 20, 16)
+    with torch.no_grad():
+        head.weight[3] = 1e25
+    before = head.weight.detach().clone()
+    loss = head(torch.randn(4, 16, requires_grad=True), torch.arange(4), 0.1)
+    loss.backward()
+    return float(loss.detach()), torch.equal(before, head.weight.detach())
+
+
+def test_a_center_whose_norm_overflows_makes_a_skipped_step(interpreter):
+    loss, is_unchanged = interpreter(huge_center)
+    assert math.isnan(loss)
+    assert is_unchanged
+
+
+@pytest.mark.parametrize("kind", ["triton", "torch"])
+def test_centers_written_between_forward_and_backward_are_refused(interpreter, kind):
+    said = interpreter(written_between, kind)
+    assert said == "class centers were loaded or written between this forward and its backward"
+
+
+def written_between(kind: str) -> str:
+    head = make_head(kind, ArcFace(), SGDRows(), 20, 16)
+    loss = head(torch.randn(4, 16, requires_grad=True), torch.arange(4), 0.1)
+    head.load_state_dict(head.state_dict())
+    with pytest.raises(RuntimeError) as error:
+        loss.backward()
+    return str(error.value)
 
 
 def test_an_unknown_kind_of_kernels_is_refused():
@@ -548,8 +687,8 @@ def test_settings_follow_the_capability(monkeypatch):
         ((8, 0), (8, 0)),
         ((8, 9), (8, 0)),
         ((9, 0), (9, 0)),
-        ((10, 0), (9, 0)),
-        ((12, 1), (12, 0)),
+        ((10, 3), (10, 0)),
+        ((12, 1), (10, 0)),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=found: c)
         kernels.settings_of.cache_clear()

@@ -50,7 +50,7 @@ from arcshard.head.workspace import FusedSettings, Plan
 class BlockCenters:
     """The class centers of one block, in the forms that products and the update need.
 
-    Each is made when it is first read. `release` drops those that are cheap to make again.
+    Each is made when it is first read. `release` drops what no plan counts as kept.
 
     Args:
         settings: The fused path's settings.
@@ -92,7 +92,7 @@ class BlockCenters:
         return self.centers.normalized(self.start, self.stop, self.settings.operand_dtype)
 
     def release(self, keeps_copies: bool) -> None:
-        """Drops what no plan counts as kept: all but norms, and one copy if it is kept."""
+        """Drops the operand that is made of rows, and with `keeps_copies` False all copies."""
         made = self.__dict__
         made.pop("_operand", None)
         if not keeps_copies:
@@ -129,6 +129,7 @@ class SoftmaxContext:
         learning_rate: With it backward updates the centers; with None `update_centers` does.
         plan: Blocks of the step's rows.
         updates: Number of updates of the step before this pass.
+        version: Number that changes when the centers are written.
         kept: Blocks that are kept for backward, by first row.
         operand: [B, D] embeddings as an operand of the logits' products, times s unless the margin
             touches the other classes.
@@ -150,6 +151,7 @@ class SoftmaxContext:
     learning_rate: float | None
     plan: Plan
     updates: int
+    version: int
     kept: dict[int, Block]
     operand: Tensor
     slope: Tensor = field(init=False)
@@ -204,7 +206,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
         operand = (scale * unit).to(settings.operand_dtype)  # [B, D]
         kept = step.new_kept() if keeps else {}
         ctx.one = one = SoftmaxContext(
-            settings, step, inputs, learning_rate, plan, step.updates, kept, operand
+            settings, step, inputs, learning_rate, plan, step.updates, step.version, kept, operand
         )
 
         blocks = plan.blocks()
@@ -220,6 +222,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
             if keeps and stop <= plan.kept_rows:
                 block.centers.release(plan.keeps_copies)
                 kept[start] = block
+            del block  # or two blocks would be there while the next one is computed
         if settings.has_small_logits:
             peak, total = torch.full_like(row_sum[0], settings.level), row_sum.sum(dim=0)
         else:
@@ -255,7 +258,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
                 "a second backward of the same loss: the head adds up and moves its class "
                 "centers in backward; call forward again"
             )
-        one.step.check_backward(one.updates, one.learning_rate)
+        one.step.check_backward(one.updates, one.learning_rate, one.version)
         ctx.one = None  # frees what the pass holds, although the user may hold the loss
         wants_embeddings, _, is_trained, *_ = ctx.needs_input_grad
         learning_rate = one.learning_rate if is_trained else None
@@ -316,28 +319,41 @@ def _visit(
             (block.centers for block in kept if block is not None),
             BlockCenters(settings, centers, start, stop),
         )
-        dw: Tensor | None = None
-        db: Tensor | None = None
-        for one, block in zip(passes, kept, strict=True):
-            block = block or _numerators(one, block_centers)
-            _fill_targets(one, block)
-            if gradient is not None:  # [B, n] x [n, D]
-                add_matmul(gradient, block.numerators, block_centers.operand)
-            if learning_rate is not None:  # [n, B] x [B, D]
-                if dw is None:
-                    dw = matmul(block.numerators.t(), one.factored)
-                else:
-                    add_matmul(dw, block.numerators.t(), one.factored)
-                if settings.margin.bias:
-                    part = block.numerators.t().to(one.factor.dtype) @ one.factor
-                    norm = block_centers.norm
-                    part = part if not settings.divides or norm is None else part * norm
-                    db = part if db is None else db + part
-        if dw is not None and learning_rate is not None:
-            _update(block_centers, dw, db, learning_rate, bad)
+        _visit_block(passes, kept, block_centers, gradient, learning_rate, bad)
         block_centers.release(plan.keeps_copies)
     if learning_rate is not None:
         largest.step.finish()
+
+
+def _visit_block(
+    passes: list[SoftmaxContext],
+    kept: list[Block | None],
+    centers: BlockCenters,
+    gradient: Tensor | None,
+    learning_rate: float | None,
+    bad: Tensor | None,
+) -> None:
+    """Does for one block what `_visit` does; `kept` has each pass's numerators, or None."""
+    settings = centers.settings
+    dw: Tensor | None = None
+    db: Tensor | None = None
+    for one, block in zip(passes, kept, strict=True):
+        block = block or _numerators(one, centers)
+        _fill_targets(one, block)
+        if gradient is not None:  # [B, n] x [n, D]
+            add_matmul(gradient, block.numerators, centers.operand)
+        if learning_rate is not None:  # [n, B] x [B, D]
+            if dw is None:
+                dw = matmul(block.numerators.t(), one.factored)
+            else:
+                add_matmul(dw, block.numerators.t(), one.factored)
+            if settings.margin.bias:
+                part = block.numerators.t().to(one.factor.dtype) @ one.factor
+                if settings.divides and centers.norm is not None:
+                    part = part * centers.norm
+                db = part if db is None else db + part
+    if dw is not None and learning_rate is not None:
+        _update(centers, dw, db, learning_rate, bad)
 
 
 def _update(
@@ -405,7 +421,7 @@ def _fill_targets(one: SoftmaxContext, block: Block) -> None:
     if block.row_max is not None:  # all blocks get the level lse
         block.numerators.mul_(torch.exp(block.row_max - one.lse)[:, None])
     if one.settings.has_logits_kernel:
-        kernels.fill_targets(block.numerators.t(), target.row, start, one.at_target)
+        kernels.fill_targets(block.numerators.t(), target.column, start, one.at_target)
     else:
         add_at_target(block.numerators, target.row - start, one.at_target)
     block.has_target = True

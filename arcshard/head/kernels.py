@@ -6,16 +6,16 @@ profile names them, and the meta device counts them without Triton.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from arcshard.head.block import NORM_FLOOR
 from arcshard.head.row_optimizer import AdamWRows, RowOptimizer, SGDRows
@@ -66,12 +66,15 @@ class LaunchSettings(NamedTuple):
             multiples of 8) and the block is large. None on a GPU without it.
         normalize: Of the normalized copies.
         update: Of the update.
+        least_tma: Numerators of the smallest block for `tma_tile`. A tensor descriptor makes a
+            launch 25 us longer, as much as it saves of a product of so many (on an H100).
     """
 
     tile: Tile
     tma_tile: Tile | None
     normalize: Rows
     update: Rows
+    least_tma: int = 2**25
 
 
 # The tiles need 32 KiB of shared memory, of which consumer GPUs have 99. Never timed.
@@ -83,18 +86,12 @@ SETTINGS = {
     (9, 0): LaunchSettings(
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 2), Rows(4, 4), Rows(1, 1)
     ),
-    (12, 0): _EVERYWHERE,
+    (10, 0): _EVERYWHERE,
 }
-# A tensor descriptor makes a launch 25 us longer, as much as it saves of a product of so many
-# numbers (measured on an H100).
-LEAST_TMA_NUMBERS = 2**25
 # Of the interpreter, for tests.
-SMALL = LaunchSettings(Tile(32, 16, 16, 4, 1), Tile(64, 32, 32, 4, 1), Rows(16, 4), Rows(16, 4))
-
-
-def is_interpreted() -> bool:
-    """Returns whether Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET)."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+SMALL = LaunchSettings(
+    Tile(32, 16, 16, 4, 1), Tile(64, 32, 32, 4, 1), Rows(16, 4), Rows(16, 4), least_tma=0
+)
 
 
 @cache
@@ -108,36 +105,48 @@ def settings_of(device: torch.device) -> LaunchSettings:
 
 
 def why_not(
-    device: torch.device, operand_dtype: torch.dtype, width: int, rule: RowOptimizer | None
+    mode: KernelMode,
+    device: torch.device,
+    operand_dtype: torch.dtype,
+    width: int,
+    rule: RowOptimizer | None,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> str:
-    """Says why the kernels cannot serve a head, "" if they can.
+    """Says why the kernels do not serve a head, "" if they do.
 
-    The meta device counts as a GPU on which they can.
+    The meta device counts as a GPU on which they do.
 
     Args:
+        mode: "auto"; "triton", with which Triton's interpreter may run them on a CPU; or "torch".
         device: Device where the head computes.
         operand_dtype: Dtype of the operands of its products.
         width: D.
         rule: Row optimizer of the class centers.
+        weight_dtype: Dtype of the class centers.
     """
-    if operand_dtype == torch.float64 or (
-        operand_dtype == torch.float32 and not (device.type == "cpu" and is_interpreted())
-    ):
-        return f"the products are {_short(operand_dtype)}, and the kernels' are bf16"
+    may_be_cpu = mode == "triton" and device.type == "cpu"
+    if mode == "torch":
+        return "as kernels='torch' says"
+    if device.type not in ("cuda", "meta") and not (may_be_cpu and _is_interpreted()):
+        return f"Triton's need a CUDA device, and this one is {device.type}"
+    if operand_dtype != torch.bfloat16 and not (may_be_cpu and operand_dtype == torch.float32):
+        return f"the products are {_short(operand_dtype)}, and those of Triton's are bf16"
     if type(rule) not in (SGDRows, AdamWRows):
-        return f"they update as SGDRows and AdamWRows do, and not as {type(rule).__name__}"
+        return f"Triton's update as SGDRows and AdamWRows do, and not as {type(rule).__name__}"
     if width > MOST_WIDTH:
-        return f"embedding_size={width}, and they have at most {MOST_WIDTH:,} columns"
+        return f"embedding_size={width}, and Triton's have at most {MOST_WIDTH:,} columns"
     if device.type == "meta":
         return ""
-    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
-        return f"they need a CUDA device, and this one is {device.type}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             found = ".".join(map(str, capability))
-            return f"they need compute capability 8.0, and this GPU has {found}"
-    return _triton_problem() or (_launch_problem(device) if device.type == "cuda" else "")
+            return f"Triton's need compute capability 8.0, and this GPU has {found}"
+        if _is_interpreted():
+            return "TRITON_INTERPRET is set"
+    assert rule is not None
+    state_dtype = torch.bfloat16 if rule.state_dtype == torch.bfloat16 else weight_dtype
+    return _triton_problem() or _launch_problem(device, type(rule), weight_dtype, state_dtype)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -146,32 +155,95 @@ def _short(dtype: torch.dtype) -> str:
 
 @cache
 def _triton_problem() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (python -m pip install triton)"
-    version = importlib.metadata.version("triton")
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    if numbers < LEAST_TRITON:
-        return f"they need Triton {'.'.join(map(str, LEAST_TRITON))}, and {version} is installed"
+    """Says why Triton cannot be used, or returns ""."""
+    try:
+        import triton
+
+        version = str(triton.__version__)
+    except ImportError as error:
+        return f"Triton cannot be imported (python -m pip install triton): {error}"
+    except Exception as error:  # whatever a broken installation raises
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < LEAST_TRITON:
+        return f"Triton {'.'.join(map(str, LEAST_TRITON))} is needed, and {version} is installed"
     return ""
 
 
+def _is_interpreted() -> bool:
+    """Returns whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1)."""
+    if "TRITON_INTERPRET" not in os.environ or _triton_problem():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 @cache
-def _launch_problem(device: torch.device) -> str:
-    """Launches every kernel once, on few rows; returns the error in one line, or ""."""
+def _launch_problem(
+    device: torch.device,
+    rule: type[RowOptimizer],
+    weight_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+) -> str:
+    """Launches every kernel once; returns what is wrong in one line, or ""."""
     try:
-        drawn: dict[str, Any] = {"device": device}
-        weight, unit = torch.ones(16, 512, **drawn), torch.ones(16, 512, **drawn).bfloat16()
-        column, at_target = torch.zeros(16, dtype=torch.int64, **drawn), unit[:, 0].contiguous()
-        operand, _ = normalize_rows(weight, None, torch.bfloat16)
-        numerators, _ = softmax_numerators(unit, operand, column, 0, None, True)
-        fill_targets(numerators, column, 0, at_target)
-        rule = SGDRows(state_dtype=torch.bfloat16)
-        update_rows(rule, weight, weight.clone(), 0.1, None)
-        torch.cuda.synchronize(device)
+        with torch.no_grad():
+            _try_kernels(device, rule, weight_dtype, state_dtype)
     except Exception as error:  # a compiler or a driver that does not fit raises anything
         lines = str(error).strip().splitlines() or [""]
         return f"Triton fails here: {type(error).__name__}: {lines[-1]}"
     return ""
+
+
+def _try_kernels(
+    device: torch.device,
+    rule: type[RowOptimizer],
+    weight_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+) -> None:
+    """Compares each kernel with PyTorch on a few numbers.
+
+    Raises:
+        ArithmeticError: A kernel computes something else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, width = (4096, 64) if device.type == "cuda" else (40, 16)
+    weight = torch.randn(n, width, generator=generator).to(device, weight_dtype)
+    operand, norm = normalize_rows(weight, None, torch.bfloat16)
+    unit = functional.normalize(weight.float())
+    _must_be_close(operand.float(), unit)
+    _must_be_close(norm, torch.linalg.vector_norm(weight.float(), dim=1))
+    for batch in (8192, 31) if device.type == "cuda" else (8, 7):  # with the TMA and without it
+        rows = torch.arange(batch, device=device) % n
+        x, at_target = operand[rows], operand[rows, 0].contiguous()
+        expected = torch.exp(operand.float() @ x.float().t())
+        numerators, sums = softmax_numerators(x, operand, rows, 0, None, True)
+        fill_targets(numerators, rows, 0, at_target)
+        expected[rows, torch.arange(batch, device=device)] = 0.0
+        _must_be_close(sums.sum(0), expected.sum(0))
+        again, _ = softmax_numerators(x, operand, rows, 0, at_target, False)
+        expected[rows, torch.arange(batch, device=device)] = at_target.float()
+        for found in (numerators, again):
+            _must_be_close(found.float(), expected)
+    half = torch.bfloat16 if state_dtype == torch.bfloat16 else None
+    moved, results = rule(state_dtype=half), []
+    gradient = torch.randn(n, width, generator=generator).to(device)
+    for uses_kernel in (True, False):
+        rows, state = weight.clone(), moved.create_state(weight)
+        if uses_kernel:
+            update_rows(moved, rows, gradient, 0.1, None, state=state, normalizes=False)
+        else:
+            moved.update_rows(rows, gradient.clone(), None, 0.1, state=state)
+        results.append([rows, *state.values()])
+    for ours, theirs in zip(*results, strict=True):
+        _must_be_close(ours.float(), theirs.float())
+
+
+def _must_be_close(ours: Tensor, theirs: Tensor) -> None:
+    error = float((ours - theirs).norm() / theirs.norm())
+    if not error < 1e-2:
+        raise ArithmeticError(f"a kernel differs by {error:.2g} from PyTorch")
 
 
 # ---------------------------------------------------------------- the operations of torch
@@ -180,12 +252,16 @@ _LIBRARY = torch.library.Library("arcshard", "FRAGMENT")
 
 
 def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function, whose tensors may be on the meta device, as an operation of torch."""
+    """Registers a function as an operation of torch without a gradient.
+
+    Its tensors may be on the meta device, where it allocates its results and launches nothing.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _LIBRARY.define(schema)
         name = schema.split("(")[0]
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        # torch.compile takes the operation as it is, and does not look into its launch.
+        _LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
         return getattr(torch.ops.arcshard, name).default
 
     return register
@@ -228,7 +304,7 @@ def launch_of(settings: Rows, width: int) -> Rows:
 
 def tile_of(settings: LaunchSettings, n: int, batch: int, width: int) -> tuple[Tile, bool]:
     """Returns the tile of the logits, and whether the tensor memory accelerator moves it."""
-    is_large = n * batch >= LEAST_TMA_NUMBERS or settings is SMALL
+    is_large = n * batch >= settings.least_tma
     if settings.tma_tile is not None and batch % 8 == width % 8 == 0 and is_large:
         return settings.tma_tile, True
     return settings.tile, False
@@ -443,7 +519,8 @@ def _update_rows(
         learning_rate,
         decay,
         beta1,
-        beta2,
+        1.0 - beta1,
+        1.0 - beta2,
         eps,
         math.log(beta1) if beta1 else -math.inf,
         math.log(beta2) if beta2 else -math.inf,

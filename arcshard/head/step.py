@@ -72,12 +72,20 @@ class StepContext:
         self.kept = {}
         return self.kept
 
-    def check_backward(self, updates: int, learning_rate: float | None = None) -> None:
+    @property
+    def version(self) -> int:
+        """A number that changes when the centers are written, by an update or by anybody."""
+        return self.centers.weight._version
+
+    def check_backward(
+        self, updates: int, learning_rate: float | None = None, version: int | None = None
+    ) -> None:
         """Refuses a backward that would use other centers than its forward.
 
         Args:
             updates: Value of `updates` at the forward.
             learning_rate: Learning rate with which this backward updates the centers, or None.
+            version: Value of `version` at the forward; None where autograd looks at it.
 
         Raises:
             RuntimeError: The step is over, or the centers have moved, or are about to be moved by a
@@ -89,6 +97,10 @@ class StepContext:
             raise RuntimeError(
                 "the class centers have moved between this forward and its backward: for several "
                 "losses per step leave learning_rate out of forward and call head.step(...) after"
+            )
+        if version is not None and self.version != version:
+            raise RuntimeError(
+                "class centers were loaded or written between this forward and its backward"
             )
         if self.passes and learning_rate is not None:
             raise RuntimeError(

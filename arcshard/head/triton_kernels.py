@@ -17,6 +17,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401  # for
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
+@triton.jit
+def _norm(w, norm_floor):
+    """Returns |w| of rows, at least the floor; NaN where it overflows: the step is skipped."""
+    length = tl.maximum(tl.sqrt(tl.sum(w * w, axis=1)), norm_floor)
+    return tl.where(length < float("inf"), length, float("nan"))
+
+
 @triton.jit(do_not_specialize=["n"])
 def normalize_rows_kernel(
     weight,  # [N, D]
@@ -38,7 +45,7 @@ def normalize_rows_kernel(
     source = tl.load(rows + row, mask=here, other=0) if HAS_ROWS else row
     w = tl.load(weight + source[:, None] * D + column[None, :], mask=mask, other=0.0)
     w = w.to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(w * w, axis=1)), norm_floor)
+    length = _norm(w, norm_floor)
     tl.store(norm + row, length, mask=here)
     unit = (w / length[:, None]).to(operand.dtype.element_ty)
     tl.store(operand + row[:, None] * D + column[None, :], unit, mask=mask)
@@ -167,8 +174,9 @@ def update_rows_kernel(
     norm_floor,
     learning_rate,
     weight_decay,
-    beta1,  # momentum of SGD
-    beta2,
+    momentum,  # of SGD
+    one_minus_beta1,  # of AdamW; a number here is fp32, in which 1 - beta cancels
+    one_minus_beta2,
     eps,
     log_beta1,
     log_beta2,
@@ -196,14 +204,14 @@ def update_rows_kernel(
     if HAS_VETO:
         here = here & (tl.load(veto + row * 0) == 0)
     if NORMALIZES:
-        length = tl.maximum(tl.sqrt(tl.sum(w * w, axis=1)), norm_floor)[:, None]
+        length = _norm(w, norm_floor)[:, None]
         u = w / length
         g = (g - tl.sum(g * u, axis=1)[:, None] * u) / length
     if IS_ADAMW:
         m = tl.load(first + offset, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(second + offset, mask=mask, other=0.0).to(tl.float32)
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
+        m += one_minus_beta1 * (g - m)
+        v += one_minus_beta2 * (g * g - v)
         t = tl.load(steps + place, mask=here, other=0.0) + 1
         # In float64, because 1 - beta^t cancels.
         correction1 = 1 - tl.exp(t * log_beta1)
@@ -216,9 +224,9 @@ def update_rows_kernel(
     else:
         m = g + weight_decay * w
         if HAS_MOMENTUM:
-            m += beta1 * tl.load(first + offset, mask=mask, other=0.0).to(tl.float32)
+            m += momentum * tl.load(first + offset, mask=mask, other=0.0).to(tl.float32)
         w -= learning_rate * m
-    bits = row.to(tl.uint32)[:, None]  # replaced below, where any are needed
+    bits = row.to(tl.uint32)[:, None]  # Triton needs a value also where none is used
     if ROUNDS_WEIGHT or ROUNDS_STATE:
         number = first_row + (tl.load(numbers + row, mask=here, other=0) if HAS_NUMBERS else place)
         key = _mix((number & 0xFFFFFFFF).to(tl.uint32) ^ key0.to(tl.uint32))

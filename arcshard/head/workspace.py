@@ -240,8 +240,9 @@ class FusedSettings:
         item, operand = self.dtype.itemsize, self.operand_dtype.itemsize
         half = operand if operand < item or self.has_kernels else 0
         copies = item if half and self.device.type == "cpu" else 0  # operands that `matmul` casts
-        of_batch = half + copies  # numerators
-        of_batch += 0 if self.has_logits_kernel else item  # logits
+        of_batch: float = half + copies  # numerators
+        # Logits, or the sums of each tile of them, which has at least 32 classes.
+        of_batch += item / 32 if self.has_logits_kernel else item
         of_batch += 3 * item if self.margin.touches_others else 0  # values, slope, mask
         of_batch += 3 * item if self.centers_per_class > 1 else 0  # best values and their places
         of_width = 2 * item + half + copies  # the gradient, and a part of it or its projection
@@ -251,7 +252,7 @@ class FusedSettings:
         of_width += item * centers.rule_matrices * (not self.has_kernels)
         copied = item if reads_copies else half if self.has_normalize_kernel else 0
         cost = BlockCost(
-            work=batch * of_batch + width * of_width + 4 * item,
+            work=math.ceil(batch * of_batch) + width * of_width + 4 * item,
             kept=batch * operand + item,
             copied=width * copied,
         )
