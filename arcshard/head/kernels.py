@@ -78,13 +78,13 @@ class LaunchSettings(NamedTuple):
 
 
 # The tiles need 32 KiB of shared memory, of which consumer GPUs have 99. Never timed.
-_EVERYWHERE = LaunchSettings(Tile(128, 128, 32, 8, 3), None, Rows(4, 4), Rows(1, 1))
+_EVERYWHERE = LaunchSettings(Tile(128, 128, 32, 8, 3), None, Rows(1, 1), Rows(1, 1))
 # By compute capability; a GPU takes the settings of the highest one that is not above its own.
 # Those of 9.0 were the fastest of some 40 on an H100; `benchmarks.gpu_bench` measures some again.
 SETTINGS = {
     (8, 0): _EVERYWHERE,
     (9, 0): LaunchSettings(
-        Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 2), Rows(4, 4), Rows(1, 1)
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 2), Rows(1, 1), Rows(1, 1)
     ),
     (10, 0): _EVERYWHERE,
 }
@@ -258,10 +258,14 @@ def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable  # torch.compile takes the operation as it is
+        def launch(tensor: Tensor, *arguments: Any) -> Any:
+            with torch.cuda.device_of(tensor):  # Triton launches on the current device
+                return function(tensor, *arguments)
+
         _LIBRARY.define(schema)
         name = schema.split("(")[0]
-        # torch.compile takes the operation as it is, and does not look into its launch.
-        _LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
         return getattr(torch.ops.arcshard, name).default
 
     return register
