@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from arcshard.head.kernels import LEAST_CAPABILITY
 from arcshard.losses import (
     AdaFace,
     ArcFace,
@@ -355,10 +356,20 @@ def quick_checks(where: str) -> list[Check]:
         Check("head: ArcFace, SGD, fp32", partial(equal, ArcFace(), 1e-3)),
         Check("head: CosFace, SGD, bf16", partial(equal, CosFace(), tolerance, torch.bfloat16)),
     ]
+    left_out = _why_no_kernels(where)
     for options in KERNEL_OPTIONS:
         function = partial(kernels_equal_torch, where, **options)
-        checks.append(Check(f"kernels: {_words(options)}", function))
+        checks.append(Check(f"kernels: {_words(options)}", function, left_out=left_out))
     return checks
+
+
+def _why_no_kernels(where: str) -> str:
+    """Says why a GPU cannot have the head's Triton kernels, or returns ""."""
+    if torch.device(where).type != "cuda" or not torch.cuda.is_available():
+        return ""
+    if torch.cuda.get_device_capability(where) < LEAST_CAPABILITY:
+        return "compute capability below 8.0"
+    return triton_problem() or ""
 
 
 def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
