@@ -89,6 +89,14 @@ def test_a_module_of_the_library_imports_torch_and_the_standard_library_only(pat
             assert (node.module or "").split(".")[0] in allowed
 
 
+def test_the_library_imports_neither_triton_nor_the_compiler() -> None:
+    """Together they take 1.4 s and 150 MB."""
+    code = "import sys, arcshard; print({'triton', 'torch._dynamo'} & sys.modules.keys())"
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "set()"
+
+
 def run_example(installed: Path, folder: Path, ranks: int) -> list[float]:
     """The losses that the README's example prints, from the installed wheel alone."""
     script = folder / "example.py"
