@@ -282,9 +282,8 @@ def head_tasks(
                 (Case("fused", size, batch, rate), "auto"),
                 (Case("dense", size, batch, rate), "auto"),
             ]
-            if (size == sizes[0] and rate == 1.0) or is_quick:
-                rows.append((Case("fused", size, batch, rate, kernels="torch"), "auto"))
             if size == sizes[0] and rate == 1.0 and not is_quick:
+                rows.append((Case("fused", size, batch, rate, kernels="torch"), "auto"))
                 rows.append((Case("fused", size, batch, rate), 256))  # the size before "auto"
                 rows.append((Case("fused", size, batch, rate, "adamw"), "auto"))
     if not is_quick:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from arcshard.head.kernels import LEAST_CAPABILITY
+from arcshard.head.kernels import LEAST_CAPABILITY, KernelMode
 from arcshard.losses import (
     AdaFace,
     ArcFace,
@@ -229,7 +229,7 @@ def kernels_equal_torch(
     from arcshard.head.row_optimizer import AdamWRows, SGDRows
     from arcshard.partial_fc import PartialFC
 
-    def run(kernels: str) -> list[torch.Tensor]:
+    def run(kernels: KernelMode) -> list[torch.Tensor]:
         torch.manual_seed(0)
         state = torch.bfloat16 if dtype == "bfloat16" else None
         head = PartialFC(
@@ -243,7 +243,7 @@ def kernels_equal_torch(
             batch_size_per_rank=batch,
             half=torch.bfloat16,
             dtype=getattr(torch, dtype),
-            kernels=kernels,  # type: ignore[arg-type]
+            kernels=kernels,
             **{"workspace_mib": 8, **options},
         )
         assert head.has_kernels == (kernels == "triton" and where != "cpu"), head.describe_kernels()
@@ -356,11 +356,18 @@ def quick_checks(where: str) -> list[Check]:
         Check("head: ArcFace, SGD, fp32", partial(equal, ArcFace(), 1e-3)),
         Check("head: CosFace, SGD, bf16", partial(equal, CosFace(), tolerance, torch.bfloat16)),
     ]
+    return [*checks, *_kernel_checks(where, KERNEL_OPTIONS[:1])]
+
+
+def _kernel_checks(where: str, options: Sequence[dict[str, Any]]) -> list[Check]:
+    """Returns a check of the head's Triton kernels for each of the options."""
     left_out = _why_no_kernels(where)
-    for options in KERNEL_OPTIONS:
-        function = partial(kernels_equal_torch, where, **options)
-        checks.append(Check(f"kernels: {_words(options)}", function, left_out=left_out))
-    return checks
+    return [
+        Check(
+            f"kernels: {_words(one)}", partial(kernels_equal_torch, where, **one), left_out=left_out
+        )
+        for one in options
+    ]
 
 
 def _why_no_kernels(where: str) -> str:
@@ -380,7 +387,7 @@ def all_checks(where: str, compiler_is_missing: str = "") -> list[Check]:
         compiler_is_missing: Why the compiled step is left out, or "".
     """
     equal, does_not_wait = partial(head_equals_cpu, where), partial(step_does_not_wait, where)
-    checks = quick_checks(where)
+    checks = quick_checks(where) + _kernel_checks(where, KERNEL_OPTIONS[1:])
     for name, (margin, centers) in LOSSES.items():
         function = partial(equal, margin, 1e-3, centers_per_class=centers)
         checks.append(Check(f"head: {name}", function))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from arcshard import losses
+from arcshard.head.kernels import KernelMode
 from arcshard.head.row_optimizer import AdamWRows, SGDRows
 from arcshard.partial_fc import PartialFC, UpdateMode
 from arcshard.random import hash_key
@@ -135,7 +136,9 @@ class Case:
     center_device: str | None
     weight_size: float
     steps: tuple[Step, ...]
-    kernels: str | None = None  # "triton" or "torch" for a head in fp32, None for one in float64
+    kernels: KernelMode | None = (
+        None  # "triton" or "torch" for a head in fp32, None for one in float64
+    )
 
     def __str__(self) -> str:
         """All but the steps, and their orders."""
@@ -235,7 +238,7 @@ def draw_case(
     return replace(case, steps=tuple(steps))
 
 
-def in_fp32(case: Case, kernels: str) -> Case | None:
+def in_fp32(case: Case, kernels: KernelMode) -> Case | None:
     """The case of a head in fp32 with these kernels; None where fp32 has no answer.
 
     That is update="autograd", which has no kernels, and cosines of +-1, where the slope of a margin
@@ -360,7 +363,7 @@ def _run(rank: int, case: Case) -> list[dict[str, Any]]:
         seed=case.seed,
         dtype=torch.float32 if case.kernels else torch.float64,
         center_device=case.center_device,
-        kernels=case.kernels or "torch",  # type: ignore[arg-type]
+        kernels=case.kernels or "torch",
     )
     assert head.has_kernels == (case.kernels == "triton"), head.describe_kernels()
     here, k = head.class_range, case.centers_per_class

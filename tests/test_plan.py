@@ -409,8 +409,8 @@ def test_the_heads_time_grows_where_numerators_are_made_again():
     assert kept < again < deferred
     product = 2 * 1024 * 512 * 100_000 / (SHARE_OF_PEAK["cuda"]["products"] * 989.4e12)
     assert kept > 3 * product
-    large: dict[str, Any] = {"num_classes": 1_000_000, "head_workspace_mib": 8192}
-    assert seconds(**large, sample_rate=0.1) < 0.5 * seconds(**large)
+    large: dict[str, Any] = {"num_classes": 4_000_000, "head_workspace_mib": 8192}
+    assert seconds(**large, sample_rate=0.1) < 0.3 * seconds(**large)
 
 
 def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -121,4 +122,25 @@ def test_a_bf16_shard_under_a_veto_keeps_every_bit_and_else_is_rounded_from_fp32
     for ours, kept in zip(bits(parts), before, strict=True):
         assert torch.equal(ours, kept)
     rule.update_rows(weight, torch.ones(ROWS, WIDTH), None, 0.1, torch.tensor(False))
+    assert rule.sr_counter == 0  # until the step ends
     assert (rule.state(weight)["step"] == 1).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rounding_follows_seed_step_row_and_column_and_not_the_blocks(name):
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(ROWS, WIDTH).bfloat16(), torch.randn(ROWS, WIDTH)
+
+    def updated(parts: list[slice], seed: int = 0, steps: int = 0, first_row: int = 0) -> Tensor:
+        rule, rows = copy.deepcopy(rule_of(name)), weight.clone()
+        rule.seed, rule.first_row = seed, first_row
+        for _ in range(steps):
+            rule.end_step()
+        for part in parts:
+            rule.update_rows(rows, gradient[part].clone(), part, 0.1)
+        return rows
+
+    whole = updated([slice(0, ROWS)])
+    assert torch.equal(whole, updated([slice(0, 2), slice(2, ROWS)]))
+    for options in ({"seed": 1}, {"steps": 1}, {"first_row": 1}):
+        assert not torch.equal(whole, updated([slice(0, ROWS)], **options))

@@ -307,9 +307,9 @@ def _announce(cfg: Config, world: DistContext, parts: TrainComponents, precision
         head.describe_memory(),
     )
     if isinstance(head, PartialFC):
-        is_wanted = cfg.head_kernels == "triton" and not head.has_kernels
+        is_missed = cfg.head_kernels == "triton" and not head.has_kernels
         logger.log(
-            logging.WARNING if is_wanted else logging.INFO, "head %s", head.describe_kernels()
+            logging.WARNING if is_missed else logging.INFO, "head %s", head.describe_kernels()
         )
     if cfg.gradient_acc > 1:
         logger.info(
