@@ -136,9 +136,7 @@ class Case:
     center_device: str | None
     weight_size: float
     steps: tuple[Step, ...]
-    kernels: KernelMode | None = (
-        None  # "triton" or "torch" for a head in fp32, None for one in float64
-    )
+    kernels: KernelMode | None = None  # of a head in fp32; None for one in float64
 
     def __str__(self) -> str:
         """All but the steps, and their orders."""
