@@ -8,30 +8,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import Shard
 
 from arcshard.head.sampling import draw_sample, permutation_prefix, sample_size
 from arcshard.random import hash_key
-from arcshard.shard import class_range, owner
+from arcshard.shard import class_range
 
 sizes = st.integers(1, 10**7)
 worlds = st.integers(1, 128)
 
 
 @given(sizes, worlds)
-def test_shards_cover_all_classes_once_in_order_and_evenly(num_classes, world_size):
+def test_shards_cover_all_classes_once_in_order_as_dtensor_cuts_them(num_classes, world_size):
     ranges = [class_range(num_classes, rank, world_size) for rank in range(world_size)]
     assert ranges[0].start == 0
     assert ranges[-1].stop == num_classes
     assert all(a.stop == b.start for a, b in itertools.pairwise(ranges))
-    lengths = [len(r) for r in ranges]
-    assert max(lengths) - min(lengths) <= 1
-    assert lengths == sorted(lengths, reverse=True)
-
-
-@given(sizes, worlds, st.data())
-def test_owner_is_the_inverse_of_class_range(num_classes, world_size, data):
-    index = data.draw(st.integers(0, num_classes - 1))
-    assert index in class_range(num_classes, owner(index, num_classes, world_size), world_size)
+    for rank, mine in enumerate(ranges):
+        size, offset = Shard.local_shard_size_and_offset(num_classes, world_size, rank)
+        assert (len(mine), mine.start) == (size, offset)
 
 
 @pytest.mark.parametrize("arguments", [(0, 0, 1), (5, 1, 1), (5, -1, 2), (5, 0, 0)])

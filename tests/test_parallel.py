@@ -27,6 +27,7 @@ from arcshard.parallel import (
     scatter,
     split_of,
 )
+from arcshard.parallel.split import local_part
 from arcshard.partial_fc import PartialFC
 from tests.conftest import RankFailure
 
@@ -46,7 +47,7 @@ def gradients(model: nn.Module) -> dict[str, tuple[Tensor, int | None]]:
     """Each parameter's gradient and the dimension it is split along."""
     splits = parallel_splits(model)
     return {
-        name: (p.grad, splits[name].dim if name in splits else None)
+        name: (local_part(p.grad), splits[name].dim if name in splits else None)
         for name, p in model.named_parameters()
         if p.grad is not None
     }
@@ -229,7 +230,8 @@ def test_options_that_do_not_go_together_are_refused():
 
 def initial_values(rank, world_size, dim):
     torch.manual_seed(5)
-    return [ParallelLinear(300, 7, dim=dim).weight.data, ParallelLinear(3, 700, dim=dim).bias.data]
+    parameters = ParallelLinear(300, 7, dim=dim).weight, ParallelLinear(3, 700, dim=dim).bias
+    return [local_part(parameter.detach()) for parameter in parameters]
 
 
 @pytest.mark.parametrize("dim", [0, 1])

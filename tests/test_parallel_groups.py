@@ -27,7 +27,7 @@ from arcshard.parallel import (
 )
 from tests.conftest import RankFailure
 
-NUM_CLASSES, WIDTH, STEPS = 7, 5, 3
+NUM_CLASSES, WIDTH, STEPS = 7, 11, 3  # on 2, 3 and 4 ranks no part is empty, which FSDP2 refuses
 
 
 class Classifier(nn.Module):
@@ -75,10 +75,8 @@ def optimizers(kind, model, groups):
     split = [p for name, p in model.named_parameters() if name in splits]
     whole = [p for name, p in model.named_parameters() if name not in splits]
     made = [ZeroRedundancyOptimizer(whole, torch.optim.SGD, **options)]
-    if split:  # copies of a part live in the data group only
-        made.append(
-            ZeroRedundancyOptimizer(split, torch.optim.SGD, process_group=groups.data, **options)
-        )
+    if split:  # ZeroRedundancyOptimizer takes no DTensor; the state of parts is split already
+        made.append(torch.optim.SGD(split, **options))
     return made
 
 
@@ -231,16 +229,16 @@ def overflow_on_one_rank(rank, world_size):
     """A loss scaler that asks the other ranks: all skip the step, or none."""
     torch.manual_seed(0)
     fc = ParallelLinear(4, 6, dim=1)
-    before = fc.weight.detach().clone()
+    before = fc.weight.to_local().detach().clone()
     optimizer = torch.optim.SGD(fc.parameters(), 0.1)
     scaler = ShardedGradScaler(device="cpu", init_scale=8.0, process_group=dist.group.WORLD)
     loss = ParallelCrossEntropyLoss()(fc(torch.ones(2, 4)), torch.tensor([0, 5]))
     scaler.scale(loss).backward()
     if rank == 1:
-        fc.weight.grad[0, 0] = torch.inf
+        fc.weight.grad.to_local()[0, 0] = torch.inf
     scaler.step(optimizer)
     scaler.update()
-    return torch.equal(fc.weight, before), scaler.get_scale()
+    return torch.equal(fc.weight.to_local(), before), scaler.get_scale()
 
 
 def test_an_overflow_of_one_part_skips_the_step_on_all(ranks):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from arcshard.parallel import collect_state_dict, relocate_state_dict
+from arcshard.parallel.split import local_part
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "custom_parallel_layer.md"
 
@@ -49,7 +50,7 @@ def run_template(rank, world_size, code, state, x, labels) -> dict[str, Any]:
     loss = names["ParallelSigmoidLoss"]()(layer(x), labels)
     loss.backward()
     whole = collect_state_dict(layer)
-    return {"loss": loss.detach(), "dx": x.grad, "dw": layer.weight.grad, "whole": whole}
+    return {"loss": loss.detach(), "dx": x.grad, "dw": local_part(layer.weight.grad), "whole": whole}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -74,7 +75,7 @@ def initial(rank, world_size, code) -> Tensor:
     names: dict[str, Any] = {}
     exec(code, names)
     torch.manual_seed(3)
-    return names["ParallelPrototypes"](3, 600).weight.detach()
+    return local_part(names["ParallelPrototypes"](3, 600).weight.detach())
 
 
 def test_the_documented_layer_starts_alike_on_any_number_of_ranks(ranks):

@@ -31,7 +31,7 @@ from arcshard.losses import Softmax
 from arcshard.parallel.collectives import reduce
 from arcshard.parallel.groups import resolve_group
 from arcshard.parallel.loss import local_columns
-from arcshard.parallel.split import ParallelDim, Split, check_dim, register_parallel_dim, size_of
+from arcshard.parallel.split import ParallelDim, Split, check_dim, size_of
 from arcshard.parallel.state_dict import whole_on_first_rank
 from arcshard.partial_fc import PartialFC
 
@@ -143,10 +143,6 @@ class LayerClassifier(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(shape[0], device=device, dtype=self.work_dtype))
-        if self.split is not None:
-            register_parallel_dim(self, "weight", self.split)
-            if bias and self.dim == 1:
-                register_parallel_dim(self, "bias", self.split)
         self.row_optimizer, self._bias_optimizer = row_optimizer, bias_update
 
     def forward(
@@ -191,7 +187,7 @@ class LayerClassifier(nn.Module):
         operands = mine.to(self.matmul_dtype), self.weight.to(self.matmul_dtype)
         logits = linear(*operands).to(self.work_dtype)
         if self.dim == 0 and self.group is not None:
-            logits = reduce(logits, self.group, in_place=True)
+            logits = reduce(logits, self.group)
         return logits if self.bias is None else logits + self.bias
 
     def _spread(self) -> Spread | None:

@@ -20,7 +20,7 @@ from arcshard.parallel.collectives import copy, reduce
 from arcshard.parallel.groups import resolve_group
 from arcshard.parallel.linear import ParallelLinear
 from arcshard.parallel.loss import local_columns, split_for, unknown_labels
-from arcshard.parallel.split import ParallelDim, Split, check_sizes, mark_split
+from arcshard.parallel.split import ParallelDim, Split, check_sizes, local_part, mark_split
 
 NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
@@ -63,13 +63,13 @@ class ParallelArcLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the cosines [B, C] of x [B, D]; for dim=1 those of this rank's classes."""
-        unit = normalize(x, dim=-1)
+        unit, weight = normalize(x, dim=-1), local_part(self.weight)
         if self.dim is None:
-            return mark_split(linear(unit, normalize(self.weight)), None)
+            return mark_split(linear(unit, normalize(weight)), None)
         if self.dim == 1:
-            return self.finish_columns(linear(copy(unit, self.group), normalize(self.weight)))
-        products = reduce(linear(self.my_features(unit), self.weight), self.group, in_place=True)
-        squares = reduce(self.weight.square().sum(dim=1), self.group)  # [C]
+            return self.finish_columns(linear(copy(unit, self.group), normalize(weight)))
+        products = reduce(linear(self.my_features(unit), weight), self.group)
+        squares = reduce(weight.square().sum(dim=1), self.group)  # [C]
         # Clamped before the root, whose slope at 0 is infinite.
         norms = squares.clamp_min(NORM_FLOOR**2).sqrt()
         return mark_split((products / norms).to(products.dtype), None)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from arcshard.parallel.split import parallel_splits
+from arcshard.parallel.split import local_part
 
 
 def grad_norm(model: nn.Module) -> Tensor:
     """Computes the 2-norm of all gradients as if no parameter were split, the same on all ranks.
 
-    The squares of the parts of a split parameter are summed over its ranks, by one all-reduce of
-    one number per group; a parameter that every rank holds whole counts once. Every rank calls it
-    when the gradients are complete (after DDP's backward).
+    It is torch.nn.utils.get_total_norm, which takes either DTensors or plain tensors, of both: a
+    parameter that every rank holds whole counts once. Every rank calls it when the gradients are
+    complete (after DDP's backward).
 
     Args:
         model: The model of this rank.
@@ -22,25 +23,17 @@ def grad_norm(model: nn.Module) -> Tensor:
     Returns:
         Scalar.
     """
-    splits = parallel_splits(model)
-    by_group: dict[dist.ProcessGroup | None, Tensor] = {}
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        group = splits[name].several if name in splits else None
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        # A rank without a gradient takes part in its group's all-reduce too.
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        square = torch.zeros((), dtype=dtype, device=parameter.device)
-        if parameter.grad is not None:
-            square = torch.linalg.vector_norm(parameter.grad, dtype=dtype).square()
-        by_group[group] = by_group[group] + square if group in by_group else square
-    for group, square in by_group.items():
-        if group is not None:
-            dist.all_reduce(square, group=group)
-    total = torch.stack([square.double() for square in by_group.values()]).sum()
-    return total.sqrt().to(next(iter(by_group.values())).dtype)
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {None: []}
+    for parameter in model.parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        gradient = parameter.grad
+        if gradient is None and mesh is not None and parameter.requires_grad:
+            gradient = torch.zeros_like(parameter)  # this rank takes part in the all-reduce
+        if gradient is not None:
+            by_mesh.setdefault(mesh, []).append(gradient.detach())
+    norms = [nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(whole))
 
 
 @torch.no_grad()
@@ -63,5 +56,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+            gradient = local_part(parameter.grad)
+            gradient.mul_(factor.to(gradient.dtype))
     return norm

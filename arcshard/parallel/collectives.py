@@ -9,10 +9,9 @@ ranks compute the same thing from it), and a part has the gradient of its part.
     gather     all-gather: parts -> whole  this rank's part  Shard -> Replicate
     scatter    this rank's part            all-gather        Replicate -> Shard
 
-copy comes before work that differs from rank to rank, reduce after it. They are DTensor's
-redistributions, but with parts of other sizes (arcshard/parallel/split.py), so they are written
-here. With one rank all are the identity. Every rank of the group calls them in the same order and
-runs the same backward.
+copy comes before work that differs from rank to rank, reduce after it. With one rank all are the
+identity. Every rank of the group calls them in the same order and runs the same backward. Three are
+redistributions of a DTensor; `gather` also joins batches, whose parts have any length.
 """
 
 from __future__ import annotations
@@ -24,10 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from arcshard.collectives import all_gather_single
 from arcshard.parallel.groups import resolve_group
-from arcshard.parallel.split import Split, size_of
+from arcshard.parallel.split import Split, as_dtensor, mesh_of, size_of
 
 Group = dist.ProcessGroup | None
 
@@ -39,20 +40,17 @@ def copy(tensor: Tensor, group: Group = None) -> Tensor:
         tensor: Any shape, equal on all ranks.
         group: Ranks; None for the default group.
     """
-    group = resolve_group(group)
-    return tensor if size_of(group) == 1 else _Copy.apply(tensor, group)
+    return _redistributed(tensor, resolve_group(group), Replicate(), Replicate(), Partial())
 
 
-def reduce(tensor: Tensor, group: Group = None, *, in_place: bool = False) -> Tensor:
+def reduce(tensor: Tensor, group: Group = None) -> Tensor:
     """Sums over the ranks, with the result on every rank.
 
     Args:
         tensor: The same shape on all ranks.
         group: Ranks; None for the default group.
-        in_place: Whether the tensor is overwritten, which saves a copy where nothing else reads it.
     """
-    group = resolve_group(group)
-    return tensor if size_of(group) == 1 else _Reduce.apply(tensor, group, in_place)
+    return _redistributed(tensor, resolve_group(group), Partial(), Replicate(), Replicate())
 
 
 def gather(
@@ -99,15 +97,35 @@ def gather(
 
 
 def scatter(tensor: Tensor, dim: int = -1, group: Group = None) -> Tensor:
-    """Returns this rank's part of a tensor that all ranks hold whole, as a view cut by `Split`.
+    """Returns this rank's part of a tensor that all ranks hold whole, cut as by `Split`.
 
     Args:
         tensor: The whole tensor.
         dim: Dimension that is split.
         group: Ranks; None for the default group.
     """
-    split = Split(dim % tensor.ndim, tensor.shape[dim], resolve_group(group))
-    return tensor if split.num_parts == 1 else _Scatter.apply(tensor, split)
+    part = Shard(dim % tensor.ndim)
+    return _redistributed(tensor, resolve_group(group), Replicate(), part, part)
+
+
+def gather_split(part: Tensor, split: Split) -> Tensor:
+    """Joins the parts of an activation; its gradient is this rank's part."""
+    if split.several is None:
+        return part
+    mesh = mesh_of(split.several, part.device)
+    return as_dtensor(part, split, mesh).redistribute(mesh, [Replicate()]).to_local()
+
+
+def _redistributed(
+    tensor: Tensor, group: Group, there: Placement, here: Placement, gradient: Placement
+) -> Tensor:
+    """Redistributes a local tensor of placement `there` to `here`, whose gradient is `gradient`."""
+    if size_of(group) == 1:
+        return tensor
+    assert group is not None
+    mesh = mesh_of(group, tensor.device)
+    whole = DTensor.from_local(tensor, mesh, [there], run_check=False)
+    return whole.redistribute(mesh, [here]).to_local(grad_placements=[gradient])
 
 
 def join_parts(part: Tensor, dim: int, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
@@ -131,36 +149,6 @@ def join_parts(part: Tensor, dim: int, group: dist.ProcessGroup, sizes: Sequence
     return everything.movedim(0, dim).contiguous()
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, in_place: bool) -> Tensor:
-        if in_place and tensor.is_contiguous():
-            ctx.mark_dirty(tensor)
-        else:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(tensor, group=group)
-        return tensor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -180,18 +168,3 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mine = gradients[0].narrow(*ctx.place)
         return mine if ctx.factor == 1 else mine * ctx.factor, None, None, None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, split: Split) -> Tensor:
-        ctx.split = split
-        return split.take(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        split: Split = ctx.split
-        assert split.group is not None
-        sizes = [len(part) for part in split.parts]
-        return join_parts(gradients[0], split.dim, split.group, sizes), None

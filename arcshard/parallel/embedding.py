@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from arcshard.parallel.collectives import gather, reduce
+from arcshard.parallel.collectives import gather_split, reduce
 from arcshard.parallel.groups import resolve_group
 from arcshard.parallel.split import (
     ParallelDim,
@@ -17,6 +17,7 @@ from arcshard.parallel.split import (
     check_dim,
     check_sizes,
     fill_split,
+    local_part,
     mark_split,
     register_parallel_dim,
 )
@@ -38,7 +39,7 @@ class ParallelEmbedding(nn.Module):
         dtype: Dtype of the table.
 
     Attributes:
-        weight: This rank's part of the table.
+        weight: The table, a DTensor where several ranks share it.
 
     Raises:
         ValueError: `dim`, a size or `padding_idx` is outside its domain, or `gather_output` is set
@@ -69,12 +70,11 @@ class ParallelEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.gather_output = gather_output
-        self.group = resolve_group(process_group)
 
         shape = [num_embeddings, embedding_dim]
         self.split: Split | None = None
         if self.dim is not None:
-            self.split = Split(self.dim, shape[self.dim], self.group)
+            self.split = Split(self.dim, shape[self.dim], resolve_group(process_group))
             shape[self.dim] = len(self.split.mine)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if self.split is not None:
@@ -86,6 +86,11 @@ class ParallelEmbedding(nn.Module):
         """Rows of the whole table that this rank owns."""
         return self.split.mine if self.split and self.dim == 0 else range(self.num_embeddings)
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the layer, None where it is not split."""
+        return None if self.split is None else self.split.group
+
     def reset_parameters(self) -> None:
         """Draws nn.Embedding's initial values, whatever the split, with zeros at `padding_idx`."""
 
@@ -94,8 +99,7 @@ class ParallelEmbedding(nn.Module):
 
         fill_split(self.weight, self.split, draw)
         if self.padding_idx is not None and self.padding_idx in self.rows:
-            with torch.no_grad():
-                self.weight[self.padding_idx - self.rows.start].zero_()
+            local_part(self.weight.detach())[self.padding_idx - self.rows.start].zero_()
 
     def forward(self, indices: Tensor) -> Tensor:
         """Looks up integers [...], as [..., embedding_dim] or this rank's features of it.
@@ -104,28 +108,27 @@ class ParallelEmbedding(nn.Module):
             ValueError: An index is outside [0, num_embeddings) (on CUDA it is a device assertion).
         """
         self._check(indices)
+        weight = local_part(self.weight)
         if self.dim != 0:
-            y = embedding(indices, self.weight, self.padding_idx)
-            if self.split is None:
-                return mark_split(y, None)
-            if self.gather_output:
-                sizes = [len(part) for part in self.split.parts]
-                return mark_split(gather(y, -1, self.group, sizes=sizes), None)
-            return mark_split(y, Split(y.ndim - 1, self.embedding_dim, self.group))
+            y = embedding(indices, weight, self.padding_idx)
+            split = self.split and Split(y.ndim - 1, self.embedding_dim, self.group)
+            if split is not None and self.gather_output:
+                y, split = gather_split(y, split), None
+            return mark_split(y, split)
 
         start, stop = self.rows.start, self.rows.stop
         if start == stop:
             # The empty sum connects y to autograd, so that a rank without rows takes part in
             # backward's collectives like the others.
-            y = self.weight.new_zeros(*indices.shape, self.embedding_dim) + self.weight.sum()
+            y = weight.new_zeros(*indices.shape, self.embedding_dim) + weight.sum()
         else:
             here = (indices >= start) & (indices < stop)
             padding = None
             if self.padding_idx is not None and self.padding_idx in self.rows:
                 padding = self.padding_idx - start
-            y = embedding((indices - start).clamp(0, stop - start - 1), self.weight, padding)
+            y = embedding((indices - start).clamp(0, stop - start - 1), weight, padding)
             y = y.masked_fill(~here[..., None], 0.0)
-        return mark_split(reduce(y, self.group, in_place=True), None)
+        return mark_split(reduce(y, self.group), None)
 
     def _check(self, indices: Tensor) -> None:
         fits = (indices >= 0) & (indices < self.num_embeddings)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arcshard.parallel.split import parallel_splits, size_of
+from arcshard.parallel.split import local_part, remember_mesh, size_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def init_process_group(group_size: int | None = None, device_type: str = "cpu") 
         return Groups(None, None, None)
     shape = (world_size // group_size, group_size)
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "model"))
+    remember_mesh(mesh["model"])  # FSDP2 asks for two dimensions of one mesh
     return Groups(mesh, mesh.get_group("model"), mesh.get_group("data"))
 
 
@@ -74,8 +75,7 @@ def register_ddp_parameters_to_ignore(
 ) -> list[str]:
     """Makes DDP ignore split parameters, and averages their gradients over `data_group` instead.
 
-    Call it before DistributedDataParallel(model): DDP would broadcast rank 0's part to all ranks
-    and average gradients of different parts. With a data group the parameters take the values of
+    Call it before DistributedDataParallel(model), which takes plain tensors only. With a data group the parameters take the values of
     its first rank now, and every gradient is averaged over the group as soon as backward has
     computed it. This includes backward under `no_sync`: one collective per micro-batch, with the
     same sum.
@@ -91,37 +91,38 @@ def register_ddp_parameters_to_ignore(
         ValueError: Other ranks hold the same parts and there is no data group, or the ranks of
             parts and data group together are not the world.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = []
+    shared = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if isinstance(parameter, DTensor)
+    }
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    for name, split in parallel_splits(model).items():
-        if split.num_parts == 1:
-            continue  # whole, so DDP treats it as any other parameter
-        names.append(name)
-        if split.num_parts * size_of(data_group) != world_size:
+    for name, parameter in shared.items():
+        if parameter.device_mesh.size() * size_of(data_group) != world_size:
             raise ValueError(
-                f"{name} is split over {split.num_parts} of {world_size} ranks and the data group "
-                f"has {size_of(data_group)}: its copies on other ranks would drift apart; pass "
-                "data_group=init_process_group(group_size).data"
+                f"{name} is split over {parameter.device_mesh.size()} of {world_size} ranks and "
+                f"the data group has {size_of(data_group)}: its copies on other ranks would drift "
+                "apart; pass data_group=init_process_group(group_size).data"
             )
-    ignored = {id(parameters[name]): parameters[name] for name in names}
-    for parameter in ignored.values():
-        if data_group is not None and size_of(data_group) > 1:
+    if data_group is not None and size_of(data_group) > 1:
+        for parameter in {id(each): each for each in shared.values()}.values():
             _follow_group(parameter, data_group)
+    names = list(shared)
     # DDP joins module and parameter by a dot even for the model itself, whose name is empty.
     spelt = [name if "." in name else f".{name}" for name in names]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names + spelt)
     return names
 
 
-def _follow_group(parameter: nn.Parameter, group: dist.ProcessGroup) -> None:
-    dist.broadcast(parameter.detach(), group=group, group_src=0)
+def _follow_group(parameter: Tensor, group: dist.ProcessGroup) -> None:
+    dist.broadcast(local_part(parameter.detach()), group=group, group_src=0)
     count = dist.get_world_size(group)
 
-    def average(one: torch.Tensor) -> None:
+    def average(one: Tensor) -> None:
         # Gradients of earlier micro-batches are equal on all ranks: averaging keeps them.
         if one.grad is not None:
-            dist.all_reduce(one.grad, group=group)
-            one.grad.div_(count)
+            gradient = local_part(one.grad)
+            dist.all_reduce(gradient, group=group)
+            gradient.div_(count)
 
     parameter.register_post_accumulate_grad_hook(average)

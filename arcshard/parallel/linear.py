@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from arcshard.parallel.collectives import copy, gather, reduce, scatter
+from arcshard.parallel.collectives import copy, gather_split, reduce, scatter
 from arcshard.parallel.groups import resolve_group
 from arcshard.parallel.split import (
     ParallelDim,
@@ -30,9 +30,11 @@ from arcshard.parallel.split import (
     check_dim,
     check_sizes,
     fill_split,
+    local_part,
     mark_split,
     register_parallel_dim,
 )
+from arcshard.parallel.state_dict import relocate_state_dict
 
 
 class ParallelLinear(nn.Module):
@@ -51,8 +53,8 @@ class ParallelLinear(nn.Module):
         dtype: Dtype of the parameters.
 
     Attributes:
-        weight: This rank's part of W.
-        bias: This rank's part of b, or None.
+        weight: W, a DTensor where several ranks share it; weight.to_local() is this rank's part.
+        bias: b or None; a DTensor likewise for dim=1.
         split: How the features are split, None if dim is None.
 
     Raises:
@@ -81,12 +83,12 @@ class ParallelLinear(nn.Module):
             raise ValueError(f"input_is_split=True with dim={dim!r}: only dim=0 takes parts")
         self.in_features, self.out_features = in_features, out_features
         self.gather_output, self.input_is_split = gather_output, input_is_split
-        self.group = resolve_group(process_group)
 
         shape = [out_features, in_features]
         self.split: Split | None = None
         if self.dim is not None:
-            self.split = Split(1 - self.dim, shape[1 - self.dim], self.group)  # the weight's split
+            group = resolve_group(process_group)
+            self.split = Split(1 - self.dim, shape[1 - self.dim], group)  # the weight's split
             shape[self.split.dim] = len(self.split.mine)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = None
@@ -97,6 +99,11 @@ class ParallelLinear(nn.Module):
             if bias and self.dim == 1:
                 register_parallel_dim(self, "bias", self.split)
         self.reset_parameters()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the layer, None where it is not split."""
+        return None if self.split is None else self.split.group
 
     def reset_parameters(self) -> None:
         """Draws nn.Linear's initial values, uniform in +-1 / sqrt(in_features), for any split."""
@@ -111,21 +118,21 @@ class ParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes [..., out] of x [..., in], whole or split as in the table of this module."""
+        weight = local_part(self.weight)
+        bias = None if self.bias is None else local_part(self.bias)
         if self.dim is None:
-            return mark_split(linear(x, self.weight, self.bias), None)
+            return mark_split(linear(x, weight, bias), None)
         if self.dim == 1:
-            return self.finish_columns(linear(copy(x, self.group), self.weight, self.bias))
-        y = reduce(linear(self.my_features(x), self.weight), self.group, in_place=True)
-        return mark_split(y if self.bias is None else y + self.bias.to(y.dtype), None)
+            return self.finish_columns(linear(copy(x, self.group), weight, bias))
+        y = reduce(linear(self.my_features(x), weight), self.group)
+        return mark_split(y if bias is None else y + bias.to(y.dtype), None)
 
     def finish_columns(self, y: Tensor) -> Tensor:
         """Returns, for dim=1, this rank's outputs marked as such, or all of them."""
         split = self.split
         assert split is not None
-        if self.gather_output:
-            sizes = [len(part) for part in split.parts]
-            return mark_split(gather(y, -1, split.group, sizes=sizes), None)
-        return mark_split(y, Split(y.ndim - 1, split.size, split.group))
+        of_y = Split(y.ndim - 1, split.size, split.group)
+        return mark_split(gather_split(y, of_y), None) if self.gather_output else mark_split(y, of_y)
 
     def my_features(self, x: Tensor) -> Tensor:
         """Returns, for dim=0, this rank's input features of x.
@@ -214,20 +221,14 @@ def _converted(
         new = ParallelLinear(
             layer.in_features,
             layer.out_features,
-            bias is not None,
+            layer.bias is not None,
             dim,
             gather_output=gather_output,
             process_group=group,
             device="meta",
-            dtype=weight.dtype,
+            dtype=layer.weight.dtype,
         )
-    split = new.split
-
-    def part(whole: Tensor, is_split: bool) -> nn.Parameter:
-        value = split.take(whole) if split is not None and is_split else whole
-        return nn.Parameter(value.detach().clone(), whole.requires_grad)
-
-    new.weight = part(weight, True)
-    if bias is not None:
-        new.bias = part(bias, new.dim == 1)
+    new.load_state_dict(relocate_state_dict(new, layer.state_dict()), assign=True)
+    for name, parameter in layer.named_parameters():
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
     return new.train(layer.training)

@@ -1,15 +1,15 @@
 """How a parameter or an activation is split over ranks, and which part this rank has.
 
-Parts follow arcshard/shard.py: rank k of n owns size // n consecutive entries of one dimension and
-the first size % n ranks one more. DTensor's Shard cuts differently (10 over 4 ranks: 3, 3, 3, 1
-there and 3, 3, 2, 2 here), so shards are plain tensors that know their `Split`. They can hold
-PartialFC's class centers row by row, no two ranks differ by more than one entry, and DDP,
-ZeroRedundancyOptimizer and every torch.optim accept them unchanged. Where both cuts agree,
-`as_dtensor` returns the same storage as a DTensor. `Split.placement` is always defined.
+Parts are those of `Shard` in torch.distributed.tensor (arcshard/shard.py): ceil(size / n) entries
+per rank, and fewer or none on the last ranks. A split parameter is a DTensor, so that state dicts,
+gradient clipping, torch.optim and FSDP2 know the whole; `parameter.to_local()` is this rank's part.
+In a group of one rank it is an ordinary parameter. Activations are this rank's part as a plain
+tensor, and `split_of` says of what.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,35 @@ from arcshard.shard import class_range
 
 ParallelDim = int | None
 ROWS_PER_DRAW = 256
+_MESHES: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, DeviceMesh]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
     """Returns the number of ranks of a group, 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+def mesh_of(group: dist.ProcessGroup, device: torch.device | str | None = None) -> DeviceMesh:
+    """Returns the one-dimensional mesh over the ranks of a group, the same object at every call.
+
+    Args:
+        group: The ranks. For a group of `init_process_group` it is a dimension of its mesh.
+        device: Device of the tensors; None or "meta" for a GPU where the group uses NCCL, else CPU.
+    """
+    kind = "meta" if device is None else torch.device(device).type
+    if kind == "meta":
+        kind = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
+    meshes = _MESHES.setdefault(group, {})
+    if kind not in meshes:
+        meshes[kind] = DeviceMesh.from_group(group, kind)
+    return meshes[kind]
+
+
+def remember_mesh(mesh: DeviceMesh) -> None:
+    """Makes `mesh_of` return this one-dimensional mesh for its group."""
+    _MESHES.setdefault(mesh.get_group(), {})[mesh.device_type] = mesh
 
 
 @dataclass(frozen=True)
@@ -100,8 +124,7 @@ class Split:
 def register_parallel_dim(module: nn.Module, name: str, split: Split) -> None:
     """Registers that parameter `name` of `module` is this rank's part of a larger tensor.
 
-    The split is stored on the module rather than on the tensor, because wrappers (FSDP2) replace
-    the parameter by other tensors. State dicts, DDP and `placements` read it.
+    Where several ranks share it, the parameter becomes a DTensor over the same storage.
 
     Args:
         module: The module that has the parameter.
@@ -122,6 +145,11 @@ def register_parallel_dim(module: nn.Module, name: str, split: Split) -> None:
             f"{split.num_parts} owns {len(split.mine)} of {split.size} entries of dimension "
             f"{split.dim}: make it that size"
         )
+    if split.several is not None:
+        sharded = as_dtensor(
+            parameter.detach(), split, mesh_of(split.several, parameter.device)
+        )
+        setattr(module, name, nn.Parameter(sharded, parameter.requires_grad))
     module.__dict__.setdefault("_parallel_splits", {})[name] = split
 
 
@@ -141,7 +169,7 @@ def get_parallel_dim(module: nn.Module, name: str) -> ParallelDim:
 
 
 def placements(model: nn.Module) -> dict[str, Placement]:
-    """Returns the placement that each parameter would have as a DTensor on its group's mesh."""
+    """Returns the placement of each parameter on its group's mesh."""
     splits = parallel_splits(model)
     return {
         name: splits[name].placement if name in splits else Replicate()
@@ -153,25 +181,48 @@ def as_dtensor(local: Tensor, split: Split, mesh: DeviceMesh) -> DTensor:
     """Returns this rank's part as a DTensor over the same storage, for torch.distributed's tools.
 
     Args:
-        local: This rank's part.
+        local: This rank's part; a DTensor is returned as it is.
         split: How the tensor is split.
         mesh: One-dimensional mesh over the ranks of `split.group`.
-
-    Raises:
-        ValueError: DTensor would cut this size into other parts.
     """
-    cut = [
-        Shard.local_shard_size_and_offset(split.size, split.num_parts, rank)[0]
-        for rank in range(split.num_parts)
-    ]
-    ours = [len(part) for part in split.parts]
-    if cut != ours:
-        raise ValueError(
-            f"{split.size} entries over {split.num_parts} ranks are {ours} here and {cut} in "
-            "DTensor's Shard: choose a size both cut alike (a multiple of the ranks), or use "
-            "collect_state_dict"
+    if isinstance(local, DTensor):
+        return local
+    shape = list(local.shape)
+    shape[split.dim] = split.size
+    whole = torch.empty(shape, device="meta")  # for its strides
+    return DTensor.from_local(
+        local, mesh, [split.placement], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a DTensor, with the gradient of a part; others as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part: Tensor = _LocalPart.apply(tensor)
+    return part
+
+
+class _LocalPart(torch.autograd.Function):
+    """DTensor.to_local, whose gradient torch 2.11 makes a whole one where parts are uneven."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: DTensor) -> Tensor:
+        ctx.like = whole.device_mesh, whole.placements, whole.shape, whole.stride()
+        part = whole.to_local()
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> DTensor:
+        mesh, placements, shape, stride = ctx.like
+        return DTensor.from_local(
+            gradients[0].contiguous(),
+            mesh,
+            placements,
+            run_check=False,
+            shape=shape,
+            stride=stride,
         )
-    return DTensor.from_local(local, mesh, [split.placement], run_check=False)
 
 
 def fill_split(
@@ -184,12 +235,13 @@ def fill_split(
     seeded alike (torch.manual_seed).
 
     Args:
-        parameter: This rank's part, at least one-dimensional; written in place.
+        parameter: This rank's part or a DTensor, at least one-dimensional; written in place.
         split: How the parameter is split, None for a whole one.
         draw: Function of (shape, CPU generator) that returns values. It is called with the shapes
             of blocks of rows of the whole.
     """
     seed = int(torch.randint(2**62, ()))
+    parameter = local_part(parameter.detach())
     if parameter.is_meta:
         return
     shape = list(parameter.shape)
@@ -204,8 +256,7 @@ def fill_split(
         block = block[low - start : high - start]
         if split is not None and split.dim != 0:
             block = split.take(block)
-        with torch.no_grad():
-            parameter[low - rows.start : high - rows.start].copy_(block)
+        parameter[low - rows.start : high - rows.start].copy_(block)
 
 
 # --- activations ----------------------------------------------------------------------------

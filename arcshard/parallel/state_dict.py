@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from arcshard.parallel.split import Split, parallel_splits
+from arcshard.parallel.split import Split, as_dtensor, parallel_splits
 
 PIECE_BYTES = 16 * 2**20
 
@@ -21,8 +21,9 @@ PIECE_BYTES = 16 * 2**20
 def collect_state_dict(model: nn.Module) -> dict[str, Any]:
     """Collects the whole state dict in host memory on the first rank of each model group.
 
-    Every rank calls it. Tensors are joined one at a time in small pieces, so that little memory is
-    needed beside the result. Parameters under FSDP2 are joined too.
+    Every rank calls it. Split tensors are joined one at a time in small pieces, so that little
+    memory is needed beside the result (`full_tensor` needs the whole on every rank's device).
+    Parameters under FSDP2 are joined too, each with `full_tensor`.
 
     Args:
         model: Not wrapped in DDP (take its `.module`), so that names have no prefix.
@@ -34,10 +35,10 @@ def collect_state_dict(model: nn.Module) -> dict[str, Any]:
     is_first = all(split.rank == 0 for split in splits.values())
     whole: dict[str, Any] = {}
     for name, value in model.state_dict().items():
-        if isinstance(value, DTensor):
+        if isinstance(value, DTensor) and name in splits and value.device_mesh.ndim == 1:
+            value = whole_on_first_rank(value.to_local(), splits[name])
+        elif isinstance(value, DTensor):
             value = value.full_tensor()
-        if name in splits:
-            value = whole_on_first_rank(value, splits[name])
         if is_first:
             whole[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
     return whole
@@ -60,14 +61,19 @@ def relocate_state_dict(model: nn.Module, state: dict[str, Any]) -> dict[str, An
     own = model.state_dict()
     parts: dict[str, Any] = {}
     for name, value in state.items():
+        there = own.get(name)
         if name in splits:
             try:
-                value = splits[name].take(value).clone()
+                part = splits[name].take(value)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        there = own.get(name)
-        if isinstance(there, DTensor):
-            value = distribute_tensor(value, there.device_mesh, there.placements)
+            if not isinstance(there, DTensor):
+                value = part.clone()
+            elif there.device_mesh.ndim == 1:
+                value = as_dtensor(part.clone(), splits[name], there.device_mesh)
+        if isinstance(there, DTensor) and not isinstance(value, DTensor):
+            mesh, placements = there.device_mesh, there.placements
+            value = distribute_tensor(value, mesh, placements, src_data_rank=None)
         parts[name] = value
     return parts
 
