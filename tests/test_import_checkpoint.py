@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcshard.shard import class_range
 from backbones import get_model
 from backbones.weights import WeightsError
 from benchmarks.bench_faults import whole_state
@@ -39,8 +38,9 @@ def write_published(checkpoint: Path, folder: Path, world_size: int, optimizer: 
     names = [name for name, _ in net.named_parameters()]
     folder.mkdir()
     for rank in range(world_size):
-        rows = class_range(NUM_CLASSES, rank, world_size)
-        mine = slice(rows.start, rows.stop)
+        share, rest = divmod(NUM_CLASSES, world_size)  # arcface_torch's own cut
+        start = rank * share + min(rank, rest)
+        mine = slice(start, start + share + (rank < rest))
         numbered: dict[int, dict[str, Tensor]] = {
             i: {key: state[f"optimizer/{key}/{name}"] for key in KEYS[optimizer]}
             for i, name in enumerate(names)

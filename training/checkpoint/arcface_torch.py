@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcshard.shard import class_range
 from backbones.weights import WeightsError, read_plain_file, read_state_dict
 
 _CHECKPOINT = re.compile(r"checkpoint_gpu_(\d+)\.pt")
@@ -65,7 +64,8 @@ def read_run(folder: Path) -> ArcfaceTorchRun:
     run = _from_checkpoints(files) if files else _from_centers(folder)
     classes, width = run.num_classes, run.centers[0].shape[1]
     for rank, part in enumerate(run.centers):
-        share = len(class_range(classes, rank, run.world_size))
+        # arcface_torch cuts C // n classes per rank and one more on the first C % n
+        share = classes // run.world_size + (rank < classes % run.world_size)
         if part.shape != (share, width):
             raise WeightsError(
                 f"{folder}: rank {rank} of {run.world_size} holds centers of shape "

@@ -2,10 +2,10 @@
 
 A state is `{name: TensorShard}`. Every rank says which rows (or columns) of each tensor it holds,
 and the planners below pass this to torch.distributed.checkpoint in pieces of at most PIECE_BYTES,
-so that a shard of many gigabytes is written and read with one piece in memory beside it. A rank
-reads the rows it wants, from whatever rank wrote them, so a state saved on n ranks loads on any
-other number. (The shards of arcshard/shard.py are not those of DTensor: 10 rows on 3 ranks are
-4, 3, 3 here.)
+so that a shard of many gigabytes is written and read with one piece in memory beside it. (The
+default planners write a DTensor's shard as one piece. Reading it takes the memory of the shard a
+second time.) A rank reads the rows it wants, from whatever rank wrote them, so a state saved on n
+ranks loads on any other number.
 
 Every file's size and SHA-256 are taken while it is written. Only tensors are stored here. The
 metadata file, which is a pickle, is read by an unpickler that admits only its own classes.
@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -39,7 +39,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -271,19 +270,18 @@ class _SavePlanner(DefaultSavePlanner):
         return stored.piece(piece.offsets, piece.sizes)
 
 
-class _LoadPlanner(LoadPlanner):
+class _LoadPlanner(DefaultLoadPlanner):
     """Plans to read the rows that this rank wants, from the pieces that hold them."""
 
     def set_up_planner(
         self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        assert metadata is not None
-        self.state: State = state_dict
-        self.metadata = metadata
+        self.state_dict, self.metadata = state_dict, metadata
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
         items: list[ReadItem] = []
-        for name, stored in self.state.items():
+        for name, stored in self.state_dict.items():
             saved = self.metadata.state_dict_metadata.get(name)
             if not isinstance(saved, TensorStorageMetadata):
                 raise StorageError(f"{name} is not in the saved state")
@@ -298,26 +296,9 @@ class _LoadPlanner(LoadPlanner):
             items += create_read_items_for_chunk_list(name, saved, [wanted])
         return LoadPlan(items)
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise StorageError(f"{read_item.dest_index.fqn} is not a tensor")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        stored = self.state[read_item.dest_index.fqn]
-        local = stored.local.detach()
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            local = local.narrow(dim, start, length)
-        return local
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Do nothing, because the tensor was copied to its place already."""
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        stored: TensorShard = self.state_dict[index.fqn]
+        return stored.local.detach()
 
 
 class _Reader(dcp.FileSystemReader):
