@@ -159,6 +159,21 @@ def test_older_files_give_centers_and_momentum_and_want_the_epoch(
     assert torch.equal(state["head/weight/momentum_buffer"], momentum)
 
 
+def test_files_are_cut_as_arcface_torch_cuts_them_and_not_as_we_do(tmp_path: Path) -> None:
+    whole = torch.randn(10, 4)
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "backbone.pth")
+
+    def write(sizes: list[int]) -> None:
+        for rank, part in enumerate(whole.split(sizes)):
+            torch.save(part.clone(), tmp_path / f"rank_{rank}_softmax_weight.pt")
+
+    write([3, 3, 2, 2])
+    assert torch.equal(torch.cat(read_run(tmp_path).centers), whole)
+    write([3, 3, 3, 1])
+    with pytest.raises(WeightsError, match=r"rank 2 of 4 holds centers of shape \[3, 4\]"):
+        read_run(tmp_path)
+
+
 def test_momentum_of_a_sampled_head_is_left_out_and_said_so(
     tmp_path: Path, published: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

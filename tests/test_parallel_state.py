@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from arcshard.losses import ArcFace
 from arcshard.parallel import (
     ParallelEmbedding,
     ParallelLinear,
@@ -28,7 +29,6 @@ from arcshard.parallel import (
     relocate_state_dict,
     scatter,
 )
-from arcshard.losses import ArcFace
 from arcshard.parallel.split import local_part, mesh_of
 from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
@@ -223,7 +223,7 @@ def gradients_of_a_table(rank, world_size):
 
 
 def test_a_split_table_has_the_gradient_of_its_part_only(ranks):
-    """torch 2.13's RowwiseParallel gives every rank the gradient of the whole table."""
+    """With torch's RowwiseParallel (2.13) every rank has the gradient of the whole table."""
     assert ranks.run(2, gradients_of_a_table) == [[6, 11], [5, 11]]
 
 

@@ -50,7 +50,8 @@ def run_template(rank, world_size, code, state, x, labels) -> dict[str, Any]:
     loss = names["ParallelSigmoidLoss"]()(layer(x), labels)
     loss.backward()
     whole = collect_state_dict(layer)
-    return {"loss": loss.detach(), "dx": x.grad, "dw": local_part(layer.weight.grad), "whole": whole}
+    dw = local_part(layer.weight.grad)
+    return {"loss": loss.detach(), "dx": x.grad, "dw": dw, "whole": whole}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -75,10 +75,10 @@ def register_ddp_parameters_to_ignore(
 ) -> list[str]:
     """Makes DDP ignore split parameters, and averages their gradients over `data_group` instead.
 
-    Call it before DistributedDataParallel(model), which takes plain tensors only. With a data group the parameters take the values of
-    its first rank now, and every gradient is averaged over the group as soon as backward has
-    computed it. This includes backward under `no_sync`: one collective per micro-batch, with the
-    same sum.
+    Call it before DistributedDataParallel(model), which takes plain tensors only. With a data group
+    the parameters take the values of its first rank now, and every gradient is averaged over the
+    group as soon as backward has computed it. This includes backward under `no_sync`: one
+    collective per micro-batch, with the same sum.
 
     Args:
         model: The model, not yet wrapped in DDP.

@@ -131,8 +131,10 @@ class ParallelLinear(nn.Module):
         """Returns, for dim=1, this rank's outputs marked as such, or all of them."""
         split = self.split
         assert split is not None
-        of_y = Split(y.ndim - 1, split.size, split.group)
-        return mark_split(gather_split(y, of_y), None) if self.gather_output else mark_split(y, of_y)
+        split = Split(y.ndim - 1, split.size, split.group)
+        if self.gather_output:
+            return mark_split(gather_split(y, split), None)
+        return mark_split(y, split)
 
     def my_features(self, x: Tensor) -> Tensor:
         """Returns, for dim=0, this rank's input features of x.
@@ -216,7 +218,6 @@ def convert_parallel_linear(
 def _converted(
     layer: nn.Linear, dim: ParallelDim, gather_output: bool, group: dist.ProcessGroup | None
 ) -> ParallelLinear:
-    weight, bias = layer.weight, layer.bias
     with torch.random.fork_rng(devices=[]):  # the layer's constructor draws from the default RNG
         new = ParallelLinear(
             layer.in_features,

@@ -146,9 +146,7 @@ def register_parallel_dim(module: nn.Module, name: str, split: Split) -> None:
             f"{split.dim}: make it that size"
         )
     if split.several is not None:
-        sharded = as_dtensor(
-            parameter.detach(), split, mesh_of(split.several, parameter.device)
-        )
+        sharded = as_dtensor(parameter.detach(), split, mesh_of(split.several, parameter.device))
         setattr(module, name, nn.Parameter(sharded, parameter.requires_grad))
     module.__dict__.setdefault("_parallel_splits", {})[name] = split
 
