@@ -122,6 +122,21 @@ def sum_over_ranks(values: Tensor, group: Group) -> Tensor:
     return values
 
 
+def merge_exponentials(maxima: Tensor, *sums: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Merges sums of exp(z - max) over parts of the classes into sums over all of them.
+
+    Args:
+        maxima: [parts, B] what was subtracted from the z of each part, -inf for a part without z.
+        *sums: [parts, B] sums of exp(z - max), or of numbers times exp(z - max).
+
+    Returns:
+        (the largest maximum [B], -inf where there is no z; each sum [B] relative to it).
+    """
+    peak = maxima.amax(dim=0)
+    factor = torch.exp(maxima - peak.masked_fill(peak == -math.inf, 0.0))  # not -inf - -inf
+    return peak, [(each * factor).sum(dim=0) for each in sums]
+
+
 def combine_softmax(
     row_max: Tensor, row_sum: Tensor, target: Tensor, group: Group
 ) -> tuple[Tensor, Tensor]:
@@ -144,10 +159,8 @@ def combine_softmax(
     parts = local.new_empty(dist.get_world_size(group) * 3, local.shape[1])
     all_gather_single(parts, local, group)
     maxima, sums, targets = parts.view(-1, *local.shape).unbind(1)
-    peak = maxima.amax(dim=0)
-    shift = peak.masked_fill(peak == -math.inf, 0.0)  # -inf - -inf would be NaN
-    total = (sums * torch.exp(maxima - shift)).sum(dim=0)
-    return shift + total.log(), targets.sum(dim=0)
+    peak, (total,) = merge_exponentials(maxima, sums)
+    return peak + total.log(), targets.sum(dim=0)
 
 
 def all_gather_single(output: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup) -> None:

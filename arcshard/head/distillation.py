@@ -25,7 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcshard.collectives import Group, all_gather_single, gather_rows, reduce_scatter_single
+from arcshard.collectives import (
+    Group,
+    all_gather_single,
+    gather_rows,
+    merge_exponentials,
+    reduce_scatter_single,
+)
 from arcshard.head.block import matmul, norms_of
 from arcshard.head.centers import ClassCenters
 
@@ -246,18 +252,12 @@ def _combine(sums: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         parts = sums.new_empty(group.size() * 5, sums.shape[1])
         all_gather_single(parts, sums, group)
         parts = parts.view(-1, *sums.shape)
-    totals, lse = [], []
-    for first in (0, 2):
-        peak = parts[:, first].amax(dim=0)
-        shift = peak.masked_fill(peak == -math.inf, 0.0)
-        factor = torch.exp(parts[:, first] - shift)
-        total = (parts[:, first + 1] * factor).sum(dim=0)
-        totals.append(total)
-        lse.append(torch.where(total == 0, 0.0, shift + total.log()))
-        if first == 0:
-            cross = (parts[:, 4] * factor).sum(dim=0)
-    divergence = cross / totals[0] - (lse[0] - lse[1])
-    return torch.where(totals[0] == 0, 0.0, divergence), lse[0], lse[1]
+    t_peak, (t_total, cross) = merge_exponentials(parts[:, 0], parts[:, 1], parts[:, 4])
+    a_peak, (a_total,) = merge_exponentials(parts[:, 2], parts[:, 3])
+    t_lse = torch.where(t_total == 0, 0.0, t_peak + t_total.log())
+    a_lse = torch.where(a_total == 0, 0.0, a_peak + a_total.log())
+    divergence = cross / t_total - (t_lse - a_lse)
+    return torch.where(t_total == 0, 0.0, divergence), t_lse, a_lse
 
 
 def _own_rows(gradient: Tensor, sides: DistillationInputs) -> Tensor:

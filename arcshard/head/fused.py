@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcshard.collectives import combine_softmax
+from arcshard.collectives import combine_softmax, merge_exponentials
 from arcshard.head import kernels
 from arcshard.head.block import (
     add_at_target,
@@ -226,9 +226,7 @@ class FusedMarginSoftmax(torch.autograd.Function):
         if settings.has_small_logits:
             peak, total = torch.full_like(row_sum[0], settings.level), row_sum.sum(dim=0)
         else:
-            peak = row_max.amax(dim=0)
-            shift = peak.masked_fill(peak == -math.inf, 0.0)  # not -inf - -inf
-            total = row_max.sub_(shift).exp_().mul_(row_sum).sum(dim=0)
+            peak, (total,) = merge_exponentials(row_max, row_sum)
 
         phi, one.slope = margin.target(target.similarity, context)
         z_target = torch.where(target.here, margin.scale * phi, 0.0)
