@@ -143,8 +143,7 @@ def train(
             if step % cfg.frequent == 0 or is_last:
                 report = watch.report()  # the only place that waits for the device
                 reporter.step(step, epoch, learning_rate, report, meter.read(step, world.device))
-                for warning in policy.decide(report, step, learning_rate):
-                    logger.warning(warning)
+                policy.decide(report, step, learning_rate)
             if verification_is_due():
                 verify(epoch)
             if epoch_ends or is_last:
