@@ -299,7 +299,7 @@ def begin(
     cfg: Config, world: DistContext, parts: TrainComponents, folder: Path, signals: StopSignals
 ) -> tuple[Progress, DivergenceMonitor, CheckpointManager]:
     """Start a new run, or resume one from a checkpoint, once all ranks have passed their checks."""
-    watch, ranks = DivergenceMonitor(world.device), RankGroup(world)
+    watch = DivergenceMonitor(world.device)
     state = RunState(parts, world, watch, cfg.seed)
     facts = facts_of(cfg, parts)
     checkpoints = (
@@ -317,6 +317,7 @@ def begin(
         folder,
         state.bytes_on_disk() * max(checkpoints, 1) if cfg.keep_checkpoints else 0,
     )
+    ranks = RankGroup(world)
     found = resume.find(cfg.resume, folder, ranks)
     progress = Progress()
     if found is not None:

@@ -226,6 +226,8 @@ class Heartbeat:
             waited = f"{time.time() - self._reached[3]:.0f} s"
             if kind != FINE:
                 logger.error("%s", self._give_up(cause, f"it has waited {waited}", table))
+                # The store may end with this process: others look at about the same time.
+                self._closing.wait(SETTLE_INTERVALS * self._interval_s)
                 # The main thread is blocked in a collective, which nothing interrupts.
                 self._end(EXIT_RANK_LOST)
                 return
