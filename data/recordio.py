@@ -518,7 +518,6 @@ class RecordWriter:
         self.path_rec, self.path_idx = Path(path_rec), Path(path_idx)
         self._temporaries: list[Path] = []
         self._offset = 0
-        self._first_size = 0
         self._open = True
         self._last_key = -1
         try:
@@ -552,27 +551,8 @@ class RecordWriter:
         self._last_key = key
         offset = self._offset
         self._offset += self._rec.write(frame_record(payload))
-        self._first_size = self._first_size or self._offset
         self._idx.write(b"%d\t%d\n" % (key, offset))
         return offset
-
-    def rewrite_first(self, payload: bytes) -> None:
-        """Replaces the record at byte 0 by one of the same framed size.
-
-        This serves a header record whose counts are known only at the end.
-
-        Raises:
-            RecordError: The framed size differs.
-        """
-        framed = frame_record(payload)
-        if len(framed) != self._first_size:
-            raise RecordError(
-                f"{self.path_rec}: the first record has {self._first_size} bytes in the file and "
-                f"cannot become one of {len(framed)}"
-            )
-        self._rec.seek(0)
-        self._rec.write(framed)
-        self._rec.seek(self._offset)
 
     def close(self) -> None:
         """Puts both files in place."""
