@@ -26,6 +26,7 @@ from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.tools.scan import Damage, rebuild_index, scan_on
 from scripts import doctor
 from tests.helpers import GOLDEN
+from tests.record_helpers import RecordWriter
 
 SIZE = 24
 LABELS = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
@@ -382,8 +383,6 @@ def test_an_index_that_is_there_is_not_overwritten(
 
 
 def test_ids_that_do_not_rise_make_no_keys(tmp_path: Path) -> None:
-    from data.recordio import RecordWriter
-
     with RecordWriter(tmp_path / "train.rec", tmp_path / "train.idx") as writer:
         for key, record_id in enumerate([5, 5, 1]):
             writer.write(key, pack_record(b"image", 0, record_id))
@@ -423,8 +422,6 @@ def test_salvage_yields_every_record_that_was_not_touched(
 
 
 def test_records_too_short_for_a_header_stop_neither_index_nor_mending(tmp_path: Path) -> None:
-    from data.recordio import RecordWriter
-
     data = tmp_path / "set"
     data.mkdir()
     with RecordWriter(data / "train.rec", data / "train.idx") as writer:
