@@ -143,8 +143,7 @@ def train(
             if step % cfg.frequent == 0 or is_last:
                 report = watch.report()  # the only place that waits for the device
                 reporter.step(step, epoch, learning_rate, report, meter.read(step, world.device))
-                for warning in policy.decide(report, step, learning_rate):
-                    logger.warning(warning)
+                policy.decide(report, step, learning_rate)
             if verification_is_due():
                 verify(epoch)
             if epoch_ends or is_last:
@@ -300,7 +299,7 @@ def begin(
     cfg: Config, world: DistContext, parts: TrainComponents, folder: Path, signals: StopSignals
 ) -> tuple[Progress, DivergenceMonitor, CheckpointManager]:
     """Start a new run, or resume one from a checkpoint, once all ranks have passed their checks."""
-    watch, ranks = DivergenceMonitor(world.device), RankGroup(world)
+    watch = DivergenceMonitor(world.device)
     state = RunState(parts, world, watch, cfg.seed)
     facts = facts_of(cfg, parts)
     checkpoints = (
@@ -318,6 +317,7 @@ def begin(
         folder,
         state.bytes_on_disk() * max(checkpoints, 1) if cfg.keep_checkpoints else 0,
     )
+    ranks = RankGroup(world)
     found = resume.find(cfg.resume, folder, ranks)
     progress = Progress()
     if found is not None:

@@ -48,12 +48,11 @@ from data.decode import empty_pixels
 from data.index import open_index
 from data.recordio import (
     RecordReader,
-    RecordWriter,
     frame_record,
     pack_range,
-    pack_record,
     unpack_record,
 )
+from data.tools.record_writer import IM2REC, RecordSetWriter
 from dataset import get_dataloader
 
 BATCH = 128
@@ -78,15 +77,15 @@ def make_records(folder: Path, count: int) -> None:
     frequency = np.hypot(np.fft.fftfreq(112)[:, None], np.fft.rfftfreq(112)[None])
     frequency[0, 0] = np.inf
     colors = np.array([[1, 0.5, 0.2], [1, 0, -0.1], [1, -0.5, 0.2]]) * [[45, 45, 45]]
-    with RecordWriter(folder / "train.rec", folder / "train.idx") as writer:
+    with RecordSetWriter(folder, 112, style=IM2REC) as writer:
         for key in tqdm(range(count), "making records", unit=" images", disable=None):
             noise = rng.standard_normal((3, 112, 57)) + 1j * rng.standard_normal((3, 112, 57))
             planes = np.fft.irfft2(noise / frequency, (112, 112))
             planes /= planes.std(axis=(1, 2), keepdims=True)
             image = np.clip(np.moveaxis(planes, 0, 2) @ colors.T + 127, 0, 255).astype(np.uint8)
             encoded = simplejpeg.encode_jpeg(image, quality=85, colorsubsampling="420")
-            writer.write(key, pack_record(encoded, key % 100, key))
-    (folder / "property").write_text("100,112,112\n")
+            writer.add(encoded, key % 100)
+        writer.finish(num_classes=100)
 
 
 def make_index(folder: Path, images: int) -> Path:

@@ -28,12 +28,10 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -501,114 +499,3 @@ class RecordReader:
             return os.pread(self._descriptor, length, offset)
         except OSError as error:
             raise unreadable(self.path, error) from error
-
-
-class RecordWriter:
-    """Writes a `.rec` and its `.idx` as MXNet does. Both appear at `close`.
-
-    Until then they are temporary files beside the targets. `abort`, or an exception inside the
-    `with` block, removes them. Existing targets are replaced at `close`.
-
-    Args:
-        path_rec: Path of the `.rec` file.
-        path_idx: Path of the `.idx` file.
-    """
-
-    def __init__(self, path_rec: str | os.PathLike[str], path_idx: str | os.PathLike[str]) -> None:
-        self.path_rec, self.path_idx = Path(path_rec), Path(path_idx)
-        self._temporaries: list[Path] = []
-        self._offset = 0
-        self._first_size = 0
-        self._open = True
-        self._last_key = -1
-        try:
-            self._rec = self._temporary(self.path_rec)
-            self._idx = self._temporary(self.path_idx)
-        except BaseException:
-            self.abort()
-            raise
-
-    def _temporary(self, target: Path) -> BinaryIO:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        self._temporaries.append(Path(name))
-        os.fchmod(descriptor, 0o644)  # mkstemp gives 0600; a data set is meant to be shared
-        return open(descriptor, "wb")
-
-    def write(self, key: int, payload: bytes) -> int:
-        """Appends a record and returns its byte offset.
-
-        Args:
-            key: Key, larger than that of the record before.
-            payload: Payload of the record.
-
-        Raises:
-            RecordError: The key does not increase, or the payload is too long for the format.
-        """
-        if key <= self._last_key:
-            raise RecordError(
-                f"{self.path_rec}: key {key} after key {self._last_key}; keys start at 0 or above "
-                "and increase, so that none is used twice"
-            )
-        self._last_key = key
-        offset = self._offset
-        self._offset += self._rec.write(frame_record(payload))
-        self._first_size = self._first_size or self._offset
-        self._idx.write(b"%d\t%d\n" % (key, offset))
-        return offset
-
-    def rewrite_first(self, payload: bytes) -> None:
-        """Replaces the record at byte 0 by one of the same framed size.
-
-        This serves a header record whose counts are known only at the end.
-
-        Raises:
-            RecordError: The framed size differs.
-        """
-        framed = frame_record(payload)
-        if len(framed) != self._first_size:
-            raise RecordError(
-                f"{self.path_rec}: the first record has {self._first_size} bytes in the file and "
-                f"cannot become one of {len(framed)}"
-            )
-        self._rec.seek(0)
-        self._rec.write(framed)
-        self._rec.seek(self._offset)
-
-    def close(self) -> None:
-        """Puts both files in place."""
-        if not self._open:
-            return
-        for file in (self._rec, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        # A kill between the two renames must not leave an old index beside new records.
-        self.path_idx.unlink(missing_ok=True)
-        os.replace(self._temporaries[0], self.path_rec)
-        os.replace(self._temporaries[1], self.path_idx)
-        self._open = False
-
-    def abort(self) -> None:
-        """Removes the temporary files; existing targets stay as they were."""
-        if not self._open:
-            return
-        self._open = False
-        for file in (getattr(self, "_rec", None), getattr(self, "_idx", None)):
-            if file is not None:
-                file.close()
-        for path in self._temporaries:
-            path.unlink(missing_ok=True)
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,8 +21,6 @@ from eval.extract import EmbeddingCache
 from eval.model import Model, open_model, parse_channels
 from utils.distributed import DeviceError, DistContext, destroy_distributed, init_distributed
 from utils.json_values import without_nan
-
-logger = logging.getLogger(__name__)
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 

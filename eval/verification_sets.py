@@ -5,7 +5,6 @@ A missing target is an error before the first step, not at the first evaluation.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from data.datasets import DataError
 from data.decode import ImageError, image_size, read_image_file
 from data.pairs import read_pairs
 from eval.safe_pickle import PickledArray, PickleRefused, read_plain_pickle
-
-logger = logging.getLogger(__name__)
 
 MIN_PAIRS = 10
 """The 10-fold protocol needs a pair per fold."""

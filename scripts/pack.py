@@ -89,20 +89,6 @@ class PackReport:
             self.skipped.append(problem)
 
 
-def pack_folder(
-    folder: Path, out: Path, *, include: Sequence[str] = ("*",), **options: object
-) -> PackReport:
-    """Writes the images of FOLDER/<class>/ as records to OUT.
-
-    Args:
-        folder: Folder of the class folders.
-        out: Folder to write to.
-        include: Shell patterns; a class folder has to match one of them.
-        **options: As for `pack_listing`.
-    """
-    return pack_listing(list_folder(folder, include), out, **options)  # type: ignore[arg-type]
-
-
 def pack_listing(
     listing: Listing,
     out: Path,

@@ -179,9 +179,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def records(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images of `folder` as records."""
-    from scripts.pack import pack_folder
+    from scripts.pack import list_folder, pack_listing
     from tests.record_helpers import SIZE
 
     out = tmp_path_factory.mktemp("records")
-    pack_folder(folder, out, size=SIZE)
+    pack_listing(list_folder(folder), out, size=SIZE)
     return out

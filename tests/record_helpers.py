@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from hypothesis import strategies as st
 
-from data.recordio import MAGIC_BYTES, RecordWriter, pack_record
+from data.recordio import MAGIC_BYTES, frame_record, pack_record
 from data.tools.record_writer import RecordSetWriter
 from dataset import DATA_ERRORS, Batch, DataLoader, get_dataloader
 
@@ -46,6 +46,31 @@ def loader(root: Path | str | list[Path], batch_size: int = 4, **options) -> Dat
     """A loader of images of SIZE that reads in the calling thread."""
     options = {"input_size": SIZE, "seed": 3, "num_workers": 0} | options
     return get_dataloader(root, batch_size, **options)
+
+
+class RecordWriter:
+    """Writes a `.rec` and its `.idx` with any payloads and keys, at the end of the `with` block.
+
+    RecordSetWriter in data/tools/ writes record sets as they should be.
+    """
+
+    def __init__(self, path_rec: Path, path_idx: Path) -> None:
+        self._path_rec, self._path_idx = path_rec, path_idx
+        self._records, self._lines = bytearray(), ""
+
+    def write(self, key: int, payload: bytes) -> int:
+        """Append a record and return its byte offset."""
+        offset = len(self._records)
+        self._records += frame_record(payload)
+        self._lines += f"{key}\t{offset}\n"
+        return offset
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path_rec.write_bytes(self._records)
+        self._path_idx.write_text(self._lines)
 
 
 def write_set(out: Path, images: list[tuple[bytes, float]], property_line: str = "") -> Path:

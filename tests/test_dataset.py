@@ -28,13 +28,14 @@ from data.datasets import (
 from data.decode import ImageError, decode_image, empty_pixels
 from data.order import flip_mask
 from data.prefetch import OrderedPrefetch
-from data.recordio import RecordError, RecordWriter, pack_record
+from data.recordio import RecordError, pack_record
 from dataset import get_dataloader
 from tests.record_helpers import (
     NUM_CLASSES,
     NUM_IMAGES,
     PER_CLASS,
     SIZE,
+    RecordWriter,
     collect_error,
     contents,
     jpeg,

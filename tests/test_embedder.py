@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from backbones import get_model
 from backbones.weights import ModelMetadata, WeightsError, save_model
 from data.decode import ImageError
-from data.recordio import RecordWriter, pack_record
+from data.recordio import pack_record
 from eval.extract import EmbeddingCache, FileImages, embed_images
 from eval.model import ModelOptionsError, open_model, parse_channels
 from eval.onnx_model import OnnxEmbedder, OnnxModelError
 from scripts import compare, embed
 from tests.models import OURS, write_pooling_model
+from tests.record_helpers import RecordWriter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,10 +304,9 @@ def test_embed_takes_lists_and_records(tmp_path: Path, capsys: pytest.CaptureFix
     listed.write_text("\n".join(f"a/{path.name}" for path in reversed(paths)))
     common = ["--model", str(model), "--no-flip"]
     assert embed.main([*common, str(listed), str(tmp_path / "1")]) == 0
-    writer = RecordWriter(tmp_path / "x.rec", tmp_path / "x.idx")
-    for key, path in enumerate(paths, 1):
-        writer.write(key, pack_record(path.read_bytes(), float(key % 2), key))
-    writer.close()
+    with RecordWriter(tmp_path / "x.rec", tmp_path / "x.idx") as writer:
+        for key, path in enumerate(paths, 1):
+            writer.write(key, pack_record(path.read_bytes(), float(key % 2), key))
     assert embed.main([*common, str(tmp_path / "x.rec"), str(tmp_path / "2")]) == 0
     rows = [np.load(tmp_path / name / "embeddings.npy") for name in "12"]
     np.testing.assert_allclose(rows[0], rows[1][::-1], atol=1e-4)

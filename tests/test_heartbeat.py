@@ -1,10 +1,13 @@
-"""Heartbeat: a rank that others wait for is named, with its host and the place it was last seen."""
+"""Heartbeat: a rank that others wait for is named, and stands first in a table of all ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import multiprocessing as mp
+import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +18,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.runs import free_port
 from training.heartbeat import (
+    BEHIND,
     EXIT_RANK_LOST,
+    FINE,
+    FOLLOWED,
+    LEFT,
+    ROWS_AT_MOST,
+    SILENT,
+    STOPPED,
     Heartbeat,
     RankStatus,
     find_stragglers,
@@ -137,37 +148,104 @@ def group() -> Iterator[Group]:
         yield made
 
 
-def position(beat: int, marks: int, **rest: str) -> RankStatus:
-    return RankStatus(beat, marks, 7, "forward", 0.0, "b", "cpu", **rest)
+def position(beat: int, marks: int, kind: int = FINE, ended: str = "") -> RankStatus:
+    return RankStatus(beat, marks, 7, "forward", time.time() - 60, "b", "cuda:1", kind, ended)
 
 
-def test_a_rank_is_lost_if_it_left_stopped_is_behind_or_never_spoke():
-    before = {rank: position(5, 40) for rank in (1, 2, 3, 4, 6)} | {5: None}
+def rows_of(message: str) -> list[list[str]]:
+    """Rank, host, device, step, last phase, age and state of every line of a message's table."""
+    _, heading, *lines = message.splitlines()
+    assert heading.split() == [
+        "rank",
+        "host",
+        "device",
+        "step",
+        "last",
+        "phase",
+        "age",
+        "(s)",
+        "state",
+    ]
+    starts = [
+        heading.index(word) for word in ("rank", "host", "device", "step", "last", "age", "state")
+    ]
+    ends = [*starts[1:], None]
+    return [
+        [line[start:end].strip() for start, end in zip(starts, ends, strict=True)] for line in lines
+    ]
+
+
+def test_the_table_begins_with_the_rank_to_blame():
+    """Left with a reason, then silent ones, then those behind, then those that only followed."""
+    before = {rank: position(5, 40) for rank in (1, 2, 3, 4, 6, 7, 8)} | {5: None}
     after = {
-        1: position(9, 40),  # where we are
+        1: position(9, 40),  # where this rank is
         2: position(9, 39),  # alive, behind
         3: position(5, 40),  # no word between the readings
-        4: position(6, 40, ended="bad input"),
+        4: position(6, 40, LEFT, "bad\ninput"),
         5: None,
-        6: position(6, 40, missed="rank 9 did not arrive"),
+        6: position(6, 40, FOLLOWED, "rank 9 no longer answers"),
+        7: position(9, 41),
+        8: position(9, 38),  # further behind
     }
-    lost = find_stragglers(40, before, after)
-    assert lost == ([4], [3], [2], [5], ["rank 9 did not arrive"])
+    kind, cause, table = find_stragglers(40, before, after)
+    assert (kind, cause) == (LEFT, "rank 4 left: bad input")
+    seen = ["b", "cuda:1", "7", "forward", "60"]
+    assert rows_of(f"cause\n{table}") == [
+        ["4", *seen, "left: bad input"],
+        ["3", *seen, "no longer answers"],
+        ["5", "-", "-", "-", "-", "-", "has not been heard of since the start"],
+        ["8", *seen, "is behind"],
+        ["2", *seen, "is behind"],
+        ["6", *seen, "gave up: rank 9 no longer answers"],
+        ["1", *seen, "is at the same place"],
+        ["7", *seen, "is ahead"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("of_rank_2", "kind", "cause"),
+    [
+        (position(5, 40), STOPPED, "rank 2 no longer answers"),
+        (None, SILENT, "rank 2 has not been heard of since the start"),
+        (position(6, 39), BEHIND, "rank 2 is behind"),
+        (position(6, 40, FOLLOWED, "rank 9 is behind"), FOLLOWED, "rank 9 is behind"),
+        (position(6, 40), FINE, "every rank still answers: look at the network between them"),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_first_rank(of_rank_2, kind, cause):
+    before = {1: position(5, 40), 2: position(5, 40)}
+    found = find_stragglers(40, before, {1: position(6, 40), 2: of_rank_2})
+    assert found[0] == kind
+    assert found[1].startswith(cause)
+
+
+def test_the_table_of_many_ranks_is_cut_and_the_rest_counted():
+    before = {rank: position(5, 40) for rank in range(1, 1000)}
+    after = {**{rank: position(6, 40) for rank in before}, 700: position(5, 39)}
+    _, _, table = find_stragglers(40, before, after)
+    _, first, *_, last = table.splitlines()
+    assert first.split()[0] == "700"
+    assert last.strip() == f"and {999 - ROWS_AT_MOST} more ranks"
+    assert len(table.splitlines()) == ROWS_AT_MOST + 2
 
 
 def test_a_rank_that_did_not_arrive_is_named_and_the_waiting_one_ends(group, caplog):
     slow = group.join(1, 2)
     slow.mark("forward", 119)
     waiting = group.join(0, 2, timeout_s=0.1)
-    for where, step in (("forward", 119), ("backward", 119), ("data", 120)):
-        waiting.mark(where, step)
+    for phase, step in (("forward", 119), ("backward", 119), ("data", 120)):
+        waiting.mark(phase, step)
     with caplog.at_level(logging.ERROR):
         assert group.has_ended.wait(SOON)
     assert group.ended == {0: EXIT_RANK_LOST} == {0: 5}
     (message,) = caplog.messages
-    assert message.startswith("rank 0 gives up: rank 1 (host ")
-    assert ", cpu) did not arrive at step 120 (data): last seen at step 119 (forward) " in message
-    assert message.endswith(" s ago")
+    first_line = r"rank 0 gives up at step 120 \(data\): rank 1 is behind; it has waited \d+ s"
+    assert re.fullmatch(first_line, message.splitlines()[0])
+    ((rank, host, device, step, phase, age, state),) = rows_of(message)
+    assert (rank, host, device) == ("1", socket.gethostname(), "cpu")
+    assert (step, phase, state) == ("119", "forward", "is behind")
+    assert 0 <= int(age) <= SOON
 
 
 def test_the_slow_rank_itself_only_warns(group, messages):
@@ -201,13 +279,14 @@ def test_a_rank_whose_heartbeat_stopped_is_named_although_it_came_as_far(group, 
     waiting = group.join(0, 2, timeout_s=0.1)
     waiting.mark("forward", 3)
     assert group.has_ended.wait(SOON)
-    assert "rank 1 (host " in messages.wait_for("answers no more: last seen at step 3 (forward)")
+    message = messages.wait_for("rank 0 gives up at step 3 (forward): rank 1 no longer answers")
+    assert rows_of(message)[0][3:5] == ["3", "forward"]
 
 
 def test_a_rank_that_never_spoke_is_named(group, messages):
     group.join(0, 2, timeout_s=0.05)
     assert group.has_ended.wait(SOON)
-    messages.wait_for("rank 1 has not been heard of since the start")
+    messages.wait_for("rank 0 gives up at step 0 (start): rank 1 has not been heard of")
 
 
 def test_a_rank_that_makes_marks_suspects_nobody(group):
@@ -256,15 +335,19 @@ def test_after_a_failed_collective_the_dead_rank_is_named_and_not_the_slower_one
     dead, slower, here = (group.join(rank, 3) for rank in (1, 2, 0))
     dead.mark("forward", 120)
     slower.mark("data", 120)
-    for where in ("data", "forward"):
-        here.mark(where, 120)
+    for phase in ("data", "forward"):
+        here.mark(phase, 120)
     group.stores[1].wait_for_publications(2)
     dead.close()
     message = here.describe_stragglers(CLOSED)
-    assert message.startswith("rank 1 (host ")
-    assert "answers no more: last seen at step 120 (forward)" in message
-    assert "rank 2" not in message
-    assert message.endswith("Connection closed by peer [::1]:40")
+    first_line = message.splitlines()[0]
+    assert first_line.startswith(
+        "rank 0 gives up at step 120 (forward): rank 1 no longer answers; "
+    )
+    assert first_line.endswith("Connection closed by peer [::1]:40")
+    dead_row, slower_row = rows_of(message)
+    assert [dead_row[i] for i in (0, 3, 4, 6)] == ["1", "120", "forward", "no longer answers"]
+    assert [slower_row[i] for i in (0, 3, 4, 6)] == ["2", "120", "data", "is behind"]
 
 
 def test_a_rank_that_left_with_a_reason_is_quoted(group):
@@ -272,17 +355,19 @@ def test_a_rank_that_left_with_a_reason_is_quoted(group):
     left.mark("data", 4)
     left.close(ended="label 12 of record 7 is outside 0 .. 9")
     message = here.describe_stragglers(CLOSED)
-    assert "left at step 4 (data) " in message
-    assert ": label 12 of record 7 is outside 0 .. 9; the collective" in message
+    reason = "left: label 12 of record 7 is outside 0 .. 9"
+    assert f": rank 1 {reason}; the collective failed with" in message
+    assert [rows_of(message)[0][i] for i in (3, 4, 6)] == ["4", "data", reason]
 
 
 def test_after_a_timeout_with_all_alive_those_behind_are_named(group):
     slow, here = group.join(1, 2), group.join(0, 2)
     slow.mark("data", 4)
-    for where in ("data", "forward"):
-        here.mark(where, 4)
+    for phase in ("data", "forward"):
+        here.mark(phase, 4)
     message = here.describe_stragglers(RuntimeError("gloo: Timed out waiting 1800000ms for recv"))
-    assert "did not arrive at step 4 (forward): last seen at step 4 (data)" in message
+    assert message.startswith("rank 0 gives up at step 4 (forward): rank 1 is behind; ")
+    assert rows_of(message)[0][3:5] == ["4", "data"]
 
 
 def test_who_only_followed_is_not_blamed(group):
@@ -290,12 +375,25 @@ def test_who_only_followed_is_not_blamed(group):
     first, second, dead = (group.join(rank, 3) for rank in range(3))
     group.stores[2].wait_for_publications(2)
     dead.close()
-    assert "rank 2 (host " in first.describe_stragglers(CLOSED)
+    assert ": rank 2 no longer answers; " in first.describe_stragglers(CLOSED)
     group.stores[0].wait_for_publications(2)  # its thread goes on for a while
     first.close()
     message = second.describe_stragglers(CLOSED)
-    assert "rank 2 (host " in message
-    assert "rank 0" not in message
+    assert message.startswith("rank 1 gives up at step 0 (start): rank 2 no longer answers; ")
+    assert [(row[0], row[-1]) for row in rows_of(message)] == [
+        ("2", "no longer answers"),
+        ("0", "gave up: rank 2 no longer answers"),
+    ]
+
+
+def test_a_rank_that_gave_up_passes_on_whom_it_waited_for(group):
+    """Rank 0 waits for rank 1 and leaves; rank 1, which is merely slow, and rank 2 learn of it."""
+    first, slow, third = (group.join(rank, 3) for rank in range(3))
+    first.mark("step", 1)
+    assert ": rank 1 is behind; " in first.describe_stragglers(CLOSED)
+    for rank, beat in ((1, slow), (2, third)):
+        message = beat.describe_stragglers(CLOSED)
+        assert message.startswith(f"rank {rank} gives up at step 0 (start): rank 1 is behind; ")
 
 
 def test_a_failed_collective_among_ranks_that_all_answer_points_at_the_network(group):
@@ -303,7 +401,7 @@ def test_a_failed_collective_among_ranks_that_all_answer_points_at_the_network(g
     here.mark("forward", 8)
     other.mark("forward", 8)
     message = here.describe_stragglers(CLOSED)
-    assert "failed at step 8 (forward), but every rank still answers" in message
+    assert message.startswith("rank 0 gives up at step 8 (forward): every rank still answers: look")
     assert "NCCL_DEBUG=INFO" in message
 
 
@@ -336,37 +434,49 @@ def test_errors_of_collectives_are_told_from_others():
     assert not is_collective_failure(RuntimeError("CUDA out of memory"))
 
 
-def _wait_for_a_rank_that_never_comes(rank: int, store: str, log: str, release) -> None:
+def _wait_for_a_rank_that_never_comes(rank: int, port: int, log: str, release) -> None:
+    """Rank 0, whose process holds the store, looks for stragglers before rank 1 does."""
     torch.set_num_threads(1)
     logging.basicConfig(filename=log, level=logging.ERROR)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    beat = Heartbeat(rank, 2, heartbeat_store(), CPU, 0.5 if rank == 0 else NEVER, interval_s=0.05)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
+    timeout_s = (0.5, 1.0, NEVER)[rank]
+    beat = Heartbeat(rank, 3, heartbeat_store(), CPU, timeout_s, interval_s=0.2)
     beat.mark("forward", 119)
-    if rank == 1:
+    if rank == 2:
         release.wait(60)  # stuck in something of its own, alive
         return
     beat.mark("backward", 119)
-    dist.all_reduce(torch.ones(1))
+    try:
+        dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:  # the other one has given up; as train_v2.py answers it
+        logging.error("%s", beat.describe_stragglers(error))
+        os._exit(EXIT_RANK_LOST)
 
 
-def test_a_process_blocked_in_a_collective_ends_with_the_documented_code(tmp_path):
+def test_all_processes_blocked_in_a_collective_name_the_lost_rank_and_end_with_5(tmp_path):
     context = mp.get_context("spawn")
-    release = context.Event()
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    release, port = context.Event(), free_port()
+    logs = [tmp_path / f"{rank}.log" for rank in range(3)]
     processes = [
         context.Process(
-            target=_wait_for_a_rank_that_never_comes,
-            args=(rank, str(tmp_path / "store"), str(logs[rank]), release),
+            target=_wait_for_a_rank_that_never_comes, args=(rank, port, str(logs[rank]), release)
         )
-        for rank in range(2)
+        for rank in range(3)
     ]
     for process in processes:
         process.start()
-    processes[0].join(60)
-    code = processes[0].exitcode
-    processes[1].kill()
-    processes[1].join(10)
-    assert code == EXIT_RANK_LOST
-    text = logs[0].read_text()
-    assert "did not arrive at step 119 (backward): last seen at step 119 (forward)" in text
-    assert "rank 1 (host " in text
+    for process in processes[:2]:
+        process.join(60)
+    codes = [process.exitcode for process in processes[:2]]
+    processes[2].kill()
+    processes[2].join(10)
+    assert codes == [EXIT_RANK_LOST] * 2
+    for rank in range(2):
+        text = logs[rank].read_text()
+        message = text[text.index(f"rank {rank} gives up") :]
+        assert message.startswith(
+            f"rank {rank} gives up at step 119 (backward): rank 2 is behind; "
+        )
+        row = rows_of(message)[0]
+        assert [row[i] for i in (0, 3, 4, 6)] == ["2", "119", "forward", "is behind"]

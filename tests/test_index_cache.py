@@ -17,7 +17,8 @@ from data import cache
 from data.cache import Cached, open_or_build, stamp_of
 from data.datasets import RecordDataset
 from data.index import open_index
-from data.recordio import RecordError, RecordReader, RecordWriter, pack_range, pack_record
+from data.recordio import RecordError, RecordReader, pack_range, pack_record
+from tests.record_helpers import RecordWriter
 
 
 @pytest.fixture(autouse=True)

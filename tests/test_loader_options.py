@@ -17,12 +17,13 @@ import torch
 from data.concat import ConcatDataset, Subset
 from data.datasets import DataError, ImageDataset, RecordDataset
 from data.device import prefetch_to_device
-from data.recordio import RecordWriter, pack_record
+from data.recordio import pack_record
 from dataset import DATA_ERRORS, Batch, DataLoader
 from tests.record_helpers import (
     NUM_IMAGES,
     PER_CLASS,
     SIZE,
+    RecordWriter,
     collect_error,
     contents,
     jpeg,

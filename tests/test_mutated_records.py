@@ -20,12 +20,11 @@ from data.recordio import (
     PART_HEADER,
     RECORD_HEADER,
     RecordReader,
-    RecordWriter,
     pack_range,
     pack_record,
 )
 from dataset import DATA_ERRORS
-from tests.record_helpers import SIZE, jpeg
+from tests.record_helpers import SIZE, RecordWriter, jpeg
 
 NUM_IMAGES, NUM_CLASSES = 8, 4
 STYLES = ("insightface", "im2rec", "vector", "wide")

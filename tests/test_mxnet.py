@@ -19,13 +19,13 @@ from data.index import read_index
 from data.recordio import (
     MAGIC_BYTES,
     RecordReader,
-    RecordWriter,
     class_of,
     pack_range,
     pack_record,
     unpack_record,
 )
 from scripts import pack, shuffle_rec
+from tests.record_helpers import RecordWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-mxnet"

@@ -396,7 +396,7 @@ def test_a_kill_while_files_are_put_in_place_is_mended_by_the_next_run(
 
 def test_two_writers_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
     with pack.RecordSetWriter(tmp_path, SIZE), pytest.raises(DataError, match="another process"):
-        pack.pack_folder(folder, tmp_path, size=SIZE)
+        pack.pack_listing(pack.list_folder(folder), tmp_path, size=SIZE)
 
 
 def test_a_class_name_that_would_break_the_label_map_is_refused(
@@ -404,7 +404,7 @@ def test_a_class_name_that_would_break_the_label_map_is_refused(
 ) -> None:
     (folder / "0_ann").rename(folder / "a\tb")
     with pytest.raises(DataError, match="one line, no tabs"):
-        pack.pack_folder(folder, tmp_path / "out", size=SIZE)
+        pack.pack_listing(pack.list_folder(folder), tmp_path / "out", size=SIZE)
 
 
 LFW_LAYOUT = "1\t2\n0_ann\t1\t2\n1_cy\t4\t1\n0_ann\t1\t0_bob\t3\n0_bob\t1\t1_cy\t2\n"
@@ -455,7 +455,7 @@ def test_a_verification_set_is_replaced_only_by_force(tmp_path: Path) -> None:
 
 def test_real_faces_are_packed_untouched(shared_dir: Path, tmp_path: Path) -> None:
     train = shared_dir / "data" / "lfw112" / "train"
-    report = pack.pack_folder(train, tmp_path, include=("Ab*", "Al*"))
+    report = pack.pack_listing(pack.list_folder(train, ("Ab*", "Al*")), tmp_path)
     source = RecordDataset(tmp_path)
     assert (report.num_classes, report.num_images) == (source.num_classes, len(source))
     assert report.num_classes >= 2

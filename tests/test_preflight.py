@@ -114,24 +114,49 @@ def test_too_little_room_is_said_with_both_sizes(ranks, tmp_path):
     assert "keep_checkpoints" in message
 
 
-def _without_rank_1(rank: int, world_size: int, folder: str) -> None:
-    if rank != 1:
+def _without(rank: int, world_size: int, missing: int, folder: str) -> None:
+    if rank != missing:
         check(rank, world_size, SAME, [folder], 0, 0.5)
 
 
-def test_a_rank_that_does_not_come_is_named_by_the_others(ranks, tmp_path):
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_does_not_come_is_named_by_the_others(ranks, tmp_path, missing):
     with pytest.raises(RankFailure) as caught:
-        ranks.run(3, _without_rank_1, str(tmp_path))
-    assert sorted(caught.value.errors) == [0, 2]
+        ranks.run(3, _without, missing, str(tmp_path))
+    assert sorted(caught.value.errors) == [rank for rank in range(3) if rank != missing]
     for error in caught.value.errors.values():
-        assert "preflight (facts): rank 1 did not arrive within 0.5 s" in str(error)
+        assert f"preflight (facts): rank {missing} did not arrive within 0.5 s" in str(error)
+
+
+def _stop(own: Path, bytes_needed: int) -> dict[str, str]:
+    raise ZeroDivisionError
+
+
+def _rank_1_stops_after_the_facts(rank: int, world_size: int, folder: str) -> None:
+    real = module._check_folder
+    try:
+        if rank == 1:
+            module._check_folder = _stop
+        check(rank, world_size, SAME, [folder], 0, 0.5)
+    finally:
+        module._check_folder = real
+
+
+def test_a_rank_that_stops_between_two_checks_is_named_by_the_others(ranks, tmp_path):
+    with pytest.raises(RankFailure) as caught:
+        ranks.run(3, _rank_1_stops_after_the_facts, str(tmp_path))
+    assert isinstance(caught.value.errors.pop(1), ZeroDivisionError)
+    assert sorted(caught.value.errors) == [0, 2]
+    (message,) = {str(error) for error in caught.value.errors.values()}
+    assert message.startswith("preflight (output): rank 1 did not arrive within 0.5 s")
+    assert not [*tmp_path.iterdir()]
 
 
 def _rank_1_sums_nothing(rank: int, world_size: int, folder: str) -> None:
     real = module._all_reduce
     try:
         if rank == 1:
-            module._all_reduce = lambda world, timeout_s: ""
+            module._all_reduce = lambda world, timeout_s: {}
         check(rank, world_size, SAME, [folder], 0, 2.0)
     finally:
         module._all_reduce = real

@@ -24,7 +24,6 @@ from data.recordio import (
     WHOLE,
     RecordError,
     RecordReader,
-    RecordWriter,
     class_of,
     frame_record,
     pack_range,
@@ -33,7 +32,7 @@ from data.recordio import (
     unpack_record,
 )
 from tests.helpers import GOLDEN
-from tests.record_helpers import PAYLOADS
+from tests.record_helpers import PAYLOADS, RecordWriter
 
 GOLDEN_RECORDS = (
     "insightface_style",
@@ -253,28 +252,6 @@ def test_an_offset_where_no_record_can_start_is_refused(offset: int, tmp_path: P
     reader = RecordReader(write_records(tmp_path, [b"a" * 32]))
     with pytest.raises(RecordError, match=f"at byte {offset}: no record can start there"):
         reader.read_at(offset)
-
-
-def test_an_aborted_writer_leaves_nothing_and_spares_what_was_there(tmp_path: Path) -> None:
-    path = write_records(tmp_path, [b"old"])
-    before = path.read_bytes()
-
-    def fail_halfway() -> None:
-        with RecordWriter(path, path.with_suffix(".idx")) as writer:
-            writer.write(0, b"new")
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail_halfway()
-    assert path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.idx", "train.rec"]
-
-
-def test_keys_must_increase(tmp_path: Path) -> None:
-    with RecordWriter(tmp_path / "a.rec", tmp_path / "a.idx") as writer:
-        writer.write(3, b"")
-        with pytest.raises(RecordError, match="key 3 after key 3"):
-            writer.write(3, b"")
 
 
 @pytest.mark.parametrize(

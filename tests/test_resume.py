@@ -475,10 +475,12 @@ def test_a_signal_during_a_verification_stops_all_ranks_and_it_is_made_good(
 class GivesUpOnce(DivergencePolicy):
     """Finds step 7 bad, the first time."""
 
-    def decide(self, report: StepStats, step: int, learning_rate: float) -> list[str]:
+    def _trouble(
+        self, report: StepStats, step: int, learning_rate: float
+    ) -> tuple[str, range] | None:
         if step == 7 and not self.rollbacks:
-            self._end("diverged: made up", range(6, 7))
-        return super().decide(report, step, learning_rate)
+            return "diverged: made up", range(6, 7)
+        return super()._trouble(report, step, learning_rate)
 
 
 def run_that_rolls_back(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> Any:

@@ -6,15 +6,6 @@ so that all ranks take the same decision.
 
 skipped steps   The loss or the gradient was not finite (found_inf), and no weight was updated. The
             code calls them bad steps.
-spikes      The loss of a step is above mean + SPIKE_SIGMAS deviations *and* above SPIKE_FACTOR
-            means of the steps before. Either condition alone gives false alarms: with large batches
-            the deviation is a percent of the mean, and late in a run one hard image doubles a mean
-            near 0. The limit is 6 deviations, because margin losses have a heavy tail (the margin
-            punishes a few wrong labels with s m2, tens of nats) and exceed 3 all the time. The
-            first SETTLE_STEPS steps are exempt, because loss and learning rate change fast then.
-            Mean and deviation forget with 1 / SPIKE_WINDOW per step. A spike counts in them as the
-            limit it passed, so that it does not hide the next one, and a lasting new level is
-            accepted after some tens of steps. A spike only causes a warning: most recover.
 collapse    The embeddings of different images of the global batch point in the same direction
             (`arcshard.head.batch.mean_pairwise_cosine` above COLLAPSE_COSINE) in COLLAPSE_STEPS
             steps in a row after the first SETTLE_STEPS. All images then have the same cosine with a
@@ -35,13 +26,13 @@ from torch import Tensor
 
 from training.step import StepOutcome
 
-SPIKE_SIGMAS = 6.0
-SPIKE_FACTOR = 1.5
-SPIKE_WINDOW = 200  # steps
 SETTLE_STEPS = 200
 COLLAPSE_COSINE = 0.99
 COLLAPSE_STEPS = 500
 READ_AT_LEAST_EVERY = 1000  # steps whose scalars may wait on the device
+# A saved state is 14 numbers, of which earlier versions used five for loss spikes. The fields of
+# RunningStats are at these places of it, and the others are not read.
+SAVED_NUMBERS, SAVED_PLACES = 14, [0, 1, 2, 3, 4, 5, 8, 12, 13]
 
 
 class Diverged(RuntimeError):
@@ -71,9 +62,6 @@ class StepStats(NamedTuple):
         grad_norm: Gradient norm of the last step.
         loss_scale: Loss scale of the last step.
         longest_ended_ago: Steps since the last skipped step of the longest streak.
-        spikes: Number of spikes.
-        worst_spike: Loss of the highest spike, NaN without one.
-        usual_loss: Running mean of the loss.
         mean_pairwise_cosine: Mean pairwise cosine in the last step, NaN if unknown.
         alike_streak: Steps in a row, up to the last one, with a cosine above COLLAPSE_COSINE.
         distillation: Distillation loss of the last step, NaN without a teacher.
@@ -85,9 +73,6 @@ class StepStats(NamedTuple):
     grad_norm: float
     loss_scale: float
     longest_ended_ago: int = 0
-    spikes: int = 0
-    worst_spike: float = math.nan
-    usual_loss: float = math.nan
     mean_pairwise_cosine: float = math.nan
     alike_streak: int = 0
     distillation: float = math.nan
@@ -104,12 +89,7 @@ class RunningStats:
         bad: Skipped steps since the last report.
         longest: Length of the longest streak of skipped steps since the last report.
         longest_end: Value of `seen` at the last step of that streak.
-        spikes: Spikes since the last report.
-        worst_spike: Highest loss of those, NaN without one.
         streak: Skipped steps in a row, up to the last step.
-        steady: Steps that mean and variance contain.
-        mean: Running mean of the loss.
-        variance: Running variance of the loss.
         mean_pairwise_cosine: Mean pairwise cosine in the last step.
         alike_streak: Steps in a row, up to the last one, with a cosine above COLLAPSE_COSINE.
     """
@@ -120,12 +100,7 @@ class RunningStats:
     bad: float = 0.0
     longest: float = 0.0
     longest_end: float = 0.0
-    spikes: float = 0.0
-    worst_spike: float = math.nan
     streak: float = 0.0
-    steady: float = 0.0
-    mean: float = 0.0
-    variance: float = 0.0
     mean_pairwise_cosine: float = math.nan
     alike_streak: float = 0.0
 
@@ -138,8 +113,6 @@ class RunningStats:
         if math.isfinite(loss):
             self.loss_sum += loss
             self.good += 1
-            if not is_bad:
-                self._follow(loss)
         self.bad += is_bad
         self.streak = self.streak + 1 if is_bad else 0
         if is_bad and self.streak >= self.longest:
@@ -148,28 +121,9 @@ class RunningStats:
         is_alike = mean_pairwise_cosine > COLLAPSE_COSINE and self.seen > SETTLE_STEPS
         self.alike_streak = self.alike_streak + 1 if is_alike else 0
 
-    def _follow(self, loss: float) -> None:
-        """Check for a spike, then update the running mean and variance."""
-        if self.steady >= SETTLE_STEPS:
-            limit = max(
-                self.mean + SPIKE_SIGMAS * math.sqrt(self.variance), SPIKE_FACTOR * self.mean
-            )
-            if loss > limit:
-                self.spikes += 1
-                # Not max(worst, loss): its result depends on the order where one is NaN.
-                if not self.worst_spike >= loss:
-                    self.worst_spike = loss
-                loss = limit
-        self.steady += 1
-        weight = max(1 / self.steady, 1 / SPIKE_WINDOW)
-        difference = loss - self.mean
-        self.mean += weight * difference
-        self.variance = (1 - weight) * (self.variance + weight * difference * difference)
-
     def reset(self) -> None:
-        """Start a new report; running streaks, mean and deviation are kept."""
+        """Start a new report; running streaks are kept."""
         self.loss_sum = self.good = self.bad = self.longest = self.longest_end = 0.0
-        self.spikes, self.worst_spike = 0.0, math.nan
 
 
 class DivergenceMonitor:
@@ -186,7 +140,8 @@ class DivergenceMonitor:
         self._unread: list[tuple[StepOutcome, Tensor]] = []
         self._last: StepOutcome | None = None
         # This tensor is the state, so that a checkpoint can be read straight into it.
-        self._tally = torch.tensor(astuple(RunningStats()), dtype=torch.float64)
+        self._tally = torch.zeros(SAVED_NUMBERS, dtype=torch.float64)
+        self._write(RunningStats())
 
     def observe(self, outcome: StepOutcome, mean_pairwise_cosine: Tensor | None = None) -> None:
         """Record one step.
@@ -215,9 +170,6 @@ class DivergenceMonitor:
             grad_norm=float(self._last.grad_norm),
             loss_scale=float(self._last.loss_scale),
             longest_ended_ago=int(tally.seen - tally.longest_end) if tally.longest else 0,
-            spikes=int(tally.spikes),
-            worst_spike=tally.worst_spike,
-            usual_loss=tally.mean if tally.steady else math.nan,
             mean_pairwise_cosine=tally.mean_pairwise_cosine,
             alike_streak=int(tally.alike_streak),
             distillation=math.nan if taught is None else float(taught),
@@ -229,7 +181,7 @@ class DivergenceMonitor:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensor of running statistics itself, for a checkpoint to copy or to fill.
 
-        It is float64 [number of fields], in host memory.
+        It is float64 [SAVED_NUMBERS], in host memory.
         """
         self._read()
         return {"tally": self._tally}
@@ -251,7 +203,7 @@ class DivergenceMonitor:
 
     def _read(self) -> RunningStats:
         """Fold the steps that are still on the device into the running statistics."""
-        tally = RunningStats(*self._tally.tolist())
+        tally = RunningStats(*self._tally[SAVED_PLACES].tolist())
         if not self._unread:
             return tally
         outcomes, alike = zip(*self._unread, strict=True)
@@ -269,12 +221,12 @@ class DivergenceMonitor:
         return tally
 
     def _write(self, tally: RunningStats) -> None:
-        self._tally.copy_(torch.tensor(astuple(tally), dtype=torch.float64))
+        self._tally[SAVED_PLACES] = torch.tensor(astuple(tally), dtype=torch.float64)
 
 
 @dataclass
 class DivergencePolicy:
-    """Decides what a report means for the run: continue, warn, stop, or roll back.
+    """Decides what a report means for the run: continue, stop, or roll back.
 
     Args:
         max_bad_steps: Number of consecutive skipped steps that ends the run.
@@ -289,31 +241,31 @@ class DivergencePolicy:
     max_rollbacks: int = 3
     rollbacks: int = 0
 
-    def decide(self, report: StepStats, step: int, learning_rate: float) -> list[str]:
-        """Return the warnings to log.
+    def decide(self, report: StepStats, step: int, learning_rate: float) -> None:
+        """Return if the run can continue.
 
         Args:
             report: Statistics since the last report.
             step: Optimizer steps done.
             learning_rate: Learning rate of the last step.
 
-        Returns:
-            The warnings; an empty list if nothing is wrong.
-
         Raises:
             Diverged: Too many steps in a row were skipped, or the embeddings collapsed.
             RollBack: The same happened, and `rolls_back` allows a rollback.
         """
         trouble = self._trouble(report, step, learning_rate)
-        if trouble is not None:
-            self._end(*trouble)
-        if not report.spikes:
-            return []
-        return [
-            f"{report.spikes} loss spikes since the last line, up to {report.worst_spike:.4f} "
-            f"(usual: {report.usual_loss:.4f}); if they do not heal, lower lr or set "
-            "clip_grad_norm"
-        ]
+        if trouble is None:
+            return
+        message, bad_steps = trouble
+        if not self.rolls_back:
+            raise Diverged(message)
+        if self.rollbacks >= self.max_rollbacks:
+            raise Diverged(
+                f"{message}. It was rolled back {self.rollbacks} times already "
+                f"(max_rollbacks={self.max_rollbacks})"
+            )
+        self.rollbacks += 1
+        raise RollBack(message, bad_steps, self.rollbacks)
 
     def _trouble(
         self, report: StepStats, step: int, learning_rate: float
@@ -337,14 +289,3 @@ class DivergencePolicy:
                 "or a smaller margin to begin with"
             ), range(max(step - report.alike_streak, 0), step)
         return None
-
-    def _end(self, message: str, bad_steps: range) -> None:
-        if not self.rolls_back:
-            raise Diverged(message)
-        if self.rollbacks >= self.max_rollbacks:
-            raise Diverged(
-                f"{message}. It was rolled back {self.rollbacks} times already "
-                f"(max_rollbacks={self.max_rollbacks})"
-            )
-        self.rollbacks += 1
-        raise RollBack(message, bad_steps, self.rollbacks)

@@ -4,12 +4,17 @@ The ranks exchange messages through the process group's store, a key-value serve
 collectives. Every rank posts what it found, waits a bounded time for what the others found, and
 derives the same verdict from the same messages. So the error is the same on every rank, a rank that
 does not arrive is named, and only the last check uses a collective.
+
+torch.distributed.monitored_barrier does not serve here: it exists for gloo alone, only rank 0
+learns who is missing, and the other ranks wait for rank 0 until the timeout of the group, whatever
+timeout they were given (torch 2.13).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import socket
@@ -17,7 +22,9 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -58,20 +65,27 @@ def preflight(
     Raises:
         PreflightError: A check failed. Every rank raises it with the same message.
     """
-    meeting = _StoreExchange(world)
+    exchange = _StoreExchange(world)
     if world.is_main:  # no rank makes a new one before the facts are exchanged
         for left_over in folder.glob(f"{TOKEN}*"):
             left_over.unlink(missing_ok=True)
-    notes = meeting.exchange("facts", json.dumps([socket.gethostname(), dict(facts)]), arrival_s)
-    hosts, everyone = zip(*(json.loads(note) for note in notes), strict=True)
-    meeting.refuse(_differences(everyone, hosts))
-    _check_folder(meeting, folder, hosts, timeout_s)
-    problem = _no_room(folder, bytes_needed)
-    meeting.refuse_any("room", problem, hosts, timeout_s)
-    if world.world_size > 1:
-        problem = _all_reduce(world, timeout_s)
-        # Ranks that fail do so up to `timeout_s` later than those that do not.
-        meeting.refuse_any("all-reduce", problem, hosts, 2 * timeout_s)
+    found = exchange.gather("facts", [socket.gethostname(), dict(facts)], arrival_s)
+    hosts, everyone = zip(*found, strict=True)
+    exchange.refuse(_differences(everyone, hosts))
+    own = folder / f"{TOKEN}{world.rank}-{uuid.uuid4().hex}"
+    try:
+        problems = _check_folder(own, bytes_needed)
+        found = exchange.gather("output", [own.name, problems], timeout_s)
+        exchange.refuse(_problems([problems for _, problems in found], hosts))
+        problems = _compare_folder(folder, found[0][0], hosts[0], timeout_s)
+        if world.world_size > 1:
+            problems |= _all_reduce(world, timeout_s)
+        # Ranks on which these checks time out come later than the others by that time.
+        found = exchange.gather("connection", problems, 3 * timeout_s)
+        exchange.refuse(_problems(found, hosts))
+    finally:
+        if os.path.exists(own):  # False, not an error, where the rank may not look
+            own.unlink()
 
 
 class _StoreExchange:
@@ -86,31 +100,27 @@ class _StoreExchange:
             number = store.add(f"preflight/calls/{world.rank}", 1)
             self._store = dist.PrefixStore(f"preflight/{number}", store)
 
-    def exchange(self, name: str, note: str, timeout_s: float) -> list[str]:
-        """Post a message, and return that of every rank in rank order.
+    def gather(self, name: str, note: Any, timeout_s: float) -> list[Any]:
+        """Post a value of JSON, and return that of every rank in rank order.
 
         Raises:
-            PreflightError: A rank posted none in time, or another rank has given up.
+            PreflightError: A rank posted none in time.
         """
         if self._store is None:
             return [note]
         keys = [f"{name}/{rank}" for rank in range(self.world.world_size)]
-        self._store.set(keys[self.world.rank], note)
-        deadline = time.monotonic() + timeout_s
-        while not self._store.check(keys):
-            if self._store.check(["verdict"]):
-                self.refuse("another rank gave up")
-            if time.monotonic() > deadline:
-                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        self._store.set(keys[self.world.rank], json.dumps(note))
+        try:
+            self._store.wait(keys, timedelta(seconds=timeout_s))
+        except RuntimeError:  # DistStoreError, but not of every kind of store
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            if missing:
                 self.refuse(
                     f"preflight ({name}): {_ranks(missing)} did not arrive within {timeout_s:g} s "
                     "of this one; is the process alive, and what does it wait for? Its own log "
                     "has the reason"
-                    if missing
-                    else ""
                 )
-            time.sleep(_POLL_SECONDS)
-        return [self._store.get(key).decode() for key in keys]
+        return [json.loads(text) for text in self._store.multi_get(keys)]
 
     def refuse(self, problem: str) -> None:
         """Raise the problem, if there is one; the first verdict of any rank is that of all ranks.
@@ -124,39 +134,18 @@ class _StoreExchange:
             problem = self._store.compare_set("verdict", "", problem).decode()
         raise PreflightError(problem)
 
-    def refuse_any(self, name: str, problem: str, hosts: Sequence[str], timeout_s: float) -> None:
-        """Raise the problems that any rank found; ranks with the same problem share a line.
-
-        Raises:
-            PreflightError: Some rank found a problem.
-        """
-        by_problem: dict[str, list[int]] = {}
-        for rank, note in enumerate(self.exchange(name, problem, timeout_s)):
-            if note:
-                by_problem.setdefault(note, []).append(rank)
-        self.refuse(
-            "\n".join(
-                f"preflight ({name}): {_ranks(ranks, hosts)}: {note}"
-                for note, ranks in by_problem.items()
-            )
-        )
-
 
 def _differences(everyone: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str:
     """Return one line per fact in which the ranks differ, "" if there is none."""
     lines = []
     for key in sorted({key for facts in everyone for key in facts}):
-        by_value: dict[str | None, list[int]] = {}
-        for rank, facts in enumerate(everyone):
-            by_value.setdefault(facts.get(key), []).append(rank)
-        if len(by_value) > 1:
-            lines.append(
-                f"  {key}: "
-                + ", ".join(
-                    f"{'nothing' if value is None else repr(value)} on {_ranks(ranks, hosts)}"
-                    for value, ranks in by_value.items()
-                )
-            )
+        ranks_of = _by_value([facts.get(key) for facts in everyone], hosts)
+        parts = [
+            f"{'nothing' if value is None else repr(value)} on {ranks}"
+            for value, ranks in ranks_of.items()
+        ]
+        if len(parts) > 1:
+            lines.append(f"  {key}: {', '.join(parts)}")
     if not lines:
         return ""
     return "\n".join(
@@ -164,60 +153,66 @@ def _differences(everyone: Sequence[Mapping[str, str]], hosts: Sequence[str]) ->
     )
 
 
-def _check_folder(
-    meeting: _StoreExchange, folder: Path, hosts: Sequence[str], timeout_s: float
-) -> None:
-    """Check that every rank can write into `folder`, and that all see the same folder."""
-    own = folder / f"{TOKEN}{meeting.world.rank}-{uuid.uuid4().hex}"
-    try:
-        own.touch()
-    except OSError as error:
-        problem = (
-            f"output={str(folder)!r} cannot be written ({error.strerror or error}); choose a "
-            "folder with output=..."
-        )
-        meeting.refuse_any("output", problem, hosts, timeout_s)
-    try:
-        meeting.refuse_any("output", "", hosts, timeout_s)
-        main_token = meeting.exchange("token", own.name, timeout_s)[0]
-        patience = min(timeout_s / 2, VISIBLE_WITHIN_SECONDS)
-        problem = ""
-        if not _appears(folder / main_token, patience):
-            problem = (
-                f"output={str(folder)!r} is not the folder that rank 0 (host {hosts[0]}) writes "
-                f"to: its file did not appear within {patience:g} s. Several machines need "
-                "a shared file system, mounted at the same path"
-            )
-        meeting.refuse_any("shared output", problem, hosts, timeout_s)
-    finally:
-        own.unlink(missing_ok=True)
-
-
-def _appears(path: Path, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_SECONDS)
-    return True
-
-
-def _no_room(folder: Path, bytes_needed: int) -> str:
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return f"output={str(folder)!r} does not say how much room it has ({error})"
-    if free >= bytes_needed:
-        return ""
-    return (
-        f"output={str(folder)!r} has {free / 2**30:,.2f} GiB free, and the checkpoints of this "
-        f"run need {bytes_needed / 2**30:,.2f} GiB: make room, keep fewer (keep_checkpoints), or "
-        "choose another output"
+def _problems(found: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str:
+    """Return one line per problem that any rank found, with the ranks that found it."""
+    return "\n".join(
+        f"preflight ({check}): {ranks}: {problem}"
+        for check in sorted({check for problems in found for check in problems})
+        for problem, ranks in _by_value([problems.get(check) for problems in found], hosts).items()
+        if problem
     )
 
 
-def _all_reduce(world: DistContext, timeout_s: float) -> str:
-    """Sum a small tensor over all ranks on the device; return what went wrong, "" if nothing."""
+def _by_value(values: Sequence[str | None], hosts: Sequence[str]) -> dict[str | None, str]:
+    """Return the ranks that have a value, in words, for every value."""
+    ranks: dict[str | None, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return {value: _ranks(those, hosts) for value, those in ranks.items()}
+
+
+def _check_folder(own: Path, bytes_needed: int) -> dict[str, str]:
+    """Make the file `own`, and return what is wrong with its folder."""
+    output = f"output={str(own.parent)!r}"
+    try:
+        own.touch()
+        free = shutil.disk_usage(own.parent).free
+    except OSError as error:
+        return {
+            "output": f"{output} cannot be written ({error.strerror or error}); choose a folder "
+            "with output=..."
+        }
+    if free >= bytes_needed:
+        return {}
+    return {
+        "room": f"{output} has {free / 2**30:,.2f} GiB free, and the checkpoints of this run need "
+        f"{bytes_needed / 2**30:,.2f} GiB: make room, keep fewer (keep_checkpoints), or choose "
+        "another output"
+    }
+
+
+def _compare_folder(folder: Path, token: str, host: str, timeout_s: float) -> dict[str, str]:
+    """Wait until the file `token`, which rank 0 has made, appears; return what is wrong."""
+    patience = min(timeout_s / 2, VISIBLE_WITHIN_SECONDS)
+    deadline = time.monotonic() + patience
+    while not (folder / token).exists():
+        if time.monotonic() > deadline:
+            return {
+                "shared output": f"output={str(folder)!r} is not the folder that rank 0 (host "
+                f"{host}) writes to: its file did not appear within {patience:g} s. Several "
+                "machines need a shared file system, mounted at the same path"
+            }
+        time.sleep(_POLL_SECONDS)
+    return {}
+
+
+def _all_reduce(world: DistContext, timeout_s: float) -> dict[str, str]:
+    """Sum a small tensor over all ranks on the device, and return what went wrong."""
+    unfinished = (
+        f"a small all-reduce did not finish within {timeout_s:g} s, although all ranks have met in "
+        "the store: look at the network between their hosts (a firewall, or the wrong interface: "
+        "NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO says more)"
+    )
     values = torch.full((1024,), float(world.rank + 1), device=world.device)
     options = dist.AllreduceOptions()
     options.asyncOp = True
@@ -231,22 +226,15 @@ def _all_reduce(world: DistContext, timeout_s: float) -> str:
         work = dist.group.WORLD.allreduce([values], options)
         while not work.is_completed():
             if time.monotonic() > deadline:
-                return _UNFINISHED.format(timeout_s)
+                return {"all-reduce": unfinished}
             time.sleep(_POLL_SECONDS)
         work.wait()
     except RuntimeError as error:
-        return f"{_UNFINISHED.format(timeout_s)} ({next(iter(str(error).splitlines()), '')})"
+        return {"all-reduce": f"{unfinished} ({next(iter(str(error).splitlines()), '')})"}
     expected = world.world_size * (world.world_size + 1) / 2
     if not bool((values == expected).all()):
-        return f"an all-reduce gave {values[0].item():g} instead of {expected:g}"
-    return ""
-
-
-_UNFINISHED = (
-    "a small all-reduce did not finish within {:g} s, although all ranks have met in the store: "
-    "look at the network between their hosts (a firewall, or the wrong interface: "
-    "NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO says more)"
-)
+        return {"all-reduce": f"an all-reduce gave {values[0].item():g} instead of {expected:g}"}
+    return {}
 
 
 def code_version(version: str, root: Path) -> str:
@@ -288,13 +276,9 @@ def device_kind(device: torch.device) -> str:
 
 def _ranks(ranks: Sequence[int], hosts: Sequence[str] | None = None) -> str:
     """Format [0, 1, 2, 5] as "ranks 0-2, 5", with their hosts."""
-    parts: list[str] = []
-    start = 0
-    for place, rank in enumerate(ranks):
-        if place + 1 == len(ranks) or ranks[place + 1] != rank + 1:
-            first = ranks[start]
-            parts.append(str(rank) if first == rank else f"{first}-{rank}")
-            start = place + 1
+    runs = groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])  # rank - place is constant
+    spans = [[rank for _, rank in run] for _, run in runs]
+    parts = [str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans]
     text = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(parts)
     if hosts is None:
         return text

@@ -107,7 +107,7 @@ def examine(
     sizes = _check_images(reader, images, num_decoded, num_threads, report)
     _check_sizes(reader, images, sizes, report)
     counts = _check_classes(images, report)
-    _check_duplicates(reader, images, report)
+    _check_duplicates(images, report)
     for other in against:
         _check_overlap(reader, images, other, report)
     return report, counts
@@ -417,7 +417,7 @@ def _check_classes(images: Images, report: Report) -> np.ndarray:
     return counts
 
 
-def _check_duplicates(reader: RecordReader, images: Images, report: Report) -> None:
+def _check_duplicates(images: Images, report: Report) -> None:
     """Finds images with the same content, within a class and under several classes."""
     order = np.argsort(images.hashes, kind="stable")
     again = np.flatnonzero(np.diff(images.hashes[order]) == 0)
