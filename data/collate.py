@@ -35,7 +35,7 @@ class LoadedBatch(NamedTuple):
 
 
 class BatchLoader:
-    """Makes the batch of this rank when called with (epoch, step), from any thread or process.
+    """Makes the batch of this rank when called with (epoch, step), from any thread.
 
     Args:
         source: The data set.

@@ -497,7 +497,7 @@ def pictures_of_epoch(folder: Path, world_size: int, **options: Any) -> dict[int
 
 @pytest.mark.parametrize(
     ("world_size", "options"),
-    [(2, {}), (3, {"num_workers": 0}), (1, {"worker_type": "processes"}), (1, {"shuffle": False})],
+    [(2, {}), (3, {"num_workers": 0}), (1, {"shuffle": False})],
 )
 def test_ranks_workers_and_order_do_not_change_a_picture(folder, world_size, options):
     expected = pictures_of_epoch(folder, 1)
