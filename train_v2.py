@@ -336,7 +336,8 @@ def begin(
     if world.is_main:
         if found is None or not found.path.resolve().is_relative_to(folder.resolve()):
             archive_earlier_run(folder)
-        remove_incomplete(folder / FOLDER)
+        for place in (folder, folder / FOLDER):
+            remove_incomplete(place)
         save_config(
             cfg,
             folder / "config.json",

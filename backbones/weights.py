@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import Backbone, backbone_class, get_model, model_names
+from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -141,16 +142,8 @@ def save_model(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            _serialize(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # it exists only if something failed
+    with atomic_write(path) as file:
+        _serialize(state, file)
     return path
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import Built, open_or_build, stamp_of
+from data.cache import Cached, open_or_build, stamp_of
 from data.decode import ImageError, ImageSizeError, decode_into, empty_pixels, read_image_file
 from data.fingerprint import Sample, sample_bytes, sample_file
 from data.index import Property, open_index, read_property
@@ -205,8 +205,8 @@ class RecordDataset(ImageDataset):
             return self._read_labels()
         stamp = {"of": "labels", **stamp_of(self.path_rec, self.path_idx)}
 
-        def build() -> Built:
-            return {}, {"labels": self._read_labels()}
+        def build() -> Cached:
+            return Cached({}, {"labels": self._read_labels()})
 
         labels = open_or_build(self.path_rec, ".labels.cache", stamp, build).arrays["labels"]
         largest = int(labels.max(initial=-1))

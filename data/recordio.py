@@ -25,17 +25,19 @@ Sources: dmlc-core `recordio.h`, `recordio.cc`; MXNet 1.9.1 `python/mxnet/record
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from utils.files import atomic_write
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -370,7 +372,7 @@ class RecordReader:
             os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def __reduce__(self) -> tuple[type[RecordReader], tuple[Path]]:
-        return RecordReader, (self.path,)  # a worker process opens the file for itself
+        return RecordReader, (self.path,)  # another process has to open the file for itself
 
     def scan(self, offset: int = 0) -> Iterator[RecordPlace]:
         """Yields every record from byte `offset` on, for files without an index.
@@ -506,8 +508,8 @@ class RecordReader:
 class RecordWriter:
     """Writes a `.rec` and its `.idx` as MXNet does. Both appear at `close`.
 
-    Until then they are temporary files beside the targets. `abort`, or an exception inside the
-    `with` block, removes them. Existing targets are replaced at `close`.
+    Until then they are temporary files beside the targets. An exception inside the `with` block
+    removes them. Existing targets are replaced at `close`.
 
     Args:
         path_rec: Path of the `.rec` file.
@@ -516,23 +518,13 @@ class RecordWriter:
 
     def __init__(self, path_rec: str | os.PathLike[str], path_idx: str | os.PathLike[str]) -> None:
         self.path_rec, self.path_idx = Path(path_rec), Path(path_idx)
-        self._temporaries: list[Path] = []
         self._offset = 0
         self._first_size = 0
-        self._open = True
         self._last_key = -1
-        try:
-            self._rec = self._temporary(self.path_rec)
-            self._idx = self._temporary(self.path_idx)
-        except BaseException:
-            self.abort()
-            raise
-
-    def _temporary(self, target: Path) -> BinaryIO:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        self._temporaries.append(Path(name))
-        os.fchmod(descriptor, 0o644)  # mkstemp gives 0600; a data set is meant to be shared
-        return open(descriptor, "wb")
+        with contextlib.ExitStack() as files:  # they appear in the reverse order, the index last
+            self._idx = files.enter_context(atomic_write(self.path_idx))
+            self._rec = files.enter_context(atomic_write(self.path_rec))
+            self._files = files.pop_all()
 
     def write(self, key: int, payload: bytes) -> int:
         """Appends a record and returns its byte offset.
@@ -576,28 +568,14 @@ class RecordWriter:
 
     def close(self) -> None:
         """Puts both files in place."""
-        if not self._open:
+        if self._rec.closed:
             return
-        for file in (self._rec, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        # A kill between the two renames must not leave an old index beside new records.
-        self.path_idx.unlink(missing_ok=True)
-        os.replace(self._temporaries[0], self.path_rec)
-        os.replace(self._temporaries[1], self.path_idx)
-        self._open = False
-
-    def abort(self) -> None:
-        """Removes the temporary files; existing targets stay as they were."""
-        if not self._open:
-            return
-        self._open = False
-        for file in (getattr(self, "_rec", None), getattr(self, "_idx", None)):
-            if file is not None:
-                file.close()
-        for path in self._temporaries:
-            path.unlink(missing_ok=True)
+        with self._files:
+            for file in (self._rec, self._idx):
+                file.flush()
+                os.fsync(file.fileno())
+            # A kill between the two renames must not leave an old index beside new records.
+            self.path_idx.unlink(missing_ok=True)
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -611,4 +589,4 @@ class RecordWriter:
         if kind is None:
             self.close()
         else:
-            self.abort()
+            self._files.__exit__(kind, error, traceback)

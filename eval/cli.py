@@ -21,6 +21,7 @@ from backbones.weights import WeightsError
 from eval.extract import EmbeddingCache
 from eval.model import Model, open_model, parse_channels
 from utils.distributed import DeviceError, DistContext, destroy_distributed, init_distributed
+from utils.files import atomic_write
 from utils.json_values import without_nan
 
 logger = logging.getLogger(__name__)
@@ -157,17 +158,8 @@ def check_outputs(files: dict[str, Path | None], plots: Iterable[str] = ()) -> N
 
 def write_json(content: Any, path: Path) -> None:
     """Writes JSON atomically; NaN and infinities, which JSON does not have, become null."""
-    write_whole(path, (json.dumps(without_nan(content), indent=2) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file atomically: at any moment `path` is the old file, the new one, or absent."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)  # it exists only if something failed
+    with atomic_write(path) as file:
+        file.write((json.dumps(without_nan(content), indent=2) + "\n").encode())
 
 
 def parse_rates(text: str) -> list[float]:

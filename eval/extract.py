@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data.alignment import AlignmentError, align
 from data.decode import ImageError, decode_image, read_image_file
+from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -212,13 +213,8 @@ class EmbeddingCache:
     def put(self, path: Path, rows: NDArray) -> None:
         """Writes `rows` atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(unfinished, "wb") as file:
-                np.save(file, rows, allow_pickle=False)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with atomic_write(path, durable=False) as file:
+            np.save(file, rows, allow_pickle=False)
 
 
 class Progress:

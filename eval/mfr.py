@@ -35,7 +35,6 @@ from eval.cli import (
     run_command,
     table,
     write_json,
-    write_whole,
 )
 from eval.extract import FileImages, Progress, embed_images
 from eval.groups import Groups
@@ -44,6 +43,7 @@ from eval.metrics import rate_name
 from eval.model import open_model
 from eval.onnx_model import metadata_of
 from eval.submission import Report, SubmissionError, check_submission, find_track
+from utils.files import atomic_write
 
 DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3)
 
@@ -125,11 +125,12 @@ def _pack(options: argparse.Namespace) -> int:
         if code:
             print(f"error: {options.zip} was not written", file=sys.stderr)
             return code
-        packed = folder / "out.zip"
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        with (
+            atomic_write(options.zip) as packed,
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
             for file in sorted(folder.glob("model.onnx*")):
                 archive.write(file, file.name)
-        write_whole(options.zip, packed.read_bytes())
     print(f"{options.zip}: {options.zip.stat().st_size / 1024**2:.1f} MiB")
     return 0
 

@@ -32,7 +32,7 @@ from data.datasets import DataError
 from data.decode import ImageError, decode_image, read_image_file
 from data.tools.encode import encode_jpeg
 from data.tools.workers import ordered_map
-from utils.files import list_some, publish_folder, staging_folder, write_whole
+from utils.files import atomic_write, list_some, publish_folder, staging_folder
 
 _CHUNK = 32  # images per task handed to a process
 
@@ -125,7 +125,9 @@ def align_files(task: AlignTask) -> list[str]:
         except AlignmentError as error:
             problems.append(f"{source}: {error}")
             continue
-        write_whole(target, encode_png(aligned) if task.png else encode_jpeg(aligned))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target, durable=False) as file:
+            file.write(encode_png(aligned) if task.png else encode_jpeg(aligned))
     return problems
 
 

@@ -37,7 +37,7 @@ from data.tools.repair import fix, rebuild
 from data.tools.report import CHECKS
 from data.tools.validate import Others, content_hash, examine, verify
 from eval.verification_sets import VerificationSetError, load_verification_set
-from utils.files import write_atomically
+from utils.files import atomic_write
 
 
 def read_others(other: Path) -> Others:
@@ -90,10 +90,9 @@ def plot_histogram(counts: np.ndarray, path: Path, title: str) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    figure.savefig(aside, format="png", dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
-    aside.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,7 +186,8 @@ def _run(args: argparse.Namespace) -> int:
         print(text)
     else:
         if args.json:
-            write_atomically(Path(args.json), f"{text}\n".encode())
+            with atomic_write(args.json) as file:
+                file.write(f"{text}\n".encode())
         print(report.as_text())
     return 0 if report.healthy else 1
 

@@ -29,7 +29,7 @@ from data.order import derive_key, hash_indices, shuffled_indices
 from data.recordio import RecordError
 from data.tools.image_records import ImageRecords, relabeled
 from data.tools.record_writer import RecordSetWriter
-from utils.files import write_atomically
+from utils.files import atomic_write
 
 
 def flip_labels(classes: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -141,7 +141,8 @@ def make_noise(
                 payload = relabeled(payload, label)
                 truth.append(f"{record.key}\t{label}\t{record.class_id}\n")
             writer.add_payload(payload, label, record.key)
-        write_atomically(out / "noise.tsv", "".join(truth).encode())
+        with atomic_write(out / "noise.tsv") as file:
+            file.write("".join(truth).encode())
         writer.finish(names, num_classes)
     return len(truth) - 1, num_classes
 

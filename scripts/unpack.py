@@ -28,7 +28,7 @@ from data.class_names import read_label_map
 from data.datasets import DataError
 from data.recordio import RecordError, unpack_record
 from data.tools.image_records import ImageRecords
-from utils.files import publish_folder, staging_folder, write_whole
+from utils.files import atomic_write, publish_folder, staging_folder
 
 _SUFFIXES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
 
@@ -66,7 +66,9 @@ def unpack(data: Path, out: Path) -> int:
             target = staging / file
             if target.exists() and target.stat().st_size == len(record.image):
                 continue  # written before an interruption: files are written atomically
-            write_whole(target, bytes(record.image))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target, durable=False) as written:
+                written.write(record.image)
     publish_folder(staging, out)
     return len(records)
 

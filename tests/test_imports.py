@@ -20,7 +20,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "arcshard": (),
     "losses": ("arcshard",),
     "partial_fc": ("arcshard",),
-    "backbones": (),
+    "backbones": ("utils.files",),
     "eval.metrics": (),
     "data": ("utils.files",),
     "dataset": ("data", "utils.moved"),
