@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.augment import normalize_images, parse_augmentation
-from data.collate import DATA_ERRORS, BatchLoader, LoadedBatch
+from data.collate import BatchLoader, LoadedBatch
 from data.concat import ConcatDataset, Subset
 from data.crop import RandomResizedCrop, center_crop
 from data.datasets import (
@@ -41,6 +41,7 @@ from data.sampling import (
     SequentialSampler,
     WeightedSampler,
 )
+from utils.errors import UserError
 from utils.moved import moved
 
 __all__ = [
@@ -59,6 +60,7 @@ __getattr__ = moved(__name__, "data.augment", {"normalise": "normalize_images"})
 
 Root = str | os.PathLike[str]
 WORKER_TYPES = ("threads", "processes")
+DATA_ERRORS = (UserError,)  # what a damaged or unsuitable data set raises, as `except` takes it
 _SKIPS_LOGGED = 20  # bad records that the log names one by one; all are counted
 
 
@@ -172,9 +174,9 @@ class DataLoader:
             uint8 [H, W, 3], RGB.
 
         Raises:
-            DataError: The image does not fit the set. It is one of DATA_ERRORS.
-            RecordError: Its record is damaged. It is one of DATA_ERRORS.
-            ImageError: It cannot be decoded. It is one of DATA_ERRORS.
+            DataError: The image does not fit the set.
+            RecordError: Its record is damaged.
+            ImageError: It cannot be decoded.
         """
         if self._make.crop is None:
             return self.source.read(index)[0]
@@ -277,10 +279,7 @@ def get_dataloader(
         log.warning("worker_type='processes' is no longer available; threads are used")
     if crop is not None and dali:
         raise DataError("dali=True takes images of one size only: leave it out where they are cut")
-    try:
-        augmentation = parse_augmentation(augment, flip)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    augmentation = parse_augmentation(augment, flip)
     roots = [root_dir] if isinstance(root_dir, (str, os.PathLike)) else list(root_dir)
     lists = [exclude] if exclude is None or isinstance(exclude, (str, os.PathLike)) else exclude
     source = open_datasets(roots, input_size, num_classes, num_images, lists)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import Backbone, backbone_class, get_model, model_names
+from utils.errors import UserError
 from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _SHOWN = 4  # number of keys that an error names
 _SAVE_WEIGHTS = "the weights alone saved, as torch.save(net.state_dict(), path)"
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError, RuntimeError):
     """A file of weights cannot be used. The message says why and what to do."""
 
 
@@ -73,11 +74,6 @@ class ModelMetadata:
     config: str | None = None
     trained_with: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def embedding_size(self) -> int:
-        """The value of `num_features`, under the name that the config has for it."""
-        return self.num_features
 
 
 @dataclass(frozen=True)
@@ -243,7 +239,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: No network has the name `network`.
+        UserError: No network has the name `network`.
         WeightsError: The file is refused, does not name its network, or does not fit it.
     """
     if network is not None:

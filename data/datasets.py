@@ -30,6 +30,7 @@ from data.recordio import (
     class_of,
     unpack_record,
 )
+from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _LABELS_AT_ONCE = 1 << 16
 _PROGRESS_FROM = 200_000  # records from which counting labels takes long enough to show a bar
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data set cannot be trained on as it is; the message says what to change."""
 
 

@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.errors import UserError
 from utils.files import atomic_write
 
 MAGIC = 0xCED7230A
@@ -51,7 +52,7 @@ _WINDOW_BYTES = 16 * 1024
 _WHOLE_BYTES = 256 * 1024  # a record that is smaller by the index is read in one exact pread
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record or index file is not as the format says; the message names file and place."""
 
 

@@ -124,7 +124,10 @@ def open_images(source: Path, input_size: int, resize: bool) -> NamedImages:
         return images
     if not source.is_file():
         raise DataError(f"{source}: no such folder, list or record file")
-    lines = source.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: no text with a path per line ({error})") from error
     numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{source}: is empty; a list has one path per line")

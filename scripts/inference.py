@@ -31,6 +31,7 @@ from eval.cli import (
     run_command,
 )
 from eval.extract import FileImages, embed_images
+from utils.errors import UserError
 from utils.files import atomic_write
 
 
@@ -62,7 +63,7 @@ def _infer(options: argparse.Namespace) -> int:
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     for path, length in zip(options.images, lengths, strict=True):
         if not (np.isfinite(length) and length > 0):
-            raise ValueError(f"{path}: its embedding is zero or not finite")
+            raise UserError(f"{path}: its embedding is zero or not finite")
     if options.npy is None:
         for row in rows:
             print(" ".join(f"{number:.8g}" for number in row))

@@ -24,11 +24,10 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.class_names import read_label_map
 from data.datasets import DataError
-from data.decode import ImageError
 from data.order import derive_key, hash_indices, shuffled_indices
-from data.recordio import RecordError
 from data.tools.image_records import ImageRecords, relabeled
 from data.tools.record_writer import RecordSetWriter
+from utils.cli import cli_command
 from utils.files import atomic_write
 
 
@@ -147,6 +146,7 @@ def make_noise(
     return len(truth) - 1, num_classes
 
 
+@cli_command("stopped; nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -169,22 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"a share of {share}: allowed are 0 to 1, such as 0.4")
     if args.parts < 2:
         parser.error(f"--parts {args.parts}: allowed are 2 or more")
-    try:
-        changed, num_classes = make_noise(
-            args.data,
-            args.out,
-            flip=args.flip,
-            conflict=args.conflict,
-            parts=args.parts,
-            seed=args.seed,
-            force=args.force,
-        )
-    except (DataError, ImageError, RecordError, OSError) as error:
-        print(f"make_noise.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_noise.py: stopped; nothing was written", file=sys.stderr)
-        return 130
+    changed, num_classes = make_noise(
+        args.data,
+        args.out,
+        flip=args.flip,
+        conflict=args.conflict,
+        parts=args.parts,
+        seed=args.seed,
+        force=args.force,
+    )
     print(f"{args.out}: {changed} images with another label, {num_classes} classes; see noise.tsv")
     return 0
 

@@ -107,6 +107,13 @@ def test_of_two_writers_the_last_wins_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "\N{GRINNING FACE}" * 63])
+def test_the_longest_name_can_be_written(tmp_path: Path, name: str) -> None:
+    with atomic_write(tmp_path / name) as file:
+        file.write(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "none" / "file"):
         pass

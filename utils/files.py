@@ -28,7 +28,8 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Itera
         durable: Whether the file and its name are on the disk when this returns.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    # A name may have 255 bytes, which 40 characters and the rest never exceed.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}")
     with open(temporary, "xb") as file:  # not mkstemp: the umask says who may read it
         try:
             yield file

@@ -32,6 +32,7 @@ from torch import Tensor
 from training.checkpoint import sharded_io
 from training.checkpoint.sharded_io import FileDigest, State, StorageError, TensorShard
 from utils.distributed import DistContext
+from utils.errors import UserError
 from utils.files import TEMPORARY, atomic_write, sync_folder
 
 logger = logging.getLogger("train")
@@ -48,7 +49,7 @@ _UNFINISHED = re.compile(
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written or used. The message says why."""
 
 
