@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.augment import normalize_images, parse_augmentation
-from data.collate import DATA_ERRORS, BatchLoader, LoadedBatch
+from data.collate import BatchLoader, LoadedBatch
 from data.concat import ConcatDataset, Subset
 from data.crop import RandomResizedCrop, center_crop
 from data.datasets import (
@@ -41,6 +41,7 @@ from data.sampling import (
     SequentialSampler,
     WeightedSampler,
 )
+from utils.errors import UserError
 from utils.moved import moved
 
 __all__ = [
@@ -59,6 +60,7 @@ __getattr__ = moved(__name__, "data.augment", {"normalise": "normalize_images"})
 
 Root = str | os.PathLike[str]
 WORKER_TYPES = ("threads", "processes")
+DATA_ERRORS = (UserError,)  # what a damaged or unsuitable data set raises, as `except` takes it
 _SKIPS_LOGGED = 20  # bad records that the log names one by one; all are counted
 
 
@@ -75,7 +77,7 @@ class Batch(NamedTuple):
 
 
 class Workers(Protocol):
-    """What makes batches: threads (here), processes (data/processes.py) or DALI (data/dali.py)."""
+    """What makes batches: threads (here) or DALI (data/dali.py)."""
 
     def run(self, epoch: int, steps: range) -> Iterator[LoadedBatch]:
         """Yield the batches of these steps, in order."""
@@ -172,9 +174,9 @@ class DataLoader:
             uint8 [H, W, 3], RGB.
 
         Raises:
-            DataError: The image does not fit the set. It is one of DATA_ERRORS.
-            RecordError: Its record is damaged. It is one of DATA_ERRORS.
-            ImageError: It cannot be decoded. It is one of DATA_ERRORS.
+            DataError: The image does not fit the set.
+            RecordError: Its record is damaged.
+            ImageError: It cannot be decoded.
         """
         if self._make.crop is None:
             return self.source.read(index)[0]
@@ -231,8 +233,8 @@ def get_dataloader(
         rank: This rank.
         world_size: Number of ranks.
         seed: Seed of order and augmentation.
-        num_workers: Threads or processes that read and decode; with 0 the consumer does. The number
-            does not change the batches.
+        num_workers: Threads that read and decode; with 0 the consumer does. The number does not
+            change the batches.
         input_size: Height and width in pixels that every image must have.
         num_classes: Number of classes, above every label; None takes that of the set.
         num_images: Number of images of "synthetic". For a set on disk, a number that differs from
@@ -255,7 +257,7 @@ def get_dataloader(
             one list (or None) for each.
         on_bad_record: "error", or "skip" to replace records that cannot be read; see
             data/collate.py.
-        worker_type: "threads" or "processes".
+        worker_type: "threads"; "processes" is accepted with a warning, and threads are used.
         dali: Whether to decode and augment with NVIDIA DALI, on `device`; see data/dali.py.
         device: Where batches are delivered, copied one ahead; None leaves them in host memory.
 
@@ -273,12 +275,11 @@ def get_dataloader(
             f"num_workers={num_workers}, worker_type={worker_type!r}: allowed are batch_size of 1 "
             "or more, num_workers of 0 or more, worker_type 'threads' or 'processes'"
         )
+    if worker_type == "processes":
+        log.warning("worker_type='processes' is no longer available; threads are used")
     if crop is not None and dali:
         raise DataError("dali=True takes images of one size only: leave it out where they are cut")
-    try:
-        augmentation = parse_augmentation(augment, flip)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    augmentation = parse_augmentation(augment, flip)
     roots = [root_dir] if isinstance(root_dir, (str, os.PathLike)) else list(root_dir)
     lists = [exclude] if exclude is None or isinstance(exclude, (str, os.PathLike)) else exclude
     source = open_datasets(roots, input_size, num_classes, num_images, lists)
@@ -301,7 +302,7 @@ def get_dataloader(
         pin_memory=pin_memory,
         crop=None if isinstance(source, SyntheticDataset) else crop,
     )
-    loader = DataLoader(make, _workers(make, num_workers, worker_type, dali, device), device)
+    loader = DataLoader(make, _workers(make, num_workers, dali, device), device)
     if num_images is not None and num_images != loader.num_images:
         log.warning(
             "%s has %d images, not %d as stated; the real number is used",
@@ -319,16 +320,12 @@ def get_dataloader(
 
 
 def _workers(
-    make: BatchLoader, num_workers: int, worker_type: str, dali: bool, device: torch.device | None
+    make: BatchLoader, num_workers: int, dali: bool, device: torch.device | None
 ) -> Workers:
     if dali and not isinstance(make.source, SyntheticDataset):  # which has nothing to decode
         from data.dali import DaliPool
 
         return DaliPool(make, max(num_workers, 1), device)
-    if worker_type == "processes" and num_workers:
-        from data.processes import ProcessPool
-
-        return ProcessPool(make, num_workers)
     return _Threads(make, num_workers)
 
 

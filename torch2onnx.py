@@ -31,10 +31,12 @@ import torch
 from onnx.shape_inference import InferenceError
 
 from backbones import Backbone, model_names
-from backbones.weights import ModelMetadata, WeightsError, load_model
+from backbones.weights import ModelMetadata, load_model
 from eval.model import Embedder, open_model
 from eval.verification import verify
 from eval.verification_sets import VerificationSet, load_verification_set
+from utils.cli import cli_command
+from utils.errors import UserError
 
 INPUT_NAME, OUTPUT_NAME = "data", "embedding"
 LOWEST_OPSET = DEFAULT_OPSET = 18  # the lowest that torch writes, and the most widely supported
@@ -43,10 +45,6 @@ TOLERANCE = 1e-4  # relative to the largest output
 HALF_TOLERANCE = 0.05  # the same for fp16, whose steps are 1e-3 and add up through the layers
 # Bytes of weights that fit into the .onnx: protobuf ends at 2 GiB, and the graph needs some of it.
 LARGEST_SINGLE_FILE = 2 * 1024**3 - 16 * 1024**2
-
-
-class ExportRefusedError(ValueError):
-    """The request cannot be exported. The message says why, and what can be exported."""
 
 
 class ParityError(RuntimeError):
@@ -115,7 +113,7 @@ def export_onnx(
         The files, their sizes, and the measured differences.
 
     Raises:
-        ExportRefusedError: A size, the opset or the weights do not allow the export.
+        UserError: A size, the opset or the weights do not allow the export.
         ParityError: The ONNX model does not load, or disagrees with PyTorch on a batch of 1, 3 or
             32 images or on one of `verify_on`.
         onnx.checker.ValidationError: The ONNX model is not valid.
@@ -196,18 +194,18 @@ def _check_request(
     backbone: Backbone, metadata: ModelMetadata, opset: int, output: Path, precision: str
 ) -> None:
     if precision not in ("fp32", "fp16"):
-        raise ExportRefusedError(f"precision is {precision!r}; allowed are fp32 and fp16")
+        raise UserError(f"precision is {precision!r}; allowed are fp32 and fp16")
     highest = onnx.defs.onnx_opset_version()
     if not LOWEST_OPSET <= opset <= highest:
-        raise ExportRefusedError(f"opset {opset} is not possible: {LOWEST_OPSET} to {highest} are")
+        raise UserError(f"opset {opset} is not possible: {LOWEST_OPSET} to {highest} are")
     for name in ("num_features", "input_size", "in_channels"):
         said, has = getattr(metadata, name), getattr(backbone, name)
         if said != has:
-            raise ExportRefusedError(
+            raise UserError(
                 f"the metadata says {name}={said}, the backbone has {has}: make them agree"
             )
     if output.is_dir():
-        raise ExportRefusedError(f"{output} is a folder: give the name of a file to write")
+        raise UserError(f"{output} is a folder: give the name of a file to write")
 
 
 def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelProto:
@@ -235,7 +233,7 @@ def _translate(exported: _Exported, opset: int, simplify: bool) -> onnx.ModelPro
         node.input[:] = [name.removeprefix("backbone.") for name in node.input]
     written = next(entry.version for entry in model.opset_import if not entry.domain)
     if written != opset:
-        raise ExportRefusedError(
+        raise UserError(
             f"opset {opset} was asked for, but torch {torch.__version__} wrote {written}: "
             f"use --opset {written}"
         )
@@ -371,8 +369,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@cli_command()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+    """Run the command line and return the exit code; 1 if the file is not as good as the model."""
     args = _parser().parse_args(_present_options(sys.argv[1:] if argv is None else argv))
     output = args.output or _default_output(args.model)
     try:
@@ -393,11 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 load_verification_set(path, None, metadata.input_size) for path in args.verify
             ],
         )
-    except (WeightsError, ValueError, OSError) as error:
-        print(f"torch2onnx: {error}", file=sys.stderr)
-        return 2
     except (ParityError, onnx.checker.ValidationError, InferenceError) as error:
-        print(f"torch2onnx: {error}\nNo file was written.", file=sys.stderr)
+        print(f"error: {error}\nNo file was written.", file=sys.stderr)
         return 1
     print(
         f"{' and '.join(map(str, report.files))}: {report.size_bytes / 1024**2:.1f} MiB, "

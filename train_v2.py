@@ -7,7 +7,8 @@
 
 Exit codes: 0 done; 2 bad input (config, data, weights, device), found before or while training,
 with the reason on stderr; 3 diverged; 4 stopped by a signal, with the state saved: start again
-with resume=auto; 5 another rank was lost; 6 checkpoints could not be written; 130 a second Ctrl-C.
+with resume=auto; 5 another rank was lost; 6 checkpoints could not be written; 130 Ctrl-C
+before training, or a second one.
 """
 
 from __future__ import annotations
@@ -22,16 +23,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from backbones.weights import WeightsError
 from configs.base import Config
-from dataset import DATA_ERRORS, Batch, DataLoader
-from eval.verification_sets import VerificationSetError
+from dataset import Batch, DataLoader
 from training.build import VERSION, TrainComponents, build, facts_of
 from training.checkpoint import resume
 from training.checkpoint.checkpointer import (
     FOLDER,
     Checkpointer,
-    CheckpointError,
     RankGroup,
     list_checkpoints,
     remove_incomplete,
@@ -43,7 +41,6 @@ from training.heartbeat import EXIT_RANK_LOST, Heartbeat, heartbeat_store, is_co
 from training.init_head import init_head
 from training.metrics_logger import MetricsLogger, start_wandb
 from training.preflight import (
-    PreflightError,
     code_version,
     device_kind,
     library_versions,
@@ -51,7 +48,6 @@ from training.preflight import (
 )
 from training.profile import StepProfile, phase
 from training.setup import (
-    SetupError,
     archive_earlier_run,
     check_output,
     share_global_batch,
@@ -59,9 +55,9 @@ from training.setup import (
 from training.signals import StopSignals
 from training.state import Progress, RunState
 from training.validation import CUT_SHORT, Validation
-from utils.config import ConfigError, describe_fields, load_config, plain_values, save_config
+from utils.cli import EXIT_BAD_INPUT, cli_command
+from utils.config import describe_fields, load_config, plain_values, save_config
 from utils.distributed import (
-    DeviceError,
     DistContext,
     barrier,
     destroy_distributed,
@@ -71,18 +67,7 @@ from utils.log import init_logging
 from utils.memory import keep_freed_memory
 from utils.meter import SpeedMeter
 
-BAD_INPUT = (
-    ConfigError,
-    DeviceError,
-    SetupError,
-    CheckpointError,
-    PreflightError,
-    WeightsError,
-    VerificationSetError,
-    *DATA_ERRORS,
-    OSError,
-)
-EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED, EXIT_NOT_SAVED = 2, 3, 4, 6
+EXIT_DIVERGED, EXIT_STOPPED, EXIT_NOT_SAVED = 3, 4, 6
 
 logger = logging.getLogger("train")
 
@@ -226,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         destroy_distributed()
 
 
+@cli_command()
 def run(words: Sequence[str], is_dry: bool = False) -> int:
     """Set up and train; return the exit code. No object of the run outlives this call.
 
@@ -254,9 +240,6 @@ def run(words: Sequence[str], is_dry: bool = False) -> int:
             logging.shutdown()
             shutil.rmtree(folder)
             print("dry run: two steps done; all is well, nothing is left behind", file=sys.stderr)
-    except BAD_INPUT as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
     except Diverged as error:
         logger.error("%s", error)
         return EXIT_DIVERGED
@@ -336,7 +319,8 @@ def begin(
     if world.is_main:
         if found is None or not found.path.resolve().is_relative_to(folder.resolve()):
             archive_earlier_run(folder)
-        remove_incomplete(folder / FOLDER)
+        for place in (folder, folder / FOLDER):
+            remove_incomplete(place)
         save_config(
             cfg,
             folder / "config.json",

@@ -356,7 +356,7 @@ class PartialFC(nn.Module):
         counts as large as the batch's own classes can make it.
 
         Raises:
-            WorkspaceTooSmallError: Not one class fits the workspace.
+            ValueError: Not one class fits the workspace.
         """
         assert self.fused is not None
         assert self.batch_size_per_rank is not None

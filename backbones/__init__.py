@@ -8,6 +8,7 @@ from typing import Any
 
 from backbones import iresnet, mobilefacenet, resnet, vit
 from backbones.base import Backbone
+from utils.errors import UserError
 
 __all__ = ["Backbone", "backbone_class", "get_model", "model_names"]
 
@@ -31,7 +32,7 @@ def backbone_class(name: str) -> type[Backbone]:
     """Return the class behind a network's name.
 
     Raises:
-        ValueError: No network has this name.
+        UserError: No network has this name.
     """
     return _lookup(name)[0]
 
@@ -62,7 +63,7 @@ def get_model(
         The backbone, built for the variant that the name stands for.
 
     Raises:
-        ValueError: The name, a size or an option is not allowed. The message says what is allowed.
+        UserError: The name, a size or an option is not allowed. The message says what is allowed.
     """
     cls, variant = _lookup(name)
     _check_options(name, cls, kwargs)
@@ -72,9 +73,9 @@ def get_model(
         ("in_channels", in_channels, 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{option}={value!r} must be an integer of at least {least}")
+            raise UserError(f"{option}={value!r} must be an integer of at least {least}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
+        raise UserError(f"dropout={dropout} must be at least 0 and below 1")
     build: Callable[..., Backbone] = cls
     return build(
         **{**variant, **kwargs},
@@ -91,7 +92,7 @@ def _lookup(name: str) -> tuple[type[Backbone], Mapping[str, Any]]:
         return _REGISTRY[name]
     near = difflib.get_close_matches(str(name), _REGISTRY, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
+    raise UserError(
         f"there is no backbone {name!r}.{hint} The backbones are: {', '.join(_REGISTRY)}"
     )
 
@@ -106,7 +107,7 @@ def _check_options(name: str, cls: type[Backbone], kwargs: Mapping[str, Any]) ->
         if "fp16" in unknown
         else ""
     )
-    raise ValueError(
+    raise UserError(
         f"backbone {name!r} has no option {', '.join(unknown)}. Beside the arguments of get_model "
         f"it takes: {allowed}.{hint}"
     )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from backbones.base import Backbone
+from utils.errors import UserError
 
 # Blocks per resolution, and the factor on the widths 64 and 128 (hidden widths do not scale).
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -116,7 +117,7 @@ class MobileFaceNet(Backbone):
         gradient_checkpointing: Whether training recomputes activations in backward.
 
     Raises:
-        ValueError: `dropout` is not 0.
+        UserError: `dropout` is not 0.
     """
 
     EMBEDDING_KEY: ClassVar[str] = "features.layers.3.weight"
@@ -134,7 +135,7 @@ class MobileFaceNet(Backbone):
         gradient_checkpointing: bool = False,
     ) -> None:
         if dropout:
-            raise ValueError(f"dropout={dropout}, but MobileFaceNet has no dropout layer: pass 0")
+            raise UserError(f"dropout={dropout}, but MobileFaceNet has no dropout layer: pass 0")
         super().__init__(num_features, input_size, in_channels, gradient_checkpointing)
         narrow, wide = 64 * scale, 128 * scale
         self.layers = nn.ModuleList(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from backbones.base import Backbone
+from utils.errors import UserError
 
 # Blocks per stage, and the expansion: the factor by which the last convolution of a bottleneck
 # widens (1: basic blocks).
@@ -104,7 +105,7 @@ class ResNet(Backbone):
             is 0).
 
     Raises:
-        ValueError: `dropout` or `num_features` is outside its domain.
+        UserError: `dropout` or `num_features` is outside its domain.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("with_fc", "zero_init_residual")
@@ -134,9 +135,9 @@ class ResNet(Backbone):
         super().__init__(num_features, input_size, in_channels, gradient_checkpointing)
         pooled = 8 * width * expansion
         if dropout:
-            raise ValueError(f"dropout={dropout}: ResNet has none; set dropout=0")
+            raise UserError(f"dropout={dropout}: ResNet has none; set dropout=0")
         if not with_fc and num_features != pooled:
-            raise ValueError(
+            raise UserError(
                 f"num_features={num_features}: without its fc this ResNet gives {pooled} features; "
                 f"set embedding_size={pooled}"
             )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones.base import Backbone
+from utils.errors import UserError
 
 
 def _variant(width: int, depth: int, drop_path_rate: float, mask_ratio: float) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class VisionTransformer(Backbone):
         gradient_checkpointing: Whether training recomputes activations in backward.
 
     Raises:
-        ValueError: One of these values does not fit. The message says which.
+        UserError: One of these values does not fit. The message says which.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
@@ -178,18 +179,18 @@ class VisionTransformer(Backbone):
         gradient_checkpointing: bool = False,
     ) -> None:
         if dropout:
-            raise ValueError(f"dropout={dropout}, but the ViT has no dropout layer: pass 0")
+            raise UserError(f"dropout={dropout}, but the ViT has no dropout layer: pass 0")
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
+            raise UserError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
         if not 1 <= patch_size <= input_size:
-            raise ValueError(f"patch_size={patch_size} must lie in 1..input_size={input_size}")
+            raise UserError(f"patch_size={patch_size} must lie in 1..input_size={input_size}")
         for option, rate in (("drop_path_rate", drop_path_rate), ("mask_ratio", mask_ratio)):
             if not 0 <= rate < 1:
-                raise ValueError(f"{option}={rate} must be at least 0 and below 1")
+                raise UserError(f"{option}={rate} must be at least 0 and below 1")
         super().__init__(num_features, input_size, in_channels, gradient_checkpointing)
         num_patches = (input_size // patch_size) ** 2
         if int(num_patches * (1 - mask_ratio)) < 1:
-            raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches")
+            raise UserError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches")
         self.mask_ratio = mask_ratio
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim))

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from backbones import Backbone, backbone_class, get_model, model_names
+from utils.errors import UserError
+from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ _SHOWN = 4  # number of keys that an error names
 _SAVE_WEIGHTS = "the weights alone saved, as torch.save(net.state_dict(), path)"
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError, RuntimeError):
     """A file of weights cannot be used. The message says why and what to do."""
 
 
@@ -72,11 +74,6 @@ class ModelMetadata:
     config: str | None = None
     trained_with: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def embedding_size(self) -> int:
-        """The value of `num_features`, under the name that the config has for it."""
-        return self.num_features
 
 
 @dataclass(frozen=True)
@@ -141,16 +138,8 @@ def save_model(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            _serialize(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # it exists only if something failed
+    with atomic_write(path) as file:
+        _serialize(state, file)
     return path
 
 
@@ -250,7 +239,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: No network has the name `network`.
+        UserError: No network has the name `network`.
         WeightsError: The file is refused, does not name its network, or does not fit it.
     """
     if network is not None:

@@ -5,12 +5,11 @@
 Loaders: all run on the same records in one run, each in a separate process bound to 1 or 2 cores,
 in turn; the figures are medians of the rounds. They are a Pillow loader as users write it (below: a
 dict of keys, seek and read, Pillow, float tensors, PyTorch's DataLoader with one worker per core),
-libjpeg-turbo alone on images in memory, ours with threads and with processes, and DALI on the CPU
-if it is installed. Ours and DALI deliver uint8 and int64. libjpeg-turbo alone is measured twice:
-into a new array each time, as it is usually called, and into one array where it does not write past
-the cache (as ours does, see `empty_pixels` in data/decode.py), which no loader can exceed. Memory
-is the proportional set size (PSS) of the process and its workers at the end, less that before the
-loader.
+libjpeg-turbo alone on images in memory, ours with threads, and DALI on the CPU if it is installed.
+Ours and DALI deliver uint8 and int64. libjpeg-turbo alone is measured twice: into a new array each
+time, as it is usually called, and into one array where it does not write past the cache (as ours
+does, see `empty_pixels` in data/decode.py), which no loader can exceed. Memory is the proportional
+set size (PSS) of the process and its workers at the end, less that before the loader.
 
 The records are made here: 112 x 112 JPEG with the power spectrum of natural images (amplitude
 falling as 1 / frequency), quality 85, which makes them as large as aligned faces.
@@ -62,7 +61,6 @@ LOADERS = (
     "libjpeg-turbo alone",
     "the same, cached",
     "threads",
-    "processes",
     "dali",
 )
 BASELINES = ("pillow", "libjpeg-turbo alone", "the same, cached", "dali")
@@ -166,10 +164,7 @@ def start(loader: str, root: Path, cores: int) -> Callable[[], Iterable[Any]]:
         source = RecordDataset(root)
         files = [bytes(source.read_encoded(i)[0]) for i in range(len(source))]
         return lambda: decode_only(files, cores, cached=loader == "the same, cached")
-    worker_type = "processes" if loader == "processes" else "threads"
-    ours = get_dataloader(
-        root, BATCH, num_workers=cores, worker_type=worker_type, dali=loader == "dali"
-    )
+    ours = get_dataloader(root, BATCH, num_workers=cores, dali=loader == "dali")
     return lambda: ours
 
 

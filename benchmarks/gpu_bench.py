@@ -58,7 +58,7 @@ from utils.environment import (
     missing_packages,
     triton_problem,
 )
-from utils.files import write_whole
+from utils.files import atomic_write
 from utils.json_values import without_nan
 from utils.worker import Worker
 
@@ -192,7 +192,8 @@ class Bench:
         self.rows.append(row)
         try:
             append_line(self.folder / ROWS, json.dumps(without_nan(row)))
-            write_whole(self.folder / REPORT, report(self.rows).encode())
+            with atomic_write(self.folder / REPORT) as file:
+                file.write(report(self.rows).encode())
         except OSError as error:  # such as a full disk: the row is printed, a later one may fit
             print(f"error: not written: {error}", file=sys.stderr, flush=True)
         print(

@@ -27,7 +27,7 @@ from arcshard.head.workspace import choose_workspace, memory_bytes_of
 from benchmarks.bench_head import Case, held_mib, median_seconds, time_step
 from benchmarks.count_head import DTYPES, WIDTH, Peaks, count, limit_seconds
 from benchmarks.runs import run_training
-from utils.files import write_whole
+from utils.files import atomic_write
 
 MOST_TRACE_BYTES = 12 * 2**20
 SECONDS_TO_WARM_UP = 1.0
@@ -243,7 +243,9 @@ def _profile(folder: Path, trace_to: Path) -> dict[str, Any]:
     size = trace.stat().st_size if trace.exists() else 0
     if not 0 < size <= MOST_TRACE_BYTES:
         return {**found, "trace": f"left out: {size / 2**20:.1f} MiB"}
-    write_whole(trace_to, trace.read_bytes())
+    trace_to.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(trace_to) as file:
+        file.write(trace.read_bytes())
     return found
 
 

@@ -103,7 +103,7 @@ class Config:
     """Decoding threads per rank (DALI's, with dali=True); 0 decodes in the training thread."""
 
     worker_type: str = "threads"
-    """"threads" or "processes": what num_workers counts, without DALI."""
+    """"threads". The former "processes" is accepted with a warning, and threads are used."""
 
     dali: bool = False
     """Decode and augment with NVIDIA DALI, on the GPU if there is one, with the same order and the

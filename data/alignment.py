@@ -11,6 +11,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from utils.errors import UserError
+
 # Eyes, nose tip, corners of the mouth, left before right as seen in the image: x, y in pixels of a
 # 112 x 112 crop, origin at the center of the top left pixel. ArcFace weights are trained on these.
 ARCFACE_112 = np.array(
@@ -25,7 +27,7 @@ ARCFACE_112 = np.array(
 _SMALLEST_SPREAD = 1e-6  # pixels; below it the points are one point
 
 
-class AlignmentError(ValueError):
+class AlignmentError(UserError):
     """No aligned face can be made from the landmarks or the image; the message says what came."""
 
 

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 
+from data.datasets import DataError
 from data.order import flip_mask, uniform
 
 # Default probability of each augmentation named by itself.
@@ -98,7 +99,7 @@ def parse_augmentation(words: Sequence[str], flip: bool = True) -> Augmentation:
         flip: Whether half of the images are mirrored.
 
     Raises:
-        ValueError: A word is unknown, or its probability is outside [0, 1].
+        DataError: A word is unknown, or its probability is outside [0, 1].
     """
     chosen = Augmentation(flip=0.5 if flip else 0.0)
     for word in words:
@@ -116,7 +117,7 @@ def parse_augmentation(words: Sequence[str], flip: bool = True) -> Augmentation:
                 chosen, **{name: DEFAULTS[name] if probability is None else probability}
             )
         except ValueError:
-            raise ValueError(
+            raise DataError(
                 f"augment: {word!r}; allowed are {', '.join(PRESETS)}, {', '.join(DEFAULTS)}, each "
                 "but the first two also with a probability, such as 'erase=0.3'"
             ) from None

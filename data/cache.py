@@ -1,8 +1,9 @@
 """Keeps arrays that were computed from a file: memory-mapped, checked by size and time.
 
-A cache lies beside the file that it was made from. Where that folder cannot be written, it lies in
-the user's cache folder. Where that cannot be written either, it is in memory (an anonymous file,
-which the workers of this process share). Deleting a cache is always safe.
+A cache is one file of several arrays in numpy's `.npy` format, one after another: first the bytes
+of a JSON text, which says what the others were computed from and their names. It lies beside the
+file that it was made from; where that folder cannot be written, in the user's cache folder; where
+that cannot be written either, the arrays stay in memory. Deleting a cache is always safe.
 """
 
 from __future__ import annotations
@@ -12,26 +13,35 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
-import tempfile
-import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_magic
+
+from utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-_MAGIC = b"ArcShard cache 1\n"
-_HEADER_BYTES = 4096
-_DTYPES = ("int64", "int32")
+_DTYPES = ("int64", "int32", "uint8")
 
 # What a cache was made from: {file name: [size in bytes, modification time in ns]}, and its kind.
 Stamp = dict[str, Any]
-Built = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+class Cached(NamedTuple):
+    """What was computed from a file.
+
+    Attributes:
+        facts: Plain values, as JSON has them.
+        arrays: One-dimensional arrays of int64 or int32 by name, read-only.
+    """
+
+    facts: dict[str, Any]
+    arrays: dict[str, np.ndarray]
 
 
 def stamp_of(*paths: Path) -> Stamp:
@@ -39,53 +49,9 @@ def stamp_of(*paths: Path) -> Stamp:
     return {path.name: [(status := path.stat()).st_size, status.st_mtime_ns] for path in paths}
 
 
-class Cached:
-    """Facts (JSON) and one-dimensional arrays of one cache; read-only, pickled by its path.
-
-    Attributes:
-        path: Path of the cache.
-        facts: What `build` stated besides the arrays.
-        arrays: Memory-mapped arrays by name.
-    """
-
-    def __init__(self, path: str, stamp: Stamp) -> None:
-        """Maps an existing cache.
-
-        Raises:
-            OSError: The file cannot be read.
-            ValueError: The file is not a cache of `stamp`.
-        """
-        self.path, self._stamp = path, stamp
-        if not Path(path).is_file():  # to open a pipe would wait for ever
-            raise ValueError(f"{path} is no file")
-        with open(path, "rb") as file:
-            head = file.read(_HEADER_BYTES)
-            magic, crc, text = head[: len(_MAGIC)], *head[len(_MAGIC) :].partition(b"\n")[::2]
-            text = text.rstrip(b"\0")
-            if magic != _MAGIC or crc != b"%08x" % zlib.crc32(text):
-                raise ValueError(f"{path} is no cache of ours")
-            header = json.loads(text)
-            if header["stamp"] != stamp:
-                raise ValueError(f"{path} was made from another version of its files")
-            size = os.fstat(file.fileno()).st_size
-            places = [(np.dtype(d), int(n), int(o)) for d, n, o in header["arrays"].values()]
-            if any(
-                str(d) not in _DTYPES or not 0 <= o <= o + n * d.itemsize <= size
-                for d, n, o in places
-            ):
-                raise ValueError(f"{path} is shorter than it says")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.facts: dict[str, Any] = header["facts"]
-        self.arrays = {
-            name: np.frombuffer(mapped, dtype, count, offset)
-            for name, (dtype, count, offset) in zip(header["arrays"], places, strict=True)
-        }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Cached, (self.path, self._stamp)
-
-
-def open_or_build(made_from: Path, suffix: str, stamp: Stamp, build: Callable[[], Built]) -> Cached:
+def open_or_build(
+    made_from: Path, suffix: str, stamp: Stamp, build: Callable[[], Cached]
+) -> Cached:
     """Opens the cache `<made_from><suffix>` from the first place that has it, or builds it.
 
     Of several processes that ask at once, one builds and the others wait for it, where the file
@@ -105,17 +71,17 @@ def open_or_build(made_from: Path, suffix: str, stamp: Stamp, build: Callable[[]
         found = _first_valid(places, stamp)  # another process may have built it by now
         if found is not None:
             return found
-        facts, arrays = build()
+        built = build()
         for place in places:
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                _write(place, stamp, facts, arrays)
+                _write(place, stamp, built)
                 log.info("%s: kept for the next time as %s", made_from, place)
-                return Cached(str(place), stamp)
+                return read_cache(place, stamp)
             except OSError as error:
                 log.info("%s cannot be written (%s)", place, error.strerror or error)
     log.info("%s: kept in memory; a writable XDG_CACHE_HOME spares the work next time", made_from)
-    return _in_memory(made_from.name + suffix, stamp, facts, arrays)
+    return built
 
 
 def _in_user_folder(made_from: Path, suffix: str) -> Path:
@@ -126,9 +92,10 @@ def _in_user_folder(made_from: Path, suffix: str) -> Path:
 
 def _first_valid(places: list[Path], stamp: Stamp) -> Cached | None:
     for place in places:
-        # A cache that is missing, unreadable, old or damaged is made again, so nothing is lost.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return Cached(str(place), stamp)
+        try:
+            return read_cache(place, stamp)
+        except Exception as error:  # a damaged or hostile file can raise anything at all
+            log.debug("%s is not used: %s", place, error)  # it is made again, nothing is lost
     return None
 
 
@@ -144,43 +111,50 @@ def _one_at_a_time(made_from: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write(path: Path, stamp: Stamp, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            _write_content(file, stamp, facts, arrays)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def read_cache(path: Path, stamp: Stamp) -> Cached:
+    """Maps an existing cache.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not a cache of `stamp`. Hostile files raise other exceptions, too.
+    """
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError(f"{path} is no file")
+    with open(path, "rb") as file:
+        header = json.loads(_map_next(file).tobytes())
+        arrays = {name: _map_next(file) for name in header["names"]}
+        rest = file.read(1)
+    if rest or header["crc"] != _checksum(header["facts"], arrays):
+        raise ValueError(f"{path} is damaged")
+    if header["stamp"] != stamp:
+        raise ValueError(f"{path} was made from another version of its files")
+    return Cached(header["facts"], arrays)
 
 
-def _write_content(
-    file: BinaryIO, stamp: Stamp, facts: dict[str, Any], arrays: dict[str, np.ndarray]
-) -> None:
-    at, places = _HEADER_BYTES, {}
-    for name, array in arrays.items():
-        assert array.ndim == 1
-        places[name] = [str(array.dtype), len(array), at]
-        at += -(-array.nbytes // 8) * 8
-    text = json.dumps({"stamp": stamp, "facts": facts, "arrays": places}).encode()
-    head = _MAGIC + b"%08x\n" % zlib.crc32(text) + text
-    if len(head) > _HEADER_BYTES:
-        raise ValueError(f"{len(head)} bytes of facts do not fit the header")
-    file.write(head.ljust(_HEADER_BYTES, b"\0"))
-    for array in arrays.values():
-        file.write(np.ascontiguousarray(array).data)
-        file.write(bytes(-array.nbytes % 8))
+def _map_next(file: BinaryIO) -> np.ndarray:
+    """Maps the array that begins here, and moves to the byte after it."""
+    if read_magic(file) != (1, 0):
+        raise ValueError(f"{file.name} has arrays of another version")
+    shape, _, dtype = read_array_header_1_0(file)
+    begin = file.tell()
+    if str(dtype) not in _DTYPES or len(shape) != 1:
+        raise ValueError(f"{file.name} holds {dtype} {shape}, no list of whole numbers")
+    array = np.memmap(file, dtype, "r", begin, shape)  # raises ValueError if the file is shorter
+    file.seek(begin + array.nbytes)
+    return np.asarray(array)
 
 
-def _in_memory(
-    name: str, stamp: Stamp, facts: dict[str, Any], arrays: dict[str, np.ndarray]
-) -> Cached:
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-    with open(descriptor, "wb", closefd=False) as file:
-        _write_content(file, stamp, facts, arrays)
-    # Worker processes of the same user reach it by this name, as long as this process lives.
-    cached = Cached(f"/proc/{os.getpid()}/fd/{descriptor}", stamp)
-    weakref.finalize(cached, os.close, descriptor)
-    return cached
+def _checksum(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> int:
+    """Returns a checksum of all but the arrays' content, which takes too long to read."""
+    sizes = {name: [str(array.dtype), len(array)] for name, array in arrays.items()}
+    return zlib.crc32(json.dumps([facts, sizes]).encode())
+
+
+def _write(path: Path, stamp: Stamp, built: Cached) -> None:
+    facts, arrays = built
+    header = {"crc": _checksum(*built), "stamp": stamp, "facts": facts, "names": list(arrays)}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 64) * 64)  # so that the arrays after it are aligned
+    with atomic_write(path, durable=False) as file:
+        for array in (np.frombuffer(text, np.uint8), *arrays.values()):
+            np.save(file, array, allow_pickle=False)

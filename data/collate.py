@@ -10,13 +10,11 @@ import torch
 from data.augment import Augmentation, Draws, apply, draw, mirror
 from data.crop import RandomResizedCrop
 from data.datasets import DataError, ImageDataset
-from data.decode import ImageError, empty_pixels
+from data.decode import empty_pixels
 from data.order import batch_positions, steps_per_epoch
-from data.recordio import RecordError
 from data.sampling import Sampler
+from utils.errors import UserError
 
-# Errors of a damaged or unsuitable data set: the message is for the user, not a traceback.
-DATA_ERRORS = (DataError, RecordError, ImageError)
 ON_BAD_RECORD = ("error", "skip")
 
 
@@ -35,7 +33,7 @@ class LoadedBatch(NamedTuple):
 
 
 class BatchLoader:
-    """Makes the batch of this rank when called with (epoch, step), from any thread or process.
+    """Makes the batch of this rank when called with (epoch, step), from any thread.
 
     Args:
         source: The data set.
@@ -112,7 +110,7 @@ class BatchLoader:
         """Reads and decodes one batch.
 
         Raises:
-            DATA_ERRORS: An image cannot be used, or with "skip" none of the batch.
+            UserError: An image cannot be used, or with "skip" none of the batch.
         """
         self.fetch_ahead(epoch, step)
         indices = self.indices(epoch, step)
@@ -126,7 +124,7 @@ class BatchLoader:
             image = images[row]
             try:
                 labels[row] = self._read_into(index, image, epoch)
-            except DATA_ERRORS as error:
+            except UserError as error:
                 if not self.skips_bad_records:
                     raise
                 bad[row] = error
@@ -182,7 +180,7 @@ def replacements(bad: dict[int, Exception], count: int) -> dict[int, int]:
         count: Number of rows.
 
     Raises:
-        DATA_ERRORS: All rows are bad; the type is that of the first error.
+        UserError: All rows are bad; the type is that of the first error.
     """
     if bad and len(bad) == count:
         first = next(iter(bad.values()))

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from data.augment import CUBIC, ERASED, LINEAR, NEAREST, Draws, blur_sigma
-from data.collate import DATA_ERRORS, BatchLoader, LoadedBatch, replacements
+from data.collate import BatchLoader, LoadedBatch, replacements
 from data.datasets import DataError
 from data.decode import decode_into, empty_pixels, image_size
 from data.prefetch import OrderedPrefetch
+from utils.errors import UserError
 
 _IN_FLIGHT = 2  # batches inside the pipeline
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -75,7 +76,7 @@ class _Feed:
         else:
             try:
                 batch = next(self._reader)
-            except DATA_ERRORS as error:
+            except UserError as error:
                 self.error = error
                 raise StopIteration from error
             if not batch.files:
@@ -177,7 +178,7 @@ class DaliPool:
                 encoded, labels[row] = make.source.read_encoded(index)
                 files[row] = np.frombuffer(encoded, np.uint8)
                 self._check(encoded, index)
-            except DATA_ERRORS as error:
+            except UserError as error:
                 if not make.skips_bad_records:
                     raise
                 bad[row] = error
@@ -207,7 +208,7 @@ class DaliPool:
         for row, (file, index) in enumerate(zip(batch.files, batch.indices.tolist(), strict=True)):
             try:
                 decode_into(file, scratch, self._make.source.describe(index))
-            except DATA_ERRORS as error:
+            except UserError as error:
                 found[row] = error
         return found
 

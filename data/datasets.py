@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import Built, open_or_build, stamp_of
+from data.cache import Cached, open_or_build, stamp_of
 from data.decode import ImageError, ImageSizeError, decode_into, empty_pixels, read_image_file
 from data.fingerprint import Sample, sample_bytes, sample_file
 from data.index import Property, open_index, read_property
@@ -30,6 +30,7 @@ from data.recordio import (
     class_of,
     unpack_record,
 )
+from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _LABELS_AT_ONCE = 1 << 16
 _PROGRESS_FROM = 200_000  # records from which counting labels takes long enough to show a bar
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data set cannot be trained on as it is; the message says what to change."""
 
 
@@ -205,8 +206,8 @@ class RecordDataset(ImageDataset):
             return self._read_labels()
         stamp = {"of": "labels", **stamp_of(self.path_rec, self.path_idx)}
 
-        def build() -> Built:
-            return {}, {"labels": self._read_labels()}
+        def build() -> Cached:
+            return Cached({}, {"labels": self._read_labels()})
 
         labels = open_or_build(self.path_rec, ".labels.cache", stamp, build).arrays["labels"]
         largest = int(labels.max(initial=-1))

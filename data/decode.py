@@ -10,12 +10,14 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from utils.errors import UserError
+
 # 40 million pixels are 120 MB decoded: more than any photograph of a set, few enough for memory.
 MAX_PIXELS = 40_000_000
 _FORMATS = "JPEG, PNG, BMP or WebP"
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """The bytes are no image that we decode; the message begins with where they came from."""
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import Built, Cached, open_or_build, stamp_of
+from data.cache import Cached, open_or_build, stamp_of
 from data.recordio import (
     PART_HEADER,
     RecordError,
@@ -63,25 +62,19 @@ class Property(NamedTuple):
 class ImageIndex:
     """Key and place of every image of a set, in the order of the index; shared and read-only.
 
-    A large index is opened from a cache beside the files (data/cache.py). All workers and ranks of
-    a host then map the same memory, 8 bytes per image (16 if the keys are not consecutive).
+    A large index is opened from a cache beside the files (data/cache.py). All ranks of a host then
+    map the same memory, 8 bytes per image (16 if the keys are not consecutive).
 
     Args:
-        arrays: "offsets", and "keys" if they are not consecutive.
-        facts: "first_key", and whether offsets are "increasing".
-        cached: Cache that holds both, if there is one.
+        found: Arrays "offsets", and "keys" if they are not consecutive; the facts "first_key", and
+            whether offsets are "increasing".
 
     Raises:
         RecordError: The arrays do not fit each other.
     """
 
-    def __init__(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        facts: Mapping[str, Any],
-        cached: Cached | None = None,
-    ) -> None:
-        self._cached = cached
+    def __init__(self, found: Cached) -> None:
+        facts, arrays = found
         self._offsets = arrays["offsets"]  # int64 [images + 1]: the last is where the images end
         self._keys = arrays.get("keys")  # int64 [images], or None: consecutive from first_key
         self._first_key, self._increasing = int(facts["first_key"]), bool(facts["increasing"])
@@ -89,20 +82,6 @@ class ImageIndex:
             self._keys is not None and len(self._keys) != len(self._offsets) - 1
         ):
             raise RecordError("a cached index of no use; delete the .cache file beside the .idx")
-
-    @classmethod
-    def of(cls, cached: Cached) -> ImageIndex:
-        """Makes the index from a cache; it is pickled by the cache's path."""
-        return cls(cached.arrays, cached.facts, cached)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._cached is not None:
-            return ImageIndex.of, (self._cached,)
-        arrays = {"offsets": self._offsets}
-        if self._keys is not None:
-            arrays["keys"] = self._keys
-        facts = {"first_key": self._first_key, "increasing": self._increasing}
-        return ImageIndex, (arrays, facts)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -169,16 +148,15 @@ def open_index(path_idx: str | os.PathLike[str], reader: RecordReader) -> ImageI
     path = Path(path_idx)
     try:
         if path.stat().st_size < CACHE_FROM_BYTES:
-            facts, arrays = _index_images(path, reader)
-            return ImageIndex(arrays, facts)
+            return ImageIndex(_index_images(path, reader))
         stamp = {"of": "images", **stamp_of(path, reader.path)}
-        cached = open_or_build(path, ".cache", stamp, lambda: _index_images(path, reader))
+        found = open_or_build(path, ".cache", stamp, lambda: _index_images(path, reader))
     except OSError as error:
         raise unreadable(path, error) from error
-    return ImageIndex.of(cached)
+    return ImageIndex(found)
 
 
-def _index_images(path: Path, reader: RecordReader) -> Built:
+def _index_images(path: Path, reader: RecordReader) -> Cached:
     index = read_index(path, reader.size)
     _check_end(path, index, reader)
 
@@ -191,7 +169,8 @@ def _index_images(path: Path, reader: RecordReader) -> Built:
     arrays = {"offsets": np.append(offsets, end)}
     if not len(keys) or keys[-1] - keys[0] != len(keys) - 1 or not _increases(keys):
         arrays["keys"] = keys
-    return {"first_key": int(keys[0]) if len(keys) else 0, "increasing": bool(increasing)}, arrays
+    facts = {"first_key": int(keys[0]) if len(keys) else 0, "increasing": bool(increasing)}
+    return Cached(facts, arrays)
 
 
 def _check_end(path: Path, index: RecordIndex, reader: RecordReader) -> None:

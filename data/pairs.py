@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data.datasets import DataError, MissingDataError
-from utils.files import write_atomically
+from utils.files import atomic_write
 
 Face = tuple[str, int | None]
 """(name, number) of LFW's layout, or (path, None)."""
@@ -133,4 +133,5 @@ def write_verification_set(
         raise DataError(f"{path} already exists; give another name, or --force to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Protocol 4 stores bytes as bytes; below 3 they become calls, which safe readers refuse.
-    write_atomically(path, pickle.dumps((list(images), [bool(s) for s in same]), protocol=4))
+    with atomic_write(path) as file:
+        pickle.dump((list(images), [bool(s) for s in same]), file, protocol=4)

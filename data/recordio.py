@@ -35,6 +35,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.errors import UserError
+
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
@@ -47,7 +49,7 @@ _WINDOW_BYTES = 16 * 1024
 _WHOLE_BYTES = 256 * 1024  # a record that is smaller by the index is read in one exact pread
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record or index file is not as the format says; the message names file and place."""
 
 
@@ -368,7 +370,7 @@ class RecordReader:
             os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def __reduce__(self) -> tuple[type[RecordReader], tuple[Path]]:
-        return RecordReader, (self.path,)  # a worker process opens the file for itself
+        return RecordReader, (self.path,)  # another process has to open the file for itself
 
     def scan(self, offset: int = 0) -> Iterator[RecordPlace]:
         """Yields every record from byte `offset` on, for files without an index.

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.metrics import allowed_false_accepts
+from utils.errors import UserError
 
 BLOCK = 4096  # images on a side: 64 MiB of scores
 _SAMPLED_PAIRS = 20_000  # at least; beyond 3e8 impostors one of 16,000
@@ -216,16 +217,16 @@ def all_pairs(
         One AllPairs per target; a TAR is NaN if there are no genuine or no impostor pairs.
 
     Raises:
-        ValueError: Shapes do not fit, a FAR is outside [0, 1], or a row is not finite or (when
+        UserError: Shapes do not fit, a FAR is outside [0, 1], or a row is not finite or (when
             normalizing) zero.
     """
     for far in fars:
         if not 0 <= far <= 1:
-            raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-6")
+            raise UserError(f"far is {far}; it is a rate in [0, 1], for example 1e-6")
     first = _prepare(embeddings, people, normalize, device)
     second = None if against is None else _prepare(*against, normalize, device)
     if second is not None and first[0].shape[1] != second[0].shape[1]:
-        raise ValueError(
+        raise UserError(
             f"embeddings of {first[0].shape[1]} numbers against {second[0].shape[1]}; use one model"
         )
     scores = _Scores(first, second, on_block)
@@ -263,7 +264,7 @@ def _prepare(
 ) -> tuple[Tensor, Tensor]:
     """Returns fp32 rows sorted by identity, and the identities, on the device."""
     if embeddings.ndim != 2 or len(embeddings) != len(people) or not embeddings.size:
-        raise ValueError(
+        raise UserError(
             f"embeddings have shape {list(embeddings.shape)} for {len(people)} people; needed is a "
             "non-empty [N, D] and one person per row"
         )
@@ -275,7 +276,7 @@ def _prepare(
         bad = ~np.isfinite(lengths) | ((lengths == 0) if normalize else False)
         if bad.any():
             row = int(order[start + int(np.argmax(bad))])
-            raise ValueError(f"embedding {row} is zero or not finite: it has no direction")
+            raise UserError(f"embedding {row} is zero or not finite: it has no direction")
         rows[start : start + BLOCK] = block / lengths[:, None] if normalize else block
     return (
         torch.from_numpy(rows).to(device),

@@ -38,6 +38,7 @@ from eval.extract import (
     embedded_batches,
     share_of_batches,
 )
+from utils.errors import UserError
 
 Places = Callable[[Tensor, Tensor], Tensor]
 """(outputs [b, width], labels [b]) -> [b] int64, the number of classes above each row's own."""
@@ -80,7 +81,7 @@ def classify(
         {set: {"top1", "top5", "num_images"}} with shares in [0, 1]; top5 of 5 classes is 1.
 
     Raises:
-        ValueError: An argument or an image cannot be used. An error of one rank raises there.
+        UserError: An argument or an image cannot be used. An error of one rank raises there.
         OtherRankFailed: Another rank failed; the message names it. No rank is left waiting.
     """
     results = {}
@@ -225,11 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     check_outputs({"--json": options.json})
     if options.cache is not None:
-        raise ValueError("--cache keeps embeddings; there are none here: leave it out")
+        raise UserError("--cache keeps embeddings; there are none here: leave it out")
     world = choose_dist_context(options.device)
     (model,) = open_models(options, world)
     if options.resize is not None and options.resize < model.input_size:
-        raise ValueError(f"--resize {options.resize}: at least the model's {model.input_size}")
+        raise UserError(f"--resize {options.resize}: at least the model's {model.input_size}")
     pictures = open_image_folder(options.data, model.input_size, options.resize)
     is_sure = (Path(options.data) / "train").is_dir()
 
@@ -239,7 +240,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if pictures.num_classes > num_classes or (
             pictures.num_classes < num_classes and not is_sure
         ):
-            raise ValueError(
+            raise UserError(
                 f"{options.data} has {pictures.num_classes} class folders, and the model gives "
                 f"{num_classes} numbers: which class is which is not known. Give the folder that "
                 "has train/ beside val/, or a classifier (not a face model)"

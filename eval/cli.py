@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from backbones.weights import WeightsError
-from eval.extract import EmbeddingCache
+from eval.extract import EmbeddingCache, OtherRankFailed
 from eval.model import Model, open_model, parse_channels
-from utils.distributed import DeviceError, DistContext, destroy_distributed, init_distributed
+from utils.cli import cli_command
+from utils.distributed import DistContext, destroy_distributed, init_distributed
+from utils.errors import UserError
+from utils.files import atomic_write
 from utils.json_values import without_nan
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -90,21 +92,21 @@ def choose_dist_context(device: str | None) -> DistContext:
     """Joins torchrun's ranks, on the device that --device asks for.
 
     Raises:
-        ValueError: PyTorch cannot use the device, or several ranks share one GPU number.
+        UserError: PyTorch cannot use the device, or several ranks share one GPU number.
     """
     if device is not None:
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
             usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-            raise ValueError(
+            raise UserError(
                 f"--device {device}: PyTorch cannot use such a device here; give one of "
                 f"{', '.join(usable)}, or leave it out"
             ) from error
     if device is None or device in ("cpu", "cuda"):
         return init_distributed(device or "auto")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
+        raise UserError(
             f"--device {device} with several ranks: each takes the GPU of its number; give "
             "--device cuda or cpu"
         )
@@ -112,21 +114,11 @@ def choose_dist_context(device: str | None) -> DistContext:
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """Returns the exit code of `work()`, or 2 after one line on stderr if the input is wrong."""
-    code = 2
+    """Returns the exit code of `work()`, as utils/cli.py defines it, and leaves the ranks."""
     try:
-        code = work()
-    except (OSError, ValueError, RuntimeError, WeightsError, DeviceError) as error:
-        if type(error) is RuntimeError and not _from_other_rank(error):
-            raise  # a bug of ours or of a library: the traceback helps
-        print(f"error: {error}", file=sys.stderr)
+        return cli_command(also=(OtherRankFailed, torch.OutOfMemoryError))(work)()
     finally:
         destroy_distributed()
-    return code
-
-
-def _from_other_rank(error: RuntimeError) -> bool:
-    return "failed on rank" in str(error)
 
 
 def check_outputs(files: dict[str, Path | None], plots: Iterable[str] = ()) -> None:
@@ -137,34 +129,25 @@ def check_outputs(files: dict[str, Path | None], plots: Iterable[str] = ()) -> N
         plots: Options whose file must be a figure's.
 
     Raises:
-        ValueError: A file has the wrong suffix, is a folder, or cannot be written.
+        UserError: A file has the wrong suffix, is a folder, or cannot be written.
     """
     for option, file in files.items():
         if file is not None and option in plots and file.suffix not in PLOT_SUFFIXES:
-            raise ValueError(f"{option} {file}: the name must end in {', '.join(PLOT_SUFFIXES)}")
+            raise UserError(f"{option} {file}: the name must end in {', '.join(PLOT_SUFFIXES)}")
     for option, file in files.items():
         if file is None:
             continue
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir():
-            raise ValueError(f"{option} {file} is a folder; give the name of a file to write")
+            raise UserError(f"{option} {file} is a folder; give the name of a file to write")
         if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise ValueError(f"{option} {file} is not writable; give another name, or allow it")
+            raise UserError(f"{option} {file} is not writable; give another name, or allow it")
 
 
 def write_json(content: Any, path: Path) -> None:
     """Writes JSON atomically; NaN and infinities, which JSON does not have, become null."""
-    write_whole(path, (json.dumps(without_nan(content), indent=2) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file atomically: at any moment `path` is the old file, the new one, or absent."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)  # it exists only if something failed
+    with atomic_write(path) as file:
+        file.write((json.dumps(without_nan(content), indent=2) + "\n").encode())
 
 
 def parse_rates(text: str) -> list[float]:

@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from data.alignment import AlignmentError, align
 from data.decode import ImageError, decode_image, read_image_file
+from utils.errors import UserError
+from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Images(Protocol):
             RGB [input_size, input_size, 3].
 
         Raises:
-            ValueError: The image cannot be used; the message names it.
+            UserError: The image cannot be used; the message names it.
         """
         ...
 
@@ -212,13 +214,8 @@ class EmbeddingCache:
     def put(self, path: Path, rows: NDArray) -> None:
         """Writes `rows` atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(unfinished, "wb") as file:
-                np.save(file, rows, allow_pickle=False)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with atomic_write(path, durable=False) as file:
+            np.save(file, rows, allow_pickle=False)
 
 
 class Progress:
@@ -288,12 +285,12 @@ def share_of_batches(num_images: int, batch_size: int, rank: int, world_size: in
         world_size: Number of ranks.
 
     Raises:
-        ValueError: `batch_size` or `rank` is out of range.
+        UserError: `batch_size` or `rank` is out of range.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}; with world_size {world_size} it is in [0, {world_size})")
+        raise UserError(f"rank is {rank}; with world_size {world_size} it is in [0, {world_size})")
     num_batches = -(-num_images // batch_size)
     start = num_batches * rank // world_size * batch_size
     end = num_batches * (rank + 1) // world_size * batch_size
@@ -336,12 +333,12 @@ def embed_images(
         or float64 if `embed` gives that.
 
     Raises:
-        ValueError: There is no image, or an image or an embedding has another shape. An error of
+        UserError: There is no image, or an image or an embedding has another shape. An error of
             one rank raises there.
         OtherRankFailed: Another rank failed; the message names it. No rank is left waiting.
     """
     if not len(images):
-        raise ValueError(f"{name}: there is no image to embed")
+        raise UserError(f"{name}: there is no image to embed")
     shares = [share_of_batches(len(images), batch_size, r, world_size) for r in range(world_size)]
     own = share_of_batches(len(images), batch_size, rank, world_size)
     local: NDArray | None = None
@@ -365,7 +362,7 @@ def embed_images(
             if local is None:  # the width is known now: rows are filled in, never held twice
                 local = np.empty((own.end - own.start, rows.shape[1]), rows.dtype)
             if rows.shape[1] != local.shape[1]:
-                raise ValueError(
+                raise UserError(
                     f"{name}: embeddings of {rows.shape[1]} numbers after some of "
                     f"{local.shape[1]}; a model gives one width"
                 )
@@ -411,7 +408,7 @@ def embedded_batches(
         The first image of a batch, and its rows as `embed_batch` makes them.
 
     Raises:
-        ValueError: An image or an embedding has another shape.
+        UserError: An image or an embedding has another shape.
     """
     settings = f"flip={flip} input_size={input_size}"
 
@@ -422,7 +419,7 @@ def embedded_batches(
     def decode(index: int, encoded: bytes) -> NDArray[np.uint8]:
         pixels = images.pixels(index, encoded)
         if pixels.shape != (input_size, input_size, 3) or pixels.dtype != np.uint8:
-            raise ValueError(
+            raise UserError(
                 f"{name}, image {index}: shape is {list(pixels.shape)}; the model takes "
                 f"[{input_size}, {input_size}, 3]. Pack the set again at that size"
             )
@@ -465,7 +462,7 @@ def embed_batch(embed: Embed, pixels: Sequence[NDArray[np.uint8]], flip: bool = 
         [n, D], with `flip` [n, 2D].
 
     Raises:
-        ValueError: `embed` gives another shape.
+        UserError: `embed` gives another shape.
     """
     # [n, 3, H, W]; copied, because torch takes no view with negative or odd strides for granted
     batch = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
@@ -473,7 +470,7 @@ def embed_batch(embed: Embed, pixels: Sequence[NDArray[np.uint8]], flip: bool = 
     for images in (batch, batch.flip(3)) if flip else (batch,):
         embeddings = embed(images)
         if embeddings.ndim != 2 or len(embeddings) != len(batch) or not embeddings.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"embed gave shape {list(embeddings.shape)} for {len(batch)} images; "
                 f"[{len(batch)}, D] is what is needed"
             )

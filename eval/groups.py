@@ -16,9 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-
-class GroupsError(ValueError):
-    """A file of groups does not fit; the message names the file and the line or the key."""
+from utils.errors import UserError
 
 
 class Groups:
@@ -42,34 +40,34 @@ class Groups:
             keys: Allowed names of the first column.
 
         Raises:
-            GroupsError: The file does not exist or has another form.
+            UserError: The file does not exist or has another form.
         """
         if not path.is_file():
-            raise GroupsError(f"{path}: no such file of groups")
+            raise UserError(f"{path}: no such file of groups")
         lines: dict[str, list[str]] = {}
         with open(path, newline="", encoding="utf-8-sig") as file:
             try:
                 rows = list(csv.reader(file))
             except (csv.Error, UnicodeDecodeError) as error:
-                raise GroupsError(f"{path}: not a CSV file ({error})") from error
+                raise UserError(f"{path}: not a CSV file ({error})") from error
         header = [name.strip() for name in rows[0]] if rows else []
         if len(header) < 2 or header[0] not in keys:
-            raise GroupsError(
+            raise UserError(
                 f"{path}, line 1: the header is {header}; needed is {' or '.join(keys)} and then "
                 "at least one column to group by"
             )
         if len(set(header)) < len(header) or "" in header:
-            raise GroupsError(f"{path}, line 1: {header}: every column needs a name of its own")
+            raise UserError(f"{path}, line 1: {header}: every column needs a name of its own")
         for number, row in enumerate(rows[1:], start=2):
             if not row:
                 continue
             if len(row) != len(header):
-                raise GroupsError(
+                raise UserError(
                     f"{path}, line {number}: {len(row)} columns; the header has {len(header)}"
                 )
             key = row[0].strip()
             if key in lines:
-                raise GroupsError(f"{path}, line {number}: {key!r} is there twice")
+                raise UserError(f"{path}, line {number}: {key!r} is there twice")
             lines[key] = [cell.strip() for cell in row[1:]]
         return cls(path, header[0], header[1:], lines)
 
@@ -77,11 +75,11 @@ class Groups:
         """Returns {column: value [n]} of `keys` [n].
 
         Raises:
-            GroupsError: A key has no line.
+            UserError: A key has no line.
         """
         missing = [key for key in keys if key not in self._lines]
         if missing:
-            raise GroupsError(
+            raise UserError(
                 f"{self.path}: no line for {missing[0]!r}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                 + f"; the column {self.key} must name all of them"

@@ -35,6 +35,7 @@ from eval.cli import (
 from eval.extract import FileImages, embed_images
 from eval.groups import Groups
 from eval.metrics import allowed_false_accepts, rate_name
+from utils.errors import UserError
 
 NOBODY = -1
 """Identity of a distractor: an image in the gallery that is no probe's mate."""
@@ -88,16 +89,16 @@ def search(
         device: Device of the products.
 
     Raises:
-        ValueError: Shapes do not fit, a side is empty, or an embedding has no direction.
+        UserError: Shapes do not fit, a side is empty, or an embedding has no direction.
     """
     for name, rows, ids in (("probes", probes, probe_ids), ("gallery", gallery, gallery_ids)):
         if rows.ndim != 2 or len(rows) != len(ids) or not rows.size:
-            raise ValueError(
+            raise UserError(
                 f"{name} have shape {list(rows.shape)} and {len(ids)} identities; needed is a "
                 "non-empty [N, D] and one identity per row"
             )
     if probes.shape[1] != gallery.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"probes have {probes.shape[1]} numbers, the gallery {gallery.shape[1]}; use one model"
         )
     searched = _unit_rows("probes", probes, device)
@@ -136,7 +137,7 @@ def _unit_rows(name: str, rows: NDArray[np.floating], device: torch.device | str
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
-        raise ValueError(
+        raise UserError(
             f"{name}: embedding {bad[0]} (and {len(bad) - 1} more) has no direction: it is zero or "
             "not finite"
         )

@@ -36,10 +36,11 @@ from eval.cli import (
 from eval.extract import AlignedImages, embed_images
 from eval.groups import Groups, pair_groups
 from eval.identification import format_summaries, search, summarize
-from eval.ijb_files import GALLERIES, IjbError, IjbSet, read_ijb
+from eval.ijb_files import GALLERIES, IjbSet, read_ijb
 from eval.metrics import allowed_false_accepts, auc, rate_name, tars_at_fars
 from eval.model import Model
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _ROWS_PER_BLOCK = 2048  # float64 rows: 8 MiB at 512 numbers
@@ -80,10 +81,10 @@ def template_features(
         [T, D] float64.
 
     Raises:
-        ValueError: `features` does not have one row per image.
+        UserError: `features` does not have one row per image.
     """
     if features.ndim != 2 or len(features) != len(one.paths):
-        raise ValueError(
+        raise UserError(
             f"features have shape {list(features.shape)}; {one.target} has {len(one.paths)} images"
         )
     medium, sizes = one.media_sizes()
@@ -300,7 +301,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     out: Path = options.out or Path(f"{options.target}_result")
     names = [model_name(path) for path in options.model]
     if len(set(names)) < len(names):
-        raise ValueError(f"two models share the name {names}: give copies of other names")
+        raise UserError(f"two models share the name {names}: give copies of other names")
     world = choose_dist_context(options.device)
     one = read_ijb(options.root, options.target)
     groups = _groups_of_pairs(options.groups, one) if options.groups else {}
@@ -371,7 +372,7 @@ def _check_features(features: NDArray[np.floating], one: IjbSet, name: str) -> N
         bad = np.flatnonzero(~np.isfinite(block).all(1) | ~block.any(1))
         if len(bad):
             at = start + int(bad[0])
-            raise IjbError(
+            raise UserError(
                 f"{one.places[at]}: {name} gives {one.paths[at].name} an embedding that is zero or "
                 "not finite; nothing was evaluated"
             )

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.errors import UserError
+
 GALLERIES = {"IJBB": ("S1", "S2"), "IJBC": ("G1", "G2")}
 _BYTES_PER_READ = 1 << 24
-
-
-class IjbError(ValueError):
-    """Files of the IJB layout are missing or wrong; the message names file and line."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,11 @@ def read_ijb(root: str | Path, target: str) -> IjbSet:
         target: IJBB or IJBC.
 
     Raises:
-        IjbError: A file is missing or wrong; the message names it, and the line or what is missing.
+        UserError: A file is missing or wrong; the message names it, and the line or what is not
+            there.
     """
     if target not in GALLERIES:
-        raise IjbError(f"target is {target!r}; allowed are {', '.join(GALLERIES)}")
+        raise UserError(f"target is {target!r}; allowed are {', '.join(GALLERIES)}")
     folder = Path(root)
     if not (folder / "meta").is_dir() and (folder / target / "meta").is_dir():
         folder = folder / target
@@ -115,7 +114,7 @@ def read_ijb(root: str | Path, target: str) -> IjbSet:
     )
     for file in (file_landmarks, file_media, file_pairs):
         if not file.is_file():
-            raise IjbError(
+            raise UserError(
                 f"{file}: no such file; --root is the folder that holds meta/ and loose_crop/, or "
                 f"one that holds {target}/"
             )
@@ -158,16 +157,16 @@ def _read_landmarks(
                 if not all(map(math.isfinite, values)):
                     raise ValueError
             except ValueError:
-                raise IjbError(
+                raise UserError(
                     f"{file}, line {number}: expected a name, ten landmark numbers and a score, "
                     f"got {line[:100]!r}"
                 ) from None
             if "/" in columns[0] or columns[0].startswith("."):
-                raise IjbError(f"{file}, line {number}: {columns[0]!r} is no file of loose_crop")
+                raise UserError(f"{file}, line {number}: {columns[0]!r} is no file of loose_crop")
             names.append(columns[0])
             numbers.append(values)
     if not names:
-        raise IjbError(f"{file}: is empty")
+        raise UserError(f"{file}: is empty")
     table_ = np.array(numbers)
     places = [f"{file}, line {number}" for number in range(1, len(names) + 1)]
     return names, places, table_[:, :10].reshape(-1, 5, 2).copy(), table_[:, 10].astype(np.float32)
@@ -177,7 +176,7 @@ def _check_images(folder: Path, names: Sequence[str]) -> None:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     missing = sorted(set(names) - there)
     if missing:
-        raise IjbError(
+        raise UserError(
             f"{folder}: {len(missing):,} of {len(set(names)):,} images are missing, for example "
             f"{', '.join(missing[:3])}"
         )
@@ -193,7 +192,7 @@ def _read_media(
         for number, line in enumerate(lines):
             columns = line.split()
             if len(columns) != 3 or not all(text.isdigit() for text in columns[1:]):
-                raise IjbError(
+                raise UserError(
                     f"{file}, line {number + 1}: expected a name, a template and a media number, "
                     f"got {line[:100]!r}"
                 )
@@ -202,13 +201,13 @@ def _read_media(
                 if position is None:
                     position = {name: at for at, name in enumerate(names)}
                     if len(position) < len(names):
-                        raise IjbError(
+                        raise UserError(
                             f"{file_landmarks}: names an image twice, and {file.name} is in "
                             "another order, so which is meant cannot be known"
                         )
                 found = position.get(columns[0])
                 if found is None:
-                    raise IjbError(
+                    raise UserError(
                         f"{file}, line {number + 1}: {columns[0]} is not in {file_landmarks.name}"
                     )
                 index = found
@@ -216,13 +215,13 @@ def _read_media(
             templates.append(int(columns[1]))
             media.append(int(columns[2]))
     if not images:
-        raise IjbError(f"{file}: is empty")
+        raise UserError(f"{file}: is empty")
     unused = len(names) - len(set(images))
     if unused:
-        raise IjbError(f"{file}: {unused:,} images of {file_landmarks.name} are in no template")
+        raise UserError(f"{file}: {unused:,} images of {file_landmarks.name} are in no template")
     largest = np.iinfo(np.int64).max
     if max(max(templates), max(media)) > largest:
-        raise IjbError(f"{file}: a number beyond {largest}")
+        raise UserError(f"{file}: a number beyond {largest}")
     return np.array(images), np.array(templates), np.array(media)
 
 
@@ -260,7 +259,7 @@ def _read_pairs(
                 ):
                     if bad.any():
                         at = int(np.argmax(bad))
-                        raise IjbError(f"{file}, line {line + at}: {numbers[at].tolist()} {what}")
+                        raise UserError(f"{file}, line {line + at}: {numbers[at].tolist()} {what}")
                 firsts.append(pair[:, 0].astype(np.int32))
                 seconds.append(pair[:, 1].astype(np.int32))
                 sames.append(numbers[:, 2] == 1)
@@ -268,11 +267,11 @@ def _read_pairs(
             if not block:
                 break
     if not sames:
-        raise IjbError(f"{file}: is empty")
+        raise UserError(f"{file}: is empty")
     issame = np.concatenate(sames)
     if issame.all() or not issame.any():
         kind = "same" if issame.all() else "different"
-        raise IjbError(
+        raise UserError(
             f"{file}, lines 1 to {len(issame)}: all pairs are of one kind ({kind}); a verification "
             "needs both"
         )
@@ -299,10 +298,10 @@ def _three_numbers(text: bytes, file: Path, first_line: int) -> NDArray[np.int64
         for number, one in enumerate(text.decode("utf-8", "replace").split("\n"), first_line):
             columns = one.encode().split()  # bytes, because digits of other scripts do not count
             if len(columns) != 3 or not all(c.isdigit() and len(c) < 19 for c in columns):
-                raise IjbError(
+                raise UserError(
                     f"{file}, line {number}: expected two templates and 0 or 1, got {one[:100]!r}"
                 )
-        raise IjbError(f"{file}, from line {first_line}: characters that are no plain digits")
+        raise UserError(f"{file}, from line {first_line}: characters that are no plain digits")
     numbers = np.zeros(len(ends), np.int64)
     for place in range(int(lengths.max())):
         has = lengths > place
@@ -319,7 +318,7 @@ def _read_identification(
     if len(missing) == len(files):
         return (), None
     if missing:
-        raise IjbError(f"{prefix.parent}: identification needs {', '.join(missing)} too")
+        raise UserError(f"{prefix.parent}: identification needs {', '.join(missing)} too")
     *galleries, probe = (
         _read_gallery(file, name.split("_")[1], template_ids, file_media)
         for file, name in zip(files, names, strict=True)
@@ -338,19 +337,19 @@ def _read_gallery(
             if number == 1 or not line.strip():
                 continue
             if len(columns) < 2 or not all(text.isdigit() for text in columns[:2]):
-                raise IjbError(
+                raise UserError(
                     f"{file}, line {number}: expected a template and a subject number first, got "
                     f"{line[:100]!r}"
                 )
             template, subject = int(columns[0]), int(columns[1])
             if subject_of.setdefault(template, subject) != subject:
-                raise IjbError(f"{file}, line {number}: template {template} is of two subjects")
+                raise UserError(f"{file}, line {number}: template {template} is of two subjects")
             at = int(np.searchsorted(template_ids, template))
             if at == len(template_ids) or template_ids[at] != template:
-                raise IjbError(
+                raise UserError(
                     f"{file}, line {number}: template {template} is not in {file_media.name}"
                 )
     if not subject_of:
-        raise IjbError(f"{file}: is empty")
+        raise UserError(f"{file}: is empty")
     templates = np.searchsorted(template_ids, np.array(list(subject_of)))
     return Gallery(name, templates, np.array(list(subject_of.values())))

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from utils.errors import UserError
+
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
 
@@ -131,7 +133,7 @@ def pair_distances(embeddings: ArrayLike) -> Floats:
     """
     rows = _matrix(embeddings)
     if len(rows) % 2:
-        raise ValueError(
+        raise UserError(
             f"embeddings have {len(rows)} rows; pairs need an even number (rows 2i and 2i + 1)"
         )
     distances = np.empty(len(rows) // 2)
@@ -161,7 +163,7 @@ def ten_fold_accuracy(
         folds: Number of folds.
 
     Raises:
-        ValueError: Shapes do not fit, or there are fewer pairs than folds.
+        UserError: Shapes do not fit, or there are fewer pairs than folds.
     """
     values = np.asarray(embeddings_or_distances)
     collapsed = values.ndim == 2 and is_collapsed(values)
@@ -201,11 +203,11 @@ def validation_rate(
         folds: Number of folds.
 
     Raises:
-        ValueError: Shapes do not fit, `far` is not a rate, or there are fewer pairs than folds.
+        UserError: Shapes do not fit, `far` is not a rate, or there are fewer pairs than folds.
     """
     values, same = _pairs(distances, issame)
     if not 0 <= far <= 1:
-        raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
+        raise UserError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
     sizes = _fold_sizes(len(values), folds)
     rates, fars, thresholds = (np.full(folds, np.nan) for _ in range(3))
     fold_of = np.repeat(np.arange(folds), sizes)
@@ -238,7 +240,7 @@ def tar_at_far(scores: ArrayLike, issame: ArrayLike, far: float) -> TarAtFar:
         far: Target FAR in [0, 1].
 
     Raises:
-        ValueError: Shapes do not fit, or `far` is not a rate.
+        UserError: Shapes do not fit, or `far` is not a rate.
     """
     return tars_at_fars(scores, issame, [far])[0]
 
@@ -252,11 +254,11 @@ def tars_at_fars(scores: ArrayLike, issame: ArrayLike, fars: Sequence[float]) ->
         fars: Target FARs in [0, 1].
 
     Raises:
-        ValueError: Shapes do not fit, or a FAR is not a rate.
+        UserError: Shapes do not fit, or a FAR is not a rate.
     """
     for far in fars:
         if not 0 <= far <= 1:
-            raise ValueError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
+            raise UserError(f"far is {far}; it is a rate in [0, 1], for example 1e-3")
     values, same = _pairs(scores, issame)
     genuine, impostor = values[same], values[~same]
     if not (len(genuine) and len(impostor) and np.isfinite(values).all()):
@@ -388,10 +390,10 @@ def bootstrap_intervals(
         {metric: (low, high)}; NaN if the metric itself is NaN.
 
     Raises:
-        ValueError: Shapes do not fit, or `resamples` or `confidence` is out of range.
+        UserError: Shapes do not fit, or `resamples` or `confidence` is out of range.
     """
     if resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(
+        raise UserError(
             f"resamples is {resamples} and confidence {confidence}; at least 1, and between 0 and 1"
         )
     values, same = _pairs(distances, issame)
@@ -453,11 +455,11 @@ def verification_metrics(
         issame: [N] booleans.
 
     Raises:
-        ValueError: Shapes do not fit, or there are fewer pairs than folds.
+        UserError: Shapes do not fit, or there are fewer pairs than folds.
     """
     plain_embeddings, flip_embeddings = _matrix(embeddings), _matrix(embeddings_flip)
     if plain_embeddings.shape != flip_embeddings.shape:
-        raise ValueError(
+        raise UserError(
             f"embeddings have shape {plain_embeddings.shape}, their mirror images' "
             f"{flip_embeddings.shape}; the two must be equal"
         )
@@ -489,7 +491,7 @@ def verification_metrics(
 def _matrix(embeddings: ArrayLike) -> NDArray:
     rows = np.asarray(embeddings)
     if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "fiu":
-        raise ValueError(
+        raise UserError(
             f"embeddings have shape {rows.shape} and dtype {rows.dtype}; "
             "allowed are non-empty [N, D] arrays of real numbers"
         )
@@ -500,13 +502,13 @@ def _pairs(values: ArrayLike, issame: ArrayLike) -> tuple[NDArray, Bools]:
     """Checks and returns (values [N], issame [N]); what has the right type is not copied."""
     values, same = np.asarray(values), np.asarray(issame)
     if values.ndim != 1 or same.ndim != 1 or len(values) != len(same) or not len(values):
-        raise ValueError(
+        raise UserError(
             f"values of pairs have shape {values.shape} and issame {same.shape}; "
             "one value and one label per pair, at least one pair, is what is needed"
         )
     if same.dtype != np.bool_:
         if not np.isin(same, (0, 1)).all():
-            raise ValueError("issame holds something else than True and False (or 1 and 0)")
+            raise UserError("issame holds something else than True and False (or 1 and 0)")
         same = same.astype(np.bool_)
     return values, same
 
@@ -539,9 +541,9 @@ def _all_have_direction(rows: NDArray) -> bool:
 def _fold_sizes(count: int, folds: int) -> NDArray[np.int64]:
     """Returns the pairs in each contiguous fold; the first count % folds hold one more."""
     if folds < 2:
-        raise ValueError(f"folds is {folds}; at least 2 are needed (10 in the published protocol)")
+        raise UserError(f"folds is {folds}; at least 2 are needed (10 in the published protocol)")
     if count < folds:
-        raise ValueError(
+        raise UserError(
             f"{count} pairs cannot be cut into {folds} folds; give at least {folds} pairs"
         )
     sizes = np.full(folds, count // folds)

@@ -35,7 +35,6 @@ from eval.cli import (
     run_command,
     table,
     write_json,
-    write_whole,
 )
 from eval.extract import FileImages, Progress, embed_images
 from eval.groups import Groups
@@ -43,7 +42,9 @@ from eval.identification import list_images
 from eval.metrics import rate_name
 from eval.model import open_model
 from eval.onnx_model import metadata_of
-from eval.submission import Report, SubmissionError, check_submission, find_track
+from eval.submission import Report, check_submission, find_track
+from utils.errors import UserError
+from utils.files import atomic_write
 
 DEFAULT_FARS = (1e-6, 1e-5, 1e-4, 1e-3)
 
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> int:
     check_outputs({"--json": options.json})
     if options.json and options.folder.resolve() in options.json.resolve().parents:
-        raise SubmissionError(f"--json {options.json}: nothing is written into the folder checked")
+        raise UserError(f"--json {options.json}: nothing is written into the folder checked")
     return _say(check_submission(options.folder, options.track, options.enforce_time), options.json)
 
 
@@ -103,7 +104,7 @@ def _pack(options: argparse.Namespace) -> int:
     check_outputs({"OUT.zip": options.zip, "--json": options.json})
     facts = open_model(options.run, network=options.network).facts
     if facts["color"] != "RGB":
-        raise SubmissionError(f"{options.run} takes {facts['color']}; the checker feeds RGB")
+        raise UserError(f"{options.run} takes {facts['color']}; the checker feeds RGB")
     with tempfile.TemporaryDirectory(prefix="submission.") as name:
         folder = Path(name)
         export = [sys.executable, str(Path(__file__).resolve().parent.parent / "torch2onnx.py")]
@@ -114,7 +115,7 @@ def _pack(options: argparse.Namespace) -> int:
             export.append("--fold-normalization")  # else the checker normalizes with 127.5, 127.5
         exported = subprocess.run(export, capture_output=True, text=True)
         if exported.returncode:
-            raise SubmissionError(f"the export failed: {exported.stderr.strip()[-500:]}")
+            raise UserError(f"the export failed: {exported.stderr.strip()[-500:]}")
         track = options.track
         if track is None:
             said = metadata_of(folder / "model.onnx")
@@ -125,11 +126,12 @@ def _pack(options: argparse.Namespace) -> int:
         if code:
             print(f"error: {options.zip} was not written", file=sys.stderr)
             return code
-        packed = folder / "out.zip"
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        with (
+            atomic_write(options.zip) as packed,
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
             for file in sorted(folder.glob("model.onnx*")):
                 archive.write(file, file.name)
-        write_whole(options.zip, packed.read_bytes())
     print(f"{options.zip}: {options.zip.stat().st_size / 1024**2:.1f} MiB")
     return 0
 
@@ -162,7 +164,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     bad = np.flatnonzero(~np.isfinite(features).all(1) | ~features.any(1))
     if len(bad):
-        raise ValueError(
+        raise UserError(
             f"{images.paths[bad[0]]} (and {len(bad) - 1} more): its embedding is zero or not finite"
         )
     people = np.unique(images.identities, return_inverse=True)[1]

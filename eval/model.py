@@ -24,10 +24,7 @@ from eval.onnx_model import (
     content_key,
     metadata_of,
 )
-
-
-class ModelOptionsError(ValueError):
-    """A model's options are incomplete or do not fit; the message says what to pass."""
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,23 +72,22 @@ def open_model(
         device: Device of the model.
 
     Raises:
-        ModelOptionsError: An option is missing or does not fit; the message has an example.
+        UserError: The ONNX file cannot be used, or an option is missing, has a wrong value or does
+            not fit; the message has an example.
         FileNotFoundError: The file does not exist.
         WeightsError: The weights cannot be used.
-        OnnxModelError: The ONNX file cannot be used.
-        ValueError: An option has a wrong value.
     """
     if Path(path).suffix.lower() == ".onnx":
         if network is not None:
-            raise ModelOptionsError(f"{path} is an ONNX file: it needs no --network")
+            raise UserError(f"{path} is an ONNX file: it needs no --network")
         return _open_onnx(Path(path), mean, std, color, layout, input_size, output, device)
     for name, value in (("--layout", layout), ("--output", output), ("--input-size", input_size)):
         if value is not None:
-            raise ModelOptionsError(f"{name} is for ONNX files; {path} is none")
+            raise UserError(f"{name} is for ONNX files; {path} is none")
     _, own = read_state_dict(path)
     backbone, metadata = load_model(path, network=network)
     if metadata.in_channels != 3:
-        raise ModelOptionsError(
+        raise UserError(
             f"{path} takes {metadata.in_channels} channels; only color images are embedded here"
         )
     used_mean = metadata.mean if mean is None else mean
@@ -132,7 +128,7 @@ def _open_onnx(
         if given is None and option not in said
     ]
     if missing:
-        raise ModelOptionsError(
+        raise UserError(
             f"{path} does not say {', '.join(missing)} of its images, and guessing would give "
             f"wrong numbers: pass {' '.join('--' + option for option in missing)}. Usual are "
             "--mean 127.5 --std 127.5 --color RGB (InsightFace) and --mean 123.675,116.28,103.53 "
@@ -177,14 +173,14 @@ def parse_channels(name: str, text: str) -> float | tuple[float, ...]:
         text: The text.
 
     Raises:
-        ModelOptionsError: The text is not one number or three.
+        UserError: The text is not one number or three.
     """
     try:
         numbers = tuple(float(part) for part in text.strip("()[] ").split(","))
     except ValueError:
         numbers = ()
     if len(numbers) not in (1, 3):
-        raise ModelOptionsError(
+        raise UserError(
             f"{name} is {text!r}; give one number, or three for R,G,B: 123.675,116.28,103.53"
         )
     return numbers[0] if len(numbers) == 1 else numbers
@@ -218,7 +214,7 @@ class Embedder:
         color: Order of the channels that the backbone takes, RGB or BGR; images come as RGB.
 
     Raises:
-        ValueError: `mean`, `std` or `color` has a wrong value.
+        UserError: `mean`, `std` or `color` has a wrong value.
     """
 
     def __init__(
@@ -240,12 +236,12 @@ class Embedder:
         self.dtype = torch.float64 if is_double else torch.float32
         self.autocast = autocast
         if color not in ("RGB", "BGR"):
-            raise ValueError(f"color is {color!r}; allowed are RGB and BGR")
+            raise UserError(f"color is {color!r}; allowed are RGB and BGR")
         self.color = color
         self.mean = self._per_channel("mean", mean)  # [1, 3 or 1, 1, 1]
         self.std = self._per_channel("std", std)
         if not bool((self.std > 0).all()):
-            raise ValueError(f"std is {std}; it must be positive (127.5 for the usual models)")
+            raise UserError(f"std is {std}; it must be positive (127.5 for the usual models)")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Computes embeddings [n, D] of images, on the embedder's device.
@@ -256,10 +252,10 @@ class Embedder:
             images: [n, 3, H, W] uint8 RGB.
 
         Raises:
-            ValueError: The images have another shape or dtype.
+            UserError: The images have another shape or dtype.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
+            raise UserError(
                 f"images have shape {list(images.shape)} and dtype {images.dtype}; "
                 "give uint8 [n, 3, height, width] with values 0..255"
             )
@@ -283,7 +279,7 @@ class Embedder:
     def _per_channel(self, name: str, value: Channels) -> Tensor:
         numbers = torch.as_tensor(value, dtype=self.dtype, device=self.device).reshape(1, -1, 1, 1)
         if numbers.shape[1] not in (1, 3):
-            raise ValueError(
+            raise UserError(
                 f"{name} has {numbers.shape[1]} values; give one number or one per RGB channel"
             )
         return numbers

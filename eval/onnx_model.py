@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from utils.errors import UserError
+
 Layout = Literal["NCHW", "NHWC"]
 Channels = float | Sequence[float]
 
@@ -27,10 +29,6 @@ _INPUT_TYPES = {
     "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
 }
-
-
-class OnnxModelError(ValueError):
-    """An ONNX file cannot be used as requested; the message says what to pass."""
 
 
 class OnnxEmbedder:
@@ -52,7 +50,7 @@ class OnnxEmbedder:
         threads: Number of onnxruntime's threads; None means as many as PyTorch uses.
 
     Raises:
-        OnnxModelError: The file cannot be used, or an option is missing or does not fit.
+        UserError: The file cannot be used, or an option is missing or does not fit.
     """
 
     def __init__(
@@ -73,12 +71,12 @@ class OnnxEmbedder:
         inputs = self.session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4:
             shapes = ", ".join(f"{one.name} {one.shape}" for one in inputs)
-            raise OnnxModelError(
+            raise UserError(
                 f"{path}: needed is one input of 4 dimensions (images); it has {shapes or 'none'}"
             )
         self._input = inputs[0]
         if self._input.type not in _INPUT_TYPES:
-            raise OnnxModelError(
+            raise UserError(
                 f"{path}: its input is {self._input.type}; allowed are {', '.join(_INPUT_TYPES)}"
             )
         self._dtype = np.dtype(_INPUT_TYPES[self._input.type])
@@ -90,13 +88,13 @@ class OnnxEmbedder:
         self.mean = _per_channel("mean", mean)
         self.std = _per_channel("std", std)
         if not (self.std > 0).all():
-            raise OnnxModelError(f"std is {std}; it must be positive")
+            raise UserError(f"std is {std}; it must be positive")
         if color not in ("RGB", "BGR"):
-            raise OnnxModelError(f"color is {color!r}; allowed are RGB and BGR")
+            raise UserError(f"color is {color!r}; allowed are RGB and BGR")
         self.color = color
         plain = bool((self.mean == 0).all() and (self.std == 1).all())
         if self._dtype == np.uint8 and not plain:
-            raise OnnxModelError(
+            raise UserError(
                 f"{path}: its input is uint8, so it normalizes by itself: pass --mean 0 --std 1"
             )
 
@@ -104,11 +102,11 @@ class OnnxEmbedder:
         """Computes embeddings [n, D], float32 on the CPU, of uint8 RGB `images` [n, 3, H, W].
 
         Raises:
-            ValueError: The images have another shape or dtype.
-            OnnxModelError: onnxruntime fails, or the output has another shape.
+            UserError: The images have another shape or dtype, onnxruntime fails, or the output has
+                another shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
+            raise UserError(
                 f"images have shape {list(images.shape)} and dtype {images.dtype}; "
                 "give uint8 [n, 3, height, width] with values 0..255"
             )
@@ -138,13 +136,13 @@ class OnnxEmbedder:
         try:
             (found,) = self.session.run([self._output], {self._input.name: batch})
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise OnnxModelError(
+            raise UserError(
                 f"{self.path}: onnxruntime failed on a batch {list(batch.shape)} ({error})"
             ) from error
         rows = np.asarray(found, dtype=np.float32)
         # Some exporters keep the dimensions of a 1 x 1 map: [n, D, 1, 1].
         if rows.size % len(batch) or not rows.size or rows.shape[0] != len(batch):
-            raise OnnxModelError(
+            raise UserError(
                 f"{self.path}: output {self._output} has shape {list(rows.shape)} for "
                 f"{len(batch)} images; needed is [{len(batch)}, D]"
             )
@@ -162,15 +160,15 @@ def open_session(
         threads: Number of onnxruntime's threads; None means as many as PyTorch uses.
 
     Raises:
-        OnnxModelError: The file cannot be loaded, or the device has no provider.
+        UserError: The file cannot be loaded, or the device has no provider.
     """
     if not path.is_file():
-        raise OnnxModelError(f"{path}: no such file; give the path of an .onnx")
+        raise UserError(f"{path}: no such file; give the path of an .onnx")
     device = torch.device(device)
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise OnnxModelError(
+            raise UserError(
                 f"{device} was asked for, but this onnxruntime has no CUDA provider: "
                 "pip install onnxruntime-gpu, or pass --device cpu"
             )
@@ -183,7 +181,7 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # its exceptions share no base class
-        raise OnnxModelError(
+        raise UserError(
             f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({str(error)[:300]}). "
             "Is it a complete ONNX file, with its weights beside it?"
         ) from error
@@ -208,17 +206,17 @@ def _layout(path: Path, shape: Sequence[Any], wanted: str | None) -> Layout:
     channels_first, channels_last = shape[1] == 3, shape[3] == 3
     if wanted is not None:
         if wanted not in ("NCHW", "NHWC"):
-            raise OnnxModelError(f"layout is {wanted!r}; allowed are NCHW and NHWC")
+            raise UserError(f"layout is {wanted!r}; allowed are NCHW and NHWC")
         said = shape[1] if wanted == "NCHW" else shape[3]
         if isinstance(said, int) and said != 3:
-            raise OnnxModelError(
+            raise UserError(
                 f"{path}: its input {list(shape)} cannot be {wanted}: that has {said} channels "
                 "where 3 are needed"
             )
         return "NCHW" if wanted == "NCHW" else "NHWC"
     if channels_first != channels_last:
         return "NCHW" if channels_first else "NHWC"
-    raise OnnxModelError(
+    raise UserError(
         f"{path}: its input {list(shape)} does not say where the 3 channels are: pass "
         "--layout NCHW or --layout NHWC"
     )
@@ -228,16 +226,16 @@ def _input_size(path: Path, shape: Sequence[Any], layout: Layout, wanted: int | 
     height, width = shape[2:4] if layout == "NCHW" else shape[1:3]
     known = [side for side in (height, width) if isinstance(side, int) and side > 0]
     if len(set(known)) > 1:
-        raise OnnxModelError(
+        raise UserError(
             f"{path}: its images are {height} x {width}; only square ones are supported"
         )
     if wanted is None and not known:
-        raise OnnxModelError(
+        raise UserError(
             f"{path}: its input {list(shape)} does not say the size of images: pass --input-size, "
             "for example 112"
         )
     if wanted is not None and known and wanted != known[0]:
-        raise OnnxModelError(f"{path}: takes images of {known[0]} pixels, not {wanted}")
+        raise UserError(f"{path}: takes images of {known[0]} pixels, not {wanted}")
     return known[0] if known else int(wanted or 0)
 
 
@@ -246,7 +244,7 @@ def _output_name(path: Path, session: onnxruntime.InferenceSession, wanted: str 
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted not in names:
-        raise OnnxModelError(
+        raise UserError(
             f"{path}: has the outputs {', '.join(names)}; pass --output with the one that is the "
             "embedding"
         )
@@ -256,5 +254,5 @@ def _output_name(path: Path, session: onnxruntime.InferenceSession, wanted: str 
 def _per_channel(name: str, value: Channels) -> NDArray[np.float32]:
     numbers = np.asarray(value, dtype=np.float32).reshape(1, -1, 1, 1)
     if numbers.shape[1] not in (1, 3) or not np.isfinite(numbers).all():
-        raise OnnxModelError(f"{name} is {value}; give one number or one per channel, as in RGB")
+        raise UserError(f"{name} is {value}; give one number or one per channel, as in RGB")
     return numbers

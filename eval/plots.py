@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from utils.errors import UserError
+
 _DOTS_PER_INCH = 120
 
 
@@ -28,7 +30,7 @@ def plot_training_curve(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
         out_png: File of the figure.
 
     Raises:
-        ValueError: Another line is damaged, or no step was logged; the message names file and line.
+        UserError: Another line is damaged, or no step was logged; the message names file and line.
     """
     from matplotlib.figure import Figure
 
@@ -37,7 +39,7 @@ def plot_training_curve(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval" in line]
     if not steps:
-        raise ValueError(f"{source}: no line has a loss; there is nothing to draw yet")
+        raise UserError(f"{source}: no line has a loss; there is nothing to draw yet")
 
     rows = 3 if evaluations else 2
     figure = Figure(figsize=(8, 1.2 + 2.4 * rows), layout="constrained")
@@ -72,12 +74,12 @@ def plot_roc(
         title: Title of the figure.
 
     Raises:
-        ValueError: There is no curve.
+        UserError: There is no curve.
     """
     from matplotlib.figure import Figure
 
     if not curves:
-        raise ValueError("no ROC curve was given; give at least one (far, tar)")
+        raise UserError("no ROC curve was given; give at least one (far, tar)")
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     _draw_roc(axes, curves)
@@ -101,14 +103,14 @@ def plot_scores(
         title: Title of the figure.
 
     Raises:
-        ValueError: There is no set.
+        UserError: There is no set.
     """
     from matplotlib.figure import Figure
 
     from eval.metrics import roc_curve
 
     if not scores:
-        raise ValueError("no set was given; give the scores of at least one")
+        raise UserError("no set was given; give the scores of at least one")
     curves = {}
     for name, (values, same) in scores.items():
         far, tar, _ = roc_curve(values, same)
@@ -232,9 +234,9 @@ def _read_lines(source: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):  # no newline follows: the line was being written
                 break
-            raise ValueError(f"{source}, line {number}: not a JSON object ({error})") from error
+            raise UserError(f"{source}, line {number}: not a JSON object ({error})") from error
         if not isinstance(value, dict) or "step" not in value:
-            raise ValueError(f"{source}, line {number}: not a JSON object with a step")
+            raise UserError(f"{source}, line {number}: not a JSON object with a step")
         read.append(value)
     return read
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.errors import UserError
+
 _ALLOWED_OPCODES = set(
     """
     PROTO FRAME STOP MARK POP POP_MARK DUP EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE
@@ -31,10 +33,6 @@ _PLAIN_DTYPE = re.compile(r"\?|[<>|=]?[biu][1248]")
 _MAX_DIMENSIONS = 4
 
 
-class PickleRefused(ValueError):
-    """A pickle is unreadable, damaged or holds what it must not; nothing was executed."""
-
-
 def read_plain_pickle(path: Path) -> Any:
     """Reads a pickle file that holds plain data only.
 
@@ -46,12 +44,12 @@ def read_plain_pickle(path: Path) -> Any:
         path: Path of the file.
 
     Raises:
-        PickleRefused: The file is refused; the message names it, and the global or opcode.
+        UserError: The file is refused; the message names it, and the global or opcode.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise PickleRefused(
+        raise UserError(
             f"{path}: cannot be read ({error.strerror or error}). Make it readable, or give "
             "another file"
         ) from error
@@ -60,10 +58,10 @@ def read_plain_pickle(path: Path) -> Any:
         # Reading from memory bounds every declared length by the file's own.
         _scan_opcodes(path, content, replacements)
         return _RestrictedUnpickler(path, content, replacements).load()
-    except PickleRefused:
+    except UserError:
         raise
     except Exception as error:  # a hostile pickle can make the unpickler raise nearly anything
-        raise PickleRefused(
+        raise UserError(
             f"{path}: not a readable pickle of plain data ({type(error).__name__}: "
             f"{str(error)[:200]}); the file is damaged or something else"
         ) from error
@@ -74,13 +72,13 @@ def _scan_opcodes(path: Path, content: bytes, replacements: dict[tuple[str, str]
     argument: Any  # its type depends on the opcode
     for opcode, argument, position in pickletools.genops(io.BytesIO(content)):
         if opcode.name not in _ALLOWED_OPCODES:
-            raise PickleRefused(
+            raise UserError(
                 f"{path}: refused, pickle opcode {opcode.name} at byte {position}; only lists, "
                 "bytes, booleans and plain arrays are read"
             )
         if opcode.name == "LONG_BINPUT" and argument > len(content):
             # The unpickler allocates slots up to the highest number.
-            raise PickleRefused(
+            raise UserError(
                 f"{path}: refused, memo slot {argument} at byte {position} of a file of "
                 f"{len(content)} bytes"
             )
@@ -93,7 +91,7 @@ def _look_up(path: Path, replacements: dict[tuple[str, str], Any], module: str, 
     try:
         return replacements[module, name]
     except KeyError:
-        raise PickleRefused(
+        raise UserError(
             f"{path}: refused, the pickle names the global {module[:80]}.{name[:80]}; only lists, "
             "bytes, booleans and plain arrays are read. Do not load this file with anything else"
         ) from None

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from eval.onnx_model import OnnxModelError, open_session
+from eval.onnx_model import open_session
+from utils.errors import UserError
 
 MIB = 1024**2
 LARGEST_MIB = 1024
@@ -45,10 +46,6 @@ TRACKS = (
     Track("cfat", 512, 15),
     Track("unconstrained", 1024, 30),
 )
-
-
-class SubmissionError(ValueError):
-    """A submission cannot be examined at all; the message says what to give."""
 
 
 @dataclass
@@ -112,12 +109,12 @@ def find_track(name: str) -> Track:
     """Returns the limits of a track by the beginning of its name.
 
     Raises:
-        SubmissionError: The track is unknown.
+        UserError: The track is unknown.
     """
     for track in TRACKS:
         if name.startswith(track.prefix):
             return track
-    raise SubmissionError(
+    raise UserError(
         f"track {name!r} is unknown; a track's name begins with "
         f"{', '.join(track.prefix for track in TRACKS)}"
     )
@@ -132,11 +129,11 @@ def check_submission(folder: str | Path, track_name: str, enforce_time: bool = F
         enforce_time: Whether a time above the limit on this machine breaks a rule.
 
     Raises:
-        SubmissionError: The track is unknown, or the folder does not exist.
+        UserError: The track is unknown, or the folder does not exist.
     """
     track, folder = find_track(track_name), Path(folder)
     if not folder.is_dir():
-        raise SubmissionError(f"{folder}: no such folder; give the folder that holds the .onnx")
+        raise UserError(f"{folder}: no such folder; give the folder that holds the .onnx")
     report = Report(str(folder), track_name)
     files = sorted(path for path in folder.glob("*.onnx") if path.is_file())
     found = ", ".join(path.name for path in files) or "none"
@@ -152,7 +149,7 @@ def check_submission(folder: str | Path, track_name: str, enforce_time: bool = F
     try:
         model = onnx.load(file)
         session = open_session(file)
-    except (OnnxModelError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         report.add("loads", False, str(error)[:300], "a valid ONNX file")
         return report
     except Exception as error:  # protobuf's and onnx's exceptions share no base class

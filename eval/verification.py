@@ -49,10 +49,10 @@ from eval.metrics import (
 from eval.verification_sets import (
     MIN_PAIRS,
     VerificationSet,
-    VerificationSetError,
     load_pairs,
     load_verification_set,
 )
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +119,12 @@ def verify(
         are collapsed or not finite give NaN and one logged warning.
 
     Raises:
-        ValueError: An argument is wrong, two sets share a name, or an image or an embedding has
+        UserError: An argument is wrong, two sets share a name, or an image or an embedding has
             another shape. An error of one rank raises there.
         OtherRankFailed: Another rank failed; the message names it. No rank is left waiting.
     """
     if len({one.name for one in sets}) != len(sets):
-        raise ValueError(f"two sets share a name: {', '.join(one.name for one in sets)}")
+        raise UserError(f"two sets share a name: {', '.join(one.name for one in sets)}")
     results = {}
     for one in sets:
         plain, flipped = embed_set(
@@ -195,7 +195,7 @@ def embed_set(
         The embeddings of the images and of the mirror images, each [2N, D].
 
     Raises:
-        ValueError: As in `verify`.
+        UserError: As in `verify`.
         OtherRankFailed: As in `verify`.
     """
     rows = embed_images(
@@ -245,8 +245,8 @@ def report_set(
         groups: Groups of pairs or images.
 
     Raises:
-        GroupsError: The groups do not name all pairs or images.
-        VerificationSetError: The groups have image names, and the set has none.
+        UserError: The groups do not name all pairs or images, or they have image names, and the set
+            has none.
     """
     distances = set_distances(one, plain, flipped)
     report: dict[str, Any] = dict(score_set(one, plain, flipped))
@@ -347,7 +347,7 @@ def _groups_of_pairs(
         return {column: pair_groups(values, pairs, pairs) for column, values in of_pairs.items()}
     if groups.key == "name":
         if one.image_names is None:
-            raise VerificationSetError(
+            raise UserError(
                 f"{groups.path}: the images of {one.name} have no names; let the first column be "
                 "pair (0, 1, ..) or image (0, 1, ..)"
             )
@@ -440,11 +440,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         plots=("--plot", "--wrong"),
     )
     if bool(options.pairs) != bool(options.folder):
-        raise ValueError("--pairs and --folder go together: the file and where its images are")
+        raise UserError("--pairs and --folder go together: the file and where its images are")
     if not options.data and not options.pairs:
-        raise ValueError("nothing to verify on: give --data, or --pairs with --folder")
+        raise UserError("nothing to verify on: give --data, or --pairs with --folder")
     if options.bootstrap < 0:
-        raise ValueError(f"--bootstrap {options.bootstrap}: 0 or more resamples")
+        raise UserError(f"--bootstrap {options.bootstrap}: 0 or more resamples")
     world = choose_dist_context(options.device)
     paths = [path for given in options.data for path in _bin_files(Path(given))]
     groups = Groups.read(options.groups, ("pair", "image", "name")) if options.groups else None
@@ -458,7 +458,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     for path, loaded in sources:
         one = loaded or load_verification_set(path)
         if one.name in reports:
-            raise VerificationSetError(f"{path}: a set named {one.name} was already given")
+            raise UserError(f"{path}: a set named {one.name} was already given")
         plain, flipped = embed_set(
             model.embed,
             one,
@@ -538,7 +538,7 @@ def _bin_files(path: Path) -> list[Path]:
         return [path]  # reading it checks that it exists
     found = sorted(path.glob("*.bin"))
     if not found:
-        raise VerificationSetError(f"{path}: no .bin set in this folder")
+        raise UserError(f"{path}: no .bin set in this folder")
     return found
 
 

@@ -13,17 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.datasets import DataError
-from data.decode import ImageError, image_size, read_image_file
+from data.decode import image_size, read_image_file
 from data.pairs import read_pairs
-from eval.safe_pickle import PickledArray, PickleRefused, read_plain_pickle
+from eval.safe_pickle import PickledArray, read_plain_pickle
+from utils.errors import UserError
 
 MIN_PAIRS = 10
 """The 10-fold protocol needs a pair per fold."""
-
-
-class VerificationSetError(ValueError):
-    """A verification set is missing, malformed, or holds what it must not."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +63,14 @@ def find_verification_sets(val_dir: str | Path, targets: Iterable[str]) -> list[
         targets: Names such as "lfw" or "lfw.bin".
 
     Raises:
-        VerificationSetError: A target is missing or named twice. The message names every missing
+        UserError: A target is missing or named twice. The message names every missing
             target, the folder that was searched and the sets in it.
     """
     directory = Path(val_dir)
     names = [target.removesuffix(".bin") for target in targets]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise VerificationSetError(f"verification targets named twice: {', '.join(repeated)}")
+        raise UserError(f"verification targets named twice: {', '.join(repeated)}")
     paths = [directory / f"{name}.bin" for name in names]
     missing = [path.stem for path in paths if not path.is_file()]
     if missing:
@@ -83,7 +79,7 @@ def find_verification_sets(val_dir: str | Path, targets: Iterable[str]) -> list[
             found = f"sets there: {there}"
         else:
             found = "no such directory"
-        raise VerificationSetError(
+        raise UserError(
             f"verification targets not found: {', '.join(missing)} (searched {directory} for "
             f"<target>.bin; {found}). Put the files there, point val_dir at them, or shorten "
             "val_targets"
@@ -107,28 +103,25 @@ def load_verification_set(
             size is an error now and not at the first evaluation.
 
     Raises:
-        VerificationSetError: The file has other content or another structure; the message names it.
+        UserError: The file has other content or another structure; the message names it.
     """
     path = Path(path)
     if not path.is_file():
-        raise VerificationSetError(f"{path}: no such file; give the path of a .bin set")
-    try:
-        content = read_plain_pickle(path)
-    except PickleRefused as error:
-        raise VerificationSetError(str(error)) from error
+        raise UserError(f"{path}: no such file; give the path of a .bin set")
+    content = read_plain_pickle(path)
     if not isinstance(content, (list, tuple)) or len(content) != 2:
-        raise VerificationSetError(
+        raise UserError(
             f"{path}: holds {_kind(content)}; a set is a pair (list of 2N images, list of N labels)"
         )
     issame = _read_labels(path, content[1])
     images = _read_images(path, content[0])
     if len(images) != 2 * len(issame):
-        raise VerificationSetError(
+        raise UserError(
             f"{path}: {len(images)} images for {len(issame)} labels; "
             "there must be two images per label"
         )
     if len(issame) < MIN_PAIRS:
-        raise VerificationSetError(
+        raise UserError(
             f"{path}: {len(issame)} pairs; the 10-fold protocol needs at least {MIN_PAIRS}"
         )
     if input_size is not None:
@@ -144,25 +137,22 @@ def load_pairs(pairs_file: str | Path, folder: str | Path) -> VerificationSet:
         folder: Folder of the images.
 
     Raises:
-        VerificationSetError: A pair cannot be read; the message names file and line.
+        UserError: A pair cannot be read; the message names file and line.
     """
     pairs_file, folder = Path(pairs_file), Path(folder)
     images: list[bytes | NDArray[np.uint8]] = []
     names: list[str] = []
-    try:
-        pairs = read_pairs(pairs_file)
-        read: dict[str, bytes] = {}  # an image may be in many pairs
-        for pair in pairs:
-            for name in pair.paths:
-                if name not in read:
-                    where = f"{pairs_file}, line {pair.line}: {folder / name}"
-                    read[name] = read_image_file(folder / name, where)
-                images.append(read[name])
-                names.append(name)
-    except (DataError, ImageError) as error:
-        raise VerificationSetError(str(error)) from error
+    pairs = read_pairs(pairs_file)
+    read: dict[str, bytes] = {}  # an image may be in many pairs
+    for pair in pairs:
+        for name in pair.paths:
+            if name not in read:
+                where = f"{pairs_file}, line {pair.line}: {folder / name}"
+                read[name] = read_image_file(folder / name, where)
+            images.append(read[name])
+            names.append(name)
     if len(pairs) < MIN_PAIRS:
-        raise VerificationSetError(
+        raise UserError(
             f"{pairs_file}: {len(pairs)} pairs; the 10-fold protocol needs at least {MIN_PAIRS}"
         )
     same = np.array([pair.same for pair in pairs], dtype=np.bool_)
@@ -173,14 +163,11 @@ def _check_sizes(path: Path, images: list[bytes | NDArray[np.uint8]], input_size
     for index, image in enumerate(images):
         where = f"{path}, image {index}"
         if isinstance(image, bytes) or image.ndim == 1:
-            try:
-                height, width = image_size(memoryview(image), where)
-            except ImageError as error:
-                raise VerificationSetError(str(error)) from error
+            height, width = image_size(memoryview(image), where)
         else:
             height, width = image.shape[:2]
         if (height, width) != (input_size, input_size):
-            raise VerificationSetError(
+            raise UserError(
                 f"{where}: {height} x {width} pixels; the model takes {input_size} x {input_size}. "
                 "Pack the set again at that size"
             )
@@ -192,12 +179,10 @@ def _read_labels(path: Path, labels: Any) -> NDArray[np.bool_]:
             return labels.array.astype(np.bool_)
         labels = labels.array
     if not isinstance(labels, (list, tuple)):
-        raise VerificationSetError(f"{path}: labels are {_kind(labels)}; allowed is a list")
+        raise UserError(f"{path}: labels are {_kind(labels)}; allowed is a list")
     for index, label in enumerate(labels):
         if not (isinstance(label, (bool, int)) and label in (0, 1)):
-            raise VerificationSetError(
-                f"{path}: label {index} is {_kind(label)}; allowed are True and False"
-            )
+            raise UserError(f"{path}: label {index} is {_kind(label)}; allowed are True and False")
     return np.array(labels, dtype=np.bool_)
 
 
@@ -205,7 +190,7 @@ def _read_images(path: Path, images: Any) -> list[bytes | NDArray[np.uint8]]:
     if isinstance(images, PickledArray) and images.array.ndim == 4:  # [2N, H, W, 3]
         images = list(images.array)
     if not isinstance(images, (list, tuple)):
-        raise VerificationSetError(f"{path}: images are {_kind(images)}; allowed is a list")
+        raise UserError(f"{path}: images are {_kind(images)}; allowed is a list")
     return [_read_image(path, index, image) for index, image in enumerate(images)]
 
 
@@ -221,7 +206,7 @@ def _read_image(path: Path, index: int, image: Any) -> bytes | NDArray[np.uint8]
         return image
     elif isinstance(image, bytearray) and image:
         return np.frombuffer(image, np.uint8)  # a view: a file may name one object a million times
-    raise VerificationSetError(
+    raise UserError(
         f"{path}: image {index} is {_kind(image)}; allowed are the bytes of an image file and "
         "uint8 arrays [height, width, 3]"
     )

@@ -32,7 +32,8 @@ from data.datasets import DataError
 from data.decode import ImageError, decode_image, read_image_file
 from data.tools.encode import encode_jpeg
 from data.tools.workers import ordered_map
-from utils.files import list_some, publish_folder, staging_folder, write_whole
+from utils.cli import cli_command
+from utils.files import atomic_write, list_some, publish_folder, staging_folder
 
 _CHUNK = 32  # images per task handed to a process
 
@@ -125,7 +126,9 @@ def align_files(task: AlignTask) -> list[str]:
         except AlignmentError as error:
             problems.append(f"{source}: {error}")
             continue
-        write_whole(target, encode_png(aligned) if task.png else encode_jpeg(aligned))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target, durable=False) as file:
+            file.write(encode_png(aligned) if task.png else encode_jpeg(aligned))
     return problems
 
 
@@ -202,6 +205,7 @@ def _tasks(
         yield AlignTask(faces[begin : begin + _CHUNK], str(images), str(out), size, png)
 
 
+@cli_command("stopped; the same command goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -226,22 +230,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 1 <= args.size <= 4096 or args.num_thread < 1:
         parser.error("--size: allowed are 1 to 4096; --num-thread: 1 or more")
-    try:
-        count, problems = align_folder(
-            args.images,
-            args.landmarks,
-            args.out,
-            size=args.size,
-            png=args.png,
-            skip_bad=args.skip_bad,
-            num_processes=args.num_thread,
-        )
-    except (DataError, OSError) as error:
-        print(f"align.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("align.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    count, problems = align_folder(
+        args.images,
+        args.landmarks,
+        args.out,
+        size=args.size,
+        png=args.png,
+        skip_bad=args.skip_bad,
+        num_processes=args.num_thread,
+    )
     print(f"{args.out}: {count} faces aligned, {len(problems)} left out")
     if problems:
         print(list_some(problems))

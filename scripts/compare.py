@@ -24,10 +24,7 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from eval.cli import add_model_options, cache_of, choose_dist_context, open_models, run_command
 from eval.extract import FileImages, embed_images
-
-
-class EvaluationError(ValueError):
-    """A saved evaluation gives no threshold; the message says why and what to give."""
+from utils.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +47,7 @@ def _compare(options: argparse.Namespace) -> int:
     threshold = None
     if evaluation is not None:
         if evaluation.get("model", {}).get("key") != model.key:
-            raise EvaluationError(
+            raise UserError(
                 f"{options.evaluation} is of another model or other preprocessing; its thresholds "
                 "say nothing about this one. Evaluate this one: python -m eval.verification --json"
             )
@@ -66,7 +63,7 @@ def _compare(options: argparse.Namespace) -> int:
     lengths = np.linalg.norm(rows, axis=1)
     for path, length in zip(options.images, lengths, strict=True):
         if not (np.isfinite(length) and length > 0):
-            raise ValueError(f"{path}: its embedding is zero or not finite")
+            raise UserError(f"{path}: its embedding is zero or not finite")
     cosine = float(rows[0] @ rows[1] / lengths.prod())
     print(f"cosine {cosine:.4f}")
     if threshold is not None:
@@ -84,9 +81,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{file}: not a JSON file that can be read ({error})") from error
+        raise UserError(f"{file}: not a JSON file that can be read ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise EvaluationError(f"{file}: not written by eval.verification --json")
+        raise UserError(f"{file}: not written by eval.verification --json")
     return content
 
 
@@ -102,7 +99,7 @@ def find_threshold(
         where: Name of the file in errors.
 
     Raises:
-        EvaluationError: There is no such set or FAR, or no threshold for it.
+        UserError: There is no such set or FAR, or no threshold for it.
     """
     sets = {
         key: value
@@ -112,15 +109,15 @@ def find_threshold(
     if name is None and len(sets) == 1:
         (name,) = sets
     if name not in sets:
-        raise EvaluationError(f"{where} has the sets {', '.join(sets) or 'none'}; pass --set")
+        raise UserError(f"{where} has the sets {', '.join(sets) or 'none'}; pass --set")
     entries = sets[name]["tar_at_far"]
     for entry in entries:
         if entry["far"] == far:
             if entry["threshold_cosine"] is None:
-                raise EvaluationError(f"{where}: on {name} no threshold accepts anything at {far}")
+                raise UserError(f"{where}: on {name} no threshold accepts anything at {far}")
             return name, entry
     known = ", ".join(f"{entry['far']:g}" for entry in entries)
-    raise EvaluationError(f"{where}: FAR {far:g} was not evaluated on {name}; there are {known}")
+    raise UserError(f"{where}: FAR {far:g} was not evaluated on {name}; there are {known}")
 
 
 if __name__ == "__main__":

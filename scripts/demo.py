@@ -21,19 +21,20 @@ import torch
 
 from backbones import get_model
 from backbones.weights import load_model
-from data.datasets import DataError
 from eval.metrics import pair_distances, roc_curve
 from eval.model import Embedder
 from eval.plots import plot_roc, plot_training_curve
 from eval.verification import embed_set, verify
 from eval.verification_sets import VerificationSet, load_verification_set
 from scripts.make_synthetic import make_synthetic
+from utils.cli import cli_command
 from utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = Path("demo_data")  # drawn anew each time; other folders are not replaced
 
 
+@cli_command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns 0 if the whole job succeeded."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -47,18 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.monotonic()
 
-    try:
-        make_synthetic(
-            options.data,
-            identities=options.identities,
-            images_per_identity=options.images_per_identity,
-            verification_pairs=options.verification_pairs,
-            seed=options.seed,
-            force=options.data == DATA,
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    make_synthetic(
+        options.data,
+        identities=options.identities,
+        images_per_identity=options.images_per_identity,
+        verification_pairs=options.verification_pairs,
+        seed=options.seed,
+        force=options.data == DATA,
+    )
     words = [f"rec={options.data}", f"output={options.output}", *options.overrides]
     train(words)
     faces = load_verification_set(options.data / "synthetic.bin")

@@ -29,15 +29,15 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.datasets import IMAGE_SUFFIXES, DataError
+from data.datasets import IMAGE_SUFFIXES
 from data.pairs import read_pairs
-from data.recordio import RecordError
 from data.tools.image_records import rec_path
 from data.tools.repair import fix, rebuild
 from data.tools.report import CHECKS
 from data.tools.validate import Others, content_hash, examine, verify
-from eval.verification_sets import VerificationSetError, load_verification_set
-from utils.files import write_atomically
+from eval.verification_sets import load_verification_set
+from utils.cli import cli_command
+from utils.files import atomic_write
 
 
 def read_others(other: Path) -> Others:
@@ -90,10 +90,9 @@ def plot_histogram(counts: np.ndarray, path: Path, title: str) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    figure.savefig(aside, format="png", dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
-    aside.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@cli_command("stopped; nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 1, 2, or 130 for Ctrl-C."""
     parser = _parser()
@@ -147,14 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("DATA is missing: a folder with train.rec, or a .rec")
     if args.decode != "all" and not args.decode.isdigit():
         parser.error(f"--decode {args.decode}: allowed are a number and all")
-    try:
-        return _run(args)
-    except (DataError, RecordError, VerificationSetError, OSError) as error:
-        print(f"doctor.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("doctor.py: stopped; nothing was written", file=sys.stderr)
-        return 130
+    return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -187,7 +180,8 @@ def _run(args: argparse.Namespace) -> int:
         print(text)
     else:
         if args.json:
-            write_atomically(Path(args.json), f"{text}\n".encode())
+            with atomic_write(args.json) as file:
+                file.write(f"{text}\n".encode())
         print(report.as_text())
     return 0 if report.healthy else 1
 

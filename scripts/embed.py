@@ -34,7 +34,6 @@ from eval.cli import (
     open_models,
     run_command,
     write_json,
-    write_whole,
 )
 from eval.extract import (
     FileImages,
@@ -47,6 +46,7 @@ from eval.extract import (
 )
 from eval.identification import list_images
 from utils.distributed import barrier
+from utils.files import atomic_write
 
 
 class NamedImages(Images, Protocol):
@@ -124,7 +124,10 @@ def open_images(source: Path, input_size: int, resize: bool) -> NamedImages:
         return images
     if not source.is_file():
         raise DataError(f"{source}: no such folder, list or record file")
-    lines = source.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: no text with a path per line ({error})") from error
     numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{source}: is empty; a list has one path per line")
@@ -246,7 +249,8 @@ class Part:
 
     def finish(self, images: NamedImages) -> None:
         """Renames everything to its final name, the embeddings last."""
-        write_whole(self.out / "names.txt", "".join(f"{n}\n" for n in images.names).encode())
+        with atomic_write(self.out / "names.txt") as file:
+            file.writelines(f"{name}\n".encode() for name in images.names)
         (self.out / "labels.npy").unlink(missing_ok=True)
         labels = images.labels
         if labels is not None:

@@ -32,12 +32,12 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.datasets import DataError, MissingDataError, list_class_folders
-from data.decode import ImageError, decode_image, read_image_file
+from data.decode import decode_image, read_image_file
 from data.pairs import Pair, read_pairs, write_verification_set
-from data.recordio import RecordError
 from data.tools.encode import encode_jpeg, fit_pixels
 from data.tools.record_writer import RecordSetWriter
-from eval.verification_sets import VerificationSetError, load_verification_set
+from eval.verification_sets import load_verification_set
+from utils.cli import cli_command
 
 SIZE = 112
 FOLDS = 10
@@ -138,7 +138,7 @@ def make_lfw(source: Path, out: Path, *, min_images: int, force: bool = False) -
         DataError: The files do not fit, or `out` has them already.
         ImageError: An image cannot be decoded.
         RecordError: A record does not fit the format.
-        VerificationSetError: The finished .bin is damaged.
+        UserError: The finished .bin is damaged.
     """
     images = find_images(source)
     names, files, labels = list_class_folders(images)
@@ -219,6 +219,7 @@ def download(folder: Path) -> Path:
     return folder / "lfw_home"
 
 
+@cli_command("stopped; nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -235,21 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.min_images < 1:
         parser.error(f"--min-images {args.min_images}: allowed are 1 or more")
-    try:
-        options = {"min_images": args.min_images, "force": args.force}
-        if args.source:
-            written = make_lfw(args.source, args.out, **options)
-        elif args.keep:
-            written = make_lfw(download(args.keep), args.out, **options)
-        else:
-            with tempfile.TemporaryDirectory(prefix="lfw_") as folder:
-                written = make_lfw(download(Path(folder)), args.out, **options)
-    except (DataError, ImageError, RecordError, VerificationSetError, OSError) as error:
-        print(f"fetch_lfw.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fetch_lfw.py: stopped; nothing was written", file=sys.stderr)
-        return 130
+    options = {"min_images": args.min_images, "force": args.force}
+    if args.source:
+        written = make_lfw(args.source, args.out, **options)
+    elif args.keep:
+        written = make_lfw(download(args.keep), args.out, **options)
+    else:
+        with tempfile.TemporaryDirectory(prefix="lfw_") as folder:
+            written = make_lfw(download(Path(folder)), args.out, **options)
     print(f"{args.out}: {written}")
     return 0
 

@@ -28,6 +28,7 @@ if not __package__:  # run as a file: the modules lie one folder up
 from backbones import get_model
 from backbones.macs import count_macs
 from eval.cli import run_command, table
+from utils.errors import UserError
 
 HEADINGS = (
     "network",
@@ -84,7 +85,7 @@ def _print(words: Sequence[str], as_json: bool) -> int:
     options = dict(_option(word) for word in words if "=" in word)
     networks = [word for word in words if "=" not in word]
     if not networks:
-        raise ValueError(f"{' '.join(words)}: no network named; for example: flops.py r50")
+        raise UserError(f"{' '.join(words)}: no network named; for example: flops.py r50")
     found = [describe(network, options) for network in networks]
     if as_json:
         print(json.dumps(found, indent=2))
@@ -117,7 +118,7 @@ def _option(word: str) -> tuple[str, Any]:
     try:
         return key, ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{word}: a number or True/False is needed after '='") from error
+        raise UserError(f"{word}: a number or True/False is needed after '='") from error
 
 
 if __name__ == "__main__":

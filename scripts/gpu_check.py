@@ -43,7 +43,7 @@ from arcshard.losses import (
     Softmax,
 )
 from utils.environment import describe_environment, missing_packages, triton_problem
-from utils.files import write_whole
+from utils.files import atomic_write
 from utils.worker import Worker
 
 # A module that needs more packages than PyTorch is imported by the check that needs it.
@@ -430,7 +430,9 @@ def run_checks(
 
 def _write(report: Path, rows: Sequence[Row]) -> None:
     try:
-        write_whole(report, json.dumps([row._asdict() for row in rows], indent=1).encode())
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(report) as file:
+            file.write(json.dumps([row._asdict() for row in rows], indent=1).encode())
     except OSError as error:  # the checks matter more than their file
         print(f"error: not written: {error}", file=sys.stderr, flush=True)
 

@@ -20,6 +20,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
+from utils.cli import cli_command
+from utils.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Images with PyTorch for CUDA have these; another torch or numpy would not fit the image's others.
 PRESENT = (
@@ -41,10 +44,6 @@ PLATFORMS = (
     "manylinux1_x86_64",
     "any",
 )
-
-
-class WheelError(RuntimeError):
-    """The wheels cannot be collected; the message says which, and for which Python."""
 
 
 def read_requirements(path: Path) -> list[Requirement]:
@@ -92,7 +91,7 @@ def download(requirement: str, folder: Path, python: str) -> None:
         python: Version of Python, such as 3.12.
 
     Raises:
-        WheelError: pip finds no wheel.
+        UserError: pip finds no wheel.
     """
     command = [
         sys.executable,
@@ -113,7 +112,7 @@ def download(requirement: str, folder: Path, python: str) -> None:
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise WheelError(
+        raise UserError(
             f"{requirement}: pip downloaded no wheel for Python {python} on Linux x86-64\n"
             f"{result.stderr[-2000:]}"
         )
@@ -139,7 +138,7 @@ def collect(
         The wheels in the folder.
 
     Raises:
-        WheelError: A wheel cannot be downloaded, or the folder has others too.
+        UserError: A wheel cannot be downloaded, or the folder has others too.
     """
     constraints = read_requirements(repository / "constraints.txt")
     versions = {canonicalize_name(pin.name): str(pin.specifier) for pin in constraints}
@@ -161,10 +160,11 @@ def collect(
     names = [parse_wheel_filename(path.name)[0] for path in wheels]
     if others or len({*names}) < len(names):
         listed = ", ".join(sorted(path.name for path in {*wheels, *others}))
-        raise WheelError(f"{folder} has older wheels, choose an empty folder: {listed}")
+        raise UserError(f"{folder} has older wheels, choose an empty folder: {listed}")
     return wheels
 
 
+@cli_command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -181,11 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"packages that it has (default {' '.join(PRESENT)})",
     )
     options = parser.parse_args(arguments)
-    try:
-        wheels = collect(options.folder, options.python, options.present)
-    except (WheelError, OSError) as error:
-        print(f"gpu-wheels: {error}", file=sys.stderr)
-        return 1
+    wheels = collect(options.folder, options.python, options.present)
     for wheel in wheels:
         print(f"{wheel.stat().st_size / 2**20:8.2f} MiB  {wheel.name}")
     total = sum(wheel.stat().st_size for wheel in wheels) / 2**20

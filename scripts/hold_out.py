@@ -19,6 +19,7 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.datasets import DataError, FolderDataset
+from utils.cli import cli_command
 
 
 def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
@@ -61,6 +62,7 @@ def hold_out(folder: Path, out: Path, every: int = 10) -> tuple[int, int]:
     return counts["train"], counts["val"]
 
 
+@cli_command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(description="Divide class folders into train/ and val/.")
@@ -68,11 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--every", type=int, default=10, help="hold out every so many (default 10)")
     options = parser.parse_args(arguments)
-    try:
-        train, val = hold_out(options.folder, options.out, options.every)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    train, val = hold_out(options.folder, options.out, options.every)
     print(f"{options.out}: {train:,} pictures to train on, {val:,} held out")
     return 0
 

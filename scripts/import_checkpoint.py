@@ -34,7 +34,6 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from backbones.weights import WeightsError
 from configs.base import Config
-from dataset import DATA_ERRORS
 from training.build import TrainComponents, build, facts_of
 from training.checkpoint.arcface_torch import ArcfaceTorchRun, read_run
 from training.checkpoint.checkpointer import (
@@ -45,9 +44,10 @@ from training.checkpoint.checkpointer import (
     list_checkpoints,
 )
 from training.divergence import DivergenceMonitor
-from training.setup import SetupError, check_output
+from training.setup import check_output
 from training.state import Progress, RunState
-from utils.config import ConfigError, load_config
+from utils.cli import cli_command
+from utils.config import load_config
 from utils.distributed import DistContext
 
 logger = logging.getLogger("import_checkpoint")
@@ -66,7 +66,7 @@ def import_checkpoint(
 
     Raises:
         WeightsError: The old files are incomplete or do not fit the config.
-        SetupError: The output folder cannot be used.
+        UserError: The output folder cannot be used.
         CheckpointError: The folder has checkpoints already, or writing failed.
     """
     folder = check_output(cfg.output or "") / FOLDER
@@ -184,6 +184,7 @@ def _mean_over_ranks(run: ArcfaceTorchRun) -> dict[str, Tensor]:
     }
 
 
+@cli_command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, or 2 with a message on stderr."""
     parser = argparse.ArgumentParser(
@@ -198,12 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epoch", type=int, help="epochs finished, for old files without it")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        cfg = load_config(options.config, options.words)
-        path = import_checkpoint(options.old, cfg, options.world_size, options.epoch)
-    except (ConfigError, SetupError, WeightsError, CheckpointError, *DATA_ERRORS, OSError) as error:
-        print(f"import_checkpoint.py: {error}", file=sys.stderr)
-        return 2
+    cfg = load_config(options.config, options.words)
+    path = import_checkpoint(options.old, cfg, options.world_size, options.epoch)
     print(f"{path}: go on with resume=auto and output={cfg.output}")
     return 0
 

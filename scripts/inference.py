@@ -13,7 +13,6 @@ takes, usually 112 x 112: scripts/align.py makes them. For many images see scrip
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +29,10 @@ from eval.cli import (
     choose_dist_context,
     open_models,
     run_command,
-    write_whole,
 )
 from eval.extract import FileImages, embed_images
+from utils.errors import UserError
+from utils.files import atomic_write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,14 +63,13 @@ def _infer(options: argparse.Namespace) -> int:
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     for path, length in zip(options.images, lengths, strict=True):
         if not (np.isfinite(length) and length > 0):
-            raise ValueError(f"{path}: its embedding is zero or not finite")
+            raise UserError(f"{path}: its embedding is zero or not finite")
     if options.npy is None:
         for row in rows:
             print(" ".join(f"{number:.8g}" for number in row))
     else:
-        content = io.BytesIO()
-        np.save(content, rows)
-        write_whole(options.npy, content.getvalue())
+        with atomic_write(options.npy) as file:
+            np.save(file, rows)
         print(f"{options.npy}: {len(rows)} embeddings of {rows.shape[1]} numbers")
     if len(rows) == 2:
         product = rows[0].astype(np.float64) @ rows[1].astype(np.float64)

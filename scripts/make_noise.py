@@ -24,12 +24,11 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.class_names import read_label_map
 from data.datasets import DataError
-from data.decode import ImageError
 from data.order import derive_key, hash_indices, shuffled_indices
-from data.recordio import RecordError
 from data.tools.image_records import ImageRecords, relabeled
 from data.tools.record_writer import RecordSetWriter
-from utils.files import write_atomically
+from utils.cli import cli_command
+from utils.files import atomic_write
 
 
 def flip_labels(classes: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -141,11 +140,13 @@ def make_noise(
                 payload = relabeled(payload, label)
                 truth.append(f"{record.key}\t{label}\t{record.class_id}\n")
             writer.add_payload(payload, label, record.key)
-        write_atomically(out / "noise.tsv", "".join(truth).encode())
+        with atomic_write(out / "noise.tsv") as file:
+            file.write("".join(truth).encode())
         writer.finish(names, num_classes)
     return len(truth) - 1, num_classes
 
 
+@cli_command("stopped; nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -168,22 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"a share of {share}: allowed are 0 to 1, such as 0.4")
     if args.parts < 2:
         parser.error(f"--parts {args.parts}: allowed are 2 or more")
-    try:
-        changed, num_classes = make_noise(
-            args.data,
-            args.out,
-            flip=args.flip,
-            conflict=args.conflict,
-            parts=args.parts,
-            seed=args.seed,
-            force=args.force,
-        )
-    except (DataError, ImageError, RecordError, OSError) as error:
-        print(f"make_noise.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_noise.py: stopped; nothing was written", file=sys.stderr)
-        return 130
+    changed, num_classes = make_noise(
+        args.data,
+        args.out,
+        flip=args.flip,
+        conflict=args.conflict,
+        parts=args.parts,
+        seed=args.seed,
+        force=args.force,
+    )
     print(f"{args.out}: {changed} images with another label, {num_classes} classes; see noise.tsv")
     return 0
 

@@ -29,9 +29,9 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.datasets import DataError
 from data.pairs import write_verification_set
-from data.recordio import RecordError
 from data.tools.encode import encode_jpeg
 from data.tools.record_writer import RecordSetWriter
+from utils.cli import cli_command
 
 # These set how hard the set is: IDENTITY scales how much identities differ, the others how much
 # images of one identity do; 0 switches a variation off. With these values of the demo an untrained
@@ -592,6 +592,7 @@ def _drawing(num_processes: int | None) -> Iterator[Callable[[list[Task]], Itera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@cli_command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, or 2 with a message on stderr."""
     parser = argparse.ArgumentParser(
@@ -608,19 +609,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--size", type=int, default=112, help="pixels per side (default 112)")
     add("--force", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
-    try:
-        make_synthetic(
-            args.out,
-            identities=args.identities,
-            images_per_identity=args.images_per_identity,
-            verification_pairs=args.verification_pairs,
-            seed=args.seed,
-            size=args.size,
-            force=args.force,
-        )
-    except (DataError, RecordError, OSError) as error:
-        print(f"make_synthetic.py: {error}", file=sys.stderr)
-        return 2
+    make_synthetic(
+        args.out,
+        identities=args.identities,
+        images_per_identity=args.images_per_identity,
+        verification_pairs=args.verification_pairs,
+        seed=args.seed,
+        size=args.size,
+        force=args.force,
+    )
     images = args.identities * args.images_per_identity
     print(
         f"{args.out}: {images} images of {args.identities} identities, and synthetic.bin with "

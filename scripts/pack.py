@@ -31,13 +31,13 @@ if not __package__:  # run as a file: the modules lie one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.datasets import DataError, MissingDataError, list_class_folders
-from data.decode import ImageError, read_image_file
+from data.decode import read_image_file
 from data.order import shuffled_indices
 from data.pairs import read_pairs, write_verification_set
-from data.recordio import RecordError
 from data.tools.encode import FitTask, fit_files, fit_image
 from data.tools.record_writer import IM2REC, INSIGHTFACE, STYLES, RecordSetWriter
 from data.tools.workers import ordered_map
+from utils.cli import cli_command
 from utils.files import list_some
 
 _CHUNK = 64  # images per task handed to a process
@@ -386,6 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@cli_command("stopped; the same command goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = _parser()
@@ -400,31 +401,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--include, --skip-bad and --shuffle do not go with --pairs")
     common = {"size": args.size, "quality": args.quality, "force": args.force}
     include = tuple(args.include or ("*",))
-    try:
-        if args.pairs:
-            count = pack_pairs(args.pairs, args.input, args.out, **common)
-            print(f"{args.out}: {count} pairs")
-            return 0
-        if args.input.is_file():
-            listing = read_list(args.input, args.root or args.input.parent, include)
-        else:
-            listing = list_folder(args.input, include)
-        report = pack_listing(
-            listing,
-            args.out,
-            style=args.style or (INSIGHTFACE if listing.keys is None else IM2REC),
-            shuffle_seed=args.seed if args.shuffle else None,
-            restart=args.restart,
-            skip_bad=args.skip_bad,
-            num_processes=args.num_thread,
-            **common,
-        )
-    except (DataError, ImageError, RecordError, OSError) as error:
-        print(f"pack.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pack.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    if args.pairs:
+        count = pack_pairs(args.pairs, args.input, args.out, **common)
+        print(f"{args.out}: {count} pairs")
+        return 0
+    if args.input.is_file():
+        listing = read_list(args.input, args.root or args.input.parent, include)
+    else:
+        listing = list_folder(args.input, include)
+    report = pack_listing(
+        listing,
+        args.out,
+        style=args.style or (INSIGHTFACE if listing.keys is None else IM2REC),
+        shuffle_seed=args.seed if args.shuffle else None,
+        restart=args.restart,
+        skip_bad=args.skip_bad,
+        num_processes=args.num_thread,
+        **common,
+    )
     print(
         f"{args.out}: {report.num_images} images of {report.num_classes} classes, "
         f"{report.num_reencoded} encoded anew, {report.num_skipped} left out"

@@ -34,7 +34,6 @@ from eval.cli import run_command, table
 from training.planner.memory import Requirements
 from training.planner.plan import (
     Plan,
-    PlanError,
     Setting,
     choose_machine,
     device_type,
@@ -53,6 +52,7 @@ from training.planner.roofline import (
 )
 from training.setup import share_global_batch
 from utils.config import load_config
+from utils.errors import UserError
 
 PART_WORDS = {
     "weights": "network: weights",
@@ -258,12 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> int:
     for name in ("world_size", "ranks_per_host", "network_gbit"):
         if getattr(options, name) <= 0:
-            raise PlanError(f"--{name.replace('_', '-')} {getattr(options, name)}: above 0")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: above 0")
     if options.measure < 0:
-        raise PlanError(f"--measure {options.measure}: seconds, above 0")
+        raise UserError(f"--measure {options.measure}: seconds, above 0")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     if options.measure and options.gpu is not None and (options.gpu == "cpu") != (here == "cpu"):
-        raise PlanError(f"--measure --gpu {options.gpu}: this machine is a {here}; leave --gpu out")
+        raise UserError(f"--measure --gpu {options.gpu}: this machine is a {here}; leave --gpu out")
     cfg = load_config(options.config, options.words)
     num_classes, num_images = sizes(cfg)
     setting = Setting(

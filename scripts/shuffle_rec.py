@@ -31,12 +31,11 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.class_names import read_label_map
 from data.datasets import DataError
-from data.decode import ImageError
 from data.order import derive_key, hash_indices
-from data.recordio import RecordError
 from data.tools.image_records import ImageRecords
 from data.tools.manifest import MultisetDigest
 from data.tools.record_writer import STAGING, RecordSetWriter
+from utils.cli import cli_command
 
 _COPIED = ("*.bin", "*.lst")
 _MAX_BUCKETS = 512  # files open at once
@@ -166,6 +165,7 @@ def _by_hash(item: Item) -> int:
     return item[0]
 
 
+@cli_command("stopped; nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -185,16 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = args.data.resolve()
     folder = data.parent if data.suffix == ".rec" else data
     out = args.out or folder.with_name(f"shuffled_{folder.name}")
-    try:
-        report = shuffle_records(
-            args.data, out, seed=args.seed, memory_mib=args.memory, force=args.force
-        )
-    except (DataError, ImageError, RecordError, OSError) as error:
-        print(f"shuffle_rec.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("shuffle_rec.py: stopped; nothing was written", file=sys.stderr)
-        return 130
+    report = shuffle_records(
+        args.data, out, seed=args.seed, memory_mib=args.memory, force=args.force
+    )
     print(
         f"{out}: {report.num_images} images; the multiset of (class, image) is that of {args.data}"
         f" (digest {report.digest})"

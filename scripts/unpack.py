@@ -26,9 +26,10 @@ if not __package__:  # run as a file: the modules lie one folder up
 
 from data.class_names import read_label_map
 from data.datasets import DataError
-from data.recordio import RecordError, unpack_record
+from data.recordio import unpack_record
 from data.tools.image_records import ImageRecords
-from utils.files import publish_folder, staging_folder, write_whole
+from utils.cli import cli_command
+from utils.files import atomic_write, publish_folder, staging_folder
 
 _SUFFIXES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
 
@@ -66,7 +67,9 @@ def unpack(data: Path, out: Path) -> int:
             target = staging / file
             if target.exists() and target.stat().st_size == len(record.image):
                 continue  # written before an interruption: files are written atomically
-            write_whole(target, bytes(record.image))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target, durable=False) as written:
+                written.write(record.image)
     publish_folder(staging, out)
     return len(records)
 
@@ -89,6 +92,7 @@ def _suffix(head: bytes) -> str:
     return next((suffix for magic, suffix in _SUFFIXES if head.startswith(magic)), ".img")
 
 
+@cli_command("stopped; the same command goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -99,14 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder with train.rec, or a .rec")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     args = parser.parse_args(argv)
-    try:
-        count = unpack(args.data, args.out)
-    except (DataError, RecordError, OSError) as error:
-        print(f"unpack.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("unpack.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    count = unpack(args.data, args.out)
     print(f"{args.out}: {count} images")
     return 0
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ from training.checkpoint.checkpointer import (
 )
 from training.checkpoint.sharded_io import FileDigest, StorageError, TensorShard
 from utils.distributed import DistContext
+from utils.files import atomic_write
 
 ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 
@@ -232,6 +234,24 @@ def test_a_failed_save_is_told_harms_nothing_and_training_goes_on(
         "step_00000001",
         "step_00000004",
     }
+
+
+def test_what_a_kill_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("step_00000002.saving", "step_00000001.deleting"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.distcp").touch()
+    for name in ("latest.tmp", "best.tmp"):  # of earlier versions
+        (tmp_path / name).touch()
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(tmp_path / "latest"):
+        (unfinished,) = tmp_path.glob(".*")
+        shutil.copy(unfinished, tmp_path / f".model.pt{unfinished.name.removeprefix('.latest')}")
+        raise KeyboardInterrupt
+    (tmp_path / "step_00000003.damaged").mkdir()
+    for name in ("notes.tmp", "latest", "wanted.saving", ".hidden"):
+        (tmp_path / name).touch()
+    remove_incomplete(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step_00000003.damaged", "notes.tmp", "latest", "wanted.saving", ".hidden"}
 
 
 FULL_DISK = """

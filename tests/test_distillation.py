@@ -22,7 +22,6 @@ from arcshard.shard import class_range
 from backbones import get_model
 from backbones.weights import WeightsError, load_model
 from configs.base import Config
-from data.datasets import DataError
 from tests.conftest import Ranks
 from tests.record_helpers import (
     FACES,
@@ -44,8 +43,8 @@ from train_v2 import run_on
 from training.build import build
 from training.checkpoint.checkpointer import CheckpointError
 from training.distillation import Teacher
-from training.setup import SetupError
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 CLASSES, WIDTH, TEACHERS_WIDTH, SCALE, TEMPERATURE = 23, 7, 5, 16.0, 3.0
 ROWS = (3, 0, 4, 1)  # of each rank
@@ -391,11 +390,11 @@ def test_the_frozen_teacher_is_left_alone(
     [
         (
             {"embedding_size": 8, "distillation": "cosine"},
-            SetupError,
+            UserError,
             "embeddings of size 16, this run 8.*distillation=logits",
         ),
-        ({"input_size": 48}, SetupError, "32 pixels.*this run has 48 pixels"),
-        ({"rec": "synthetic", "num_classes": 9, "num_image": 60}, SetupError, "names none"),
+        ({"input_size": 48}, UserError, "32 pixels.*this run has 48 pixels"),
+        ({"rec": "synthetic", "num_classes": 9, "num_image": 60}, UserError, "names none"),
         ({"teacher": "nowhere"}, FileNotFoundError, "nowhere"),
     ],
 )
@@ -429,7 +428,7 @@ def test_a_teacher_without_its_name_or_its_classes_is_refused(
         start(rec=str(strangers))
     other = shutil.copytree(teacher, tmp_path / "other")
     (other / "label_map.txt").write_text("0\tcarl\n1\tcarl\n")
-    with pytest.raises((SetupError, DataError), match="'carl' stands for classes 0 and 1"):
+    with pytest.raises(UserError, match="'carl' stands for classes 0 and 1"):
         start(teacher=str(other))
 
 

@@ -20,11 +20,12 @@ from backbones.weights import ModelMetadata, WeightsError, save_model
 from data.decode import ImageError
 from data.recordio import pack_record
 from eval.extract import EmbeddingCache, FileImages, embed_images
-from eval.model import ModelOptionsError, open_model, parse_channels
-from eval.onnx_model import OnnxEmbedder, OnnxModelError
+from eval.model import open_model, parse_channels
+from eval.onnx_model import OnnxEmbedder
 from scripts import compare, embed
 from tests.models import OURS, write_pooling_model
 from tests.record_helpers import RecordWriter
+from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,9 +87,9 @@ def test_a_third_party_file_with_batch_1_and_imagenet_normalization_is_the_netwo
 
 def test_what_a_file_does_not_say_has_to_be_said(third_party: tuple[Path, nn.Module]) -> None:
     path, _ = third_party
-    with pytest.raises(ModelOptionsError, match=r"mean, std, color of .*pass --mean --std --color"):
+    with pytest.raises(UserError, match=r"mean, std, color of .*pass --mean --std --color"):
         open_model(path)
-    with pytest.raises(ModelOptionsError, match=r"does not say color .*pass --color\. Usual"):
+    with pytest.raises(UserError, match=r"does not say color .*pass --color\. Usual"):
         open_model(path, mean=127.5, std=127.5)
 
 
@@ -116,29 +117,29 @@ def _two_dimensional(path: Path) -> None:
 
 def test_a_file_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
-    with pytest.raises(OnnxModelError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         open_model(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(OnnxModelError, match=r"onnxruntime .* cannot load it"):
+    with pytest.raises(UserError, match=r"onnxruntime .* cannot load it"):
         open_model(path)
     _two_dimensional(path)
-    with pytest.raises(OnnxModelError, match=r"one input of 4 dimensions .*it has a "):
+    with pytest.raises(UserError, match=r"one input of 4 dimensions .*it has a "):
         open_model(path, mean=0, std=1, color="RGB")
     write_pooling_model(path, two_outputs=True, metadata=OURS)
-    with pytest.raises(OnnxModelError, match="has the outputs flat, embedding; pass --output"):
+    with pytest.raises(UserError, match="has the outputs flat, embedding; pass --output"):
         open_model(path)
     assert open_model(path, output="embedding").embed(_pixels(1)).shape == (1, 24)
-    with pytest.raises(OnnxModelError, match="takes images of 112 pixels, not 128"):
+    with pytest.raises(UserError, match="takes images of 112 pixels, not 128"):
         open_model(path, output="embedding", input_size=128)
-    with pytest.raises(OnnxModelError, match="cannot be NHWC: that has 112 channels"):
+    with pytest.raises(UserError, match="cannot be NHWC: that has 112 channels"):
         open_model(path, output="embedding", layout="NHWC")
     write_pooling_model(path, size=3, cells=1, metadata={**OURS, "input_size": "3"})
-    with pytest.raises(OnnxModelError, match="pass --layout NCHW or --layout NHWC"):
+    with pytest.raises(UserError, match="pass --layout NCHW or --layout NHWC"):
         open_model(path)
     assert open_model(path, layout="NCHW").input_size == 3
-    with pytest.raises(OnnxModelError, match="std is 0"):
+    with pytest.raises(UserError, match="std is 0"):
         OnnxEmbedder(path, 0, 0, layout="NCHW")
-    with pytest.raises(ModelOptionsError, match="needs no --network"):
+    with pytest.raises(UserError, match="needs no --network"):
         open_model(path, network="r50")
 
 
@@ -146,7 +147,7 @@ def test_channels_are_one_number_or_three() -> None:
     assert parse_channels("mean", "127.5") == 127.5
     assert parse_channels("mean", "1,2,3") == (1.0, 2.0, 3.0)
     for text in ("a", "1,2", "", "1,2,3,4"):
-        with pytest.raises(ModelOptionsError, match="give one number, or three"):
+        with pytest.raises(UserError, match="give one number, or three"):
             parse_channels("--mean", text)
 
 
@@ -172,7 +173,7 @@ def test_weights_with_and_without_metadata_are_opened_and_say_how_they_see(tmp_p
     assert open_model(tmp_path / "model.pt").key == run.key
     with pytest.raises(WeightsError, match="--network"):
         open_model(tmp_path / "plain.pt")
-    with pytest.raises(ModelOptionsError, match="--layout is for ONNX files"):
+    with pytest.raises(UserError, match="--layout is for ONNX files"):
         open_model(tmp_path, layout="NCHW")
 
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import gpu_wheels
-from scripts.gpu_wheels import PRESENT, WheelError, collect, main, read_requirements
+from scripts.gpu_wheels import PRESENT, collect, main, read_requirements
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = {pin.name: pin for pin in read_requirements(ROOT / "constraints.txt")}
@@ -67,10 +68,10 @@ def test_wheels_that_were_there_before_are_refused(project: Path) -> None:
     stale = folder / "first-0.9-py3-none-any.whl"
     with zipfile.ZipFile(stale, "w") as archive:
         archive.writestr("first-0.9.dist-info/METADATA", "Name: first")
-    with pytest.raises(WheelError, match=r"older wheels, choose an empty folder: .*first-0\.9-py3"):
+    with pytest.raises(UserError, match=r"older wheels, choose an empty folder: .*first-0\.9-py3"):
         collect(folder, "3.12", ["torch"], project, Index())
     stale.rename(folder / "unknown-0.9-py3-none-any.whl")
-    with pytest.raises(WheelError, match=r"empty folder: .*unknown-0\.9-py3"):
+    with pytest.raises(UserError, match=r"empty folder: .*unknown-0\.9-py3"):
         collect(folder, "3.12", ["torch"], project, Index())
 
 
@@ -110,7 +111,7 @@ def test_a_version_without_a_wheel_is_named(
 ) -> None:
     failed = SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found")
     monkeypatch.setattr(gpu_wheels.subprocess, "run", lambda *_, **__: failed)
-    assert main([str(tmp_path), "--python", "3.99"]) == 1
+    assert main([str(tmp_path), "--python", "3.99"]) == 2
     said = capsys.readouterr().err
     assert f"{PINS['simplejpeg']}: pip downloaded no wheel for Python 3.99" in said
     assert "No matching distribution" in said

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from eval import ijb, ijb_files
 from eval.ijb import main, pair_scores, template_features
-from eval.ijb_files import IjbError, IjbSet, read_ijb
+from eval.ijb_files import IjbSet, read_ijb
 from eval.metrics import tars_at_fars
 from tests.helpers import GOLDEN
 from tests.models import OURS, write_pooling_model
+from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -264,7 +265,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(
     tmp_path: Path, change: Any, words: str
 ) -> None:
     change(_write_layout(tmp_path) / "IJBC" / "meta")
-    with pytest.raises(IjbError, match=words):
+    with pytest.raises(UserError, match=words):
         read_ijb(tmp_path, "IJBC")
 
 
@@ -359,7 +360,7 @@ def test_galleries_are_searched_and_groups_reported(
         ("", "is empty"),
     ]:
         (meta / "ijbc_1N_gallery_G2.csv").write_text("TEMPLATE_ID,SUBJECT_ID\n" + text)
-        with pytest.raises(IjbError, match=words):
+        with pytest.raises(UserError, match=words):
             read_ijb(tmp_path, "IJBC")
 
 

@@ -38,6 +38,7 @@ from training.planner.roofline import (
 from training.planner.trace import MemoryTracker, Operation, as_fake, make_fake, trace_step
 from training.precision import POLICIES
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 SMALL: dict[str, Any] = {
@@ -387,7 +388,7 @@ def test_tf32_is_faster_than_fp32_where_there_is_any_and_refused_elsewhere():
         for precision in ("fp32", "tf32")
     )
     assert tf32.backbone < fp32.backbone
-    with pytest.raises(plan.PlanError, match="tf32"):
+    with pytest.raises(UserError, match="tf32"):
         plan.policy(small(precision="tf32"), GPUS["v100"])
 
 
@@ -695,7 +696,7 @@ def test_the_gpu_that_is_here_has_its_own_memory(monkeypatch):
     found = plan.choose_machine(None)
     assert (found.name, found.memory_gib) == ("a100", 40)
     here.name = "Another GPU"
-    with pytest.raises(plan.PlanError, match=r"Another GPU.*--gpu"):
+    with pytest.raises(UserError, match=r"Another GPU.*--gpu"):
         plan.choose_machine(None)
 
 

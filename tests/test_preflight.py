@@ -15,13 +15,13 @@ from tests.helpers import ENTRY_POINTS, PACKAGES
 from training import preflight as module
 from training.preflight import (
     CODE_FOLDERS,
-    PreflightError,
     code_version,
     device_kind,
     library_versions,
     preflight,
 )
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def refusal(ranks, world_size: int, *arguments: object) -> str:
         ranks.run(world_size, check, *arguments)
     errors = caught.value.errors
     assert sorted(errors) == list(range(world_size))
-    assert {type(error) for error in errors.values()} == {PreflightError}
+    assert {type(error) for error in errors.values()} == {UserError}
     (message,) = {str(error) for error in errors.values()}
     return message
 
@@ -68,7 +68,7 @@ def test_ranks_that_agree_pass_and_leave_nothing_behind(ranks, tmp_path, world_s
 def test_one_rank_needs_no_group(tmp_path):
     world = DistContext(0, 0, 1, CPU)
     preflight(world, SAME[0], tmp_path, 0)
-    with pytest.raises(PreflightError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         preflight(world, SAME[0], tmp_path / "missing", 0)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,6 +31,7 @@ from data.tools.workers import ordered_map
 from eval.verification_sets import load_verification_set
 from scripts import align as align_tool
 from scripts import fetch_lfw, make_noise, pack, shuffle_rec, unpack
+from utils.files import TEMPORARY, atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE = 2**24 + 3
@@ -217,20 +219,22 @@ def test_an_interrupted_unpacking_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     data = write_set(tmp_path / "faces", [0, 0, 1])
     written: list[Path] = []
 
-    def write(path: Path, content: bytes) -> None:
+    def write(path: Path, *, durable: bool) -> Any:
         if len(written) == 2:
+            (path.parent / f".a.jpg.12{TEMPORARY}").touch()  # as a killed process leaves it
             raise KeyboardInterrupt
         written.append(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        return atomic_write(path, durable=durable)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unpack, "write_whole", write)
+        patch.setattr(unpack, "atomic_write", write)
         assert unpack.main([str(data), str(tmp_path / "files")]) == 130
     assert not (tmp_path / "files").exists()
     assert unpack.main([str(data), str(tmp_path / "files")]) == 0
     files = sorted((tmp_path / "files").rglob("*.jpg"))
     assert [path.read_bytes() for path in files] == images_in_order(data)
+    everything = [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in everything if path not in files) == ["train.lst"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["faces", "files"]
 
 

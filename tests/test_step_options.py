@@ -24,9 +24,9 @@ from training.batch_norm import BatchNormStatistics
 from training.build import build
 from training.parallelize import compile_backbone
 from training.precision import POLICIES, MixedPrecisionBackbone, allow_tf32, choose_precision
-from training.setup import SetupError
 from training.step import TrainStep
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 
@@ -239,7 +239,7 @@ def test_gradients_added_up_in_fp16_are_near_and_not_the_same(ranks, tmp_path):
 
 def build_two(rank: int, world_size: int, folder: str, changes: dict[str, Any]) -> str:
     cfg = Config(**{**TINY_RUN, "output": folder, **changes})
-    with pytest.raises(SetupError) as caught:
+    with pytest.raises(UserError) as caught:
         build(cfg, DistContext(rank, rank, world_size, torch.device("cpu")))
     return str(caught.value)
 
@@ -305,7 +305,7 @@ def test_a_captured_backbone_may_be_frozen_at_first(tmp_path, captured):
 
 def test_compiling_needs_a_compiler_and_says_so_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no_such_compiler")
-    with pytest.raises(SetupError, match=r"compile=True.*CXX"):
+    with pytest.raises(UserError, match=r"compile=True.*CXX"):
         parts_of(tmp_path, compile=True)
 
 
@@ -320,7 +320,7 @@ def test_what_cannot_start_is_refused_before_the_compiler_takes_its_minute(
     tmp_path, changes, words
 ):
     compiled = patch.object(building, "compile_backbone", side_effect=AssertionError("compiled"))
-    with compiled, pytest.raises((SetupError, FileNotFoundError), match=words):
+    with compiled, pytest.raises((UserError, FileNotFoundError), match=words):
         parts_of(tmp_path, compile=True, **changes)
 
 
@@ -328,7 +328,7 @@ def test_compiling_for_a_gpu_needs_a_c_compiler(monkeypatch):
     monkeypatch.setenv("CC", "no_such_compiler")
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: name)
     on_gpu = DistContext(0, 0, 1, torch.device("cuda", 0))
-    with pytest.raises(SetupError, match=r"compile=True.*C compiler.*CC"):
+    with pytest.raises(UserError, match=r"compile=True.*C compiler.*CC"):
         setup.check_step_options(Config(**{**TINY_RUN, "compile": True}), on_gpu)
 
 

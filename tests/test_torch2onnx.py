@@ -18,7 +18,8 @@ from torch import nn
 import torch2onnx
 from backbones import Backbone, get_model, model_names
 from backbones.weights import ModelMetadata, save_model
-from torch2onnx import ExportRefusedError, ParityError, export_onnx, main
+from torch2onnx import ParityError, export_onnx, main
+from utils.errors import UserError
 
 Recipe = tuple[str, int, int, dict[str, Any]]  # name, num_features, input_size, options
 # The quickest to export that there is, for all that is not about the network.
@@ -221,7 +222,7 @@ def test_bad_input_is_exit_code_2_and_a_sentence(
 
 
 def test_metadata_that_is_not_the_networks_is_refused(tiny: Backbone, tmp_path: Path):
-    with pytest.raises(ExportRefusedError, match=r"metadata says num_features=512, .* has 16"):
+    with pytest.raises(UserError, match=r"metadata says num_features=512, .* has 16"):
         export_onnx(tiny, ModelMetadata("vit_t", input_size=36), tmp_path / "m.onnx")
 
 

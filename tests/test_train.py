@@ -25,8 +25,8 @@ from tests.run_helpers import (
 from train_v2 import main, run_on
 from training.build import build
 from training.precision import batch_norms
-from training.setup import SetupError
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 
 def test_losses_do_not_depend_on_the_number_of_ranks_in_float64(ranks, tmp_path):
@@ -123,7 +123,7 @@ def test_every_loss_of_the_config_trains_and_the_log_has_its_formula(tmp_path, c
 )
 def test_a_head_that_cannot_be_is_refused_before_training(tmp_path, changes, words):
     cfg = Config(**{**TINY_RUN, "num_image": 3000, "output": str(tmp_path), **changes})
-    with pytest.raises(SetupError, match=words):
+    with pytest.raises(UserError, match=words):
         build(cfg, DistContext(0, 0, 1, torch.device("cpu")))
 
 

@@ -23,13 +23,13 @@ from eval.model import Embedder
 from eval.verification import embed_set, main, report_set, verify
 from eval.verification_sets import (
     VerificationSet,
-    VerificationSetError,
     find_verification_sets,
     load_pairs,
     load_verification_set,
 )
 from tests.conftest import RankFailure
 from tests.helpers import GOLDEN
+from utils.errors import UserError
 
 SIZE = 16  # pixels; small, because only arithmetic is at stake
 
@@ -67,12 +67,12 @@ def test_targets_are_found_with_and_without_suffix(tmp_path: Path) -> None:
 
 def test_a_missing_target_names_itself_the_folder_and_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "lfw.bin").touch()
-    with pytest.raises(VerificationSetError, match=r"not found: agedb_30 .*sets there: lfw") as e:
+    with pytest.raises(UserError, match=r"not found: agedb_30 .*sets there: lfw") as e:
         find_verification_sets(tmp_path, ["lfw", "agedb_30"])
     assert str(tmp_path) in str(e.value)
-    with pytest.raises(VerificationSetError, match="no such directory"):
+    with pytest.raises(UserError, match="no such directory"):
         find_verification_sets(tmp_path / "nowhere", ["lfw"])
-    with pytest.raises(VerificationSetError, match="named twice: lfw"):
+    with pytest.raises(UserError, match="named twice: lfw"):
         find_verification_sets(tmp_path, ["lfw", "lfw.bin"])
 
 
@@ -167,7 +167,7 @@ class _Call:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
     trace = tmp_path / "trace"
     path = _write(tmp_path / "lfw.bin", _Call(os.system, f"touch {trace}"), protocol)
-    with pytest.raises(VerificationSetError, match=r"lfw\.bin: refused, .*system"):
+    with pytest.raises(UserError, match=r"lfw\.bin: refused, .*system"):
         load_verification_set(path)
     assert not trace.exists()
 
@@ -208,7 +208,7 @@ _ENCODE = _global("_codecs", "encode")
 def test_hostile_pickles_are_refused_by_name(tmp_path: Path, body: bytes, words: str) -> None:
     path = tmp_path / "hostile.bin"
     path.write_bytes(b"\x80\x02" + body)
-    with pytest.raises(VerificationSetError, match=rf"(?s)hostile\.bin.*{words}"):
+    with pytest.raises(UserError, match=rf"(?s)hostile\.bin.*{words}"):
         load_verification_set(path)
 
 
@@ -217,7 +217,7 @@ def test_a_short_file_cannot_multiply_one_text_into_much_memory(tmp_path: Path) 
     one = _ENCODE + b"h\x01X\x06\x00\x00\x00latin1\x86R"
     path = tmp_path / "bomb.bin"
     path.write_bytes(b"\x80\x02" + text + b"](" + one * 100 + b"e.")
-    with pytest.raises(VerificationSetError, match="more bytes than the file has"):
+    with pytest.raises(UserError, match="more bytes than the file has"):
         load_verification_set(path)
 
 
@@ -227,7 +227,7 @@ def test_an_array_without_bytes_cannot_have_a_trillion_rows(tmp_path: Path) -> N
     shape = b"(\x8a\x06\x00\x00\x00\x00\x00\x01K\x00K\x01K\x03t"  # (2**40, 0, 1, 3)
     path = tmp_path / "endless.bin"
     path.write_bytes(b"\x80\x02" + buffer + b"(U\x00" + dtype + shape + b"U\x01Ct" + b"R](e\x86.")
-    with pytest.raises(VerificationSetError, match="lengths that fit its data"):
+    with pytest.raises(UserError, match="lengths that fit its data"):
         load_verification_set(path)
 
 
@@ -235,10 +235,10 @@ def test_a_list_that_multiplies_itself_is_refused_without_being_written_out(tmp_
     doubled = b"N\x85" + b"2\x86" * 60  # ((..., ...), (..., ...)): 2**60 leaves
     path = tmp_path / "laughs.bin"
     path.write_bytes(b"\x80\x02" + _global("numpy", "dtype") + doubled + b"\x85R.")
-    with pytest.raises(VerificationSetError, match="not a plain integer"):
+    with pytest.raises(UserError, match="not a plain integer"):
         load_verification_set(path)
     path.write_bytes(b"\x80\x02" + doubled + b".")
-    with pytest.raises(VerificationSetError, match="label 0 is a tuple of length 2"):
+    with pytest.raises(UserError, match="label 0 is a tuple of length 2"):
         load_verification_set(path)
 
 
@@ -246,7 +246,7 @@ def test_a_list_that_multiplies_itself_is_refused_without_being_written_out(tmp_
 def test_a_truncated_set_is_an_error_that_names_the_file(tmp_path: Path, cut: int) -> None:
     path = _write(tmp_path / "cut.bin", (_set().images, [True] * 13))
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(VerificationSetError, match=r"cut\.bin: not a readable pickle"):
+    with pytest.raises(UserError, match=r"cut\.bin: not a readable pickle"):
         load_verification_set(path)
 
 
@@ -273,7 +273,7 @@ def test_a_truncated_set_is_an_error_that_names_the_file(tmp_path: Path, cut: in
 def test_another_structure_is_an_error_that_says_what_is_wrong(
     tmp_path: Path, content: Any, words: str
 ) -> None:
-    with pytest.raises(VerificationSetError, match=words):
+    with pytest.raises(UserError, match=words):
         load_verification_set(_write(tmp_path / "a.bin", content))
 
 
@@ -359,7 +359,7 @@ def test_an_image_of_another_size_is_named() -> None:
 def test_another_size_is_found_while_loading_from_the_headers(tmp_path: Path) -> None:
     path = _write(tmp_path / "small.bin", (_set().images, [True] * 13))
     assert load_verification_set(path, input_size=SIZE).num_pairs == 13
-    with pytest.raises(VerificationSetError, match=r"small\.bin, image 0: 16 x 16 pixels; the"):
+    with pytest.raises(UserError, match=r"small\.bin, image 0: 16 x 16 pixels; the"):
         load_verification_set(path, input_size=112)
 
 
@@ -370,7 +370,7 @@ def test_a_damaged_header_is_found_while_loading_and_names_set_and_image(
     images = _set().images
     images[5] = damaged
     path = _write(tmp_path / "small.bin", (images, [True] * 13))
-    with pytest.raises(VerificationSetError, match=r"small\.bin, image 5: "):
+    with pytest.raises(UserError, match=r"small\.bin, image 5: "):
         load_verification_set(path, input_size=SIZE)
 
 
@@ -382,7 +382,7 @@ def test_a_set_that_cannot_be_read_is_an_error_that_says_why(
 
     path = _write(tmp_path / "small.bin", (_set().images, [True] * 13))
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(VerificationSetError, match=r"small\.bin: cannot be read \(Permission den"):
+    with pytest.raises(UserError, match=r"small\.bin: cannot be read \(Permission den"):
         load_verification_set(path)
 
 
@@ -606,7 +606,7 @@ def test_a_pairs_file_is_judged_with_intervals_groups_and_figures(
 def test_a_bad_line_of_a_pairs_file_is_named(tmp_path: Path, line: str, words: str) -> None:
     lines = _people(tmp_path / "faces").splitlines()
     (tmp_path / "pairs.txt").write_text("\n".join([*lines[:-1], line]))
-    with pytest.raises(VerificationSetError, match=words):
+    with pytest.raises(UserError, match=words):
         load_pairs(tmp_path / "pairs.txt", tmp_path / "faces")
 
 
@@ -676,7 +676,7 @@ def test_groups_by_pair_and_by_image_number(tmp_path: Path) -> None:
     assert found[0]["groups"] == found[1]["groups"]
     assert found[0]["groups"]["k"]["0"]["num_pairs"] == 10
     (tmp_path / "c.csv").write_text("name,k\nx,1\n")
-    with pytest.raises(VerificationSetError, match="images of made_up have no names"):
+    with pytest.raises(UserError, match="images of made_up have no names"):
         report_set(one, rows, rows, groups=Groups.read(tmp_path / "c.csv", ("name",)))
 
 

@@ -17,8 +17,8 @@ from train_v2 import run_on
 from training.build import TrainComponents
 from training.build_backbone import make_backbone
 from training.checkpoint.checkpointer import CheckpointError
-from training.setup import SetupError
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 VIT = {
     **CHECKPOINTED_RUN,
@@ -50,10 +50,10 @@ def test_the_config_decides_and_none_leaves_what_the_name_says() -> None:
 @pytest.mark.parametrize("key", ["drop_path_rate", "mask_ratio"])
 def test_networks_without_the_option_are_refused_and_those_with_it_named(key: str) -> None:
     able = ", ".join(name for name in model_names() if name.startswith("vit"))
-    with pytest.raises(SetupError, match=rf"{key}=0.2: network='r_nano' has no such.*{able}$"):
+    with pytest.raises(UserError, match=rf"{key}=0.2: network='r_nano' has no such.*{able}$"):
         make_backbone(Config(**{**CHECKPOINTED_RUN, key: 0.2}))
     assert any(key in problem for problem in Config(**{**VIT, key: 1.0}).problems())
-    with pytest.raises(SetupError, match=r"mask_ratio=0.95 leaves none of 9 patches"):
+    with pytest.raises(UserError, match=r"mask_ratio=0.95 leaves none of 9 patches"):
         make_backbone(Config(**{**VIT, "mask_ratio": 0.95}))
 
 

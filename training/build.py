@@ -45,10 +45,11 @@ from training.optimizer import make_optimizer
 from training.parallelize import compile_backbone, distribute, warm_up_ddp
 from training.precision import MixedPrecisionBackbone, allow_tf32, choose_precision, tf32_allowed
 from training.schedule import Schedule
-from training.setup import SetupError, check_step_options, check_wandb, is_classification
+from training.setup import check_step_options, check_wandb, is_classification
 from training.step import TrainStep
 from utils.config import plain_values
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 logger = logging.getLogger("train")
 
@@ -121,10 +122,10 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
     """Build all parts of the run, with every check that needs files, networks or devices.
 
     Raises:
-        SetupError: The config cannot be trained on this machine or data.
+        UserError: The config cannot be trained on this machine or data.
         DataError: The training set is missing or damaged.
         WeightsError: A file of weights cannot be used.
-        VerificationSetError: A verification set is missing or malformed.
+        UserError: A verification set is missing or malformed.
     """
     check_wandb(cfg)
     check_step_options(cfg, world)
@@ -145,7 +146,7 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
     global_batch = cfg.batch_size * world.world_size * cfg.gradient_acc
     steps_per_epoch = len(loader) // cfg.gradient_acc
     if steps_per_epoch == 0:
-        raise SetupError(
+        raise UserError(
             f"an epoch has {loader.images_per_epoch} images, less than one global batch of "
             f"{global_batch} (batch_size {cfg.batch_size} x {world.world_size} ranks x "
             f"gradient_acc {cfg.gradient_acc}): lower batch_size or gradient_acc"

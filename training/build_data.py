@@ -107,7 +107,7 @@ def load_verification_sets(cfg: Config) -> list[VerificationSet]:
     """Load the `val_targets` into memory.
 
     Raises:
-        VerificationSetError: A set is missing or malformed.
+        UserError: A set is missing or malformed.
     """
     if not cfg.val_targets:
         return []

@@ -30,15 +30,16 @@ from data.datasets import ImageDataset
 from training.classifier import Head, LayerClassifier, SplitClassifier
 from training.distillation import Distillation, Teacher, load_teacher, make_distillation
 from training.precision import Precision
-from training.setup import SetupError, is_classification
+from training.setup import is_classification
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 
 def make_margin(cfg: Config) -> Margin:
     """Make the loss that the config names.
 
     Raises:
-        SetupError: A value is outside the loss's domain.
+        UserError: A value is outside the loss's domain.
     """
     fixed: dict[str, Any] = {
         "scale": cfg.scale,
@@ -70,14 +71,14 @@ def make_margin(cfg: Config) -> Margin:
     try:
         return makers[cfg.loss]()
     except ValueError as error:
-        raise SetupError(f"loss={cfg.loss!r}: {error}") from error
+        raise UserError(f"loss={cfg.loss!r}: {error}") from error
 
 
 def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Precision) -> Head:
     """Make the head of this rank, with its row optimizer.
 
     Raises:
-        SetupError: The head cannot be built with this loss or of this size.
+        UserError: The head cannot be built with this loss or of this size.
     """
     if has_layer(cfg):
         return _make_layer(cfg, world, num_classes, precision)
@@ -106,11 +107,11 @@ def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Prec
             kernels=cfg.head_kernels,  # type: ignore[arg-type]
         )
     except ValueError as error:
-        raise SetupError(str(error)) from error
+        raise UserError(str(error)) from error
     except RuntimeError as error:  # the allocator raises nothing more specific
         rows = num_classes * centers_per_class
         size = rows * cfg.embedding_size * dtype.itemsize / world.world_size / 2**30
-        raise SetupError(
+        raise UserError(
             f"the class centers of num_classes={num_classes} need {size:,.1f} GiB per rank, which "
             f"cannot be had: more ranks, fewer classes, a smaller embedding_size, "
             f'head_weight_dtype="bf16" or head_offload=True ({error})'
@@ -162,7 +163,7 @@ def _make_layer(
             dtype=precision.dtype,
         )
     except RuntimeError as error:
-        raise SetupError(
+        raise UserError(
             f"parallel_dim={cfg.parallel_dim!r}: a last layer of {num_classes} classes cannot be "
             f"had on this rank; parallel_dim=1 and more ranks make its part smaller ({error})"
         ) from error
@@ -179,23 +180,20 @@ def make_teacher(cfg: Config, precision: Precision, device: torch.device) -> Tea
     """Load the teacher, if the config names one.
 
     Raises:
-        SetupError: The embeddings or images of the teacher are not those of this run.
+        UserError: The embeddings or images of the teacher are not those of this run.
         WeightsError: The teacher's file cannot be used.
         FileNotFoundError: There is no such file.
     """
     if cfg.teacher is None:
         return None
-    try:
-        return load_teacher(
-            cfg.teacher,
-            cfg.distillation,
-            precision,
-            device,
-            input_size=cfg.input_size,
-            embedding_size=cfg.embedding_size,
-        )
-    except ValueError as error:
-        raise SetupError(str(error)) from error
+    return load_teacher(
+        cfg.teacher,
+        cfg.distillation,
+        precision,
+        device,
+        input_size=cfg.input_size,
+        embedding_size=cfg.embedding_size,
+    )
 
 
 def make_second_loss(
@@ -204,7 +202,7 @@ def make_second_loss(
     """Make the distillation loss, which is added to the head's own; None without a teacher.
 
     Raises:
-        SetupError: The teacher does not fit this run.
+        UserError: The teacher does not fit this run.
         CheckpointError: The teacher's class centers cannot be used.
         FileNotFoundError: There is no such run.
     """
@@ -223,5 +221,7 @@ def make_second_loss(
             temperature=cfg.distillation_temperature,
             workspace=workspace_of(cfg, head.device),
         )
-    except ValueError as error:
-        raise SetupError(str(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:  # not one class fits the head's workspace
+        raise UserError(str(error)) from error

@@ -34,6 +34,7 @@ from training.checkpoint.class_centers import (
 )
 from training.precision import MixedPrecisionBackbone, Precision
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 logger = logging.getLogger("train")
 
@@ -188,20 +189,20 @@ def load_teacher(
         The teacher on `device`.
 
     Raises:
-        ValueError: The teacher's images or embeddings are not those of the run.
+        UserError: The teacher's images or embeddings are not those of the run.
         WeightsError: The file is refused, or does not name its network.
         FileNotFoundError: There is no such file.
     """
     teacher = Teacher(path, precision, device)
     meta = teacher.metadata
     if (meta.input_size, meta.in_channels) != (input_size, 3):
-        raise ValueError(
+        raise UserError(
             f"teacher={path!r} takes images of {meta.input_size} pixels, {meta.in_channels} "
             f"channels; this run has {input_size} pixels, 3 channels: both see the same images, so "
             f"set input_size={meta.input_size} or choose another teacher"
         )
     if kind == "cosine" and meta.num_features != embedding_size:
-        raise ValueError(
+        raise UserError(
             f"teacher={path!r} has embeddings of size {meta.num_features}, this run "
             f"{embedding_size}: cosines need one size; set embedding_size="
             f"{meta.num_features}, or distillation=logits, which compares class probabilities"

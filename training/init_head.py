@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
 from data.prefetch import OrderedPrefetch
-from dataset import DATA_ERRORS, DataLoader
+from dataset import DataLoader
 from training.build import TrainComponents
 from training.checkpoint.checkpointer import RankGroup
 from training.checkpoint.class_centers import (
@@ -35,7 +35,7 @@ from training.checkpoint.class_centers import (
     open_class_centers,
     rows_of,
 )
-from training.setup import SetupError
+from utils.errors import UserError
 
 logger = logging.getLogger("train")
 
@@ -65,13 +65,13 @@ def init_head(
         num_workers: Threads that decode them.
 
     Raises:
-        SetupError: The head or its sizes do not fit, or no class is known. Raised on every rank.
+        UserError: The head or its sizes do not fit, or no class is known. Raised on every rank.
         CheckpointError: The checkpoint cannot be used.
         DataError: Classes have no names, or a name stands for two classes.
     """
     head = parts.head
     if not isinstance(head, PartialFC):
-        raise SetupError(
+        raise UserError(
             f"init_head={path!r}: this head is a layer of its own (parallel_dim or label_smoothing)"
             " and has no rows per class to fill: parallel_dim=1 and label_smoothing=0 have them"
         )
@@ -89,7 +89,7 @@ def init_head(
     is_kept = of_class >= 0
     has_name = np.array([bool(name) for name in names])
     if not is_kept.any():
-        raise SetupError(
+        raise UserError(
             f"init_head={path!r}: no class of this run is one of that run (here {_few(names)}; "
             f"there {_few(saved.names)}), so every center would be a new one. Give the run whose "
             "classes these are, or take init_head out of the config"
@@ -114,7 +114,7 @@ def _check_sizes(path: str, head: PartialFC, saved: SavedClassCenters) -> None:
     wanted = [head.embedding_size, head.centers_per_class]
     found = [saved.embedding_size, saved.centers_per_class]
     if found != wanted:
-        raise SetupError(
+        raise UserError(
             f"init_head={path!r}: its class centers have embedding_size={found[0]}, "
             f"sub_centers={found[1]}; this run has embedding_size={wanted[0]}, sub_centers="
             f"{wanted[1]}: set them as they were, or take init_head out of the config"
@@ -249,7 +249,7 @@ class _Means:
                 unit = normalize(self.parts.embedder(batch).double()).cpu()
                 sums.index_add_(0, torch.from_numpy(owner[rows]), unit)
         if not bool(torch.isfinite(sums).all()):
-            raise SetupError(
+            raise UserError(
                 "init_head: the backbone gives embeddings that are not finite; is init_backbone "
                 "what it should be?"
             )
@@ -277,7 +277,7 @@ def _read(loader: DataLoader, index: int) -> np.ndarray | None:
     """Read an image without augmentation; None for a bad record that is skipped."""
     try:
         return loader.plain_image(index)
-    except DATA_ERRORS as error:
+    except UserError as error:
         if not loader.skips_bad_records:
             raise
         logger.error("init_head: bad record skipped: %s", error)

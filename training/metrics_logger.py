@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from training.divergence import StepStats
+from utils.files import atomic_write
 from utils.json_values import without_nan
 from utils.meter import Rates
 
@@ -284,6 +285,5 @@ def discard_after(folder: Path, step: int) -> None:
     if discarded:
         with (folder / "metrics_discarded.jsonl").open("a") as file:
             file.write("".join(line.rstrip("\n") + "\n" for line in discarded))
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(kept))
-        aside.replace(path)
+        with atomic_write(path) as rewritten:
+            rewritten.write("".join(kept).encode())

@@ -31,16 +31,13 @@ import torch
 import torch.distributed as dist
 
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 # The code that a rank runs: these folders, configs/base.py, and the entry points at the top.
 CODE_FOLDERS = ("arcshard", "backbones", "data", "eval", "training", "utils")
 TOKEN = ".preflight-"  # prefix of files that are made in the output folder and removed again
 VISIBLE_WITHIN_SECONDS = 30.0  # a network file system may show a new file late
 _POLL_SECONDS = 0.02
-
-
-class PreflightError(ValueError):
-    """The run must not start. The message says on which ranks and why."""
 
 
 def preflight(
@@ -63,7 +60,7 @@ def preflight(
         arrival_s: Seconds that the last rank may arrive after the first.
 
     Raises:
-        PreflightError: A check failed. Every rank raises it with the same message.
+        UserError: A check failed. Every rank raises it with the same message.
     """
     exchange = _StoreExchange(world)
     if world.is_main:  # no rank makes a new one before the facts are exchanged
@@ -104,7 +101,7 @@ class _StoreExchange:
         """Post a value of JSON, and return that of every rank in rank order.
 
         Raises:
-            PreflightError: A rank posted none in time.
+            UserError: A rank posted none in time.
         """
         if self._store is None:
             return [note]
@@ -126,13 +123,13 @@ class _StoreExchange:
         """Raise the problem, if there is one; the first verdict of any rank is that of all ranks.
 
         Raises:
-            PreflightError: There is a problem.
+            UserError: There is a problem.
         """
         if not problem:
             return
         if self._store is not None:
             problem = self._store.compare_set("verdict", "", problem).decode()
-        raise PreflightError(problem)
+        raise UserError(problem)
 
 
 def _differences(everyone: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str:

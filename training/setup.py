@@ -13,6 +13,7 @@ from pathlib import Path
 
 from configs.base import Config
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 logger = logging.getLogger("train")
 
@@ -31,10 +32,6 @@ RUN_FILES = (
 )
 
 
-class SetupError(ValueError):
-    """The run cannot start. The message says what to change."""
-
-
 def check_output(output: str | Path) -> Path:
     """Create the run's folder if needed, and test it by writing a file.
 
@@ -42,11 +39,11 @@ def check_output(output: str | Path) -> Path:
         The folder.
 
     Raises:
-        SetupError: It cannot be written, or belongs to a training set.
+        UserError: It cannot be written, or belongs to a training set.
     """
     folder = Path(output)
     if any(folder.glob("*.rec")):  # label_map.txt there belongs to the set and must not be moved
-        raise SetupError(
+        raise UserError(
             f"output={str(output)!r} has records in it: choose a folder of the run's own"
         )
     try:
@@ -54,7 +51,7 @@ def check_output(output: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise SetupError(
+        raise UserError(
             f"output={str(output)!r} cannot be written ({error.strerror or error}); choose a "
             "folder with output=..."
         ) from error
@@ -84,13 +81,13 @@ def share_global_batch(cfg: Config, world_size: int) -> Config:
         The changed config.
 
     Raises:
-        SetupError: The ranks cannot share it equally.
+        UserError: The ranks cannot share it equally.
     """
     if cfg.global_batch_size is None:
         return cfg
     share, rest = divmod(cfg.global_batch_size, world_size)
     if rest or not share:
-        raise SetupError(
+        raise UserError(
             f"global_batch_size={cfg.global_batch_size} cannot be shared equally by {world_size} "
             "ranks: choose a multiple of every number of ranks the run may have"
         )
@@ -109,10 +106,10 @@ def check_wandb(cfg: Config) -> None:
     """Check that wandb is installed if the config uses it.
 
     Raises:
-        SetupError: It is not installed.
+        UserError: It is not installed.
     """
     if cfg.using_wandb and importlib.util.find_spec("wandb") is None:
-        raise SetupError(
+        raise UserError(
             "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
         )
     if cfg.wandb_key:
@@ -123,22 +120,22 @@ def check_step_options(cfg: Config, world: DistContext) -> None:
     """Check the options of the step that depend on this machine.
 
     Raises:
-        SetupError: This machine cannot serve an option.
+        UserError: This machine cannot serve an option.
     """
     on_gpu = world.device.type == "cuda"
     if cfg.grad_reduce_dtype == "bf16" and not on_gpu and world.world_size > 1:
-        raise SetupError(
+        raise UserError(
             "grad_reduce_dtype=bf16 needs GPUs (NCCL): on CPUs gradients are added up in fp32 or "
             "fp16"
         )
     compiler = os.environ.get("CXX", "g++")
     if cfg.compile and not on_gpu and shutil.which(compiler) is None:
-        raise SetupError(
+        raise UserError(
             f"compile=True needs a C++ compiler, and there is no {compiler!r}: install one, name "
             "another in the environment variable CXX, or leave compile out"
         )
     if cfg.compile and on_gpu and importlib.util.find_spec("triton") is None:
-        raise SetupError("compile=True needs triton: pip install triton, or leave compile out")
+        raise UserError("compile=True needs triton: pip install triton, or leave compile out")
     # Triton builds the launchers of its kernels with a C compiler.
     if (
         cfg.compile
@@ -147,7 +144,7 @@ def check_step_options(cfg: Config, world: DistContext) -> None:
             map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ("gcc", "clang"))
         )
     ):
-        raise SetupError(
+        raise UserError(
             "compile=True needs a C compiler for triton, and there is no gcc or clang: install one "
             "(and Python's headers), name another in the environment variable CC, or leave compile "
             "out"

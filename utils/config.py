@@ -1,7 +1,7 @@
 """Reads a config file and `key=value` words into one checked `Config`.
 
 The schema's defaults (configs/base.py) come first, then the module's `config`, then the command
-line. All problems are collected and raised together in one ConfigError.
+line. All problems are collected and raised together in one UserError.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.base import Config
+from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEVER_SAVED = ("wandb_key",)
@@ -52,10 +53,6 @@ VALUE_ALIASES: Mapping[str, Mapping[str, str]] = {
 """Present values by their old spellings, by key."""
 
 
-class ConfigError(ValueError):
-    """A config that cannot be run; the message lists every problem."""
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads the config module at `path` and the `key=value` words after it.
 
@@ -65,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: Words such as `lr=0.02`, `val_targets=[lfw]`, `margin_list=(1.0,0.5,0.0)`.
 
     Raises:
-        ConfigError: There is no such file, it cannot be run, or it has problems, which the message
+        UserError: There is no such file, it cannot be run, or it has problems, which the message
             lists.
     """
     file = find_config_file(path)
@@ -107,7 +104,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{file}: {count}\n{listed}")
+        raise UserError(f"{file}: {count}\n{listed}")
     return config
 
 
@@ -118,11 +115,11 @@ def find_config_file(path: str | Path) -> Path:
         path: Path with or without `.py`, relative to the current folder, else to this repository.
 
     Raises:
-        ConfigError: There is no such file. The message suggests similar names.
+        UserError: There is no such file. The message suggests similar names.
     """
     given = Path(path)
     if not given.name:
-        raise ConfigError(f"{str(path)!r} is no config file: name one, such as configs/ms1mv3_r50")
+        raise UserError(f"{str(path)!r} is no config file: name one, such as configs/ms1mv3_r50")
     names = [given] if given.suffix == ".py" else [given.with_name(given.name + ".py"), given]
     for folder in (Path.cwd(), REPOSITORY):
         for name in names:
@@ -132,7 +129,7 @@ def find_config_file(path: str | Path) -> Path:
     shipped = sorted(p.stem for p in (REPOSITORY / "configs").glob("*.py"))
     near = difflib.get_close_matches(given.stem, shipped, n=3)
     hint = f"; did you mean {' or '.join('configs/' + n for n in near)}?" if near else ""
-    raise ConfigError(f"no config file at {given} (tried with and without .py){hint}")
+    raise UserError(f"no config file at {given} (tried with and without .py){hint}")
 
 
 def save_config(config: Config, path: str | Path, **resolved: object) -> None:
@@ -181,15 +178,15 @@ _FIELD_TYPES: dict[str, Any] = typing.get_type_hints(Config)
 def _read_module(file: Path) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location(f"arcshard_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{file}: not a Python file")
+        raise UserError(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"{file}: running it failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{file}: running it failed: {type(error).__name__}: {error}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Mapping):
-        raise ConfigError(
+        raise UserError(
             f"{file}: no `config` found; define config = EasyDict(...) (any mapping will do)"
         )
     return {str(key): value for key, value in config.items()}

@@ -13,9 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
-class DeviceError(RuntimeError):
-    """The device that was asked for does not exist."""
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,18 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         local_rank: Rank among the processes of this host.
 
     Raises:
-        DeviceError: CUDA is needed, and this host has no GPU or fewer GPUs than ranks.
+        UserError: CUDA is needed, and this host has no GPU or fewer GPUs than ranks.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and count == 0):
         return torch.device("cpu")
     if count == 0:
-        raise DeviceError(
+        raise UserError(
             "device='cuda' was asked for, but this PyTorch sees no GPU; set device=cpu or "
             "device=auto, or install a CUDA build of torch"
         )
     if local_rank >= count:
-        raise DeviceError(
+        raise UserError(
             f"local rank {local_rank} has no GPU: this host has {count}; start at most {count} "
             "processes here (torchrun --nproc_per_node) or set device=cpu"
         )
@@ -76,7 +74,7 @@ def init_distributed(device: str = "auto", timeout_seconds: int = 1800) -> DistC
         timeout_seconds: Timeout of the collectives.
 
     Raises:
-        DeviceError: As in `choose_device`.
+        UserError: As in `choose_device`.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

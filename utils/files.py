@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+TEMPORARY = ".tmp"  # end of the name of an unfinished file
 _TOKEN = ".job"  # file in a staging folder that holds the token of its job
 _LISTED = 20  # number of problems named in an error; the rest is counted
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment it is the old one, the new one, or absent."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears under its name only when the block ends.
+
+    Until then it is `.<name>.<random>.tmp` in the same folder, which must exist. At any moment
+    `path` is the old file, the new one, or absent. After an error in the block it is the old file,
+    and nothing else is left. A killed process leaves the temporary file.
+
+    Args:
+        path: The file.
+        durable: Whether the file and its name are on the disk when this returns.
+    """
+    path = Path(path)
+    # A name may have 255 bytes, which 40 characters and the rest never exceed.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}")
+    with open(temporary, "xb") as file:  # not mkstemp: the umask says who may read it
+        try:
+            yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o644)  # mkstemp gives 0600, but data sets are shared
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+            if durable:
+                os.fsync(file.fileno())
+            file.close()  # a network file system may tell of a full disk here only
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def list_some(problems: Sequence[str], limit: int = _LISTED) -> str:
     """Lists the first problems, one per line, and says how many more there are."""
     more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
     return "\n".join([*problems[:limit], *more])
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes one of many files so that it appears atomically, and makes its folder.
-
-    It is not flushed to the disk by itself: the staging folder that holds the files is renamed when
-    all are there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def staging_folder(out: Path, token: str) -> Path:
@@ -64,6 +79,8 @@ def staging_folder(out: Path, token: str) -> Path:
 
 
 def publish_folder(staging: Path, out: Path) -> None:
-    """Renames the staging folder to `out`, which must not exist."""
+    """Renames the staging folder to `out`, which must not exist, without what kills have left."""
+    for unfinished in staging.rglob(f".*{TEMPORARY}"):
+        unfinished.unlink()
     (staging / _TOKEN).unlink()
     os.rename(staging, out)

@@ -34,10 +34,6 @@ AUTO_MIB = 256
 ALIGNED = 8
 
 
-class WorkspaceTooSmallError(ValueError):
-    """The workspace does not hold even one class."""
-
-
 @dataclass(frozen=True)
 class Workspace:
     """Memory that the fused path may use beside class centers, their state and O(B D).
@@ -148,12 +144,12 @@ def plan_blocks(
         centers_per_class: Number of consecutive rows of a class.
 
     Raises:
-        WorkspaceTooSmallError: Not one class of `centers_per_class` rows fits.
+        ValueError: Not one class of `centers_per_class` rows fits.
     """
     per_class = cost.work * centers_per_class
     budget_bytes = workspace.budget_bytes
     if per_class > budget_bytes:
-        raise WorkspaceTooSmallError(
+        raise ValueError(
             f"a workspace of {budget_bytes / 2**20:.3g} MiB does not hold one class, which needs "
             f"{per_class / 2**20:.3g} MiB at this global batch and embedding size; "
             f"head_workspace_mib must be at least {math.ceil(per_class / 2**20)}"
@@ -235,7 +231,7 @@ class FusedSettings:
             width: D.
 
         Raises:
-            WorkspaceTooSmallError: Not one class fits the budget.
+            ValueError: Not one class fits the budget.
         """
         item, operand = self.dtype.itemsize, self.operand_dtype.itemsize
         half = operand if operand < item or self.has_kernels else 0

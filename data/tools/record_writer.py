@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from data.datasets import DataError
 from data.recordio import RecordError, frame_record, pack_range, pack_record
 from data.tools.manifest import ManifestLines, entry_of, read_manifest
-from utils.files import write_atomically
+from utils.files import atomic_write
 
 INSIGHTFACE, IM2REC = "insightface", "im2rec"
 STYLES = (INSIGHTFACE, IM2REC)
@@ -249,7 +249,8 @@ class RecordSetWriter:
             "num_images": self.num_images,
             "progress": self.progress,
         }
-        write_atomically(self._staging / _STATE, json.dumps(state).encode())
+        with atomic_write(self._staging / _STATE) as noted:
+            noted.write(json.dumps(state).encode())
         self._last_note = time.monotonic()
 
     def _publish(self) -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data.class_names import read_label_map
 from data.datasets import DataError, MissingDataError, check_label
-from data.decode import ImageError, decode_image, image_size
+from data.decode import decode_image, image_size
 from data.index import is_header_record, read_property
 from data.recordio import (
     RECORD_HEADER,
@@ -23,6 +23,7 @@ from data.tools.image_records import rec_path
 from data.tools.record_writer import IM2REC, INSIGHTFACE, RecordSetWriter
 from data.tools.report import Report
 from data.tools.scan import Damage, rebuild_index, scan_on, write_index
+from utils.errors import UserError
 
 
 def fix(data: Path, out: Path, *, force: bool = False) -> tuple[Report, int]:
@@ -79,7 +80,7 @@ def fix(data: Path, out: Path, *, force: bool = False) -> tuple[Report, int]:
                         continue
                     label = check_label(class_of(header), None, partial(str, where))
                     decode_image(image, where)
-                except (RecordError, DataError, ImageError) as error:
+                except UserError as error:
                     report.add("images", "left out", str(error))
                     continue
                 writer.add_payload(payload, label)
@@ -100,7 +101,7 @@ def _usual_size(reader: RecordReader, sample: int = 1000) -> tuple[int, int]:
         try:
             image = unpack_record(reader.read_at(place.offset, end=place.end))[1]
             size = image_size(image, "image")
-        except (RecordError, ImageError):
+        except UserError:
             continue
         sizes[size] = sizes.get(size, 0) + 1
     return max(sizes, key=lambda size: sizes[size], default=(112, 112))

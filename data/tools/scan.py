@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from data.recordio import (
     RecordReader,
     padded,
 )
-from utils.files import write_atomically
+from utils.files import atomic_write
 
 _BLOCK_BYTES = 1 << 20
 
@@ -148,4 +147,5 @@ def rebuild_index(
 def write_index(path: str | os.PathLike[str], index: RecordIndex) -> None:
     """Writes an .idx file atomically."""
     lines = zip(index.keys.tolist(), index.offsets.tolist(), strict=True)
-    write_atomically(Path(path), b"".join(b"%d\t%d\n" % line for line in lines))
+    with atomic_write(path) as file:
+        file.writelines(b"%d\t%d\n" % line for line in lines)

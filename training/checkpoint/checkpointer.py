@@ -5,7 +5,7 @@
     checkpoints/latest           the name of the newest; best: of the best so far
 
 The pointers are replaced last. A folder with a final name is complete, because it was read back
-before it was renamed. What a killed process leaves (`*.saving`, `*.deleting`, `*.tmp`) is removed
+before it was renamed. What a killed process leaves (`*.saving`, `*.deleting`, `.*.tmp`) is removed
 at the next start. A checkpoint that no longer matches its checksums is renamed (`*.damaged`), never
 used and never deleted.
 """
@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -33,6 +32,8 @@ from torch import Tensor
 from training.checkpoint import sharded_io
 from training.checkpoint.sharded_io import FileDigest, State, StorageError, TensorShard
 from utils.distributed import DistContext
+from utils.errors import UserError
+from utils.files import TEMPORARY, atomic_write, sync_folder
 
 logger = logging.getLogger("train")
 
@@ -42,9 +43,13 @@ MANIFEST = "checkpoint.json"
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
 _SAVING, _DELETING, _DAMAGED = ".saving", ".deleting", ".damaged"
+# The last two are the pointers' of earlier versions.
+_UNFINISHED = re.compile(
+    rf"{_NAME.pattern}({_SAVING}|{_DELETING})|\..+{TEMPORARY}|{LATEST}\.tmp|{BEST}\.tmp"
+)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written or used. The message says why."""
 
 
@@ -123,9 +128,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Remove what a killed process left unfinished."""
+    """Remove what a killed process left unfinished in the folder of a run or of checkpoints."""
     for path in folder.glob("*") if folder.is_dir() else ():
-        if path.name.endswith((_SAVING, _DELETING)) or path.name.endswith(".tmp"):
+        if _UNFINISHED.fullmatch(path.name):
             logger.info("removing what an interrupted process left: %s", path)
             _remove(path)
 
@@ -136,7 +141,7 @@ def remove_after(folder: Path, step: int) -> None:
         if step_of(path) > step:
             _remove(path)
     last = [path for path in list_checkpoints(folder) if step_of(path) <= step]
-    write_whole(folder / LATEST, f"{last[-1].name}\n")
+    _point(folder / LATEST, last[-1])
 
 
 def find_corruption(found: Checkpoint, rank: int = 0, world_size: int = 1) -> str | None:
@@ -378,17 +383,18 @@ class Checkpointer:
 
     def _publish(self, aside: Path, target: Path, manifest: Manifest, is_best: bool) -> None:
         """Rename a checkpoint that all ranks have written, update pointers, remove expired ones."""
-        write_whole(aside / MANIFEST, manifest.to_text())
+        with atomic_write(aside / MANIFEST) as file:
+            file.write(manifest.to_text().encode())
         if Manifest.read(aside) != manifest:
             raise StorageError(f"{aside / MANIFEST} does not read back as it was written")
-        _sync(aside)
+        sync_folder(aside)
         if target.exists():  # an earlier attempt at this step
             target.rename(target.with_name(target.name + _DELETING))
         aside.rename(target)
-        _sync(self.folder)
-        write_whole(self.folder / LATEST, target.name + "\n")
+        sync_folder(self.folder)
+        _point(self.folder / LATEST, target)
         if is_best:
-            write_whole(self.folder / BEST, target.name + "\n")
+            _point(self.folder / BEST, target)
         for path in self.expired():
             doomed = path.with_name(path.name + _DELETING)
             path.rename(doomed)
@@ -410,23 +416,9 @@ def resolve_pointer(folder: Path, pointer: str) -> Path | None:
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file atomically; it is on disk when this returns."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _point(pointer: Path, checkpoint: Path) -> None:
+    with atomic_write(pointer) as file:
+        file.write(f"{checkpoint.name}\n".encode())
 
 
 def _make_empty(folder: Path) -> None:

@@ -22,9 +22,10 @@ from data.datasets import DataError, ImageDataset
 from data.fingerprint import join_samples
 from dataset import open_datasets
 from training.checkpoint import sharded_io
-from training.checkpoint.checkpointer import Checkpoint, CheckpointError, RankGroup, write_whole
+from training.checkpoint.checkpointer import Checkpoint, CheckpointError, RankGroup
 from training.checkpoint.resume import find_at
 from training.checkpoint.sharded_io import StorageError, TensorShard
+from utils.files import atomic_write
 
 logger = logging.getLogger("train")
 
@@ -212,7 +213,8 @@ def remember_class_names(source: ImageDataset, folder: Path) -> None:
         logger.warning("this run will not know the names of its classes: %s", error)
         return
     if text is not None:
-        write_whole(folder / LABEL_MAP, text)
+        with atomic_write(folder / LABEL_MAP) as file:
+            file.write(text.encode())
 
 
 def _names(found: Checkpoint, said: str) -> list[str]:

@@ -53,7 +53,7 @@ def time_step(
         Seconds of everything else, of the head, and of the teacher.
 
     Raises:
-        SetupError: The parts cannot be built.
+        UserError: The parts cannot be built.
     """
     if device.type == "cpu":
         keep_freed_memory()

@@ -195,7 +195,7 @@ def estimate_requirements(
         The estimate.
 
     Raises:
-        SetupError: The network or the head cannot be built so, or the teacher does not fit.
+        UserError: The network or the head cannot be built so, or the teacher does not fit.
         WeightsError: The teacher's file cannot be used.
         FileNotFoundError: There is no such teacher.
     """

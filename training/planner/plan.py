@@ -24,15 +24,12 @@ from training.planner.roofline import (
     this_cpu,
 )
 from training.precision import Precision, choose_precision, named_policy
-from training.setup import SetupError, share_global_batch
+from training.setup import share_global_batch
 from utils.distributed import DistContext
+from utils.errors import UserError
 
 # What a process holds beside its tensors: Python, libraries, the context of CUDA.
 PROCESS_GIB = {"cpu": 0.3, "cuda": 0.8}
-
-
-class PlanError(ValueError):
-    """There is no plan for this. The message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,8 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     """Estimate memory and time of `cfg` as it would run.
 
     Raises:
-        PlanError: The machine lacks the precision, or an epoch has less than one global batch.
-        SetupError: The parts of the run cannot be built.
+        UserError: The machine lacks the precision, an epoch has less than one global batch, or
+            the parts of the run cannot be built.
     """
     cfg = share_global_batch(cfg, setting.world_size)
     machine, world_size = setting.machine, setting.world_size
@@ -122,7 +119,7 @@ def make_plan(cfg: Config, setting: Setting) -> Plan:
     global_batch = cfg.batch_size * world_size * cfg.gradient_acc
     steps_per_epoch = setting.num_images // global_batch
     if steps_per_epoch == 0:
-        raise PlanError(
+        raise UserError(
             f"an epoch has {setting.num_images} images, less than one global batch of "
             f"{global_batch}: lower batch_size, gradient_acc or --world-size"
         )
@@ -152,13 +149,13 @@ def policy(cfg: Config, machine: Machine) -> Precision:
     """Return the precision of `cfg` on that machine, which may be another one than this.
 
     Raises:
-        PlanError: The machine does not have it.
+        UserError: The machine does not have it.
     """
     if device_type(machine) == "cpu":
         return choose_precision(cfg.precision, cfg.fp16, torch.device("cpu"))[0]
     wanted = cfg.precision or ("fp16" if cfg.fp16 else None)
     if wanted in ("bf16", "tf32") and not machine.has_bf16:  # both came with the same GPUs
-        raise PlanError(f"precision={wanted}: a {machine.name} has none; precision=fp16 or fp32")
+        raise UserError(f"precision={wanted}: a {machine.name} has none; precision=fp16 or fp32")
     return named_policy(wanted, machine.has_bf16)
 
 
@@ -205,7 +202,7 @@ def what_would_fit(cfg: Config, setting: Setting) -> list[tuple[str, Plan]]:
     for words, changed, ranks in changes(cfg, setting.world_size):
         try:
             plan = make_plan(changed, dataclasses.replace(setting, world_size=ranks))
-        except (PlanError, SetupError):  # not possible here: an epoch too short, for example
+        except UserError:  # not possible here: an epoch too short, for example
             continue
         if plan.needs.footprint.total < 0.99 * now:
             found.append((words, plan))
@@ -246,18 +243,18 @@ def choose_machine(name: str | None) -> Machine:
     """Return the machine of that name, or this machine for None.
 
     Raises:
-        PlanError: The name is unknown, or the GPU of this machine is not in the table.
+        UserError: The name is unknown, or the GPU of this machine is not in the table.
     """
     if name is None and torch.cuda.is_available():
         here = torch.cuda.get_device_properties(0)
         known = here.name.lower().replace(" ", "")
         of_table = next((key for key in GPUS if key in known), None)
         if of_table is None:
-            raise PlanError(f"{here.name}: not in the table; pass --gpu {'|'.join(GPUS)}")
+            raise UserError(f"{here.name}: not in the table; pass --gpu {'|'.join(GPUS)}")
         # Some GPUs have the same name but another size of memory.
         return dataclasses.replace(GPUS[of_table], memory_gib=here.total_memory / 2**30)
     if name is None or name == "cpu":
         return this_cpu()
     if name not in GPUS:
-        raise PlanError(f"--gpu {name}: known are {', '.join(GPUS)} and cpu")
+        raise UserError(f"--gpu {name}: known are {', '.join(GPUS)} and cpu")
     return GPUS[name]
