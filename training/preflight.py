@@ -173,12 +173,13 @@ def _check_folder(own: Path, bytes_needed: int) -> dict[str, str]:
     output = f"output={str(own.parent)!r}"
     try:
         own.touch()
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error}); choose a folder with output=..."
+        return {"output": f"{output} {problem}"}
+    try:
         free = shutil.disk_usage(own.parent).free
     except OSError as error:
-        return {
-            "output": f"{output} cannot be written ({error.strerror or error}); choose a folder "
-            "with output=..."
-        }
+        return {"room": f"{output} does not say how much room it has ({error})"}
     if free >= bytes_needed:
         return {}
     return {
