@@ -195,6 +195,15 @@ def test_conversion_keeps_what_the_layer_was():
     assert new.weight is not layer.weight
 
 
+@pytest.mark.parametrize("dim", [None, 0, 1])
+def test_conversion_leaves_the_layer_its_own_values(dim):
+    layer = nn.Linear(4, 3)
+    new = convert_parallel_linear(layer, dim)
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(new.get_parameter(name), parameter)
+        assert new.get_parameter(name).data_ptr() != parameter.data_ptr()
+
+
 def test_conversion_refuses_shared_weights():
     model = nn.ModuleDict({"table": nn.Embedding(5, 4), "out": nn.Linear(4, 5)})
     model["out"].weight = model["table"].weight

@@ -229,7 +229,8 @@ def _converted(
             device="meta",
             dtype=layer.weight.dtype,
         )
-    new.load_state_dict(relocate_state_dict(new, layer.state_dict()), assign=True)
+    whole = {name: value.clone() for name, value in layer.state_dict().items()}
+    new.load_state_dict(relocate_state_dict(new, whole), assign=True)
     for name, parameter in layer.named_parameters():
         new.get_parameter(name).requires_grad_(parameter.requires_grad)
     return new.train(layer.training)
