@@ -32,6 +32,7 @@ from arcshard.parallel.split import (
     fill_split,
     local_part,
     mark_split,
+    parallel_splits,
     register_parallel_dim,
 )
 from arcshard.parallel.state_dict import relocate_state_dict
@@ -229,8 +230,9 @@ def _converted(
             device="meta",
             dtype=layer.weight.dtype,
         )
-    whole = {name: value.clone() for name, value in layer.state_dict().items()}
-    new.load_state_dict(relocate_state_dict(new, whole), assign=True)
+    parts = relocate_state_dict(new, layer.state_dict())
+    whole = parts.keys() - parallel_splits(new).keys()  # these are still the layer's own
+    new.load_state_dict(parts | {name: parts[name].clone() for name in whole}, assign=True)
     for name, parameter in layer.named_parameters():
         new.get_parameter(name).requires_grad_(parameter.requires_grad)
     return new.train(layer.training)
