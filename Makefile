@@ -24,7 +24,7 @@ $(READY): requirement.txt requirement-dev.txt constraints.txt
 
 install: $(READY)  ## the environment in .venv
 
-demo: $(READY)  ## generated faces: train on 2 ranks, verify, export, plot (about 5 minutes)
+demo: $(READY)  ## generated images: train on 2 ranks, verify, export, plot (about 5 minutes)
 	$(PY) -m scripts.demo
 
 lint: $(READY)  ## ruff (rules and format) and mypy

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_faults [--quick] [--json FILE] [--seed 0]
 
-The runs are real processes on the CPU, 2 to 4 ranks, on drawn faces (scripts/make_synthetic.py),
-with configs/demo made small. At a random moment one rank or all are killed (SIGKILL), in two of
+The runs are real processes on the CPU, 2 to 4 ranks, on images of scripts/make_synthetic.py, with
+configs/demo made small. At a random moment one rank or all are killed (SIGKILL), in two of
 three runs while a checkpoint is being written. The remaining ranks end by themselves or are killed
 as well. The run is started again with resume=auto:
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_noise [--quick] [--json FILE]
 
-This is the published noisy-label experiment (WF12M-Flip) at a size for a CPU: drawn faces
+This is the published noisy-label experiment (WF12M-Flip) at a size for a CPU: generated images
 (scripts/make_synthetic.py) with 40 % of the labels flipped (scripts/make_noise.py). configs/demo
 trains for two epochs with the plain head (the baseline) and with the published remedy: a tenth of
-the classes sampled and those beyond a cosine of 0.4 filtered. Both use the same faces, flips,
+the classes sampled and those beyond a cosine of 0.4 filtered. Both use the same images, flips,
 initial weights and order; another seed changes all four. Accuracy (flip) is that on pairs of
 identities not in training, whose labels are right. Figures are medians over seeds; the margin is
 the difference in accuracy.

@@ -1,4 +1,4 @@
-"""The demo: procedurally drawn faces (scripts/make_synthetic.py), two ranks, a few minutes."""
+"""The demo: generated images (scripts/make_synthetic.py), two ranks, a few minutes."""
 
 from easydict import EasyDict
 

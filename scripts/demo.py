@@ -1,8 +1,8 @@
-"""`make demo`: draws faces, trains, verifies and exports, in about five minutes on 2 cores.
+"""`make demo`: makes images, trains, verifies and exports, in about five minutes on 2 cores.
 
-It draws a set of faces, trains configs/demo on 2 ranks (or on the GPUs of the machine), verifies on
-identities that are not in training, exports to ONNX and compares, draws the curves, and ends with
-one line of results.
+It makes a set of images, trains configs/demo on 2 ranks (or on the GPUs of the machine), verifies
+on identities that are not in training, exports to ONNX and compares, draws the curves, and ends
+with one line of results.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from utils.cli import cli_command
 from utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DATA = Path("demo_data")  # drawn anew each time; other folders are not replaced
+DATA = Path("demo_data")  # made anew each time; other folders are not replaced
 
 
 @cli_command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns 0 if the whole job succeeded."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help="where the drawn faces go")
+    parser.add_argument("--data", type=Path, default=DATA, help="where the images go")
     parser.add_argument("--output", type=Path, default=Path("work_dirs/demo"))
     parser.add_argument("--identities", type=int, default=300)
     parser.add_argument("--images-per-identity", type=int, default=14)
@@ -69,13 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     roc = plot_roc(
         {"trained": roc_of(Embedder(trained), faces), "untrained": untrained_roc},
         options.output / "roc.png",
-        title="Drawn faces, people not in training",
+        title="Generated images, identities not in training",
     )
     print(
         f"demo: accuracy {trained_accuracy:.4f} on unseen identities (untrained network "
         f"{untrained_accuracy:.4f}) in {time.monotonic() - start:.0f} s; everything is in "
         f"{options.output}: model.pt, model.onnx, {curve.name}, {roc.name}, training.log, "
-        f"metrics.jsonl; the drawn faces are in {options.data}"
+        f"metrics.jsonl; the images are in {options.data}"
     )
     return 0
 

@@ -473,11 +473,11 @@ def test_the_shared_pairs_file_parses(shared_dir: Path) -> None:
     assert all((pair.first[0] == pair.second[0]) == pair.same for pair in pairs)
 
 
-# ---------------------------------------------------------------- synthetic faces
+# ---------------------------------------------------------------- synthetic images
 
 
 @pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synthetic")
     synthetic.make_synthetic(
         out, identities=6, images_per_identity=4, verification_pairs=40, size=64, num_processes=1
@@ -485,27 +485,37 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_synthetic_faces_are_a_record_set_and_balanced_folds(faces: Path) -> None:
-    source = RecordDataset(faces, input_size=64)
+def test_synthetic_images_are_a_record_set_and_balanced_folds(generated: Path) -> None:
+    source = RecordDataset(generated, input_size=64)
     assert (len(source), source.num_classes) == (24, 6)
     assert [source.read(i)[1] for i in range(24)] == [i // 4 for i in range(24)]
-    images, same = pickle.loads((faces / "synthetic.bin").read_bytes())
+    images, same = pickle.loads((generated / "synthetic.bin").read_bytes())
     assert len(images) == 80
     assert same == [True, True, False, False] * 10
     assert len(set(images)) == 80
-    assert decode_image(images[0], "face").shape == (64, 64, 3)
+    assert decode_image(images[0], "image").shape == (64, 64, 3)
 
 
-def test_verification_people_keep_to_their_fold_and_pairs_are_what_they_say() -> None:
-    faces, same = synthetic.verification_plan(200, seed=3)
-    pairs = list(zip(faces[0::2], faces[1::2], strict=True))
+def test_synthetic_images_of_one_identity_are_alike_and_not_the_same() -> None:
+    pairs = [synthetic.draw_encoded((0, 0, identity, (0, 1), 32)) for identity in range(100)]
+    pixels = np.array([[decode_image(image, "image").ravel() for image in pair] for pair in pairs])
+    unit = pixels - pixels.mean(axis=2, keepdims=True)
+    unit /= np.linalg.norm(unit, axis=2, keepdims=True)
+    cosine = unit[:, 0] @ unit[:, 1].T  # of the first image of each identity and a second one
+    assert 0.1 < cosine.diagonal().mean() < 0.4
+    assert abs(cosine[~np.eye(100, dtype=bool)].mean()) < 0.02
+
+
+def test_verification_identities_keep_to_their_fold_and_pairs_are_what_they_say() -> None:
+    images, same = synthetic.verification_plan(200, seed=3)
+    pairs = list(zip(images[0::2], images[1::2], strict=True))
     assert all((a[0] == b[0]) == answer for (a, b), answer in zip(pairs, same, strict=True))
-    assert len(set(faces)) == 400
-    folds = [{f[0] for f in faces[i : i + 40]} for i in range(0, 400, 40)]
+    assert len(set(images)) == 400
+    folds = [{f[0] for f in images[i : i + 40]} for i in range(0, 400, 40)]
     assert all(not a & b for i, a in enumerate(folds) for b in folds[:i])
 
 
-def test_synthetic_faces_depend_on_the_seed_only(faces: Path, tmp_path: Path) -> None:
+def test_synthetic_images_depend_on_the_seed_only(generated: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         synthetic.make_synthetic(
             tmp_path / str(seed),
@@ -517,13 +527,38 @@ def test_synthetic_faces_depend_on_the_seed_only(faces: Path, tmp_path: Path) ->
             num_processes=2 if seed == 0 else 1,
         )
     for name in ("train.rec", "train.idx", "synthetic.bin"):
-        assert (tmp_path / "0" / name).read_bytes() == (faces / name).read_bytes()
-    assert (tmp_path / "1" / "train.rec").read_bytes() != (faces / "train.rec").read_bytes()
+        assert (tmp_path / "0" / name).read_bytes() == (generated / name).read_bytes()
+    assert (tmp_path / "1" / "train.rec").read_bytes() != (generated / "train.rec").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--verification-pairs", "30"], "verification_pairs=30: 10 folds, each half same"),
+        (["--verification-pairs", "20"], "need a multiple of 20, at least 40"),
+        (["--identities", "0"], "identities=0, images_per_identity=15, size=112, seed=0: allowed"),
+        (["--seed", "-1"], "seed=-1: allowed are 1 or more, 1 or more, 16 or more, 0 or more"),
+    ],
+)
 def test_numbers_that_do_not_fit_end_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert synthetic.main([str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert files_below(tmp_path) == []
+
+
+def test_an_existing_synthetic_set_is_replaced_only_by_force(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert synthetic.main([str(tmp_path), "--verification-pairs", "30"]) == 2
-    assert "need a multiple of 20" in capsys.readouterr().err
-    assert files_below(tmp_path) == []
+    words = [str(tmp_path), "--identities", "2", "--images-per-identity", "2", "--size", "32"]
+    words += ["--verification-pairs", "40"]
+    assert synthetic.main(words) == 0
+    assert "4 images of 2 identities, and synthetic.bin with 40 pairs" in capsys.readouterr().out
+    before = files_below(tmp_path)
+    assert synthetic.main([*words, "--seed", "1"]) == 2
+    assert "synthetic.bin already exists; --force replaces it" in capsys.readouterr().err
+    assert files_below(tmp_path) == before
+    first = (tmp_path / "train.rec").read_bytes()
+    assert synthetic.main([*words, "--seed", "1", "--force"]) == 0
+    assert (tmp_path / "train.rec").read_bytes() != first
