@@ -92,7 +92,7 @@ def _suffix(head: bytes) -> str:
     return next((suffix for magic, suffix in _SUFFIXES if head.startswith(magic)), ".img")
 
 
-@cli_command("stopped; the same command goes on from here")
+@cli_command("stopped; the same command resumes here")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit code: 0, 2 with a message on stderr, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(

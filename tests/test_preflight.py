@@ -109,7 +109,7 @@ def test_a_folder_one_rank_cannot_write_is_named_with_the_rank(ranks, tmp_path):
 
 def test_too_little_room_is_said_with_both_sizes(ranks, tmp_path):
     message = refusal(ranks, 2, SAME, [str(tmp_path)], 2**60)
-    assert "preflight (room): ranks 0-1 (host " in message
+    assert "preflight (disk space): ranks 0-1 (host " in message
     assert "GiB free, and the checkpoints of this run need 1,073,741,824.00 GiB" in message
     assert "keep_checkpoints" in message
 

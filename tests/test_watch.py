@@ -1,4 +1,4 @@
-"""Watch: collapse is found, a saved watch goes on, and the policy decides."""
+"""Watch: collapse is found, a saved watch resumes, and the policy decides."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def find_stragglers(own_marks: int, before: Reading, after: Reading) -> tuple[in
         after: The later reading.
 
     Returns:
-        The kind of the rank that is most to blame, what is wrong in words, and the table.
+        The kind of the rank that is most to blame, what is wrong as a sentence, and the table.
     """
     rows = []
     for rank, now in after.items():

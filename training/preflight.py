@@ -161,7 +161,7 @@ def _problems(found: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str:
 
 
 def _by_value(values: Sequence[str | None], hosts: Sequence[str]) -> dict[str | None, str]:
-    """Return the ranks that have a value, in words, for every value."""
+    """Return the ranks that have a value, as text, for every value."""
     ranks: dict[str | None, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
@@ -179,13 +179,13 @@ def _check_folder(own: Path, bytes_needed: int) -> dict[str, str]:
     try:
         free = shutil.disk_usage(own.parent).free
     except OSError as error:
-        return {"room": f"{output} does not say how much room it has ({error})"}
+        return {"disk space": f"{output} does not say how much space is free ({error})"}
     if free >= bytes_needed:
         return {}
     return {
-        "room": f"{output} has {free / 2**30:,.2f} GiB free, and the checkpoints of this run need "
-        f"{bytes_needed / 2**30:,.2f} GiB: make room, keep fewer (keep_checkpoints), or choose "
-        "another output"
+        "disk space": f"{output} has {free / 2**30:,.2f} GiB free, and the checkpoints of this run "
+        f"need {bytes_needed / 2**30:,.2f} GiB: free some of it, keep fewer (keep_checkpoints), "
+        "or choose another output"
     }
 
 
