@@ -13,7 +13,6 @@ before training, or a second one.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shutil
@@ -56,7 +55,7 @@ from training.signals import StopSignals
 from training.state import Progress, RunState
 from training.validation import CUT_SHORT, Validation
 from utils.cli import EXIT_BAD_INPUT, cli_command
-from utils.config import describe_fields, load_config, plain_values, save_config
+from utils.config import describe_keys, load_config, plain_values, save_config
 from utils.distributed import (
     DistContext,
     barrier,
@@ -192,7 +191,7 @@ def _wandb(cfg: Config, world: DistContext, folder: Path) -> object:
         notes=cfg.notes,
         group=name,
         folder=folder,
-        settings={k: v for k, v in vars(cfg).items() if k != "wandb_key"},
+        settings=dict(vars(cfg)),
     )
 
 
@@ -200,9 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, CONFIG [key=value ...], and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        print("Keys of a config, with defaults:\n")
-        print(describe_fields())
+        print(f"{__doc__}\n{describe_keys()}\n\n{describe_choices()}")
         return 0 if words else EXIT_BAD_INPUT
     is_dry = "--dry-run" in words
     try:
@@ -221,8 +218,7 @@ def run(words: Sequence[str], is_dry: bool = False) -> int:
         cfg = load_config(words[0], words[1:])
         world = init_distributed(cfg.device)
         if is_dry:
-            cfg = dataclasses.replace(
-                cfg,
+            cfg = cfg.replace(
                 output=f"{cfg.output}.dry_run",
                 max_steps=2,
                 resume="never",

@@ -60,7 +60,7 @@ from benchmarks.comparison import (
     table_row,
 )
 from benchmarks.runs import Reading, RunFailed, in_a_process, run_training
-from configs.base import Config
+from configs.base import default_of
 from scripts.flops import describe
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -270,7 +270,7 @@ def utilization(
         samples_per_second: Measured speed.
         peak: FLOP/s.
     """
-    width = Config.embedding_size
+    width = default_of("embedding_size")
     backbone = 3 * describe(network, {"num_features": width})["flops"]
     head = 3 * 2 * width * num_classes
     per_second = samples_per_second / peak
@@ -361,7 +361,7 @@ def report(bench: Bench, chosen: Sequence[Row], options: argparse.Namespace) -> 
 
     say(
         f"{time.strftime('%Y-%m-%d')}, {where}, {threads} threads, torch {torch.__version__}, "
-        f"D = {Config.embedding_size}, {source}; medians of {bench.repeats} runs of "
+        f"D = {default_of('embedding_size')}, {source}; medians of {bench.repeats} runs of "
         f"{bench.steps * INTERVALS} steps, the first {bench.steps} left out\n"
     )
     say(f"    python -m benchmarks.bench_train {' '.join(options.words)}\n")

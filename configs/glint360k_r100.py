@@ -2,13 +2,13 @@
 
 from easydict import EasyDict
 
+from configs.datasets import GLINT360K, VAL_TARGETS
+
 config = EasyDict(
-    rec="/train_tmp/glint360k",
-    num_classes=360_232,
-    num_image=17_091_657,
+    GLINT360K,
     network="r100",
     margin_list=(1.0, 0.0, 0.4),
     weight_decay=0.0001,
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
 )

@@ -2,14 +2,14 @@
 
 from easydict import EasyDict
 
+from configs.datasets import MS1MV2, VAL_TARGETS
+
 config = EasyDict(
-    rec="/train_tmp/faces_emore",
-    num_classes=85_742,
-    num_image=5_822_653,
+    MS1MV2,
     network="mbf",
     margin_gradient="straight_through",
     weight_decay=0.0001,
     num_epoch=40,
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
 )

@@ -2,12 +2,12 @@
 
 from easydict import EasyDict
 
+from configs.datasets import MS1MV2, VAL_TARGETS
+
 config = EasyDict(
-    rec="/train_tmp/faces_emore",
-    num_classes=85_742,
-    num_image=5_822_653,
+    MS1MV2,
     network="r100",
     margin_gradient="straight_through",
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
 )

@@ -2,14 +2,14 @@
 
 from easydict import EasyDict
 
+from configs.datasets import MS1MV3, VAL_TARGETS
+
 config = EasyDict(
-    rec="/train_tmp/ms1m-retinaface-t1",
-    num_classes=93_431,
-    num_image=5_179_510,
+    MS1MV3,
     network="mbf",
     margin_gradient="straight_through",
     weight_decay=0.0001,
     num_epoch=40,
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
 )

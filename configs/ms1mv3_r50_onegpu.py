@@ -2,12 +2,12 @@
 
 from easydict import EasyDict
 
+from configs.datasets import MS1MV3, VAL_TARGETS
+
 config = EasyDict(
-    rec="/train_tmp/ms1m-retinaface-t1",
-    num_classes=93_431,
-    num_image=5_179_510,
+    MS1MV3,
     margin_gradient="straight_through",
     lr=0.02,
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
 )

@@ -2,10 +2,10 @@
 
 from easydict import EasyDict
 
+from configs.datasets import WEBFACE12M_CONFLICT
+
 config = EasyDict(
-    rec="/train_tmp/WebFace12M_Conflict",
-    num_classes=1_017_970,
-    num_image=12_720_066,
+    WEBFACE12M_CONFLICT,
     margin_list=(1.0, 0.0, 0.4),
     sample_rate=0.3,
     interclass_filtering_threshold=0.4,

@@ -2,10 +2,10 @@
 
 from easydict import EasyDict
 
+from configs.datasets import WEBFACE12M_FLIP40
+
 config = EasyDict(
-    rec="/train_tmp/WebFace12M_FLIP40",
-    num_classes=617_970,
-    num_image=12_720_066,
+    WEBFACE12M_FLIP40,
     margin_list=(1.0, 0.0, 0.4),
     warmup_epoch=2,
     fp16=True,

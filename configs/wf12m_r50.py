@@ -2,10 +2,10 @@
 
 from easydict import EasyDict
 
+from configs.datasets import WEBFACE12M
+
 config = EasyDict(
-    rec="/train_tmp/WebFace12M",
-    num_classes=617_970,
-    num_image=12_720_066,
+    WEBFACE12M,
     margin_list=(1.0, 0.0, 0.4),
     fp16=True,
 )

@@ -2,10 +2,10 @@
 
 from easydict import EasyDict
 
+from configs.datasets import VAL_TARGETS, WEBFACE42M
+
 config = EasyDict(
-    rec="/train_tmp/WebFace42M",
-    num_classes=2_059_906,
-    num_image=42_474_557,
+    WEBFACE42M,
     network="r100",
     margin_list=(1.0, 0.0, 0.4),
     sample_rate=0.2,
@@ -13,5 +13,5 @@ config = EasyDict(
     batch_size=256,
     warmup_epoch=1,
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
 )

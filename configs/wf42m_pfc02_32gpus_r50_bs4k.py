@@ -2,15 +2,15 @@
 
 from easydict import EasyDict
 
+from configs.datasets import VAL_TARGETS, WEBFACE42M
+
 config = EasyDict(
-    rec="/train_tmp/WebFace42M",
-    num_classes=2_059_906,
-    num_image=42_474_557,
+    WEBFACE42M,
     margin_list=(1.0, 0.0, 0.4),
     sample_rate=0.2,
     lr=0.4,
     warmup_epoch=2,
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
     verbose=10000,
 )

@@ -2,10 +2,10 @@
 
 from easydict import EasyDict
 
+from configs.datasets import WEBFACE42M
+
 config = EasyDict(
-    rec="/train_tmp/WebFace42M",
-    num_classes=2_059_906,
-    num_image=42_474_557,
+    WEBFACE42M,
     network="vit_b_dp005_mask_005",
     gradient_checkpointing=True,  # as the published model always does
     margin_list=(1.0, 0.0, 0.4),

@@ -2,11 +2,11 @@
 
 from easydict import EasyDict
 
+from configs.datasets import VAL_TARGETS, WEBFACE4M
+
 config = EasyDict(
-    rec="/train_tmp/WebFace4M",
-    num_classes=205_990,
-    num_image=4_235_242,
+    WEBFACE4M,
     margin_list=(1.0, 0.0, 0.4),
     fp16=True,
-    val_targets=["lfw", "cfp_fp", "agedb_30"],
+    val_targets=VAL_TARGETS,
 )

@@ -20,7 +20,6 @@ have no complete momentum: it starts at zero, and the command says so.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -83,8 +82,7 @@ def import_checkpoint(
     # This process builds the whole run: one rank with the global batch of all ranks.
     world = DistContext(0, 0, 1, torch.device("cpu"))
     parts = build(
-        dataclasses.replace(
-            cfg,
+        cfg.replace(
             batch_size=cfg.global_batch_size or cfg.batch_size * cfg.gradient_acc * ranks,
             gradient_acc=1,
             global_batch_size=None,

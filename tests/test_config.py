@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from configs.base import Config
-from utils.config import describe_fields, load_config, save_config
+from backbones import model_names
+from configs.base import LOSSES, Config
+from training.help import describe_all, describe_key
+from utils.config import ALIASES, load_config, plain_values, save_config
 from utils.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SHIPPED = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "base"))
+NO_RUNS = ("__init__", "base", "datasets")
+SHIPPED = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in NO_RUNS)
 
 
 @pytest.fixture
@@ -50,6 +55,9 @@ def test_the_published_runs_have_their_published_settings(shared_dir):
         for key, text in row.items():
             if key == "output":
                 continue
+            if key == "dali_aug":  # it became a set of augmentations
+                assert config.augment == (["dali_aug"] if text == "True" else [])
+                continue
             value = getattr(config, key)
             if text == "":
                 assert value == getattr(defaults, key), (config.output, key)
@@ -70,7 +78,7 @@ def test_shipped_configs_state_only_their_differences():
     for name in SHIPPED:
         namespace: dict = {}
         exec((CONFIGS / f"{name}.py").read_text(), namespace)
-        same = [k for k, v in namespace["config"].items() if defaults[k] == v]
+        same = [k for k, v in namespace["config"].items() if k not in ALIASES and defaults[k] == v]
         assert not same, f"configs/{name}.py repeats the default of {same}"
 
 
@@ -157,7 +165,7 @@ def test_an_old_key_with_a_value_it_never_had_is_explained(write_config, old, me
 
 
 def test_an_old_key_on_the_command_line_with_a_wrong_value_is_explained(write_config):
-    with pytest.raises(UserError, match="'zero=maybe': bool needed"):
+    with pytest.raises(UserError, match="zero='maybe': zero is zero_stage now"):
         load_config(write_config(SMALL), ["zero=maybe"])
     with pytest.raises(UserError, match="head_device is head_offload now"):
         load_config(write_config(SMALL), ["head_device=gpu"])
@@ -175,7 +183,7 @@ def test_all_problems_are_reported_at_once(write_config):
     for words in (
         "7 problems",
         "unknown key 'lrr'",
-        "nearest known: lr",
+        "did you mean lr?",
         "batch_size='x'",
         "momentum=2.0",
         "sample_rate=1.5",
@@ -189,12 +197,12 @@ def test_all_problems_are_reported_at_once(write_config):
 @pytest.mark.parametrize(
     ("word", "words"),
     [
-        ("lr=fast", "float needed"),
+        ("lr=fast", "a number of at least 0"),
         ("lr=nan", "finite"),
-        ("batch_size=1.5", "int needed"),
+        ("batch_size=1.5", "a whole number of at least 1"),
         ("batch_size=0", "at least 1"),
-        ("fp16=1", "bool needed"),
-        ("margin_list=(1.0,0.5)", "list given"),
+        ("fp16=1", "True or False"),
+        ("margin_list=(1.0,0.5)", "3 numbers"),
         ("margin_list=(0.0,0.5,0.0)", "m1=0.0"),
         ("margin_list=(1.0,4.0,0.0)", "m2=4.0"),
         ("precision=int8", "allowed are fp32, tf32, bf16, fp16, fp64"),
@@ -283,18 +291,17 @@ config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
     assert config.warmup_epoch == 2.0
 
 
-def test_secrets_are_not_saved(write_config, tmp_path):
-    config = load_config(write_config(SMALL), ["wandb_key=verysecret"])
+def test_a_key_in_a_config_is_neither_kept_nor_shown(write_config, tmp_path):
+    secret = "wandb_key=verysecret"
+    config = load_config(write_config(SMALL + "config.wandb_key = 123456789\n"), [secret])
     save_config(config, tmp_path / "config.json", world_size=2)
     text = (tmp_path / "config.json").read_text()
-    assert "verysecret" not in text
     assert json.loads(text)["resolved"]["world_size"] == 2
-
-
-def test_secrets_are_not_shown_in_errors(write_config):
     with pytest.raises(UserError) as error:
-        load_config(write_config(SMALL + "config.wandb_key = 123456789\n"))
-    assert "123456789" not in str(error.value)
+        load_config(write_config(SMALL + "config.wandb_key = 123456789\n"), [secret, "lrr=1"])
+    for told in (text, repr(config), " ".join(config.unused()), str(error.value)):
+        assert "verysecret" not in told
+        assert "123456789" not in told
 
 
 @pytest.mark.parametrize("path", [".", "", "/"])
@@ -303,11 +310,81 @@ def test_a_folder_is_no_config(path):
         load_config(path)
 
 
-def test_every_field_has_a_docstring():
-    described = describe_fields().splitlines()
-    names = {line.split(" = ")[0] for line in described[::2]}
-    assert names == set(vars(Config()))
-    assert all(line.strip() for line in described[1::2])
+@pytest.mark.parametrize(
+    ("words", "remark"),
+    [
+        (["wandb_key=x"], r"wandb_key is ignored: .*WANDB_API_KEY"),
+        (["static_graph=True"], "static_graph is ignored"),
+        (["worker_type=processes"], "worker_type is ignored: threads decode the images"),
+        (["dali_aug=True"], r"augment=\[dali_aug\] works without DALI too"),
+        (["save_all_states=True"], None),
+        (["static_graph=False", "dali_aug=false", "wandb_key=None"], None),
+    ],
+)
+def test_a_key_without_effect_is_accepted_and_a_copy_still_says_so(write_config, words, remark):
+    path = write_config(SMALL)
+    config = load_config(path, words)
+    assert plain_values(config) == plain_values(load_config(path))
+    told = config.replace(lr=0.5).unused()
+    assert len(told) == (remark is not None)
+    assert remark is None or re.match(f".*{remark}", told[0])
+
+
+def test_dali_aug_is_its_augmentations_where_dali_reads_the_images(write_config):
+    path = write_config(SMALL + "config.dali = True\nconfig.dali_aug = True\n")
+    assert load_config(path).augment == ["dali_aug"]
+    assert load_config(path, ["augment=[adaface]"]).augment == ["dali_aug", "adaface"]
+    assert load_config(path, ["augment=[dali_aug]"]).augment == ["dali_aug"]
+    assert load_config(path, ["dali=False"]).augment == []
+    assert load_config(path, ["dali_aug=False"]).augment == []
+    with pytest.raises(UserError, match="dali_aug='maybe': allowed is True or False"):
+        load_config(path, ["dali_aug=maybe"])
+
+
+def test_a_change_is_checked_as_well(write_config):
+    config = load_config(write_config(SMALL))
+    assert config.replace(batch_size=7).batch_size == 7
+    assert config.batch_size == 128
+    for change in ({"batch_size": 0}, {"lrr": 1}, {"loss": "arcfase"}):
+        with pytest.raises(ValidationError, match=next(iter(change))):
+            config.replace(**change)
+    with pytest.raises(ValidationError, match="lr"):
+        config.lr = -1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("batch_size = True", "batch_size=True: allowed is a whole number of at least 1"),
+        ("parallel_dim = False", "parallel_dim=False: allowed are 0, 1, -1, None"),
+        ("zero_stage = True", "zero_stage=True: allowed are 0, 1"),
+        ("lr = '0.1'", "lr='0.1': allowed is a number of at least 0"),
+        ("fp16 = 1", "fp16=1: allowed is True or False"),
+        ("rec = {'a', 'b'}", "allowed is text, or a list, each text, or None"),  # without order
+        ("rec = ['a', 1]", r"rec=\['a', 1\]: allowed is text, or a list"),
+        ("margin_list = {1.0, 0.5, 0.0}", "allowed is 3 numbers"),
+        ("margin_list = (1.0, 4.0, 0.0)", r"margin_list m2=4.0: allowed is a number in \[0, pi\)"),
+        ("num_classes = [1.0, 2.0]", 'allowed is a whole number of at least 1, or "auto"'),
+        ("seed = 2**63", r"allowed is a whole number in \[0, 2\*\*63\)"),
+        ("lr = float('inf')", "lr=inf: allowed is a finite number of at least 0"),
+        ("network = 5", "network=5: allowed is text"),
+        ("optimizer = 'sdg'", "allowed are sgd, adamw; did you mean sgd"),
+        ("model_config = {}", "unknown key 'model_config'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_not_converted(write_config, line, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(write_config(f"{SMALL}config.{line}\n"))
+    assert "1 problem\n" in str(error.value)
+
+
+def test_near_types_are_taken_for_each_other(write_config):
+    lines = ("batch_size = 64.0", "lr = 1", "margin_list = [1, 0.5, 0]", "val_targets = ('lfw',)")
+    more = "from pathlib import Path\nconfig.rec = Path('/a')\n"
+    config = load_config(write_config(SMALL + "".join(f"config.{x}\n" for x in lines) + more))
+    values = (config.batch_size, config.lr, config.margin_list, config.val_targets, config.rec)
+    assert values == (64, 1.0, (1.0, 0.5, 0.0), ["lfw"], "/a")
+    assert [type(value) for value in values] == [int, float, tuple, list, str]
 
 
 def test_a_list_of_sets_and_its_options_are_read_from_the_command_line(tmp_path):
@@ -332,13 +409,12 @@ def test_a_list_of_sets_and_its_options_are_read_from_the_command_line(tmp_path)
     [
         (["rec=[]"], "rec is not set"),
         (["rec_weights=[1,2]"], "one number above 0 for each of 1 sets"),
-        (["rec=[a,b]", "rec_weights=[1,0]"], "one number above 0 for each of 2 sets"),
+        (["rec=[a,b]", "rec_weights=[1,0]"], "a list, each a number above 0"),
         (["rec=[a,b]", "exclude=c.txt"], "one list for each of 2 sets"),
         (["samples_per_class=3"], "batch_size=128 is no multiple of it"),
         (["samples_per_class=4", "shuffle_block=64"], "choose one"),
         (["shuffle_block=-1"], "at least 0"),
         (["on_bad_record=pass"], "allowed are error, skip"),
-        (["worker_type=fibres"], "allowed are threads, processes"),
     ],
 )
 def test_impossible_data_options_are_explained(tmp_path, words, message):
@@ -361,3 +437,27 @@ def test_a_margin_list_beside_a_named_loss_is_refused_or_announced(write_config)
         "elastic_std",
     ]
     assert load_config(path, ["margin_list=(1.0,0.0,0.4)"]).unused() == []
+
+
+def test_help_has_every_key_by_subject_every_network_and_every_loss():
+    text = describe_all()
+    for key in Config.model_fields:
+        assert f"\n  {key} = " in text
+        assert Config.model_fields[key].description
+    for name in (*model_names(), *LOSSES):
+        assert re.search(rf"\b{name}\b", text)
+    order = [text.index(f"\n{title}") for title in ("The task", "The backbone", "The head", "Opti")]
+    assert order == sorted(order)
+
+
+def test_help_of_a_key_says_what_it_allows_and_of_an_old_one_what_it_is_now():
+    for key in Config.model_fields:
+        assert re.match(rf"{key} = .*\n    Allowed (is|are) \S", describe_key(key))
+    assert "[0, 1)" in describe_key("momentum")
+    assert "vit_t" in describe_key("network")
+    assert "cos(theta) - 0.4" in describe_key("loss")
+    assert describe_key("zero").startswith("zero is zero_stage now\nzero_stage = 0 ")
+    assert "WANDB_API_KEY" in describe_key("wandb_key")
+    assert describe_key("save_all_states") == "save_all_states is accepted and has no effect"
+    with pytest.raises(UserError, match="unknown key 'lrr': did you mean lr"):
+        describe_key("lrr")

@@ -21,7 +21,7 @@ from arcshard.partial_fc import PartialFC
 from arcshard.shard import class_range
 from backbones import get_model
 from backbones.weights import WeightsError, load_model
-from configs.base import Config
+from configs.base import Config, default_of
 from tests.conftest import Ranks
 from tests.record_helpers import (
     FACES,
@@ -210,7 +210,7 @@ def test_accumulated_steps_with_a_teacher_equal_the_big_batch(
 ) -> None:
     options = student(teacher, faces, kind, loss=loss, precision="fp64", sample_rate=0.6)
     del options["max_steps"]
-    options["margin_list"] = Config.margin_list
+    options["margin_list"] = default_of("margin_list")
     big = ranks.run(2, weights_after_one_step, str(tmp_path), {**options, "batch_size": 6})
     small = ranks.run(
         2, weights_after_one_step, str(tmp_path), {**options, "batch_size": 2, "gradient_acc": 3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,9 +209,9 @@ def test_what_does_not_fit_is_refused_with_its_reason(
     refused("none of ranks", "unused", second)
     refused(r"wants 23", first)
     refused("no checkpoint_gpu")
-    more = dataclasses.replace(cfg, num_classes=24)
+    more = cfg.replace(num_classes=24)
     refused("num_classes, embedding_size", first, second, cfg=more)
-    refused("set optimizer=", first, second, cfg=dataclasses.replace(cfg, optimizer="adamw"))
+    refused("set optimizer=", first, second, cfg=cfg.replace(optimizer="adamw"))
     content = torch.load(files[1], weights_only=True)
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / first).write_bytes(files[0].read_bytes())

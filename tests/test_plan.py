@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from itertools import islice
 from pathlib import Path
@@ -425,7 +424,7 @@ def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
     launches = planned.needs.head.operations().launches
     assert launches == pytest.approx(6_208, rel=0.02)
     assert planned.time.head == pytest.approx(launches * HEAD_LAUNCH_SECONDS)
-    triton = plan.make_plan(dataclasses.replace(cfg, head_kernels="auto"), setting)
+    triton = plan.make_plan(cfg.replace(head_kernels="auto"), setting)
     assert triton.needs.head.operations is not None
     counted = triton.needs.head.operations()
     kernels = counted.total(lambda operations: sum(op.is_triton for op in operations))
@@ -434,7 +433,7 @@ def test_a_head_of_many_blocks_takes_at_least_the_time_of_its_launches():
         kernels * TRITON_LAUNCH_SECONDS + others * HEAD_LAUNCH_SECONDS
     )
     assert triton.time.head < planned.time.head / 2
-    automatic = plan.make_plan(dataclasses.replace(cfg, head_workspace_mib="auto"), setting)
+    automatic = plan.make_plan(cfg.replace(head_workspace_mib="auto"), setting)
     assert automatic.time.head < planned.time.head
     facts = plan.describe_head(automatic.needs, setting.machine)
     assert facts is not None

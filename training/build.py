@@ -164,7 +164,6 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
         model,
         world.world_size,
         world.device,
-        static_graph=cfg.static_graph,
         grad_reduce_dtype=cfg.grad_reduce_dtype,
     )
     warm_up_ddp(distributed, cfg.input_size, world.device, batch_norm)

@@ -35,14 +35,6 @@ def make_loader(cfg: Config, world: DistContext) -> DataLoader:
             "dali=True, but NVIDIA DALI is not installed (docs/installing_dali.md): our own reader "
             "gives the same images in the same order, with the same augmentation"
         )
-    augment = list(cfg.augment)
-    if cfg.dali_aug and cfg.dali:
-        augment.insert(0, "dali_aug")
-    elif cfg.dali_aug:
-        logger.warning(
-            "dali_aug=True has an effect only with dali=True, as in arcface_torch; "
-            "augment=[dali_aug] works without DALI too"
-        )
     on_gpu = world.device.type == "cuda"
     lists = cfg.exclude if isinstance(cfg.exclude, list) else [cfg.exclude or "-"]
     return get_dataloader(
@@ -55,14 +47,13 @@ def make_loader(cfg: Config, world: DistContext) -> DataLoader:
         input_size=cfg.input_size,
         num_classes=None if cfg.num_classes == "auto" else int(cfg.num_classes),
         num_images=None if cfg.num_image == "auto" else int(cfg.num_image),
-        augment=augment,
+        augment=cfg.augment,
         crop=RandomResizedCrop(cfg.crop_area) if is_classification(cfg) else None,
         weights=cfg.rec_weights,
         samples_per_class=cfg.samples_per_class,
         shuffle_block=cfg.shuffle_block,
         exclude=[None if path == "-" else path for path in lists],
         on_bad_record=cfg.on_bad_record,
-        worker_type=cfg.worker_type,
         dali=use_dali,
         pin_memory=on_gpu,
         device=world.device if on_gpu else None,

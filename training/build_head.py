@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -132,10 +131,10 @@ def rank0_equivalent(cfg: Config, world_size: int, num_classes: int) -> tuple[Co
     """Return config and number of classes of a single rank whose head does the work of rank 0."""
     if has_layer(cfg) and cfg.parallel_dim is None:
         return cfg, num_classes
-    cfg = dataclasses.replace(cfg, batch_size=cfg.batch_size * world_size)
+    cfg = cfg.replace(batch_size=cfg.batch_size * world_size)
     if has_layer(cfg) and cfg.parallel_dim == 0:
         mine = len(class_range(cfg.embedding_size, 0, world_size))
-        return dataclasses.replace(cfg, embedding_size=mine), num_classes
+        return cfg.replace(embedding_size=mine), num_classes
     return cfg, len(class_range(num_classes, 0, world_size))
 
 

@@ -26,7 +26,6 @@ def distribute(
     world_size: int,
     device: torch.device,
     *,
-    static_graph: bool = False,
     grad_reduce_dtype: str = "fp32",
 ) -> nn.Module:
     """Wrap `model` in DDP; with one rank, return the model itself.
@@ -35,8 +34,6 @@ def distribute(
         model: The network.
         world_size: Number of ranks.
         device: Device of this rank.
-        static_graph: Whether DDP may assume that all steps use the same parameters in the same
-            order.
         grad_reduce_dtype: dtype in which gradients are summed over ranks: "fp32" (that of the
             gradients), "bf16" or "fp16".
 
@@ -51,9 +48,7 @@ def distribute(
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
     devices = [device] if device.type == "cuda" else None
-    distributed = DistributedDataParallel(
-        model, device_ids=devices, static_graph=static_graph, **options
-    )
+    distributed = DistributedDataParallel(model, device_ids=devices, **options)
     if grad_reduce_dtype != "fp32":
         distributed.register_comm_hook(None, _COMPRESSIONS[grad_reduce_dtype])
     return distributed

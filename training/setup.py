@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import logging
@@ -94,7 +93,7 @@ def share_global_batch(cfg: Config, world_size: int) -> Config:
     micro_steps = next(
         k for k in range(1, share + 1) if share % k == 0 and share <= k * cfg.batch_size
     )
-    return dataclasses.replace(cfg, batch_size=share // micro_steps, gradient_acc=micro_steps)
+    return cfg.replace(batch_size=share // micro_steps, gradient_acc=micro_steps)
 
 
 def is_classification(cfg: Config) -> bool:
@@ -112,8 +111,6 @@ def check_wandb(cfg: Config) -> None:
         raise UserError(
             "using_wandb=True, but wandb is not installed: pip install wandb, or using_wandb=False"
         )
-    if cfg.wandb_key:
-        logger.warning("wandb_key is ignored: keep keys in the environment (WANDB_API_KEY)")
 
 
 def check_step_options(cfg: Config, world: DistContext) -> None:

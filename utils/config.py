@@ -6,44 +6,49 @@ line. All problems are collected and raised together in one UserError.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import difflib
 import importlib.util
-import itertools
 import json
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import ValidationError
 
 from configs.base import Config
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NEVER_SAVED = ("wandb_key",)
 
 
 class Alias(NamedTuple):
-    """The present name of an old key.
+    """What a key of arcface_torch or of an earlier version is now.
 
     Attributes:
-        key: The present key.
+        key: The present key; "" if the key has no effect any more.
         values: Present values by old ones, where they changed as well.
+        remark: For a key without effect: what to do instead, if there is anything to do.
     """
 
     key: str
     values: Mapping[Any, Any] = types.MappingProxyType({})
+    remark: str = ""
 
 
 ALIASES: Mapping[str, Alias] = {
     "all_reduce_dtype": Alias("grad_reduce_dtype"),
+    "dali_aug": Alias("augment"),  # with dali=True only: see _add_dali_aug
     "head_buffer_mib": Alias("head_workspace_mib"),
     "head_device": Alias("head_offload", {"auto": False, "cpu": True}),
+    "save_all_states": Alias(""),  # checkpoints are always complete
+    "static_graph": Alias("", remark="it made no step faster"),
     "sub_centres": Alias("sub_centers"),
+    "wandb_key": Alias("", remark="keep keys in the environment (WANDB_API_KEY)"),
+    "worker_type": Alias("", remark="threads decode the images"),
     "zero": Alias("zero_stage", {False: 0, True: 1}),
 }
 """Present keys by their old spellings, which configs, command lines and saved configs may have."""
@@ -66,41 +71,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             lists.
     """
     file = find_config_file(path)
-    values, problems = _standard_names(_read_module(file))
-    problems += [_unknown_key(key) for key in values if key not in _FIELD_TYPES]
-    values = {key: value for key, value in values.items() if key in _FIELD_TYPES}
-
-    spellings: dict[str, str] = {}
-    for word in overrides:
-        spelled, equals, text = word.partition("=")
-        key = ALIASES[spelled].key if spelled in ALIASES else spelled
-        if spellings.setdefault(key, spelled) != spelled:
-            both = f"{spellings[key]} and {spelled}"
-            problems.append(f"{both}: two spellings of one key; leave one out")
-        if not equals:
-            problems.append(f"{word!r}: after the config come key=value words, such as lr=0.02")
-        elif key not in _FIELD_TYPES:
-            problems.append(_unknown_key(key))
-        else:
-            try:
-                values[key] = _parse_word(spelled, text)
-            except ValueError as error:
-                shown = f"{key}=***" if key in NEVER_SAVED else word
-                problems.append(f"{shown!r}: {error}")
-
-    for key, value in list(values.items()):
-        try:
-            values[key] = _coerce(value, _FIELD_TYPES[key])
-        except TypeError as error:
-            shown = "***" if key in NEVER_SAVED else repr(value)
-            problems.append(f"{key}={shown}: {error}")
-            del values[key]
-
-    config = Config(**values)
+    values, problems = _read_words(overrides)
+    settings, remarks, more = standard_settings(_read_module(file), values)
+    problems += more
+    problems += [unknown_key(key) for key in settings if key not in Config.model_fields]
+    known = {key: value for key, value in settings.items() if key in Config.model_fields}
+    try:
+        config = Config(**known)
+    except ValidationError as error:
+        places: dict[str, Any] = {}  # the first of each key; a union has one for each type
+        for wrong in error.errors():
+            places.setdefault(str(wrong["loc"][0]), wrong["loc"])
+        problems += [_wrong_value(key, known.pop(key), place) for key, place in places.items()]
+        config = Config(**known)
     if config.output is None:
         config.output = str(Path("work_dirs") / file.stem)
-    broken = {problem.split("=")[0] for problem in problems}
-    problems += [text for text in config.problems() if text.split("=")[0] not in broken]
+    config._remarks = tuple(remarks)
+    # A rule over a key that is wrong by itself would judge the default instead.
+    broken = {re.split(r"\W", problem)[0] for problem in problems}
+    problems += [text for text in config.problems() if re.split(r"\W", text)[0] not in broken]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -127,13 +116,83 @@ def find_config_file(path: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
     shipped = sorted(p.stem for p in (REPOSITORY / "configs").glob("*.py"))
-    near = difflib.get_close_matches(given.stem, shipped, n=3)
-    hint = f"; did you mean {' or '.join('configs/' + n for n in near)}?" if near else ""
+    near = [f"configs/{name}" for name in difflib.get_close_matches(given.stem, shipped, n=3)]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UserError(f"no config file at {given} (tried with and without .py){hint}")
 
 
+def standard_settings(
+    *sources: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Joins settings, and translates old spellings of keys and values to the present ones.
+
+    Args:
+        sources: Values by key; a later source overrides an earlier one.
+
+    Returns:
+        (values by present key, a sentence for each key that is left out and matters, problems).
+    """
+    settings: dict[str, Any] = {}
+    remarks, problems = [], []
+    for source in sources:
+        spellings: dict[str, str] = {}
+        for spelling, value in source.items():
+            alias = ALIASES.get(spelling)
+            if alias is None or spelling == "dali_aug":
+                key = spelling
+            elif not alias.key:
+                if value and alias.remark:
+                    remarks.append(f"{spelling} is ignored: {alias.remark}")
+                continue
+            else:
+                key = alias.key
+                try:
+                    value = _standard_value(spelling, value)
+                except ValueError as error:
+                    problems.append(str(error))
+                    continue
+            if spellings.setdefault(key, spelling) != spelling:
+                both = f"{spellings[key]} and {spelling}"
+                problems.append(f"{both}: two spellings of one key; leave one out")
+            renamed = VALUE_ALIASES.get(key, {})
+            settings[key] = renamed.get(value, value) if isinstance(value, str) else value
+    _add_dali_aug(settings, remarks, problems)
+    return settings, remarks, problems
+
+
+def _standard_value(old_key: str, value: Any) -> Any:
+    """Returns the present value of an old key.
+
+    Raises:
+        ValueError: The key was renamed together with its values, and this is none of the old ones.
+    """
+    key, values, _ = ALIASES[old_key]
+    if not values:
+        return value
+    for old, new in values.items():
+        if type(old) is type(value) and old == value:  # True == 1
+            return new
+    listed = ", ".join(f"{old_key}={old} ({key}={new})" for old, new in values.items())
+    raise ValueError(f"{old_key}={value!r}: {old_key} is {key} now; known are {listed}")
+
+
+def _add_dali_aug(settings: dict[str, Any], remarks: list[str], problems: list[str]) -> None:
+    """Replaces dali_aug by the augmentations of that name, where DALI reads the images."""
+    wanted = settings.pop("dali_aug", False)
+    others = settings.get("augment", [])
+    if not isinstance(wanted, bool):
+        problems.append(f"dali_aug={wanted!r}: allowed is True or False")
+    elif wanted and settings.get("dali") is not True:
+        remarks.append(
+            "dali_aug=True has an effect only with dali=True, as in arcface_torch; "
+            "augment=[dali_aug] works without DALI too"
+        )
+    elif wanted and isinstance(others, list | tuple):
+        settings["augment"] = ["dali_aug", *(name for name in others if name != "dali_aug")]
+
+
 def save_config(config: Config, path: str | Path, **resolved: object) -> None:
-    """Writes the resolved config as JSON, without secrets.
+    """Writes the resolved config as JSON.
 
     Args:
         config: The config.
@@ -145,34 +204,8 @@ def save_config(config: Config, path: str | Path, **resolved: object) -> None:
 
 
 def plain_values(config: Config) -> dict[str, object]:
-    """Returns the value of every key as JSON represents it, without secrets."""
-    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in NEVER_SAVED}
-    values: dict[str, object] = json.loads(json.dumps(told))
-    return values
-
-
-def describe_fields() -> str:
-    """Returns every key with its default and docstring, as text for --help."""
-    source = (REPOSITORY / "configs" / "base.py").read_text()
-    body = next(
-        node.body
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == "Config"
-    )
-    lines = []
-    for statement, following in itertools.pairwise(body):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-            continue
-        text = ""
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            text = re.sub(r"\s+", " ", str(following.value.value)).strip()
-        default = ast.unparse(statement.value) if statement.value is not None else ""
-        default = "[]" if default == "field(default_factory=list)" else default
-        lines.append(f"{statement.target.id} = {default}\n    {text}")
-    return "\n".join(lines)
-
-
-_FIELD_TYPES: dict[str, Any] = typing.get_type_hints(Config)
+    """Returns the value of every key as JSON represents it."""
+    return config.model_dump(mode="json")
 
 
 def _read_module(file: Path) -> dict[str, Any]:
@@ -192,144 +225,134 @@ def _read_module(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def _standard_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Translates old spellings, and returns a problem for each key that is there in both."""
-    problems = [
-        f"{old} and {alias.key}: two spellings of one key; leave {old} out"
-        for old, alias in ALIASES.items()
-        if old in values and alias.key in values
-    ]
-    found = {}
-    for key, value in values.items():
-        try:
-            new_key, new_value = standard_setting(key, value)
-        except ValueError as error:
-            problems.append(str(error))
+def _read_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values of `key=text` words, and a problem for each word without `=`."""
+    values, problems = {}, []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if equals:
+            values[key] = _parse(text, _types_of(key))
         else:
-            found[new_key] = new_value
-    return found, problems
+            problems.append(f"{word!r}: after the config come key=value words, such as lr=0.02")
+    return values, problems
 
 
-def standard_setting(key: str, value: Any) -> tuple[str, Any]:
-    """Translates a key and its value from an old spelling to the present one.
+def _types_of(key: str) -> list[Any]:
+    """Returns the types that a key of the command line admits."""
+    alias = ALIASES.get(key)
+    if alias is not None and (alias.values or not alias.key or key == "dali_aug"):
+        return [bool, str, type(None)]
+    field = Config.model_fields.get(key if alias is None else alias.key)
+    return [str] if field is None else [kind for kind, _ in _alternatives(field.annotation)]
 
-    Args:
-        key: Any key, an old spelling or not.
-        value: Its value.
+
+def _parse(text: str, kinds: Sequence[Any]) -> Any:
+    """Reads a command-line word as a value of one of `kinds`; names in lists need no quotes.
 
     Returns:
-        The present key and value.
-
-    Raises:
-        ValueError: The key was renamed together with its values, and this is none of the old ones.
+        The value, or the text where it is none, for pydantic to refuse.
     """
-    if key in ALIASES:
-        alias = ALIASES[key]
-        if alias.values:
-            known = [
-                new
-                for old, new in alias.values.items()
-                if type(old) is type(value) and old == value
-            ]
-            if not known:
-                listed = ", ".join(
-                    f"{key}={old} ({alias.key}={new})" for old, new in alias.values.items()
-                )
-                raise ValueError(f"{key}={value!r}: {key} is {alias.key} now; known are {listed}")
-            value = known[0]
-        key = alias.key
-    old_values = VALUE_ALIASES.get(key, {})
-    return key, old_values.get(value, value) if isinstance(value, str) else value
+    plain = {typing.get_origin(kind) or kind for kind in kinds}
+    if Literal in plain:
+        plain |= {type(v) for kind in kinds for v in typing.get_args(kind)}
+    if type(None) in plain and text in ("None", "none", "null"):
+        return None
+    if bool in plain and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if plain & {list, tuple} and (str not in plain or text.strip()[:1] in ("[", "(")):
+        item = next(
+            a for k in kinds if typing.get_origin(k) in (list, tuple) for a in typing.get_args(k)
+        )
+        inner = text.strip().removeprefix("[").removeprefix("(")
+        words = inner.removesuffix("]").removesuffix(")").split(",")
+        types_of_items = [kind for kind, _ in _alternatives(item)]
+        return [_parse(word.strip(), types_of_items) for word in words if word.strip()]
+    if plain & {int, float}:
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if is_quoted and str in plain else text
 
 
-def _parse_word(key: str, text: str) -> Any:
-    """Parses the value of a `key=text` word, whose key may be an old spelling.
+def _alternatives(annotation: Any, details: Sequence[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
+    """Yields each type of a union, with its pydantic details (ranges, titles)."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        for detail in arguments[1:]:
+            details = [*details, detail, *getattr(detail, "metadata", ())]
+        yield from _alternatives(arguments[0], details)
+    elif origin is typing.Union or isinstance(annotation, types.UnionType):
+        for argument in arguments:
+            yield from _alternatives(argument, details)
+    else:
+        yield annotation, list(details)
 
-    Raises:
-        ValueError: The text is no value of the field's type.
-    """
-    alias = ALIASES.get(key)
-    if alias is None or not alias.values:
-        standard = key if alias is None else alias.key
-        return standard_setting(standard, _parse(text, _FIELD_TYPES[standard]))[1]
-    kinds = {type(old) for old in alias.values}
-    return standard_setting(key, _parse(text, kinds.pop()))[1]
 
-
-def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key, _FIELD_TYPES, n=3, cutoff=0.5)
-    hint = f"; nearest known: {', '.join(near)}" if near else ""
+def unknown_key(key: str) -> str:
+    """Returns the sentence on a key that does not exist, with the nearest that do."""
+    near = difflib.get_close_matches(key, [*Config.model_fields, *ALIASES], n=3, cutoff=0.5)
+    hint = f": did you mean {' or '.join(near)}?" if near else ""
     return f"unknown key {key!r}{hint} (train_v2.py --help lists all keys)"
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-    return typing.get_args(kind) if is_union else (kind,)
+def _wrong_value(key: str, value: Any, place: Sequence[int | str]) -> str:
+    """Says what a key allows, or one of its items.
 
-
-def _type_name(kind: Any) -> str:
-    names = [
-        "None"
-        if a is type(None)
-        else getattr(a, "__name__", str(a))
-        if not typing.get_args(a)
-        else str(a)
-        for a in _alternatives(kind)
-    ]
-    return " or ".join(names)
-
-
-def _coerce(value: Any, kind: Any) -> Any:
-    """Converts `value` to the field's type; tuples may be lists, and numbers int or float.
-
-    Raises:
-        TypeError: The value is of another type.
+    Args:
+        key: The key.
+        value: Its value.
+        place: Where pydantic found the problem: the key, and the number of an item.
     """
-    for alternative in _alternatives(kind):
-        origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
-        if alternative is type(None) and value is None:
-            return None
-        if alternative is bool and isinstance(value, bool):
-            return value
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if alternative is int and is_number and math.isfinite(value) and int(value) == value:
-            return int(value)
-        if alternative is float and is_number:
-            return float(value)
-        if alternative is str and isinstance(value, (str, Path)):
-            return str(value)
-        if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
-            return tuple(_coerce(v, a) for v, a in zip(value, arguments, strict=True))
-        if origin is list and isinstance(value, (list, tuple)):
-            return [_coerce(v, arguments[0]) for v in value]
-    raise TypeError(f"{type(value).__name__} given, {_type_name(kind)} needed")
+    items = typing.get_args(Config.model_fields[key].annotation)
+    number = place[-1]
+    if isinstance(number, int) and isinstance(value, list | tuple) and len(value) == len(items):
+        ((item, details),) = _alternatives(items[number])
+        for title in filter(None, (getattr(detail, "title", None) for detail in details)):
+            return f"{key} {title}={value[number]!r}: allowed is {_describe(item, details)}"
+    words = allowed(key)
+    if isinstance(value, float) and not math.isfinite(value):
+        words = words.replace("a number", "a finite number")
+    choices = words.removeprefix("are ").split(", ") if words.startswith("are ") else []
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{key}={value!r}: allowed {words}{hint}"
 
 
-def _parse(text: str, kind: Any) -> Any:
-    """Parses a command-line word as the field's type; names inside lists need no quotes.
+def allowed(key: str) -> str:
+    """Returns what a key allows: "are sgd, adamw", or "is a whole number of at least 1, or None"."""
+    field = Config.model_fields[key]
+    kinds = list(_alternatives(field.annotation, field.metadata))
+    choices: list[Any] = []
+    for kind, _ in kinds:
+        choices += [None] if kind is type(None) else typing.get_args(kind)
+    if all(kind is type(None) or typing.get_origin(kind) is Literal for kind, _ in kinds):
+        return f"are {', '.join(map(str, choices))}"
+    return f"is {', or '.join(_describe(kind, details) for kind, details in kinds)}"
 
-    Raises:
-        ValueError: The text is no value of the type.
-    """
-    alternatives = _alternatives(kind)
-    if text in ("None", "none", "null") and type(None) in alternatives:
-        return None
-    if bool in alternatives and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for alternative in alternatives:
-        origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
-        if origin in (list, tuple) and (str not in alternatives or text.strip()[:1] in ("[", "(")):
-            inner = text.strip().removeprefix("[").removeprefix("(")
-            inner = inner.removesuffix("]").removesuffix(")")
-            words = [word.strip() for word in inner.split(",") if word.strip()]
-            return [_parse(word, arguments[0]) for word in words]
-        if alternative in (int, float):
-            try:
-                return alternative(text)
-            except ValueError:
-                if alternative is int and re.fullmatch(r"[+-]?\d+(\.0*)?e\+?\d+", text.lower()):
-                    return float(text)  # 1e5 is accepted as a whole number
-                continue
-    if str in alternatives:
-        return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
-    raise ValueError(f"{_type_name(kind)} needed")
+
+def _describe(kind: Any, details: Sequence[Any]) -> str:
+    """Returns, for example, "a number in [0, 1)" of a type and its pydantic details."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(json.dumps(value) for value in arguments)
+    if typing.get_origin(kind) is list:
+        return f"a list, each {_describe(*next(_alternatives(arguments[0])))}"
+    if typing.get_origin(kind) is tuple:
+        return f"{len(arguments)} numbers"
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    bounds = {
+        sign: {math.pi: "pi", 2**63: "2**63"}.get(value, value)
+        for detail in details
+        for sign in ("ge", "gt", "le", "lt")
+        if (value := getattr(detail, sign, None)) is not None
+    }
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if high is not None:
+        edges = "[" if "ge" in bounds else "(", "]" if "le" in bounds else ")"
+        return f"{names[kind]} in {edges[0]}{low}, {high}{edges[1]}"
+    if low is not None:
+        return f"{names[kind]} {'of at least' if 'ge' in bounds else 'above'} {low}"
+    return names.get(kind, "None")

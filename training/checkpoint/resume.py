@@ -20,7 +20,7 @@ from training.checkpoint.checkpointer import (
     find_intact,
     list_checkpoints,
 )
-from utils.config import standard_setting
+from utils.config import standard_settings
 
 logger = logging.getLogger("train")
 
@@ -28,7 +28,6 @@ logger = logging.getLogger("train")
 FREE = frozenset(
     {
         "num_workers",
-        "worker_type",
         "dali",
         "head_update",
         "head_kernels",
@@ -46,7 +45,6 @@ FREE = frozenset(
         "val_batch_size",
         "output",
         "resume",
-        "save_all_states",
         "checkpoint_every",
         "checkpoint_minutes",
         "keep_checkpoints",
@@ -59,7 +57,6 @@ FREE = frozenset(
         "verbose",
         "notes",
         "using_wandb",
-        "wandb_key",
         "wandb_entity",
         "wandb_project",
         "wandb_resume",
@@ -75,7 +72,6 @@ FREE = frozenset(
         "parallel_dim",
         "compile",
         "channels_last",
-        "static_graph",
         "init_head",
     }
 )
@@ -174,7 +170,7 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     problems = []
     # A checkpoint may be older than the present spelling of a key.
-    before = dict(standard_setting(key, value) for key, value in saved["config"].items())
+    before, _, _ = standard_settings(saved["config"])
     after = now["config"]
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Generator
@@ -59,8 +58,7 @@ def time_step(
         keep_freed_memory()
     local = len(class_range(num_classes, 0, world_size))
     taught = cfg
-    cfg = dataclasses.replace(
-        cfg,
+    cfg = cfg.replace(
         rec="synthetic",
         num_classes=local,
         init_backbone=None,

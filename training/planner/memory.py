@@ -200,9 +200,7 @@ def estimate_requirements(
         FileNotFoundError: There is no such teacher.
     """
     workspace = choose_workspace(cfg.head_workspace_mib, device_type, memory_bytes)
-    cfg = dataclasses.replace(
-        cfg, init_backbone=None, head_workspace_mib=workspace.budget_bytes // 2**20
-    )
+    cfg = cfg.replace(init_backbone=None, head_workspace_mib=workspace.budget_bytes // 2**20)
     teacher = _teacher_needs(cfg, world_size, num_classes, precision, workspace)
     with torch.device("meta"):
         backbone = make_backbone(cfg)
@@ -214,9 +212,9 @@ def estimate_requirements(
     statistics = BatchNormStatistics(model, cfg.freeze_batch_norm)
     kept = _bytes([statistics.statistics, statistics.counts])
     alone, local = rank0_equivalent(cfg, world_size, num_classes)
-    alone = dataclasses.replace(alone, head_offload=False)
+    alone = alone.replace(head_offload=False)
     if device_type == "cpu":  # the meta device counts as a GPU
-        alone = dataclasses.replace(alone, head_kernels="torch")
+        alone = alone.replace(head_kernels="torch")
 
     def make(classes: int) -> Head:
         head = make_head(alone, DistContext(0, 0, 1, torch.device("meta")), classes, precision)

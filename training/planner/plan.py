@@ -164,7 +164,7 @@ def changes(cfg: Config, world_size: int) -> list[tuple[str, Config, int]]:
 
     def with_(**values: Any) -> tuple[str, Config, int]:
         words = " ".join(f"{key}={value}" for key, value in values.items())
-        return words, dataclasses.replace(cfg, **values), world_size
+        return words, cfg.replace(**values), world_size
 
     found = []
     if has_layer(cfg):
