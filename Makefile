@@ -66,10 +66,18 @@ MINUTES := 8
 gpu-bench: $(READY)  ## everything to be measured on one GPU: [OUT=folder] [MINUTES=8]
 	$(PY) -m benchmarks.gpu_bench "$(OUT)" --minutes $(MINUTES)
 
+# What a usual image with PyTorch for CUDA lacks of requirement.txt, and what that requires itself.
+GPU_LACKS := simplejpeg easydict pydantic pydantic_core annotated-types typing-inspection typing_extensions
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64 any
 PYTHON_VERSION := 3.12
-gpu-wheels: $(READY)  ## what a GPU machine without network lacks: DIR=folder [PYTHON_VERSION=3.12]
+gpu-wheels: $(READY)  ## what a GPU machine without network lacks: DIR=empty folder [PYTHON_VERSION=3.12]
 	$(if $(DIR),,$(error gpu-wheels: say where the wheels go: make gpu-wheels DIR=folder))
-	$(PY) -m scripts.gpu_wheels "$(DIR)" --python $(PYTHON_VERSION)
+	@if ls "$(DIR)"/*.whl >/dev/null 2>&1; then echo "$(DIR) has wheels already: empty it" >&2; exit 2; fi
+	$(PY) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+	  --python-version $(PYTHON_VERSION) $(PLATFORMS:%=--platform=%) --dest "$(DIR)" \
+	  -c constraints.txt $(GPU_LACKS)
+	@ls -sh "$(DIR)"/*.whl
+	@echo 'There: python3 -m pip install --no-index --no-deps --target SITE *.whl && export PYTHONPATH=SITE'
 
 bench: $(READY)  ## quick benchmarks
 	$(PY) -m benchmarks.bench_head --quick

@@ -3,34 +3,5 @@
 The functions and classes are in arcshard/losses.py, the formulas in arcshard/margins/.
 """
 
-from arcshard.losses import (
-    DERIVATIVE_CLAMP,
-    AdaFace,
-    ArcFace,
-    BatchFacts,
-    CombinedMargin,
-    CosFace,
-    CurricularFace,
-    ElasticFace,
-    MagFace,
-    Margin,
-    NormFace,
-    Softmax,
-    SphereFace,
-)
-
-__all__ = [
-    "DERIVATIVE_CLAMP",
-    "AdaFace",
-    "ArcFace",
-    "BatchFacts",
-    "CombinedMargin",
-    "CosFace",
-    "CurricularFace",
-    "ElasticFace",
-    "MagFace",
-    "Margin",
-    "NormFace",
-    "Softmax",
-    "SphereFace",
-]
+from arcshard.losses import *  # noqa: F403
+from arcshard.losses import __all__ as __all__

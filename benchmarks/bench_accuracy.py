@@ -3,7 +3,7 @@ r"""Does an option cost accuracy? Runs training with and without it, from severa
     python -m benchmarks.bench_accuracy configs/demo rec=demo_data num_epoch=1 max_steps=26 \
         --ranks 2 --variant precision=bf16
     python -m benchmarks.bench_accuracy configs/lfw_nano rec=FOLDER val_dir=... num_epoch=2 \
-        --ranks 2 --variant compile=True --variant "zero_stage=1 static_graph=True"
+        --ranks 2 --variant compile=True --variant "zero_stage=1 compile=True"
 
 Every variant is the base with some keys changed. Each is a run of train_v2.py as a process per
 seed; its number is the last verification of its metrics.jsonl (flip accuracy, the mean over the

@@ -140,7 +140,6 @@ def option_rows(device: str, network: str, quick: bool, more: Keys) -> list[Row]
     # A sum in bf16 needs NCCL, so the reduced dtype on a CPU is fp16.
     together = [
         changed(zero_stage=1),
-        changed(static_graph=True),
         changed(grad_reduce_dtype="fp16"),
     ]
     return found + [Row(ours, side, network, few, batch // 2, ranks=2) for side in together]

@@ -686,4 +686,4 @@ class Config(WeightsAndBiases, Run, Verification, Devices, Optimization, Head, M
 
 def default_of(key: str) -> Any:
     """Returns the default of a key."""
-    return Config.model_fields[key].get_default(call_default_factory=True)
+    return getattr(Config(), key)

@@ -144,7 +144,7 @@ def test_an_option_row_changes_one_thing() -> None:
         changes = {k for k, v in row.changed.keys.items() if row.baseline.keys.get(k) != v}
         assert len(changes) + (not row.changed.own_allocator) == 1
         assert row.baseline.keys["clip_grad_norm"] == 0.0
-        alone = {"zero_stage", "static_graph", "grad_reduce_dtype"}.isdisjoint(changes)
+        alone = {"zero_stage", "grad_reduce_dtype"}.isdisjoint(changes)
         assert row.ranks == (1 if alone else 2)
     assert len(found) == 9
     assert "41.5 |" in option_line(

@@ -611,7 +611,7 @@ def whole_run(rank: int, world_size: int, folder: str, changes: dict[str, Any]) 
     assert not cfg.problems()
     Path(folder).mkdir(parents=True, exist_ok=True)
     world = DistContext(rank, rank, world_size, torch.device("cpu"))
-    with unittest.mock.patch("train_v2.Checkpointer", Unhurried):
+    with unittest.mock.patch("training.start.Checkpointer", Unhurried):
         parts = run_on(cfg, world, Path(folder))
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if rank == 0 else []
     records = [json.loads(line) for line in lines]

@@ -95,7 +95,6 @@ COMMANDS = {
     "scripts.embed": ["none", "out", "--model", "none.pt"],
     "scripts.fetch_lfw": ["out", "--source", "none"],
     "scripts.flops": ["r99"],
-    "scripts.gpu_wheels": ["taken/file"],
     "scripts.hold_out": ["none", "out"],
     "scripts.import_checkpoint": ["none", "none.py"],
     "scripts.inference": ["a.jpg", "--model", "none.pt"],

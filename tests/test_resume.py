@@ -425,8 +425,8 @@ def run_that_is_stopped_while_verifying(
 
     real_init = Validation.__init__
 
-    def remember(self: Validation, *arguments: Any) -> None:
-        real_init(self, *arguments)
+    def remember(self: Validation, *arguments: Any, **options: Any) -> None:
+        real_init(self, *arguments, **options)
         progress.append(self.progress)
 
     with (

@@ -369,8 +369,8 @@ def test_a_good_run_exits_with_0(run_main, records):
     ("words", "message"),
     [
         (["learning_rat=0.1"], "unknown key 'learning_rat'"),
-        (["lr=fast"], "float needed"),
-        (["sample_rate=1.5"], "sample_rate=1.5: in [0, 1]"),
+        (["lr=fast"], "allowed is a number"),
+        (["sample_rate=1.5"], "sample_rate=1.5: allowed is a number in [0, 1]"),
         (["rec=/not/there"], "/not/there"),
         (["network=r51"], "r50"),
         (["output=/proc/nowhere"], "cannot be written"),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from training.divergence import Diverged, DivergenceMonitor, DivergencePolicy
+from training.checkpoint_manager import CheckpointManager, Stopped
+from training.divergence import Diverged, DivergenceMonitor, DivergencePolicy, RollBack
 from training.precision import choose_precision
 from training.schedule import Schedule
+from training.state import Progress
 from training.step import StepOutcome
+from utils.distributed import DistContext
 
 
 def test_warm_up_rises_from_zero_in_a_straight_line():
@@ -87,3 +92,44 @@ def test_a_step_that_only_shrinks_the_loss_scale_is_not_bad():
     assert watch.report().bad_steps == 0
     watch.observe(outcome(1.0, True, scale=1.0))
     assert watch.report().bad_steps == 1
+
+
+def test_a_signal_at_a_new_best_accuracy_marks_its_checkpoint_as_the_best():
+    saved = []
+
+    def save(step, tensors, facts, **options):
+        saved.append((step, options))
+
+    manager = CheckpointManager(
+        DistContext(0, 0, 1, torch.device("cpu")),
+        SimpleNamespace(facts=lambda progress: {}, tensors=dict),
+        {},
+        SimpleNamespace(save=save, failed_in_a_row=0, is_busy=False, gave_up=False),
+        SimpleNamespace(received=signal.SIGTERM),
+        every_steps=0,
+        every_minutes=0.0,
+        is_on=True,
+    )
+    progress = Progress()
+    for score in (0.9, 0.8):
+        progress.count_step()
+        progress.count_evaluation(score)
+    manager.after_step(progress, epoch_ends=False, is_last=False)  # the signal is known from here
+    progress.count_step()
+    assert progress.count_evaluation(0.95)
+    with pytest.raises(Stopped, match="SIGTERM signal at step 3; the state is saved"):
+        manager.after_step(progress, epoch_ends=False, is_last=False)
+    assert saved == [(3, {"is_best": True, "wait": True})]
+
+
+def test_progress_counts_steps_scores_and_the_data_that_a_rollback_leaves_out():
+    progress = Progress()
+    for _ in range(10):
+        progress.count_step()
+    assert (progress.step, progress.position, progress.is_best) == (10, 10, False)
+    assert not progress.count_evaluation(float("nan"))
+    assert progress.evaluated_step == 10
+    saved = Progress(step=5, position=5, best=0.5, best_step=4, evaluated_step=4)
+    progress.go_back(saved, RollBack("diverged", range(6, 9), 1))
+    # Of the ten global batches, those up to the bad steps' end are used.
+    assert progress == Progress(5, 9, 0.5, 4, 4, 1)

@@ -94,7 +94,7 @@ def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Prec
             num_classes,
             cfg.sample_rate,
             row_optimizer=_make_row_optimizer(cfg),
-            update=cfg.head_update,  # type: ignore[arg-type]
+            update=cfg.head_update,
             batch_size_per_rank=cfg.batch_size * passes,
             centers_per_class=centers_per_class,
             workspace_mib=cfg.head_workspace_mib,
@@ -103,7 +103,7 @@ def make_head(cfg: Config, world: DistContext, num_classes: int, precision: Prec
             device=world.device,
             dtype=dtype,
             center_device="cpu" if cfg.head_offload else None,
-            kernels=cfg.head_kernels,  # type: ignore[arg-type]
+            kernels=cfg.head_kernels,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -117,9 +117,7 @@ class CheckpointManager:
         self.flags = Flags(world)
         self._last_save = time.monotonic()
 
-    def after_step(
-        self, progress: Progress, *, epoch_ends: bool, is_best: bool, is_last: bool
-    ) -> None:
+    def after_step(self, progress: Progress, *, epoch_ends: bool, is_last: bool) -> None:
         """Save if a checkpoint is due; the flags of the ranks take effect one step later.
 
         Raises:
@@ -133,8 +131,8 @@ class CheckpointManager:
             raise self._saves_failed()
         if self.is_on:
             due = bool(self.every_steps) and progress.step % self.every_steps == 0
-            if epoch_ends or is_best or is_last:
-                self._save(progress, is_best=is_best)
+            if epoch_ends or progress.is_best or is_last:
+                self._save(progress)
             elif (due or agreed.save) and agreed.busy:
                 logger.warning(
                     "the checkpoint of step %d is left out: the one before is still being "
@@ -153,10 +151,10 @@ class CheckpointManager:
                 )
             )
 
-    def save_now(self, progress: Progress, *, is_best: bool = False) -> None:
+    def save_now(self, progress: Progress) -> None:
         """Save a checkpoint unless they are switched off, and return when it is written."""
         if self.is_on:
-            self._save(progress, is_best=is_best, wait=True)
+            self._save(progress, wait=True)
 
     def is_asked_to_stop(self) -> bool:
         """Return whether a signal came to this rank."""
@@ -171,11 +169,11 @@ class CheckpointManager:
         if self.flags.any_rank(self.is_asked_to_stop()):
             self._stop(progress)
 
-    def _save(self, progress: Progress, *, is_best: bool = False, wait: bool = False) -> None:
+    def _save(self, progress: Progress, *, wait: bool = False) -> None:
         self._last_save = time.monotonic()
         facts = {**self.facts, **self.state.facts(progress)}
         self.checkpointer.save(
-            progress.step, self.state.tensors(), facts, is_best=is_best, wait=wait
+            progress.step, self.state.tensors(), facts, is_best=progress.is_best, wait=wait
         )
 
     def roll_back(self, progress: Progress, bad: RollBack) -> None:
@@ -196,7 +194,6 @@ class CheckpointManager:
         found = find_intact(self.checkpointer.folder, ranks, at_most=bad.bad_steps.start)
         if found is None:
             raise Diverged(f"{bad}. There is no checkpoint to go back to") from bad
-        position = progress.position - (progress.step - bad.bad_steps.stop)
         logger.error("%s", bad)
         logger.error(
             "rolling back (number %d) from step %d to %s, past the data of steps %d to %d",
@@ -206,8 +203,7 @@ class CheckpointManager:
             bad.bad_steps.start,
             bad.bad_steps.stop - 1,
         )
-        saved = self.state.load(found, ranks)
-        vars(progress).update({**vars(saved), "position": position, "rollbacks": bad.number})
+        progress.go_back(self.state.load(found, ranks), bad)
         if ranks.is_main:
             remove_after(self.checkpointer.folder, progress.step)
         ranks.gather(None)

@@ -25,7 +25,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -188,6 +189,23 @@ class Heartbeat:
         except RuntimeError as unreachable:
             return f"{_store_problem(unreachable)}; {failed}"
         return self._give_up(cause, failed, table)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close, and tell the others why; end the process where a collective failed."""
+        if isinstance(error, RuntimeError) and is_collective_failure(error):
+            logger.error("%s", self.describe_stragglers(error))
+            logging.shutdown()
+            self._end(EXIT_RANK_LOST)  # threads that wait for the lost rank cannot be ended
+        elif error is None or isinstance(error, Exception):
+            self.close("" if error is None else f"{type(error).__name__}: {error}")
 
     def close(self, ended: str = "") -> None:
         """End the thread. Call this before the process group is destroyed.

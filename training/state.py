@@ -37,7 +37,7 @@ from training.checkpoint import sharded_io
 from training.checkpoint.checkpointer import Checkpoint, RankGroup
 from training.checkpoint.sharded_io import State, StorageError, TensorShard
 from training.classifier import LayerClassifier
-from training.divergence import DivergenceMonitor
+from training.divergence import DivergenceMonitor, RollBack
 from training.optimizer import is_spread, own_optimizer, own_parameters
 from utils.distributed import DistContext
 
@@ -51,7 +51,7 @@ OPTIMIZER_STATE = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come. Only the methods here change it.
 
     Attributes:
         step: Optimizer steps done.
@@ -69,6 +69,29 @@ class Progress:
     best_step: int = -1
     evaluated_step: int = -1
     rollbacks: int = 0
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last step has the highest mean accuracy so far."""
+        return self.best_step == self.step
+
+    def count_step(self) -> None:
+        """Count an optimizer step and its global batch."""
+        self.step += 1
+        self.position += 1
+
+    def count_evaluation(self, score: float) -> bool:
+        """Count a verification with this mean accuracy; return whether it is the best so far."""
+        self.evaluated_step = self.step
+        is_best = score > self.best  # never for NaN
+        if is_best:
+            self.best, self.best_step = score, self.step
+        return is_best
+
+    def go_back(self, saved: Progress, bad: RollBack) -> None:
+        """Return to a saved progress, but past the data of the bad steps."""
+        position = self.position - (self.step - bad.bad_steps.stop)
+        vars(self).update({**vars(saved), "position": position, "rollbacks": bad.number})
 
 
 class RunState:

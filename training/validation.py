@@ -1,11 +1,10 @@
-"""Verification, or top-1 and top-5, during training on all ranks together, and the best model."""
+"""Verification, or top-1 and top-5, during training on all ranks, and the files of the model."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +12,9 @@ from torch import Tensor
 from backbones.weights import save_model
 from eval.extract import OtherRankFailed
 from training.build import TrainComponents
+from training.checkpoint_manager import CheckpointManager
+from training.heartbeat import Heartbeat
+from training.metrics_logger import MetricsLogger
 from training.state import Progress
 from utils.distributed import DistContext
 
@@ -23,21 +25,23 @@ class CutShort(Exception):
     """This rank left a verification, because it is asked to stop."""
 
 
-CUT_SHORT = (CutShort, OtherRankFailed)
-"""Raised together: CutShort on the ranks that were asked, OtherRankFailed on the others."""
-
-
 class Validation:
-    """Scores the model on the run's sets, and saves the best weights.
+    """Scores the model on the run's sets, and writes model_best.pt and model.pt.
+
+    All ranks call each method together.
 
     Args:
         parts: Parts of the run.
         world: This process among the ranks.
         folder: Folder of model.pt and model_best.pt.
+        progress: Progress of the run, which holds its best accuracy.
+        checkpoints: Saves and stops the run where a signal comes in the middle.
+        heartbeat: Gets a mark before each verification and each model.pt.
+        metrics: Gets the scores.
+        every: Optimizer steps between two verifications; 0 for the one at the end only.
+        last_step: Last optimizer step of the run.
         batch_size: Images that a rank embeds at a time.
         input_size: Height and width of the images in pixels.
-        progress: Progress of the run, which holds its best accuracy.
-        is_asked_to_stop: Called before every batch.
     """
 
     def __init__(
@@ -45,63 +49,93 @@ class Validation:
         parts: TrainComponents,
         world: DistContext,
         folder: Path,
+        progress: Progress,
+        checkpoints: CheckpointManager,
+        heartbeat: Heartbeat,
+        metrics: MetricsLogger,
+        *,
+        every: int,
+        last_step: int,
         batch_size: int,
         input_size: int,
-        progress: Progress,
-        is_asked_to_stop: Callable[[], bool],
     ) -> None:
-        self.parts, self.world, self.folder = parts, world, folder
+        self.parts, self.world, self.folder, self.progress = parts, world, folder, progress
+        self.checkpoints, self.heartbeat, self.metrics = checkpoints, heartbeat, metrics
+        self.every, self.last_step = every, last_step
         self.batch_size, self.input_size = batch_size, input_size
-        self.progress, self.is_asked_to_stop = progress, is_asked_to_stop
 
-    def run(self, step: int, epoch: int) -> dict[str, dict[str, float]]:
-        """Compute the metrics of every target, and save model_best.pt if they are the best so far.
+    def is_due(self) -> bool:
+        """Return whether the last step is one to be scored."""
+        step = self.progress.step
+        is_time = step == self.last_step or (self.every > 0 and step % self.every == 0)
+        return is_time and bool(self.parts.verification_sets)
 
-        Returns:
-            Metrics by target, the same on every rank.
+    def run(self) -> None:
+        """Score every set; write the scores, and model_best.pt if they are the best so far.
 
         Raises:
-            CutShort: This rank was asked to stop.
-            OtherRankFailed: Another rank was asked to stop.
+            Stopped: A signal came to some rank. The state is saved, and the run that resumes from
+                it repeats the verification.
         """
+        step = self.progress.step
+        epoch = (self.progress.position - 1) // self.parts.steps_per_epoch
+        self.heartbeat.mark("verification", step)
         self.parts.evaluated[1].average(self.world.world_size)
-        results = self.parts.evaluate(
-            self._embed,
-            self.parts.verification_sets,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            batch_size=self.batch_size,
-            input_size=self.input_size,
-        )
-        self.progress.evaluated_step = step
+        try:
+            results = self.parts.evaluate(
+                self._embed,
+                self.parts.verification_sets,
+                rank=self.world.rank,
+                world_size=self.world.world_size,
+                batch_size=self.batch_size,
+                input_size=self.input_size,
+            )
+        except (CutShort, OtherRankFailed):  # on the ranks that were asked, and on the others
+            self.checkpoints.stop_if_asked(self.progress)
+            raise
         scores = [metrics[self.parts.best_by] for metrics in results.values()]
-        score = sum(scores) / len(scores) if scores else math.nan
-        if score > self.progress.best:  # never for NaN
-            self.progress.best, self.progress.best_step = score, step
-            self.save("model_best.pt", step, epoch)
-        return {name: dict(metrics) for name, metrics in results.items()}
+        if self.progress.count_evaluation(sum(scores) / len(scores) if scores else math.nan):
+            self._save("model_best.pt", epoch)
+        self.metrics.evaluation(step, epoch, {name: dict(of) for name, of in results.items()})
 
-    def _embed(self, images: Tensor) -> Tensor:
-        if self.is_asked_to_stop():
-            raise CutShort("asked to stop")
-        return self.parts.embedder(images)
-
-    def save(self, name: str, step: int, epoch: int, *, must: bool = False) -> None:
-        """Write the model with its metadata atomically on rank 0; all ranks call this.
+    def save_model(self, *, must: bool) -> None:
+        """Write model.pt.
 
         Args:
-            name: Name of the file in the run's folder.
-            step: Optimizer steps done.
-            epoch: Epochs done.
             must: Whether a failure is raised instead of only logged.
 
         Raises:
             OSError: It cannot be written, and `must` is set.
         """
+        self.heartbeat.mark("model.pt", self.progress.step)
+        self._save("model.pt", self.progress.position // self.parts.steps_per_epoch, must=must)
+
+    def catch_up(self) -> None:
+        """Do what was left to do after the last step of the run that is resumed.
+
+        That is the verification that a signal interrupted; and where no step is left, the files
+        of the run are written in any case.
+        """
+        progress = self.progress
+        if progress.step and self.is_due() and progress.evaluated_step != progress.step:
+            self.run()
+            self.checkpoints.save_now(progress)
+        if progress.step >= self.last_step:
+            self.checkpoints.save_now(progress)
+            self.save_model(must=True)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        if self.checkpoints.is_asked_to_stop():
+            raise CutShort("asked to stop")
+        return self.parts.embedder(images)
+
+    def _save(self, name: str, epoch: int, *, must: bool = False) -> None:
+        """Write the model with its metadata atomically on rank 0; all ranks call this."""
         self.parts.evaluated[1].average(self.world.world_size)
         weights = self.parts.model_state()
         if not self.world.is_main:
             return
+        step = self.progress.step
         metadata = dataclasses.replace(self.parts.metadata, step=step, epoch=epoch)
         try:
             save_model(self.folder / name, weights, metadata)

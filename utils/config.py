@@ -322,7 +322,7 @@ def _wrong_value(key: str, value: Any, place: Sequence[int | str]) -> str:
 
 
 def allowed(key: str) -> str:
-    """Returns what a key allows: "are sgd, adamw", or "is a whole number of at least 1, or None"."""
+    """Returns what a key allows: "are sgd, adamw", or "is a number in [0, 1), or None"."""
     field = Config.model_fields[key]
     kinds = list(_alternatives(field.annotation, field.metadata))
     choices: list[Any] = []

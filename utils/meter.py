@@ -32,12 +32,13 @@ class SpeedMeter:
     Args:
         samples_per_step: Global batch size.
         total_steps: Number of steps of the run.
+        step: Number of steps that a resumed run has done before.
     """
 
-    def __init__(self, samples_per_step: int, total_steps: int) -> None:
+    def __init__(self, samples_per_step: int, total_steps: int, step: int = 0) -> None:
         self.samples_per_step, self.total_steps = samples_per_step, total_steps
         self._training_seconds, self._training_steps = 0.0, 0
-        self.restart(0)
+        self.restart(step)
 
     def restart(self, step: int) -> None:
         """Begins an interval at `step` now (after a pause, or at the start)."""
