@@ -174,6 +174,6 @@ def test_no_public_name_is_a_word_that_was_replaced_or_british(path: Path) -> No
 
 
 def test_no_config_key_is_a_word_that_was_replaced() -> None:
-    keys = set(Config.__dataclass_fields__)
+    keys = set(Config.model_fields)
     assert keys.isdisjoint(KEYS)
     assert set(KEYS.values()) <= keys

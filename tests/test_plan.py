@@ -673,7 +673,7 @@ def test_numbers_of_the_set_are_looked_up_where_the_config_says_auto(tmp_path, c
         (["--gpu", "h100", "--world-size", "600"], "less than one global batch of 4800"),
         (["--world-size", "0"], "--world-size 0: above 0"),
         (["--gpu", "h100", "network=r51"], "there is no backbone 'r51'"),
-        (["--gpu", "h100", "batch_siz=3"], "nearest known: batch_size"),
+        (["--gpu", "h100", "batch_siz=3"], "did you mean batch_size"),
         (
             ["--gpu", "h100", "head_workspace_mib=1", "embedding_size=400000"],
             "head_workspace_mib must",
