@@ -74,8 +74,8 @@ class Data(Settings):
     """The task and its data."""
 
     task: Literal["recognition", "classification"] = "recognition"
-    """"recognition": a margin loss, with verification. "classification": plain softmax over the
-    classes of a folder with train/ and val/, with top-1 and top-5 accuracy
+    """What is trained: "recognition", a margin loss, with verification; or "classification", plain
+    softmax over the classes of a folder with train/ and val/, with top-1 and top-5 accuracy
     (docs/classification.md)."""
 
     rec: Text | Texts | None = None
@@ -176,9 +176,9 @@ class Model(Settings):
     needs its run folder, with checkpoints (docs/distillation.md)."""
 
     distillation: Literal["cosine", "logits"] = "cosine"
-    """"cosine": 1 - cosine of the student's and the teacher's embedding. "logits": T^2 times the
-    divergence of the student's class probabilities from the teacher's, without a margin in
-    either."""
+    """Distillation loss: "cosine", 1 - cosine of the student's and the teacher's embedding; or
+    "logits", T^2 times the divergence of the student's class probabilities from the teacher's,
+    without a margin in either."""
 
     distillation_weight: PositiveFloat = 1.0
     """Factor on the distillation loss, which is added to the head's; above 0. The log and
@@ -192,9 +192,8 @@ class Head(Settings):
     """The head: loss, margin and class centers."""
 
     loss: LossName = "combined"
-    """"combined" (configured by margin_list), or by name: "softmax", "normface", "arcface",
-    "cosface", "sphereface", "adaface", "magface", "curricularface", "elasticface_arc",
-    "elasticface_cos", "subcenter_arcface". The log prints the formula in force."""
+    """Loss, by name; `train_v2.py help loss` lists the formulas. "combined" is configured by
+    margin_list. The log prints the formula in force."""
 
     margin_list: Annotated[
         tuple[
@@ -216,8 +215,9 @@ class Head(Settings):
     """Factor s on the cosines before the softmax; loss="softmax" uses 1 instead."""
 
     margin_gradient: Literal["exact", "straight_through"] = "exact"
-    """"exact": the derivative of the margin. "straight_through": 1 instead, with which the
-    published ArcFace weights were trained. For combined, arcface, cosface and sphereface."""
+    """Derivative of the margin in the backward pass: "exact", or "straight_through" for 1 instead,
+    with which the published ArcFace weights were trained. For combined, arcface, cosface and
+    sphereface."""
 
     softmax_bias: Bool = True
     """loss="softmax": whether a bias per class is learned."""
@@ -271,8 +271,9 @@ class Head(Settings):
     published code did."""
 
     head_update: Literal["fused", "autograd"] = "fused"
-    """"fused": blocks of classes, without a B x C matrix or a C x D gradient. "autograd": the
-    reference path with an ordinary gradient, slower and larger."""
+    """Path of the head's backward pass and update: "fused", over blocks of classes, without a B x C
+    matrix or a C x D gradient; or "autograd", the reference with an ordinary gradient, slower and
+    larger."""
 
     head_workspace_mib: PositiveInt | Literal["auto"] = "auto"
     """Memory of the fused head per rank, in MiB, beside class centers, their state and O(global
@@ -352,8 +353,9 @@ class Optimization(Settings):
     weights themselves. Recognition only. 0: off."""
 
     zero_stage: Annotated[Literal[0, 1], NoBool] = 0
-    """1: shard the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer). Checkpoints
-    and results are the same; each step broadcasts the parameters. 0: every rank holds all of it."""
+    """ZeRO stage: 1 shards the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer),
+    and 0 keeps all of it on every rank. Checkpoints and results are the same; with 1 each step
+    broadcasts the parameters."""
 
     clip_grad_norm: NonNegativeFloat = 5.0
     """Largest norm of the backbone's gradient, which is clipped to it; 0 switches clipping off."""
@@ -476,7 +478,7 @@ class WeightsAndBiases(Settings):
     """Let wandb continue the run of the same id."""
 
     wandb_log_all: Bool = True
-    """True: every rank logs, in one group. False: rank 0 only."""
+    """Whether every rank logs, in one group, or rank 0 only."""
 
     suffix_run_name: Text | None = None
     """Text appended to the run's name."""

@@ -20,8 +20,10 @@ def describe_all() -> str:
     for subject in SUBJECTS:
         lines += ["", subject.__doc__ or ""]
         for key in subject.__annotations__:
+            choices = allowed(key).removeprefix("are ") if allowed(key).startswith("are ") else ""
             first = _help_of(key).split(". ")[0].rstrip(".")
-            lines += [f"  {key} = {default_of(key)!r}", _indented(f"{first}.")]
+            lines.append(f"  {key} = {default_of(key)!r}{choices and f'    of {choices}'}")
+            lines.append(_indented(f"{first}."))
     return "\n".join(
         [*lines, "", "Networks.", describe_networks(), "", "Losses.", describe_losses()]
     )
