@@ -95,7 +95,7 @@ FUNCTIONS = {
     "pointed_to": "resolve_pointer",
     "embeds_ahead": "needs_full_batch",
     "rank_0_alone": "rank0_equivalent",
-    "settle_buckets": "warm_up_ddp",
+    "settle_buckets": "parallelize",
     "restore_if": "restore_where",
     "let_go": "resume",
     "begin_anew": "reset",

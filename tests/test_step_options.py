@@ -310,8 +310,9 @@ def test_compiling_needs_a_compiler_and_says_so_at_once(tmp_path, monkeypatch):
 def test_what_cannot_start_is_refused_before_the_compiler_takes_its_minute(
     tmp_path, changes, words
 ):
-    compiled = patch.object(building, "compile_backbone", side_effect=AssertionError("compiled"))
-    with compiled, pytest.raises((UserError, FileNotFoundError), match=words):
+    compiled = AssertionError("compiled")
+    never = patch("training.parallelize.compile_backbone", side_effect=compiled)
+    with never, pytest.raises((UserError, FileNotFoundError), match=words):
         parts_of(tmp_path, compile=True, **changes)
 
 

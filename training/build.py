@@ -42,8 +42,8 @@ from training.build_head import (
 from training.classifier import Head, LayerClassifier, SplitClassifier, whole_classifier
 from training.ema import ModelEma
 from training.optimizer import make_optimizer
-from training.parallelize import compile_backbone, distribute, warm_up_ddp
-from training.precision import MixedPrecisionBackbone, allow_tf32, choose_precision, tf32_allowed
+from training.parallelize import parallelize
+from training.precision import MixedPrecisionBackbone, allow_tf32, choose_precision
 from training.schedule import Schedule
 from training.setup import check_step_options, check_wandb, is_classification
 from training.step import TrainStep
@@ -160,19 +160,17 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
     model.place(world.device)
     batch_norm = BatchNormStatistics(model, cfg.freeze_batch_norm)
     average = ModelEma(backbone, batch_norm, cfg.ema_decay) if cfg.ema_decay else None
-    distributed = distribute(
+    trained = parallelize(
         model,
         world.world_size,
         world.device,
+        batch_norm,
+        batch_size=cfg.batch_size,
+        input_size=cfg.input_size,
         grad_reduce_dtype=cfg.grad_reduce_dtype,
+        compiles=cfg.compile,
+        tf32=precision.tf32,
     )
-    warm_up_ddp(distributed, cfg.input_size, world.device, batch_norm)
-    if cfg.compile:
-        with tf32_allowed(precision.tf32):
-            seconds = compile_backbone(
-                distributed, cfg.batch_size, cfg.input_size, world.device, batch_norm
-            )
-        logger.info("compile: the first pass took %.1f s", seconds)
     head = make_head(cfg, world, num_classes, precision)
     optimizer = make_optimizer(
         backbone,
@@ -185,7 +183,7 @@ def build(cfg: Config, world: DistContext) -> TrainComponents:
         spread=cfg.zero_stage > 0 and world.world_size > 1,
     )
     step = TrainStep(
-        distributed,
+        trained,
         head,
         optimizer,
         batch_norm,

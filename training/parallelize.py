@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arcshard.random import get_rng_state, set_rng_state
 from training.batch_norm import BatchNormStatistics
+from training.precision import tf32_allowed
 from utils.memory import return_freed_memory
+
+logger = logging.getLogger("train")
 
 _COMPRESSIONS = {
     "fp16": default_hooks.fp16_compress_hook,
@@ -21,27 +25,53 @@ _COMPRESSIONS = {
 }
 
 
-def distribute(
+def parallelize(
     model: nn.Module,
     world_size: int,
     device: torch.device,
+    batch_norm: BatchNormStatistics,
     *,
+    batch_size: int,
+    input_size: int,
     grad_reduce_dtype: str = "fp32",
+    compiles: bool = False,
+    tf32: bool = False,
 ) -> nn.Module:
-    """Wrap `model` in DDP; with one rank, return the model itself.
+    """Wrap a backbone in DDP where there are several ranks, and compile it if asked.
 
     Args:
-        model: The network.
+        model: The network, on its device.
         world_size: Number of ranks.
         device: Device of this rank.
+        batch_norm: Running statistics of the network, which the passes made here do not change.
+        batch_size: Images per rank and micro-step, for which it is compiled.
+        input_size: Height and width of the images in pixels.
         grad_reduce_dtype: dtype in which gradients are summed over ranks: "fp32" (that of the
             gradients), "bf16" or "fp16".
+        compiles: Whether to compile the network, or its DDP.
+        tf32: Whether the compiled code may use TF32.
 
     Returns:
-        The wrapped model.
+        The model to train with; `model` itself for one rank.
     """
-    if world_size == 1:
-        return model
+    trained = model
+    if world_size > 1:
+        trained = _distribute(model, device, grad_reduce_dtype)
+        # DDP starts with a guess of its buckets of gradients and rebuilds them by the order in
+        # which gradients arrived in the first backward pass. On three ranks or more, other buckets
+        # mean another order of the sums, so that the first step after a resumption would differ
+        # from that of the uninterrupted run. Two passes before the first step settle them.
+        _dummy_pass(trained, 2, 2, input_size, device, batch_norm)
+    if compiles:
+        with tf32_allowed(tf32):
+            seconds = compile_backbone(trained, batch_size, input_size, device, batch_norm)
+        logger.info("compile: the first pass took %.1f s", seconds)
+    return trained
+
+
+def _distribute(
+    model: nn.Module, device: torch.device, grad_reduce_dtype: str
+) -> DistributedDataParallel:
     # Running statistics are averaged when they are needed, not broadcast in every forward.
     # PyTorch 2.13 renamed the switch.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -54,20 +84,6 @@ def distribute(
     return distributed
 
 
-def warm_up_ddp(
-    model: nn.Module, input_size: int, device: torch.device, batch_norm: BatchNormStatistics
-) -> None:
-    """Let DDP choose its buckets of gradients before the first step instead of after it.
-
-    DDP starts with a guess and rebuilds the buckets by the order in which gradients arrived in the
-    first backward pass. On three ranks or more, other buckets mean another order of the sums, so
-    that the first step after a resumption would differ from that of the uninterrupted run. This
-    makes two passes over two blank images per rank, which leave no trace.
-    """
-    if isinstance(model, DistributedDataParallel):
-        _dummy_pass(model, 2, 2, input_size, device, batch_norm)  # the second pass rebuilds
-
-
 def compile_backbone(
     model: nn.Module,
     batch_size: int,
@@ -77,9 +93,9 @@ def compile_backbone(
 ) -> float:
     """Compile `model` (a module or its DDP) for batches of this size.
 
-    Under DDP the graph is split at the buckets, so that their sums still overlap with backward;
-    call `warm_up_ddp` first. A pass over blank images compiles both directions here, before the
-    class centers take their memory, and leaves no trace.
+    Under DDP the graph is split at the buckets, so that their sums still overlap with backward. A
+    pass over blank images compiles both directions here, before the class centers take their
+    memory, and leaves no trace.
 
     Returns:
         The seconds it took.

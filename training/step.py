@@ -46,7 +46,7 @@ class TrainStep:
     """Holds what a step needs; a call makes one step.
 
     Args:
-        model: Maps uint8 images to embeddings. With several ranks it is wrapped by `distribute`.
+        model: Maps uint8 images to embeddings. With several ranks it is wrapped by `parallelize`.
         head: The head, with a row optimizer.
         optimizer: Optimizer of the backbone (training/optimizer.py). It is fused, so that it can
             skip a step without asking the host.
