@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from backbones import model_names
 from configs.base import LOSSES, Config
+from training.checkpoint import resume
+from training.checkpoint.checkpointer import CheckpointError
 from training.help import describe_all, describe_key
 from utils.config import ALIASES, load_config, plain_values, save_config
 from utils.errors import UserError
@@ -461,3 +463,18 @@ def test_help_of_a_key_says_what_it_allows_and_of_an_old_one_what_it_is_now():
     assert describe_key("save_all_states") == "save_all_states is accepted and has no effect"
     with pytest.raises(UserError, match="unknown key 'lrr': did you mean lr"):
         describe_key("lrr")
+
+
+def test_a_checkpoint_of_an_earlier_version_differs_only_where_its_settings_do(caplog):
+    now = plain_values(Config(rec="x", dali=True, augment=["dali_aug"], zero_stage=1))
+    gone = ("augment", "head_offload", "zero_stage")
+    before = {key: value for key, value in now.items() if key not in gone}
+    before |= {"dali_aug": True, "augment": [], "head_device": "auto", "zero": True}
+    before |= {"save_all_states": False, "static_graph": True, "worker_type": "processes"}
+    data = {"data": {}, "data set": ""}
+    resume.check({"config": before, **data}, {"config": now, **data})
+    assert caplog.text == ""
+    resume.check({"config": {**before, "dali_aug": False}, **data}, {"config": now, **data})
+    assert "resuming with another augment: ['dali_aug'], was []" in caplog.text
+    with pytest.raises(CheckpointError, match="seed was 1, is 2048"):
+        resume.check({"config": {**before, "seed": 1}, **data}, {"config": now, **data})
