@@ -57,9 +57,9 @@ def train(
 ) -> None:
     """Run the loop. The comment above each phase says how often it runs, and on which ranks."""
     progress, monitor, checkpoints = started
-    last_step = min(
-        parts.total_steps, parts.total_steps if cfg.max_steps is None else cfg.max_steps
-    )
+    final_step = parts.total_steps
+    if cfg.max_steps is not None:
+        final_step = min(final_step, cfg.max_steps)
     metrics = open_metrics(cfg, world, folder, progress.step)
     validation = Validation(
         parts,
@@ -70,7 +70,7 @@ def train(
         heartbeat,
         metrics,
         every=cfg.verbose,
-        last_step=last_step,
+        final_step=final_step,
         batch_size=cfg.val_batch_size,
         input_size=cfg.input_size,
     )
@@ -80,11 +80,11 @@ def train(
     profile = StepProfile(folder, cfg.profile if world.is_main else 0, world.device)
     parts.step.model.train()
 
-    # Once, all ranks: what the run that is resumed still had to do after its last step.
+    # Once, all ranks: what the run that is resumed still had to do at the step it had reached.
     validation.catch_up()
-    meter = SpeedMeter(parts.global_batch, last_step, progress.step)
+    meter = SpeedMeter(parts.global_batch, final_step, progress.step)
     batches = training_batches(parts, cfg.gradient_acc, progress, meter)
-    while progress.step < last_step:
+    while progress.step < final_step:
         # Every step, all ranks: data, forward, head, backward, update. The host runs ahead of the
         # device.
         micro_batches = next(batches)
@@ -95,11 +95,11 @@ def train(
         monitor.observe(outcome, parts.head.mean_pairwise_cosine)
         profile.after_step()
         progress.count_step()
-        step, is_last = progress.step, progress.step == last_step
+        step, is_last = progress.step, progress.step == final_step
         epoch_ends = progress.position % parts.steps_per_epoch == 0
 
-        # Every `frequent` steps, all ranks: read the losses from the device, which waits for it,
-        # and stop or roll back if the run has diverged. Rank 0 writes the log line.
+        # Every `frequent` steps and after the final one, all ranks: wait for the device, read the
+        # losses, and stop or roll back if the run has diverged. Rank 0 writes the log line.
         if step % cfg.frequent == 0 or is_last:
             report = monitor.report()
             metrics.step(step, epoch, learning_rate, report, meter.read(step, world.device))
@@ -113,15 +113,16 @@ def train(
                 batches = training_batches(parts, cfg.gradient_acc, progress, meter)
                 continue
 
-        # Every `verbose` steps and after the last, all ranks: verification, each rank its share of
-        # the images. Rank 0 writes the scores, and model_best.pt.
+        # Every `verbose` steps and after the final one, all ranks: verification, of which each rank
+        # embeds its share of the images. Rank 0 writes the scores, and model_best.pt.
         if validation.is_due():
             validation.run()
             meter.restart(step)
 
-        # Every epoch and after the last step: all ranks join their statistics, rank 0 writes.
+        # Every epoch and after the final step, all ranks: join their statistics. Rank 0 writes
+        # model.pt.
         if epoch_ends or is_last:
-            validation.save_model(must=is_last)
+            validation.save_model(required=is_last)
             meter.restart(step)
 
         # Every step, all ranks: agree whether to stop, and whether to write a checkpoint, of which
@@ -161,11 +162,12 @@ def training_batches(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, CONFIG [key=value ...], and return the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--dry-run"]
     if not words or words[0] in ("-h", "--help", "help"):
         return max(show_help(words[1:]), 0 if words else EXIT_BAD_INPUT)
     try:
-        return run([word for word in words if word != "--dry-run"], "--dry-run" in words)
+        return run(words, is_dry=len(words) < len(given))
     finally:
         destroy_distributed()
 

@@ -35,27 +35,30 @@ LossName = Literal[
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 
 
+def _number(value: Any) -> Any:
+    """Refuses what pydantic would convert: bools, which equal 0 and 1, tensors, decimals, text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("no number")
+    return value
+
+
 def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """Returns 5 for 5.0. Beyond 2**53 a float no longer tells which whole number was meant."""
+    is_exact = isinstance(value, float) and value.is_integer() and abs(value) <= 2**53
+    return int(value) if is_exact else _number(value)
 
 
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # True == 1, and would pass for it
-        raise ValueError("a bool is no number")
-    return _whole(value)
-
-
-# Values keep their type: "5" is no number and 1 is no bool. What Python makes no difference of is
-# taken: 5.0 for 5, a list for a tuple, a Path for its text.
+# A value must have the type of its key. These are taken for each other: 5.0 for 5, a list for a
+# tuple, a Path for its text.
 Bool = Annotated[bool, Strict()]
 Int = Annotated[int, Strict(), BeforeValidator(_whole)]
-Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Float = Annotated[float, Strict(), BeforeValidator(_number), Field(allow_inf_nan=False)]
 Text = Annotated[str, Strict(), BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)]
 TupleToList = BeforeValidator(lambda value: list(value) if isinstance(value, tuple) else value)
 ListToTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Texts = Annotated[list[Text], Strict(), TupleToList]
 Pair = Annotated[tuple[Float, Float], Strict(), ListToTuple]
-NoBool = BeforeValidator(_not_bool)
+Number = BeforeValidator(_number)
 PositiveInt = Annotated[Int, Field(ge=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
@@ -222,7 +225,7 @@ class Head(Settings):
     softmax_bias: Bool = True
     """loss="softmax": whether a bias per class is learned."""
 
-    parallel_dim: Annotated[Literal[0, 1, -1], NoBool] | None = 1
+    parallel_dim: Annotated[Literal[0, 1, -1], Number] | None = 1
     """Classification: how the last layer is split over the ranks: 1 or -1 by classes, 0 by input
     features, None not at all (every rank holds all of it). Recognition: 1."""
 
@@ -352,7 +355,7 @@ class Optimization(Settings):
     average is what is verified and saved (model.pt, model_best.pt); training continues with the
     weights themselves. Recognition only. 0: off."""
 
-    zero_stage: Annotated[Literal[0, 1], NoBool] = 0
+    zero_stage: Annotated[Literal[0, 1], Number] = 0
     """ZeRO stage: 1 shards the backbone's optimizer state over the ranks (ZeroRedundancyOptimizer),
     and 0 keeps all of it on every rank. Checkpoints and results are the same; with 1 each step
     broadcasts the parameters."""
@@ -487,6 +490,7 @@ class WeightsAndBiases(Settings):
     """Upload model.pt as an artifact at the end."""
 
 
+# pydantic puts the keys of the last base first.
 class Config(WeightsAndBiases, Run, Verification, Devices, Optimization, Head, Model, Data):
     """All settings of one training run."""
 
@@ -519,12 +523,13 @@ class Config(WeightsAndBiases, Run, Verification, Devices, Optimization, Head, M
         sets = [self.rec] if isinstance(self.rec, str) else self.rec or []
         yield (
             self.rec_weights is None or len(self.rec_weights) == len(sets),
-            f"rec_weights={self.rec_weights!r}: one number above 0 for each of {len(sets)} sets",
+            f"rec_weights={self.rec_weights!r}: one number above 0 for each of "
+            f"{len(sets)} sets in rec",
         )
         lists = [self.exclude] if isinstance(self.exclude, str) else self.exclude
         yield (
             lists is None or len(lists) == len(sets),
-            f'exclude={self.exclude!r}: one list for each of {len(sets)} sets, "-" for none',
+            f'exclude={self.exclude!r}: one list for each of {len(sets)} sets in rec, "-" for none',
         )
         orders = [
             k for k in ("rec_weights", "samples_per_class", "shuffle_block") if getattr(self, k)

@@ -21,9 +21,8 @@ def describe_all() -> str:
         lines += ["", subject.__doc__ or ""]
         for key in subject.__annotations__:
             choices = allowed(key).removeprefix("are ") if allowed(key).startswith("are ") else ""
-            first = _help_of(key).split(". ")[0].rstrip(".")
-            lines.append(f"  {key} = {default_of(key)!r}{choices and f'    of {choices}'}")
-            lines.append(_indented(f"{first}."))
+            beside = f"    of {choices}" if 0 < len(choices) < 60 else ""
+            lines += [f"  {key} = {default_of(key)!r}{beside}", _indented(_in_short(key))]
     return "\n".join(
         [*lines, "", "Networks.", describe_networks(), "", "Losses.", describe_losses()]
     )
@@ -48,11 +47,13 @@ def describe_key(key: str) -> str:
     Raises:
         UserError: There is no such key.
     """
+    key, _, _ = key.partition("=")  # what follows may be a secret
     if key in ALIASES:
-        now, _, remark = ALIASES[key]
-        if not now:
-            return f"{key} is accepted and has no effect{remark and ': '}{remark}"
-        return f"{key} is {now} now\n{describe_key(now)}"
+        now, values, remark = ALIASES[key]
+        if now is None:
+            return f"{key} is accepted and has no effect: {remark}"
+        listed = "".join(f"; {key}={old} is {now}={new}" for old, new in values.items())
+        return f"{key} is {now} now{listed}{remark and '; '}{remark}\n{describe_key(now)}"
     if key not in Config.model_fields:
         raise UserError(unknown_key(key))
     (subject,) = (s.__doc__ for s in SUBJECTS if key in s.__annotations__)
@@ -63,6 +64,13 @@ def describe_key(key: str) -> str:
     ]
     more = {"network": describe_networks, "loss": describe_losses}
     return "\n".join([*lines, *([more[key]()] if key in more else [])])
+
+
+def _in_short(key: str) -> str:
+    """Return the first sentence of a key's help, and those on what None and 0 mean."""
+    first, *more = _help_of(key).removesuffix(".").split(". ")
+    kept = [sentence for sentence in more if sentence.startswith(("None", "0:", "Required"))]
+    return ". ".join([first, *kept]) + "."
 
 
 def _help_of(key: str) -> str:

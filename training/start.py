@@ -66,9 +66,8 @@ def start_run(
     monitor = DivergenceMonitor(world.device)
     state = RunState(parts, world, monitor, cfg.seed)
     facts = facts_of(cfg, parts)
-    to_be_written = (
-        cfg.keep_checkpoints + 2 - len(list_checkpoints(folder / FOLDER))
-    )  # the others that may exist: `best`, and the one being written
+    # At most keep_checkpoints, the best one and the one being written; some may be there already.
+    to_be_written = cfg.keep_checkpoints + 2 - len(list_checkpoints(folder / FOLDER))
     preflight(
         world,
         {

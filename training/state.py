@@ -100,14 +100,14 @@ class RunState:
     Args:
         parts: Parts of the run.
         world: This process among the ranks.
-        watch: Divergence monitor of the loop.
+        monitor: Divergence monitor of the loop.
         seed: Seed of the run.
     """
 
     def __init__(
-        self, parts: TrainComponents, world: DistContext, watch: DivergenceMonitor, seed: int
+        self, parts: TrainComponents, world: DistContext, monitor: DivergenceMonitor, seed: int
     ) -> None:
-        self.parts, self.world, self.watch, self.seed = parts, world, watch, seed
+        self.parts, self.world, self.monitor, self.seed = parts, world, monitor, seed
 
     def tensors(self) -> State:
         """Return every tensor itself, without copies."""
@@ -194,7 +194,7 @@ class RunState:
             tensors |= self._optimizer()
         for name, buffer in self.parts.head.named_buffers():
             tensors[f"head/{name}"] = buffer
-        for name, value in self.watch.state_dict().items():
+        for name, value in self.monitor.state_dict().items():
             tensors[f"watch/{name}"] = value
         total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
         stored, before = {}, 0

@@ -39,7 +39,7 @@ class Validation:
         heartbeat: Gets a mark before each verification and each model.pt.
         metrics: Gets the scores.
         every: Optimizer steps between two verifications; 0 for the one at the end only.
-        last_step: Last optimizer step of the run.
+        final_step: Optimizer step at which the run ends.
         batch_size: Images that a rank embeds at a time.
         input_size: Height and width of the images in pixels.
     """
@@ -55,19 +55,19 @@ class Validation:
         metrics: MetricsLogger,
         *,
         every: int,
-        last_step: int,
+        final_step: int,
         batch_size: int,
         input_size: int,
     ) -> None:
         self.parts, self.world, self.folder, self.progress = parts, world, folder, progress
         self.checkpoints, self.heartbeat, self.metrics = checkpoints, heartbeat, metrics
-        self.every, self.last_step = every, last_step
+        self.every, self.final_step = every, final_step
         self.batch_size, self.input_size = batch_size, input_size
 
     def is_due(self) -> bool:
-        """Return whether the last step is one to be scored."""
+        """Return whether the step that the run has reached is one to be scored."""
         step = self.progress.step
-        is_time = step == self.last_step or (self.every > 0 and step % self.every == 0)
+        is_time = step == self.final_step or (self.every > 0 and step % self.every == 0)
         return is_time and bool(self.parts.verification_sets)
 
     def run(self) -> None:
@@ -98,20 +98,22 @@ class Validation:
             self._save("model_best.pt", epoch)
         self.metrics.evaluation(step, epoch, {name: dict(of) for name, of in results.items()})
 
-    def save_model(self, *, must: bool) -> None:
+    def save_model(self, *, required: bool) -> None:
         """Write model.pt.
 
         Args:
-            must: Whether a failure is raised instead of only logged.
+            required: Whether a failure is raised instead of only logged.
 
         Raises:
-            OSError: It cannot be written, and `must` is set.
+            OSError: It cannot be written, and is required.
         """
         self.heartbeat.mark("model.pt", self.progress.step)
-        self._save("model.pt", self.progress.position // self.parts.steps_per_epoch, must=must)
+        self._save(
+            "model.pt", self.progress.position // self.parts.steps_per_epoch, required=required
+        )
 
     def catch_up(self) -> None:
-        """Do what was left to do after the last step of the run that is resumed.
+        """Do what the run that is resumed still had to do at the step it had reached.
 
         That is the verification that a signal interrupted; and where no step is left, the files
         of the run are written in any case.
@@ -120,16 +122,16 @@ class Validation:
         if progress.step and self.is_due() and progress.evaluated_step != progress.step:
             self.run()
             self.checkpoints.save_now(progress)
-        if progress.step >= self.last_step:
+        if progress.step >= self.final_step:
             self.checkpoints.save_now(progress)
-            self.save_model(must=True)
+            self.save_model(required=True)
 
     def _embed(self, images: Tensor) -> Tensor:
         if self.checkpoints.is_asked_to_stop():
             raise CutShort("asked to stop")
         return self.parts.embedder(images)
 
-    def _save(self, name: str, epoch: int, *, must: bool = False) -> None:
+    def _save(self, name: str, epoch: int, *, required: bool = False) -> None:
         """Write the model with its metadata atomically on rank 0; all ranks call this."""
         self.parts.evaluated[1].average(self.world.world_size)
         weights = self.parts.model_state()
@@ -140,7 +142,7 @@ class Validation:
         try:
             save_model(self.folder / name, weights, metadata)
         except OSError as error:
-            if must:
+            if required:
                 raise
             logger.error(
                 "%s OF STEP %d COULD NOT BE WRITTEN (%s). Training goes on; the one before is "

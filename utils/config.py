@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,26 +30,26 @@ class Alias(NamedTuple):
     """What a key of arcface_torch or of an earlier version is now.
 
     Attributes:
-        key: The present key; "" if the key has no effect any more.
+        key: The present key; None if the key has no effect any more.
         values: Present values by old ones, where they changed as well.
-        remark: For a key without effect: what to do instead, if there is anything to do.
+        remark: What else there is to say, such as what to do instead.
     """
 
-    key: str
+    key: str | None
     values: Mapping[Any, Any] = types.MappingProxyType({})
     remark: str = ""
 
 
 ALIASES: Mapping[str, Alias] = {
     "all_reduce_dtype": Alias("grad_reduce_dtype"),
-    "dali_aug": Alias("augment"),  # with dali=True only: see _add_dali_aug
+    "dali_aug": Alias("augment", remark="dali_aug=True, with dali=True, is augment=[dali_aug]"),
     "head_buffer_mib": Alias("head_workspace_mib"),
     "head_device": Alias("head_offload", {"auto": False, "cpu": True}),
-    "save_all_states": Alias(""),  # checkpoints are always complete
-    "static_graph": Alias("", remark="it made no step faster"),
+    "save_all_states": Alias(None, remark="checkpoints are always complete"),
+    "static_graph": Alias(None, remark="it made no step faster"),
     "sub_centres": Alias("sub_centers"),
-    "wandb_key": Alias("", remark="keep keys in the environment (WANDB_API_KEY)"),
-    "worker_type": Alias("", remark="threads decode the images"),
+    "wandb_key": Alias(None, remark="keep keys in the environment (WANDB_API_KEY)"),
+    "worker_type": Alias(None, remark="threads decode the images"),
     "zero": Alias("zero_stage", {False: 0, True: 1}),
 }
 """Present keys by their old spellings, which configs, command lines and saved configs may have."""
@@ -76,20 +77,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     problems += more
     problems += [unknown_key(key) for key in settings if key not in Config.model_fields]
     known = {key: value for key, value in settings.items() if key in Config.model_fields}
+    broken: set[str] = set()
     try:
         config = Config(**known)
     except ValidationError as error:
-        places: dict[str, Any] = {}  # the first of each key; a union has one for each type
-        for wrong in error.errors():
-            places.setdefault(str(wrong["loc"][0]), wrong["loc"])
-        problems += [_wrong_value(key, known.pop(key), place) for key, place in places.items()]
-        config = Config(**known)
+        places = [(str(wrong["loc"][0]), wrong["loc"]) for wrong in error.errors()]
+        # A union has an error for each of its types, which all become the same sentence.
+        problems += dict.fromkeys(_wrong_value(key, known[key], place) for key, place in places)
+        broken = {key for key, _ in places}
+        config = Config(**{key: value for key, value in known.items() if key not in broken})
     if config.output is None:
         config.output = str(Path("work_dirs") / file.stem)
     config._remarks = tuple(remarks)
-    # A rule over a key that is wrong by itself would judge the default instead.
-    broken = {re.split(r"\W", problem)[0] for problem in problems}
-    problems += [text for text in config.problems() if re.split(r"\W", text)[0] not in broken]
+    # A rule that names a key whose value is wrong by itself would judge the default instead.
+    problems += [rule for rule in config.problems() if broken.isdisjoint(re.findall(r"\w+", rule))]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -115,7 +116,8 @@ def find_config_file(path: str | Path) -> Path:
             candidate = folder / name
             if candidate.is_file():
                 return candidate
-    shipped = sorted(p.stem for p in (REPOSITORY / "configs").glob("*.py"))
+    runs = {path.stem for path in (REPOSITORY / "configs").glob("*.py")}
+    shipped = sorted(runs - {"__init__", "base", "datasets"})
     near = [f"configs/{name}" for name in difflib.get_close_matches(given.stem, shipped, n=3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UserError(f"no config file at {given} (tried with and without .py){hint}")
@@ -140,8 +142,8 @@ def standard_settings(
             alias = ALIASES.get(spelling)
             if alias is None or spelling == "dali_aug":
                 key = spelling
-            elif not alias.key:
-                if value and alias.remark:
+            elif alias.key is None:
+                if _shown(value) not in ("None", "False", "''", "'threads'"):  # the old defaults
                     remarks.append(f"{spelling} is ignored: {alias.remark}")
                 continue
             else:
@@ -233,16 +235,17 @@ def _read_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if equals:
             values[key] = _parse(text, _types_of(key))
         else:
-            problems.append(f"{word!r}: after the config come key=value words, such as lr=0.02")
+            shown = "wandb..." if "wandb" in word.lower() else word  # it may hold a key
+            problems.append(f"{shown!r}: after the config come key=value words, such as lr=0.02")
     return values, problems
 
 
 def _types_of(key: str) -> list[Any]:
-    """Returns the types that a key of the command line admits."""
-    alias = ALIASES.get(key)
-    if alias is not None and (alias.values or not alias.key or key == "dali_aug"):
+    """Returns the types that the value of a word may have; text for an unknown key."""
+    alias = ALIASES.get(key, Alias(key))
+    if alias.key is None or alias.values or key == "dali_aug":
         return [bool, str, type(None)]
-    field = Config.model_fields.get(key if alias is None else alias.key)
+    field = Config.model_fields.get(alias.key)
     return [str] if field is None else [kind for kind, _ in _alternatives(field.annotation)]
 
 
@@ -293,7 +296,8 @@ def _alternatives(annotation: Any, details: Sequence[Any] = ()) -> Iterator[tupl
 
 def unknown_key(key: str) -> str:
     """Returns the sentence on a key that does not exist, with the nearest that do."""
-    near = difflib.get_close_matches(key, [*Config.model_fields, *ALIASES], n=3, cutoff=0.5)
+    known = [*Config.model_fields, *(old for old, now in ALIASES.items() if now.key is not None)]
+    near = difflib.get_close_matches(key.lower(), known, n=3)
     hint = f": did you mean {' or '.join(near)}?" if near else ""
     return f"unknown key {key!r}{hint} (train_v2.py --help lists all keys)"
 
@@ -310,15 +314,31 @@ def _wrong_value(key: str, value: Any, place: Sequence[int | str]) -> str:
     number = place[-1]
     if isinstance(number, int) and isinstance(value, list | tuple) and len(value) == len(items):
         ((item, details),) = _alternatives(items[number])
-        for title in filter(None, (getattr(detail, "title", None) for detail in details)):
-            return f"{key} {title}={value[number]!r}: allowed is {_describe(item, details)}"
+        if title := _title(details):
+            shown, words = _shown(value[number]), _describe(item, details)
+            return f"{key} {title}={shown}: allowed is {_finite(words, value[number])}"
     words = allowed(key)
-    if isinstance(value, float) and not math.isfinite(value):
-        words = words.replace("a number", "a finite number")
     choices = words.removeprefix("are ").split(", ") if words.startswith("are ") else []
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    near = isinstance(value, str) and difflib.get_close_matches(value.lower(), choices, 1, 0.7)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key}={value!r}: allowed {words}{hint}"
+    return f"{key}={_shown(value)}: allowed {_finite(words, value)}{hint}"
+
+
+def _finite(words: str, value: Any) -> str:
+    """Adds that a number must be finite, where one in `value` is not, or is none for a float."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if all(not isinstance(n, int | float) or abs(n) <= sys.float_info.max for n in numbers):
+        return words
+    return words.replace("a number", "a finite number").replace("f numbers", "f finite numbers")
+
+
+def _shown(value: Any) -> str:
+    """Returns the start of repr(value), whatever the value is."""
+    try:
+        text = repr(value)
+    except Exception as error:  # of a huge int, or of a class that is not ours
+        return f"<{type(value).__name__}: {type(error).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def allowed(key: str) -> str:
@@ -339,9 +359,13 @@ def _describe(kind: Any, details: Sequence[Any]) -> str:
     if typing.get_origin(kind) is Literal:
         return ", ".join(json.dumps(value) for value in arguments)
     if typing.get_origin(kind) is list:
-        return f"a list, each {_describe(*next(_alternatives(arguments[0])))}"
+        item = _describe(*next(_alternatives(arguments[0])))
+        plural = item.removeprefix("a ").replace("number", "numbers").replace("text", "texts")
+        return f"a list of {plural}"
     if typing.get_origin(kind) is tuple:
-        return f"{len(arguments)} numbers"
+        items = [next(_alternatives(item)) for item in arguments]
+        named = [f"{_title(about)} {_describe(item, about)}" for item, about in items]
+        return f"{len(items)} numbers" + (f": {'; '.join(named)}" if _title(items[0][1]) else "")
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     bounds = {
         sign: {math.pi: "pi", 2**63: "2**63"}.get(value, value)
@@ -356,3 +380,7 @@ def _describe(kind: Any, details: Sequence[Any]) -> str:
     if low is not None:
         return f"{names[kind]} {'of at least' if 'ge' in bounds else 'above'} {low}"
     return names.get(kind, "None")
+
+
+def _title(details: Sequence[Any]) -> str:
+    return next(filter(None, (getattr(detail, "title", None) for detail in details)), "")

@@ -152,9 +152,8 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: A difference would make it another run. The message lists all of them.
     """
-    problems = []
     # A checkpoint may be older than the present spelling of a key.
-    before, _, _ = standard_settings(saved["config"])
+    before, _, problems = standard_settings(saved["config"])
     after = now["config"]
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
