@@ -175,7 +175,7 @@ def _standard_value(old_key: str, value: Any) -> Any:
         if type(old) is type(value) and old == value:  # True == 1
             return new
     listed = ", ".join(f"{old_key}={old} ({key}={new})" for old, new in values.items())
-    raise ValueError(f"{old_key}={value!r}: {old_key} is {key} now; known are {listed}")
+    raise ValueError(f"{old_key}={_shown(value)}: {old_key} is {key} now; known are {listed}")
 
 
 def _add_dali_aug(settings: dict[str, Any], remarks: list[str], problems: list[str]) -> None:
@@ -183,7 +183,7 @@ def _add_dali_aug(settings: dict[str, Any], remarks: list[str], problems: list[s
     wanted = settings.pop("dali_aug", False)
     others = settings.get("augment", [])
     if not isinstance(wanted, bool):
-        problems.append(f"dali_aug={wanted!r}: allowed is True or False")
+        problems.append(f"dali_aug={_shown(wanted)}: allowed is True or False")
     elif wanted and settings.get("dali") is not True:
         remarks.append(
             "dali_aug=True has an effect only with dali=True, as in arcface_torch; "
