@@ -145,6 +145,9 @@ def training_batches(
 
     Each epoch has its own order. Micro-batches at its end that do not fill a step are left out.
     The meter counts the time spent waiting.
+
+    Raises:
+        RuntimeError: The loader ended before its epoch did, so that images would be seen twice.
     """
     while True:
         epoch, steps_done = divmod(progress.position, parts.steps_per_epoch)
@@ -158,6 +161,11 @@ def training_batches(
             if len(group) < gradient_acc:
                 break
             yield group
+        if progress.position != (epoch + 1) * parts.steps_per_epoch:
+            raise RuntimeError(
+                f"the loader ended at step {progress.position - epoch * parts.steps_per_epoch} of "
+                f"{parts.steps_per_epoch} of epoch {epoch}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

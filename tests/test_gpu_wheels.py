@@ -37,6 +37,6 @@ def test_the_wheels_and_the_image_have_all_that_is_required() -> None:
         if one.marker is None or one.marker.evaluate({"extra": ""})
     }
     assert needed - IN_THE_IMAGE <= wheels
-    assert wheels <= needed  # nothing that nobody asks for
+    assert wheels <= needed  # and nothing else
     pins = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert wheels <= {canonicalize_name(pin) for pin in pins}

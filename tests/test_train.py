@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from tests.run_helpers import (
     weights_after_one_step,
     write_pairs,
 )
-from train_v2 import main, run_on
+from train_v2 import main, run_on, training_batches
 from training.build import build
 from training.precision import batch_norms
+from training.state import Progress
 from utils.distributed import DistContext
 from utils.errors import UserError
+from utils.meter import SpeedMeter
 
 
 def test_losses_do_not_depend_on_the_number_of_ranks_in_float64(ranks, tmp_path):
@@ -403,6 +406,25 @@ def test_a_folder_of_records_is_no_output(run_main, tmp_path):
     assert code == 2
     assert "has records in it" in text
     assert sorted(path.name for path in data.iterdir()) == ["label_map.txt", "train.rec"]
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_a_loader_that_ends_before_its_epoch_is_an_error_not_an_endless_epoch(last):
+    class Loader:
+        def set_epoch(self, epoch, start_step):
+            pass
+
+        def __iter__(self):
+            return iter(range(last))
+
+    parts = SimpleNamespace(steps_per_epoch=4, loader=Loader())
+    progress = Progress()
+    batches = training_batches(parts, 1, progress, SpeedMeter(1, 8))
+    for number in range(last):
+        assert next(batches) == [number]
+        progress.count_step()
+    with pytest.raises(RuntimeError, match=f"ended at step {last} of 4 of epoch 0"):
+        next(batches)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
