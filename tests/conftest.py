@@ -145,6 +145,17 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders each module by the number of ranks: the pool makes a new group where it changes."""
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        callspec = getattr(item, "callspec", None)  # none without parameters
+        return modules.index(item.path), callspec.params.get("world_size", 0) if callspec else 0
+
+    modules = list(dict.fromkeys(item.path for item in items))
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool = Ranks(Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp())))

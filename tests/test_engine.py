@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 import warnings
@@ -113,7 +114,7 @@ def test_every_loss_equals_its_dense_twin(ranks, name, path, sample_rate, world_
 def steps(
     rank: int, world_size: int, rule: str, sample_rate: float, options: dict[str, Any], path: str
 ) -> dict[str, torch.Tensor]:
-    """Weight and state after 50 steps on changing batches."""
+    """Weight and state after 20 steps on changing batches."""
     update = SGDRows(0.9, 1e-2) if rule == "sgd" else AdamWRows(weight_decay=1e-2)
     head = PartialFC(
         CosFace(0.2, 8.0),
@@ -126,7 +127,7 @@ def steps(
         update="autograd" if path == "autograd" else "fused",
         **options,
     )
-    for step in range(50):
+    for step in range(20):
         embeddings, labels, _, _ = batch_for(rank, [3] * world_size, 41, 8, seed=step)
         rate = 0.1 / (1 + step)
         head(embeddings, labels, rate if path == "fused" else None).backward()
@@ -135,19 +136,16 @@ def steps(
     return {"weight": head.weight.detach().clone(), **{k: v.clone() for k, v in state.items()}}
 
 
-@pytest.mark.parametrize("path", ["fused", "deferred"])
-@pytest.mark.parametrize("options", [{}, {"workspace_mib": 0.006}, {"center_device": "cpu"}])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_50_steps_end_where_the_readable_path_ends(ranks, rule, sample_rate, options, path):
-    if "center_device" in options and sample_rate == 1.0:
-        pytest.skip("host memory serves sampled centers")
+def test_20_steps_end_where_the_readable_path_ends(ranks, rule, sample_rate):
     expected = ranks.run(2, steps, rule, sample_rate, {}, "autograd")
-    for ours, readable in zip(
-        ranks.run(2, steps, rule, sample_rate, options, path), expected, strict=True
-    ):
-        for name, value in readable.items():
-            torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11)
+    settings = [{}, {"workspace_mib": 0.006}]
+    if sample_rate < 1:
+        settings.append({"center_device": "cpu"})  # host memory serves sampled centers
+    for options, path in itertools.product(settings, ("fused", "deferred")):
+        ours = ranks.run(2, steps, rule, sample_rate, options, path)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
 
 
 def one_step(head: PartialFC, scale: float = 1.0, bad: torch.Tensor | None = None) -> torch.Tensor:
@@ -357,18 +355,18 @@ BF16 = torch.bfloat16
     ],
     ids=lambda value: re.sub(r" object at 0x\w+", "", str(value)),
 )
-@pytest.mark.parametrize("mib", [4, 24])
+@pytest.mark.parametrize("mib", [4, 12])  # less and more than all numerators
 @pytest.mark.parametrize("learning_rate", [None, 0.1])
 def test_all_that_lives_during_a_step_fits_the_work_buffer(
     rule, sample_rate, options, mib, learning_rate
 ):
-    batch, width = 64, 64
+    batch, width, num_classes = 64, 64, 15_000
     rule = copy.deepcopy(rule)
     head = PartialFC(
         **{
             "margin": CosFace(),
             "embedding_size": width,
-            "num_classes": 30_000,
+            "num_classes": num_classes,
             "sample_rate": sample_rate,
             "row_optimizer": rule,
             "batch_size_per_rank": batch,
@@ -378,14 +376,14 @@ def test_all_that_lives_during_a_step_fits_the_work_buffer(
     )
     known = [head.weight, *rule.state(head.weight).values()]
     embeddings = torch.randn(batch, width, requires_grad=True)
-    labels = torch.randint(30_000, (batch,))
+    labels = torch.randint(num_classes, (batch,))
     with LiveBytes(known) as memory:
         for _ in range(2):
             head(embeddings, labels, learning_rate).backward()
             head.step(0.1)
-    sampling = 200 * 8 + 30_000 * sample_rate * 8 * 4 if sample_rate < 1 else 0
+    sampling = 200 * 8 + num_classes * sample_rate * 8 * 4 if sample_rate < 1 else 0
     assert memory.peak <= mib * 2**20 + 40 * batch * width * 4 + sampling
-    assert memory.peak > 2**20
+    assert memory.peak > 2**19
 
 
 @pytest.mark.parametrize("workspace_mib", [256, 0.02, 0.006])

@@ -30,7 +30,7 @@ from training.profile import (
     summary,
 )
 
-PAUSE = 0.5  # seconds that are added to a step
+PAUSE = 0.25  # seconds that are added to a step
 
 
 SEEN = {name: text for name, text in PHASES.items() if name != "teacher"}

@@ -33,7 +33,7 @@ from tests.run_helpers import (
     whole_run,
     write_pairs,
 )
-from train_v2 import run_on
+from train_v2 import main, run_on
 from training.checkpoint import checkpointer as checkpoints
 from training.checkpoint.checkpointer import (
     FOLDER,
@@ -47,6 +47,7 @@ from training.divergence import DivergencePolicy, StepStats
 from training.metrics_logger import JsonlWriter
 from training.state import Progress
 from training.validation import Validation
+from utils.config import load_config
 from utils.distributed import DistContext
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,12 +102,12 @@ def test_on_another_number_of_ranks_the_losses_are_those_of_the_uninterrupted_ru
     ranks: Ranks, tmp_path: Path, before: int, after: int, sample_rate: float
 ) -> None:
     # r = 0: only the batch's own classes, so that the sample does not depend on the ranks
-    changes = {**EXACT, "num_epoch": 5, "max_steps": 36, "sample_rate": sample_rate}
+    changes = {**EXACT, "num_epoch": 2, "sample_rate": sample_rate}
     left_alone = ranks.run(before, whole_run, str(tmp_path / "run"), changes)
     resumed = copy_of_run(tmp_path / "run", tmp_path / "resumed", 5)
     again = ranks.run(after, whole_run, str(resumed), {**changes, "resume": "auto"})
     expected = left_alone[0]["losses"]
-    assert len(expected) == 36
+    assert len(expected) == 16
     for step, loss in again[0]["losses"].items():
         assert loss == pytest.approx(expected[step], rel=0, abs=1e-8)
     assert again[0]["losses"].keys() == expected.keys()
@@ -248,17 +249,30 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(ranks: Ranks, tmp_pa
     assert {p.name for p in folder.iterdir()} == {"latest", "step_00000015", "step_00000016"}
 
 
-def command(folder: Path, *words: str) -> list[str]:
+def words_for(folder: Path, *words: str) -> list[str]:
+    """CHECKPOINTED_RUN on a command line, with changes."""
     settings = {**CHECKPOINTED_RUN, "output": folder, "margin_list": "[1,0,0.2]"}
-    return [
-        sys.executable,
-        "train_v2.py",
-        "configs/demo",
-        "val_targets=[]",
-        "lr_base_batch=None",
-        *(f"{key}={value}" for key, value in settings.items()),
-        *words,
-    ]
+    given = [f"{key}={value}" for key, value in settings.items()]
+    return ["configs/demo", "val_targets=[]", "lr_base_batch=None", *given, *words]
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "train_v2.py", *words_for(folder, *words)]
+
+
+def run_of_command(rank: int, world_size: int, folder: Path, words: tuple[str, ...]) -> None:
+    """What `command` does, in this process, which has all modules loaded."""
+    config, *given = words_for(folder, *words)
+    cfg = load_config(config, given)
+    folder.mkdir(exist_ok=True)
+    run_on(cfg, DistContext(rank, rank, world_size, torch.device("cpu")), folder)
+
+
+def assert_same_model(run: Path, other: Path, name: str = "model.pt") -> None:
+    """Both runs have the same weights, bit for bit."""
+    weights = [torch.load(folder / name, weights_only=True) for folder in (run, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -273,13 +287,10 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, LONG(signal.SIGINT), LONG(signal.SIGUSR1)])
 def test_a_signal_saves_ends_with_code_4_and_the_run_goes_on_exactly(
-    tmp_path: Path, number: signal.Signals
+    ranks: Ranks, tmp_path: Path, number: signal.Signals
 ) -> None:
     words = ("num_epoch=40", "max_steps=80", "checkpoint_every=0")
-    whole = subprocess.run(
-        command(tmp_path / "whole", *words), cwd=ROOT, env=environment(), capture_output=True
-    )
-    assert whole.returncode == 0
+    ranks.run(1, run_of_command, tmp_path / "whole", words)
     process = subprocess.Popen(
         command(tmp_path / "run", *words), cwd=ROOT, env=environment(), stderr=subprocess.PIPE
     )
@@ -293,9 +304,7 @@ def test_a_signal_saves_ends_with_code_4_and_the_run_goes_on_exactly(
         command(tmp_path / "run", *words, "resume=auto"), cwd=ROOT, env=environment()
     )
     assert again.returncode == 0
-    files = [tmp_path / name / "model.pt" for name in ("whole", "run")]
-    weights = [torch.load(path, weights_only=True) for path in files]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
 
 
 def fill(folder: Path) -> Path:
@@ -381,16 +390,14 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
     assert [json.loads(line)["step"] for line in disk.getvalue().splitlines()] == [1, 2, 3]
 
 
-def test_a_run_whose_last_checkpoint_was_not_written_does_not_end_well(tmp_path: Path) -> None:
-    words = ("num_epoch=2", "checkpoint_every=0", "max_failed_saves=100")
+def test_a_run_whose_last_checkpoint_was_not_written_does_not_end_well(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / FOLDER).symlink_to(tmp_path / "a disk that is not mounted" / "there")
-    done = subprocess.run(
-        command(folder, *words), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 6
-    assert "could not be written" in done.stderr
+    assert main(words_for(folder, "checkpoint_every=0", "max_failed_saves=100")) == 6
+    assert "could not be written" in capfd.readouterr().err
     assert (folder / "model.pt").exists()
 
 
@@ -467,9 +474,7 @@ def test_a_signal_during_a_verification_stops_all_ranks_and_it_is_made_good(
     assert_same(again, left_alone)
     assert evaluations(folder) == evaluations(tmp_path / "whole")
     for name in ("model.pt", "model_best.pt"):
-        files = [tmp_path / run / name for run in ("whole", "run")]
-        weights = [torch.load(path, weights_only=True) for path in files]
-        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        assert_same_model(folder, tmp_path / "whole", name)
 
 
 class GivesUpOnce(DivergencePolicy):
@@ -506,43 +511,29 @@ def test_without_a_checkpoint_a_divergence_ends_the_run(ranks: Ranks, tmp_path: 
     assert all("no checkpoint to go back to" in str(e) for e in failed.value.errors.values())
 
 
-def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*command(tmp_path / "run"), "--dry-run"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dry run: two steps done" in done.stderr
+def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words_for(tmp_path / "run"), "--dry-run"]) == 0
+    assert "dry run: two steps done" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(
+    ranks: Ranks, tmp_path: Path
+) -> None:
     """One killed run of benchmarks/bench_faults.py, by torchrun, which restarts it by itself."""
     words = ("batch_size=6", "num_epoch=40", "max_steps=60")  # a second or two to be killed in
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--max-restarts=1",
-        "--standalone",
-    ]
-
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        python, *rest = command(folder, *words)
-        return subprocess.Popen(
-            [python, *launch, *rest],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            # one store per attempt, as scripts/launch/ has it: gloo finds no dead addresses
-            env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
-        )
-
-    whole = start(tmp_path / "whole")
-    assert whole.communicate(timeout=120)[1] is not None
-    process = start(tmp_path / "run")
+    ranks.run(2, run_of_command, tmp_path / "whole", words)
+    python, *rest = command(tmp_path / "run", *words)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    process = subprocess.Popen(
+        [python, *launch, "--standalone", *rest],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        # one store per attempt, as scripts/launch/ has it: gloo finds no dead addresses
+        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+    )
     wait_for_step(tmp_path / "run", 7)
     listed = subprocess.run(
         ["pgrep", "-f", f"output={tmp_path / 'run'}"], capture_output=True, text=True
@@ -555,6 +546,4 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(tmp_path: Pat
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0, text.decode()
     assert "resuming at step" in text.decode()
-    files = [tmp_path / name / "model.pt" for name in ("whole", "run")]
-    weights = [torch.load(path, weights_only=True) for path in files]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
