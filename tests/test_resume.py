@@ -33,7 +33,7 @@ from tests.run_helpers import (
     whole_run,
     write_pairs,
 )
-from train_v2 import main, run_on
+from train_v2 import run_on
 from training.checkpoint import checkpointer as checkpoints
 from training.checkpoint.checkpointer import (
     FOLDER,
@@ -390,14 +390,16 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
     assert [json.loads(line)["step"] for line in disk.getvalue().splitlines()] == [1, 2, 3]
 
 
-def test_a_run_whose_last_checkpoint_was_not_written_does_not_end_well(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_last_checkpoint_was_not_written_does_not_end_well(tmp_path: Path) -> None:
+    words = ("num_epoch=2", "checkpoint_every=0", "max_failed_saves=100")
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / FOLDER).symlink_to(tmp_path / "a disk that is not mounted" / "there")
-    assert main(words_for(folder, "checkpoint_every=0", "max_failed_saves=100")) == 6
-    assert "could not be written" in capfd.readouterr().err
+    done = subprocess.run(
+        command(folder, *words), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 6
+    assert "could not be written" in done.stderr
     assert (folder / "model.pt").exists()
 
 
@@ -511,11 +513,16 @@ def test_without_a_checkpoint_a_divergence_ends_the_run(ranks: Ranks, tmp_path: 
     assert all("no checkpoint to go back to" in str(e) for e in failed.value.errors.values())
 
 
-def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*words_for(tmp_path / "run"), "--dry-run"]) == 0
-    assert "dry run: two steps done" in capfd.readouterr().err
+def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*command(tmp_path / "run"), "--dry-run"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dry run: two steps done" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
