@@ -8,6 +8,7 @@ the peaks that real kernels reach is assumed (SHARE_OF_PEAK). A measured minute
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -311,16 +312,8 @@ def collective_seconds(
 
 
 def this_cpu() -> Machine:
-    """Measure this machine's CPU: a matrix product and a copy, for about a second in all.
-
-    Its memory is what is available now.
-    """
-    size = 1024
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    product = torch.empty(size, size)
-    single = 2 * size**3 / _seconds(lambda: torch.mm(left, right, out=product)) / 1e12
-    source, copy = torch.zeros(2**26, dtype=torch.uint8), torch.zeros(2**26, dtype=torch.uint8)
-    rate = 2 * source.numel() / _seconds(lambda: copy.copy_(source)) / 1e9
+    """Return this machine's CPU as it was measured by this process, and its available memory."""
+    single, rate = _cpu_rates(torch.get_num_threads())
     return Machine(
         "cpu",
         available_memory_gib(),
@@ -332,6 +325,17 @@ def this_cpu() -> Machine:
         rate / 2,
         f"measured here, {torch.get_num_threads()} threads",
     )
+
+
+@functools.cache
+def _cpu_rates(num_threads: int) -> tuple[float, float]:
+    """Measure a matrix product (TFLOP/s) and a copy (GB/s), for about a second in all."""
+    size = 1024
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    product = torch.empty(size, size)
+    single = 2 * size**3 / _seconds(lambda: torch.mm(left, right, out=product)) / 1e12
+    source, copy = torch.zeros(2**26, dtype=torch.uint8), torch.zeros(2**26, dtype=torch.uint8)
+    return single, 2 * source.numel() / _seconds(lambda: copy.copy_(source)) / 1e9
 
 
 def available_memory_gib() -> float:
