@@ -77,7 +77,9 @@ class Ranks:
         self._pool: list[tuple[Any, Connection]] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # The server imports the modules once, and each rank is a copy of it.
+        mp.set_forkserver_preload(["tests.run_helpers"])
+        context = mp.get_context("forkserver")
         for rank in range(MAX_RANKS):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
