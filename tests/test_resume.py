@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from tests.run_helpers import (
     whole_run,
     write_pairs,
 )
-from train_v2 import run_on
+from train_v2 import main, run_on
 from training.checkpoint import checkpointer as checkpoints
 from training.checkpoint.checkpointer import (
     FOLDER,
@@ -268,6 +269,20 @@ def run_of_command(rank: int, world_size: int, folder: Path, words: tuple[str, .
     run_on(cfg, DistContext(rank, rank, world_size, torch.device("cpu")), folder)
 
 
+def main_of_train(rank: int, world_size: int, words: list[str]) -> tuple[int, str]:
+    """The exit code of the command and what it says, in this process."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            return main(words), said.getvalue()
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+
+
 def assert_same_model(run: Path, other: Path, name: str = "model.pt") -> None:
     """Both runs have the same weights, bit for bit."""
     weights = [torch.load(folder / name, weights_only=True) for folder in (run, other)]
@@ -300,10 +315,7 @@ def test_a_signal_saves_ends_with_code_4_and_the_run_goes_on_exactly(
     assert process.returncode == 4
     assert f"stopped by {number.name}" in text.decode()
     assert len(list_checkpoints(tmp_path / "run" / FOLDER)) == 1
-    again = subprocess.run(
-        command(tmp_path / "run", *words, "resume=auto"), cwd=ROOT, env=environment()
-    )
-    assert again.returncode == 0
+    ranks.run(1, run_of_command, tmp_path / "run", (*words, "resume=auto"))
     assert_same_model(tmp_path / "run", tmp_path / "whole")
 
 
@@ -390,16 +402,16 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
     assert [json.loads(line)["step"] for line in disk.getvalue().splitlines()] == [1, 2, 3]
 
 
-def test_a_run_whose_last_checkpoint_was_not_written_does_not_end_well(tmp_path: Path) -> None:
-    words = ("num_epoch=2", "checkpoint_every=0", "max_failed_saves=100")
+def test_a_run_whose_last_checkpoint_was_not_written_does_not_end_well(
+    ranks: Ranks, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / FOLDER).symlink_to(tmp_path / "a disk that is not mounted" / "there")
-    done = subprocess.run(
-        command(folder, *words), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 6
-    assert "could not be written" in done.stderr
+    words = words_for(folder, "checkpoint_every=0", "max_failed_saves=100")
+    ((code, said),) = ranks.run(1, main_of_train, words)
+    assert code == 6
+    assert "could not be written" in said
     assert (folder / "model.pt").exists()
 
 
@@ -513,16 +525,12 @@ def test_without_a_checkpoint_a_divergence_ends_the_run(ranks: Ranks, tmp_path: 
     assert all("no checkpoint to go back to" in str(e) for e in failed.value.errors.values())
 
 
-def test_a_dry_run_checks_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*command(tmp_path / "run"), "--dry-run"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dry run: two steps done" in done.stderr
+def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    ((code, said),) = ranks.run(1, main_of_train, [*words_for(tmp_path / "run"), "--dry-run"])
+    assert code == 0
+    assert "dry run: two steps done" in said
     assert list(tmp_path.iterdir()) == []
 
 
