@@ -21,6 +21,26 @@ MAX_RANKS = 4
 ANSWER_WITHIN_SECONDS = 120
 
 
+class ModuleFreezer:
+    """Takes what modules hold out of all later searches for garbage, when many were imported.
+
+    It is most of the heap and no garbage. Searching it takes 0.2 to 0.5 s, and was 80 % of the time
+    between two groups of the pool, because the end of a group searches (destroy_distributed).
+    """
+
+    def __init__(self) -> None:
+        self.num_modules = 0
+
+    def __call__(self) -> None:
+        if len(sys.modules) > self.num_modules + 20:
+            self.num_modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
+
+
+freeze_modules = ModuleFreezer()
+
+
 def _serve(rank: int, connection: Connection) -> None:
     """One rank of the pool: run what comes, in a default gloo group of the size asked for."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,14 +51,8 @@ def _serve(rank: int, connection: Connection) -> None:
 
     torch.set_num_threads(1)
     current: str | None = None
-    num_modules = 0
     while True:
-        if len(sys.modules) > num_modules:
-            # The end of a group searches for garbage (destroy_distributed). What modules hold is
-            # most of the heap and no garbage; searching it was 80 % of the time between two groups.
-            num_modules = len(sys.modules)
-            gc.collect()
-            gc.freeze()
+        freeze_modules()
         order = connection.recv()
         if order is None:
             break
@@ -159,9 +173,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Takes what modules hold out of all later searches for garbage (0.5 s each)."""
-    gc.collect()
-    gc.freeze()
+    freeze_modules()
+
+
+def pytest_runtest_teardown() -> None:
+    freeze_modules()
 
 
 def pytest_sessionfinish() -> None:
