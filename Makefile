@@ -51,7 +51,7 @@ test-mxnet: $(READY)  ## real MXNet reads what we write and writes what we read
 	@$(MAKE) --no-print-directory $(MXNET)/.tried
 	REQUIRE_MXNET=1 $(PY) -m pytest tests/test_mxnet.py
 
-test: lint $(MXNET)/.tried  ## lint, types and the tests (9 to 20 minutes on 2 cores)
+test: lint $(MXNET)/.tried  ## lint, types and the tests (9 to 18 minutes on 2 cores)
 	@# two processes, each file whole in one of them: ranks mostly wait for each other
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
