@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing as mp
 import os
 import signal
@@ -234,3 +235,24 @@ def records(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("records")
     pack_listing(list_folder(folder), out, size=SIZE)
     return out
+
+
+@pytest.fixture
+def run_main(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """main() of train_v2.py with TINY_RUN and changes; returns (exit code, stderr and log)."""
+    from tests.run_helpers import TINY_RUN
+    from train_v2 import main
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config = tmp_path / "tiny.py"
+    config.write_text(f"config = { ({**TINY_RUN, 'output': str(tmp_path / 'run')})!r}\n")
+
+    def run(*words: str) -> tuple[int, str]:
+        code = main([str(config), *words])
+        return code, capsys.readouterr().err
+
+    yield run
+    logging.getLogger().handlers.clear()

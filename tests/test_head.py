@@ -74,7 +74,7 @@ def test_samples_are_reproducible_and_differ_by_step_rank_and_seed():
 @pytest.mark.parametrize(("classes", "size"), [(10, 3), (37, 9), (100, 50), (1000, 100)])
 def test_negatives_are_uniform(classes, size):
     """Chi-squared over classes, and over neighboring pairs of classes, with fixed seeds."""
-    draws = 2000
+    draws = 4000
     counts, pairs = torch.zeros(classes), torch.zeros(classes)
     for step in range(draws):
         chosen = torch.zeros(classes)

@@ -9,13 +9,12 @@ import contextlib
 import errno
 import io
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import unittest.mock
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from tests.run_helpers import (
     whole_run,
     write_pairs,
 )
-from train_v2 import main, run_on
+from train_v2 import run_on
 from training.checkpoint import checkpointer as checkpoints
 from training.checkpoint.checkpointer import (
     FOLDER,
@@ -269,20 +268,6 @@ def run_of_command(rank: int, world_size: int, folder: Path, words: tuple[str, .
     run_on(cfg, DistContext(rank, rank, world_size, torch.device("cpu")), folder)
 
 
-def main_of_train(rank: int, world_size: int, words: list[str]) -> tuple[int, str]:
-    """The exit code of the command and what it says, in this process."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            return main(words), said.getvalue()
-    finally:
-        for handler in root.handlers:
-            handler.close()
-        root.handlers[:] = before[0]
-        root.setLevel(before[1])
-
-
 def assert_same_model(run: Path, other: Path, name: str = "model.pt") -> None:
     """Both runs have the same weights, bit for bit."""
     weights = [torch.load(folder / name, weights_only=True) for folder in (run, other)]
@@ -403,13 +388,12 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
 
 
 def test_a_run_whose_last_checkpoint_was_not_written_does_not_end_well(
-    ranks: Ranks, tmp_path: Path
+    tmp_path: Path, run_main: Callable[..., tuple[int, str]]
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / FOLDER).symlink_to(tmp_path / "a disk that is not mounted" / "there")
-    words = words_for(folder, "checkpoint_every=0", "max_failed_saves=100")
-    ((code, said),) = ranks.run(1, main_of_train, words)
+    code, said = run_main("max_steps=16", "checkpoint_every=0", "max_failed_saves=100")
     assert code == 6
     assert "could not be written" in said
     assert (folder / "model.pt").exists()
@@ -526,12 +510,13 @@ def test_without_a_checkpoint_a_divergence_ends_the_run(ranks: Ranks, tmp_path: 
 
 
 def test_a_dry_run_checks_everything_and_leaves_nothing_behind(
-    ranks: Ranks, tmp_path: Path
+    tmp_path: Path, run_main: Callable[..., tuple[int, str]]
 ) -> None:
-    ((code, said),) = ranks.run(1, main_of_train, [*words_for(tmp_path / "run"), "--dry-run"])
+    before = list(tmp_path.iterdir())
+    code, said = run_main("--dry-run")
     assert code == 0
     assert "dry run: two steps done" in said
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_exactly(

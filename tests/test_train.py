@@ -23,7 +23,7 @@ from tests.run_helpers import (
     weights_after_one_step,
     write_pairs,
 )
-from train_v2 import main, run_on, training_batches
+from train_v2 import run_on, training_batches
 from training.build import build
 from training.precision import batch_norms
 from training.state import Progress
@@ -322,22 +322,6 @@ def test_verification_runs_every_so_often_and_at_the_end_on_all_ranks(ranks, tmp
 
 
 # --- wrong inputs: message and exit code ----------------------------------------------------
-
-
-@pytest.fixture
-def run_main(tmp_path, capsys, monkeypatch):
-    """main() with the tiny config and changes; returns (exit code, stderr and log)."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    config = tmp_path / "tiny.py"
-    config.write_text(f"config = { ({**TINY_RUN, 'output': str(tmp_path / 'run')})!r}\n")
-
-    def run(*words: str) -> tuple[int, str]:
-        code = main([str(config), *words])
-        return code, capsys.readouterr().err
-
-    yield run
-    logging.getLogger().handlers.clear()
 
 
 @pytest.fixture
